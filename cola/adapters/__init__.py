@@ -1,0 +1,1 @@
+"""One kind of adapted layer per file."""
