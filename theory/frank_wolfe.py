@@ -24,7 +24,7 @@ from theory.problems import Problem
 from theory.steps import Constants, Situation, Step, TheoremStep
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """The record of T iterations; arrays are indexed by t - 1.
 

@@ -175,6 +175,17 @@ class NoisyProblem(StochasticProblem):
             problem.dtype,
         )
 
+    def operator_noise(self, batch: int) -> float | None:
+        """Bound on ``E|xi|_op`` for a batch of Gaussian matrix noise: entries' size times
+        ``sqrt(m) + sqrt(n)``.
+        """
+        shape = self.oracle.shape
+        if len(shape) != 2 or self.sigma is None:
+            return None
+        return (
+            self.sigma / math.sqrt(shape[0] * shape[1] * batch) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+        )
+
     def start(self) -> Point:
         """The start of the problem."""
         return self.problem.start()

@@ -93,16 +93,22 @@ def simplex_well(n: int = 400, width: float = 0.35) -> DenseProblem:
     )
 
 
-def trace_quadratic(n: int = 20) -> DenseProblem:
+def trace_quadratic(n: int = 20, seed: int | None = None) -> DenseProblem:
     """Instance F: ``|W - C|^2 / 2`` on the trace ball of radius 1, ``C = 1.5 I/n``, from ``e_1 e_1'``.
 
     The optimum ``I/n`` is on the boundary, so a gap with the paper's sign stays away from zero.
     ``beta = 1`` and ``M = h_1``, with ``L`` at the start less ``1/(8n)`` at the optimum. Average gap 1.126 s.
+
+    Args:
+        n: order of the matrices. seed: start from a random vertex ``u v'`` in place of ``e_1 e_1'``.
     """
     n = count("n", n, "the order of the matrices", least=2)
     C = 1.5 / n * np.eye(n)
     W1 = np.zeros((n, n))
     W1[0, 0] = 1.0
+    if seed is not None:
+        u, v = np.random.default_rng(seed).standard_normal((2, n))
+        W1 = np.outer(u / np.linalg.norm(u), v / np.linalg.norm(v)) * (1 - 1e-15)
     return DenseProblem(
         "F: trace ball",
         TraceBall(1.0, (n, n)),
