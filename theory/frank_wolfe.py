@@ -37,6 +37,7 @@ class Run:
         error: (T,) ``eps_t``, how far ``V_t`` misses the minimum under the true gradient.
         distance2: (T,) ``|V_t - W_t|_F^2``. eta: (T,) the steps.
         noise: (T,) ``|G_t - grad L(W_t)|_F`` as the estimator admits to it; zero for the full gradient.
+        slack: (T,) width of the interval in which the oracle places the support of the gradient it was given.
         snapshots: a few ``(t, W_t)``, for the checks that recompute.
         final: ``W_{T+1}``.
         problem, oracle, step, estimator, seed: what was run.
@@ -56,6 +57,7 @@ class Run:
     distance2: np.ndarray
     eta: np.ndarray
     noise: np.ndarray
+    slack: np.ndarray
     final: Point
     snapshots: list[tuple[int, Point]] = field(default_factory=list)
 
@@ -150,7 +152,7 @@ def frank_wolfe(
     estimate = gradient.begin(problem, batches)
     rule = step.begin(Constants(problem.M, problem.beta, oracle.diameter), T)
     kept = _worth_keeping(T, snapshots)
-    names = ("gap", "gap_upper", "support", "descent", "error", "distance2", "eta", "noise")
+    names = ("gap", "gap_upper", "support", "descent", "error", "distance2", "eta", "noise", "slack")
     record = {name: np.zeros(T) for name in names}
     value = np.zeros(T + 1)
     keep: list[tuple[int, Point]] = []
@@ -171,6 +173,7 @@ def frank_wolfe(
         record["gap_upper"][i] = truth.certified + outward
         record["support"][i] = truth.attained
         record["descent"][i] = outward - pairing
+        record["slack"][i] = answer.certified - answer.attained
         record["error"][i] = truth.attained + pairing
         record["distance2"][i] = W.distance2(V)
         if gradient.noisy:

@@ -200,8 +200,9 @@ class NoisyProblem(StochasticProblem):
 
     def draw(self, rng: np.random.Generator, batch: int) -> np.ndarray:
         """The averaged noise of ``batch`` draws."""
+        assert self.sigma is not None
         shape = self.oracle.shape
-        return rng.standard_normal(shape) * (self.sigma / math.sqrt(math.prod(shape) * batch))  # type: ignore[operator]
+        return rng.standard_normal(shape) * (self.sigma / math.sqrt(math.prod(shape) * batch))
 
     def batch_gradient(self, W: Point, batch: np.ndarray) -> np.ndarray:
         """The gradient plus the drawn noise."""

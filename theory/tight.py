@@ -108,7 +108,7 @@ def trace_quadratic(n: int = 20, seed: int | None = None) -> DenseProblem:
     W1[0, 0] = 1.0
     if seed is not None:
         u, v = np.random.default_rng(seed).standard_normal((2, n))
-        W1 = np.outer(u / np.linalg.norm(u), v / np.linalg.norm(v)) * (1 - 1e-15)
+        W1 = np.outer(u / np.linalg.norm(u), v / np.linalg.norm(v))
     return DenseProblem(
         "F: trace ball",
         TraceBall(1.0, (n, n)),
@@ -144,7 +144,7 @@ def zero_chain(n: int) -> DenseProblem:
     """
     n = count("n", n, "the length of the chain; take it equal to T")
 
-    def parts(x: np.ndarray):  # type: ignore[no-untyped-def]
+    def parts(x: np.ndarray) -> tuple[np.ndarray, ...]:
         before = np.concatenate([[1.0], x[:-1]])
         (psi_n, dpsi_n), (psi, dpsi) = _bump(-before), _bump(before)
         (phi_n, dphi_n), (phi, dphi) = _ramp(-x), _ramp(x)

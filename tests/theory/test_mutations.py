@@ -5,7 +5,8 @@ all.
 import pytest
 
 from tests.theory import mutations
-from theory.checks import FAIL, PASS, audit, failures
+from theory.audit import audit, failures
+from theory.checks import FAIL, PASS
 
 # the checks that must each catch the error by itself, so that no single check carries the suite
 CAUGHT_BY = {

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from theory.checks import FAIL, audit
+from theory.audit import audit
+from theory.checks import FAIL
 from theory.corrupted import AdditiveError
 from theory.frank_wolfe import frank_wolfe
 from theory.gradients import SPIDER, SVRF, FullGradient, Minibatch, Momentum

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from theory import bounds
-from theory.checks import audit, failures
+from theory.audit import audit, failures
 from theory.corrupted import AdditiveError
 from theory.frank_wolfe import frank_wolfe
 from theory.matrix_oracles import TraceBall
