@@ -163,8 +163,7 @@ def value_range(run: Run) -> Check:
 
 def distances(run: Run) -> Check:
     """``|V_t - W_t| <= D``, and the vertices for a gradient and its opposite are no further apart either."""
-    G = np.random.default_rng(0).standard_normal(run.oracle.shape)
-    probe = _probe(run, G)
+    probe = _probe(run, np.random.default_rng(0))
     W, rng = run.problem.start(), np.random.default_rng(0)
     first, second = (run.problem.oracle(X, at=W, rng=rng).vertex for X in (probe, _negative(probe)))
     apart = 0.0
@@ -271,7 +270,7 @@ def gradient(run: Run) -> Check:
     worst, allowed, at = -math.inf, 0.0, 0
     for t, W in run.snapshots:
         value, G = run.problem.evaluate(W)
-        probe = _probe(run, rng.standard_normal(run.oracle.shape))
+        probe = _probe(run, rng)
         V = run.problem.oracle(probe, at=W, rng=rng).vertex
         distance2 = W.distance2(V)
         if distance2 == 0:
@@ -289,11 +288,12 @@ def gradient(run: Run) -> Check:
     return at_most("gradient", worst + allowed, allowed, detail=f"tightest at t = {at}")
 
 
-def _probe(run: Run, array: np.ndarray) -> Gradient:
-    """A random gradient of the kind that the problem has."""
+def _probe(run: Run, rng: np.random.Generator) -> Gradient:
+    """A random gradient of the kind that the problem has; never dense where the problem's are not."""
     if isinstance(run.final, ObservedPoint):
-        return ObservedMatrix(run.final.pattern, run.final.pattern.entries(array).astype(run.problem.dtype))
-    return array
+        values = rng.standard_normal(len(run.final.pattern)).astype(run.problem.dtype)
+        return ObservedMatrix(run.final.pattern, values)
+    return rng.standard_normal(run.oracle.shape)
 
 
 def _negative(G: Gradient) -> Gradient:

@@ -166,9 +166,11 @@ def frank_wolfe(
         seen = estimate(t, W, G)
         answer = oracle(seen, at=W, rng=answers)
         V = answer.vertex
-        pairing, outward = inner(G, V), W.inner(G)
         shared = oracle is reference and seen is G
         truth = answer if shared else reference(G, at=W, rng=measuring)
+        outward = W.inner(G)
+        # an iterative oracle has just scored its vertex on this very gradient; an exact one is scored here
+        pairing = -answer.attained if shared and not oracle.exact else inner(G, V)
         record["gap"][i] = truth.attained + outward
         record["gap_upper"][i] = truth.certified + outward
         record["support"][i] = truth.attained

@@ -54,7 +54,7 @@ STYLE = {
     "lines.linewidth": 1.3,
     "lines.markersize": 4.5,
     "legend.frameon": False,
-    "savefig.dpi": 150,
+    "savefig.dpi": 130,
 }
 
 

@@ -78,10 +78,10 @@ class DenseCompletion(Problem):
         self.oracle = TraceBall(delta, self.Y.shape) if oracle is None else oracle
         self.name = f"{name} {self.Y.shape[0]}x{self.Y.shape[1]}"
         self.beta = 2 / self.Y.size
-        self.M = self._pass(np.zeros_like(self.Y), None)
+        self.M = self.loss_into(np.zeros_like(self.Y), None)
         self.magnitude = 1.0
 
-    def _pass(self, W: np.ndarray, G: np.ndarray | None) -> float:
+    def loss_into(self, W: np.ndarray, G: np.ndarray | None) -> float:
         """The loss; the gradient is written to ``G`` if given."""
         total, weight = 0.0, 2 / W.size
         for rows in row_blocks(W):
@@ -103,11 +103,11 @@ class DenseCompletion(Problem):
     def evaluate(self, W: Point) -> tuple[float, Gradient]:
         """Loss and gradient in one pass."""
         G = np.empty_like(self.Y)
-        return self._pass(W.dense(), G), G
+        return self.loss_into(W.dense(), G), G
 
     def value(self, W: Point) -> float:
         """The loss alone."""
-        return self._pass(W.dense(), None)
+        return self.loss_into(W.dense(), None)
 
 
 class ObservedCompletion(Problem):

@@ -196,7 +196,7 @@ def ladder_record(label: str, kind: str, rungs: list[ladders.Rung], seconds: flo
     return out
 
 
-def epsilon_task(epsilons: Sequence[float], seeds: Sequence[int], T: int = 1800) -> list[Record]:
+def epsilon_task(epsilons: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
     """The additive ladder on F from random vertices, both adversaries."""
     out = []
     for adversary in ("away", "stall"):
