@@ -124,9 +124,7 @@ def compare(plan: Plan, tick: Callable[[str], Any] = lambda done: None) -> Resul
             outcomes, chosen = _train_all(plan, executor, tick)
             final = [run for arm, lr in chosen.items() for run in plan.final(arm, lr)]
             tests = [executor.submit(_test, run, plan) for run in final]
-            rebuilds = {
-                run: executor.submit(_rebuild, run, plan) for run in final if run.seed == plan.seeds[0]
-            }
+            rebuilds = {run: executor.submit(_rebuild, run, plan) for run in final if run.seed == plan.seeds[0]}
             untouched = executor.submit(_untouched, plan)
             test = {run: future.result() for run, future in zip(final, tests)}
             rebuilt = {run: future.result() for run, future in rebuilds.items()}
@@ -246,9 +244,7 @@ def _executor(workers: int) -> Executor:
 
 
 def _one_thread() -> None:
-    import transformers
-
     torch.set_num_threads(1)
     # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
     torch.set_flush_denormal(True)
-    transformers.utils.logging.disable_progress_bar()
+    tiny_opt.quiet()

@@ -31,9 +31,7 @@ NEARBY = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments demo`."""
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 8)")
     parser.add_argument(
@@ -66,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for senseless arguments."""
     started = time.perf_counter()
+    tiny_opt.quiet()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=arguments.out) as scratch:
         try:
@@ -107,15 +106,7 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
         ValueError: a number of seeds or processes below one.
         FileNotFoundError: the model is missing.
     """
-    count = (
-        arguments.seeds
-        if arguments.seeds is not None
-        else 8
-        if arguments.full
-        else 2
-        if arguments.smoke
-        else 3
-    )
+    count = arguments.seeds if arguments.seeds is not None else 8 if arguments.full else 2 if arguments.smoke else 3
     for name, value in (("--seeds", count), ("--workers", arguments.workers)):
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")
@@ -125,9 +116,7 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
     search = seeds[: 2 if arguments.full else 1]
     if arguments.smoke:
         model = scratch / "model"
-        tiny_opt.save(
-            tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {}
-        )
+        tiny_opt.save(tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {})
         setting = Setting(epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
     else:
         model, setting = arguments.model, Setting()
@@ -137,9 +126,7 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
 
 def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
     prose = corpus.prose()
-    rates = (
-        "the whole grid of rates" if arguments.full else f"the {NEARBY} rates nearest to the recorded best"
-    )
+    rates = "the whole grid of rates" if arguments.full else f"the {NEARBY} rates nearest to the recorded best"
     return (
         f"{len(plan.rates)} arms, seeds {', '.join(map(str, plan.seeds))}, {plan.setting.epochs} epochs of "
         f"{len(plan.setting.training_text(prose)):,} bytes of prose; "

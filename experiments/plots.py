@@ -67,13 +67,9 @@ def _curves(axes: Any, results: Results) -> None:
     for arm, values in losses.items():
         color, line, marker = _STYLES[arm]
         curve = smooth(values if reference is None else values - reference, width)
-        axes.plot(
-            np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=ARMS[arm].label
-        )
+        axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=ARMS[arm].label)
         ties = sorted({knot.step for outcome in results.final(arm) for knot in inside(outcome)})
-        axes.plot(
-            ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white"
-        )
+        axes.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white")
     if reference is not None and len(losses) > 1:
         # the first steps swing more than everything after them
         tail = [smooth(values - reference, width)[steps // 12 :] for values in losses.values()]
@@ -102,9 +98,7 @@ def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
             capsize=4,
             elinewidth=1.4,
         )
-        axes.plot(
-            results.losses(row.arm), [place + 0.2] * len(results.losses(row.arm)), ".", color=color, alpha=0.5
-        )
+        axes.plot(results.losses(row.arm), [place + 0.2] * len(results.losses(row.arm)), ".", color=color, alpha=0.5)
         axes.annotate(
             f"{row.test.mean:.3f}", (row.test.mean, place), xytext=(0, -14), textcoords="offset points",
             ha="center", fontsize=8, color="#333333",
@@ -112,9 +106,7 @@ def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
     for arm, line in ((REFERENCE, "-"), (CEILING, "--")):
         for row in rows:
             if row.arm == arm:
-                axes.axvline(
-                    row.test.mean, color=_STYLES[arm][0], linestyle=line, linewidth=0.8, alpha=0.5, zorder=0
-                )
+                axes.axvline(row.test.mean, color=_STYLES[arm][0], linestyle=line, linewidth=0.8, alpha=0.5, zorder=0)
     axes.set_yticks(list(places), [ARMS[row.arm].label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)

@@ -48,15 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/tiny-opt"), help="folder to write (default: %(default)s)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=recipe.seed, help="initialisation and order (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=recipe.steps, help="optimizer steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--lr", type=float, default=recipe.lr, help="Muon's peak learning rate (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=recipe.seed, help="initialisation and order (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=recipe.lr, help="Muon's peak learning rate (default: %(default)s)")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
     )
@@ -65,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments pretrain`; 0, or 1 if the model learned nothing."""
     torch.set_num_threads(arguments.threads)
+    tiny_opt.quiet()
     recipe = Recipe(steps=arguments.steps, lr=arguments.lr, seed=arguments.seed)
     text, held_out = corpus.code()
     print(f"{len(text):,} bytes of Python to learn from, {len(held_out):,} held out")
@@ -95,9 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
     stored = bits_per_byte(tiny_opt.load(arguments.out), held_out, tiny_opt.CONTEXT)
     provenance["held_out_bits_per_byte"] = round(stored, 4)
     tiny_opt.write_provenance(arguments.out, provenance)
-    print(
-        f"{arguments.out}: {stored:.4f} bits per byte on held-out code ({exact:.4f} before rounding to fp16)"
-    )
+    print(f"{arguments.out}: {stored:.4f} bits per byte on held-out code ({exact:.4f} before rounding to fp16)")
     if not stored < 8:
         print(f"pretrain: {stored} bits per byte is no better than guessing; lower --lr", file=sys.stderr)
         return 1
@@ -151,16 +144,12 @@ def _optimizers(model: OPTForCausalLM, recipe: Recipe) -> list[torch.optim.Optim
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     return [
-        torch.optim.Muon(
-            matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
-def _forever(
-    text: bytes, context: int, batch_size: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
+def _forever(text: bytes, context: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     while True:
         yield from corpus.epoch(text, context, batch_size, generator)
 

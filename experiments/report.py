@@ -157,15 +157,11 @@ def checks(plan: Plan, results: Results, rows: list[Row], learned: bool = True) 
     found.append(Check("every loss is finite", all(map(math.isfinite, losses)), f"{len(losses)} steps"))
     short = [run for run, outcome in results.outcomes.items() if len(outcome.losses) != plan_steps(plan)]
     found.append(
-        Check(
-            "every run took the same steps", not short, f"{plan_steps(plan)} steps, {len(short)} runs differ"
-        )
+        Check("every run took the same steps", not short, f"{plan_steps(plan)} steps, {len(short)} runs differ")
     )
     if results.rebuilt:
         worst = max(results.rebuilt.values())
-        found.append(
-            Check("saved chains rebuild the tuned weights", worst <= 1e-6, f"largest difference {worst:.1e}")
-        )
+        found.append(Check("saved chains rebuild the tuned weights", worst <= 1e-6, f"largest difference {worst:.1e}"))
     if not learned:
         return found
     worse = [row.arm for row in rows if not row.test.mean < results.untouched]

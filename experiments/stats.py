@@ -70,9 +70,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired(
-    arms: Mapping[str, Sequence[float]], reference: str, confidence: float = 0.95
-) -> dict[str, Paired]:
+def paired(arms: Mapping[str, Sequence[float]], reference: str, confidence: float = 0.95) -> dict[str, Paired]:
     """Every arm but `reference` against it: negative differences mean that the arm's loss is lower.
 
     Args:
@@ -97,10 +95,7 @@ def paired(
     differences = {name: [a - b for a, b in zip(arms[name], base)] for name in others}
     plain = {name: _p_of_zero_mean(values) for name, values in differences.items()}
     adjusted = dict(zip(others, holm([plain[name] for name in others])))
-    return {
-        name: Paired(t_interval(differences[name], confidence), plain[name], adjusted[name])
-        for name in others
-    }
+    return {name: Paired(t_interval(differences[name], confidence), plain[name], adjusted[name]) for name in others}
 
 
 def gap_closed(arm: float, low: float, high: float) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import OPTConfig, OPTForCausalLM
+from transformers.utils import logging
 
 from experiments.corpus import BOS, VOCABULARY
 
@@ -21,6 +22,11 @@ CONTEXT = 256
 
 COMMITTED = Path(__file__).parent / "tiny-opt"
 """The checkpoint that comes with the repository."""
+
+
+def quiet() -> None:
+    """No progress bars from transformers: commands have one of their own for what takes time."""
+    logging.disable_progress_bar()
 
 
 def config(width: int = 144, layers: int = 4, heads: int = 3, context: int = CONTEXT) -> OPTConfig:

@@ -123,13 +123,13 @@ def fine_tune(
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     knots: list[Knot] = []
     ties: list[int] = []
+
+    def note(report: KnotReport) -> None:
+        ties.append(report.step)
+        knots.append(Knot(report.step, report.rank, report.delta_norm, report.lost_norm))
+
     if isinstance(optimizer, ChainOptimizer):
-
-        @optimizer.on_knot
-        def _(report: KnotReport) -> None:
-            ties.append(report.step)
-            knots.append(Knot(report.step, report.rank, report.delta_norm, report.lost_norm))
-
+        optimizer.on_knot(note)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -138,9 +138,7 @@ def fine_tune(
             loss = model(input_ids=ids, labels=ids).loss
             losses.append(loss.item() / math.log(2))
             if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"{arm.name}, lr={lr:g}, seed={seed}: loss {losses[-1]} at step {len(losses)}"
-                )
+                raise FloatingPointError(f"{arm.name}, lr={lr:g}, seed={seed}: loss {losses[-1]} at step {len(losses)}")
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -148,13 +146,7 @@ def fine_tune(
     if isinstance(optimizer, ChainOptimizer):
         optimizer.finish()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    if (
-        chain_folder is not None
-        and isinstance(optimizer, ChainOptimizer)
-        and hasattr(optimizer.chain, "save")
-    ):
+    if chain_folder is not None and isinstance(optimizer, ChainOptimizer) and hasattr(optimizer.chain, "save"):
         optimizer.chain.save(chain_folder)
     validation = bits_per_byte(model, prose.text["validation"], setting.context)
-    return Outcome(
-        arm.name, lr, seed, validation, tuple(losses), tuple(knots), parameters, seconds, cpu_seconds
-    )
+    return Outcome(arm.name, lr, seed, validation, tuple(losses), tuple(knots), parameters, seconds, cpu_seconds)

@@ -33,10 +33,7 @@ def test_every_command_has_help_with_seed_and_out(name, capsys):
 
 def test_the_demo_from_end_to_end(tmp_path, capsys):
     arms = ["lora", "cola-2", "cola-plateau", "full"]
-    assert (
-        main(["demo", "--smoke", "--workers", "1", "--seed", "5", "--out", str(tmp_path), "--arms", *arms])
-        == 0
-    )
+    assert main(["demo", "--smoke", "--workers", "1", "--seed", "5", "--out", str(tmp_path), "--arms", *arms]) == 0
     shown = capsys.readouterr()
     assert "seeds 5, 6" in shown.out
     assert "runs: 100%" in shown.err

@@ -57,9 +57,7 @@ def test_test_loss_is_read_after_all_choices_and_once_per_chosen_run(plan, monke
     assert kinds == ["train"] * plan.size() + ["test"] * 9
     assert len(ticks) == plan.size() == 2 + 2 + 2 + 2 + 3
     tested = [run for kind, run in log if kind == "test"]
-    assert sorted(tested) == sorted(
-        Run(arm, lr, seed) for arm, lr in results.chosen.items() for seed in (0, 1, 2)
-    )
+    assert sorted(tested) == sorted(Run(arm, lr, seed) for arm, lr in results.chosen.items() for seed in (0, 1, 2))
     assert len({run for kind, run in log if kind == "train"}) == plan.size()
     assert results.losses("lora") == [2e-3] * 3
 

@@ -83,9 +83,7 @@ def test_an_epoch_is_a_shuffle_that_its_generator_decides():
         return torch.cat(list(corpus.epoch(text, 10, 4, torch.Generator().manual_seed(seed))))
 
     first = passed(0)
-    assert (
-        len(list(corpus.epoch(text, 10, 4, torch.Generator()))) == corpus.batches_per_epoch(text, 10, 4) == 25
-    )
+    assert len(list(corpus.epoch(text, 10, 4, torch.Generator()))) == corpus.batches_per_epoch(text, 10, 4) == 25
     assert torch.equal(first, passed(0))
     assert not torch.equal(first, passed(1))
     starts = sorted(first[:, 1].tolist())

@@ -117,9 +117,7 @@ def test_a_checkpoint_comes_back_rounded_to_fp16(model, tmp_path):
     loaded = tiny_opt.load(tmp_path)
     assert loaded.dtype == torch.float32
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
-    with pytest.raises(
-        FileNotFoundError, match=r"no model.safetensors; make one with `python -m experiments"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors; make one with `python -m experiments"):
         tiny_opt.load(tmp_path / "nowhere")
 
 
