@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import adapted_class, refusal
-from cola.adapters.targets import modules_by_name
+from cola.adapters.targets import canonical, modules_by_name, unwrap
 from cola.tie import KnotError, delta_norm, key, residual_like, tie_
 
 
@@ -171,7 +171,7 @@ class Chain:
         links = self._links[: self._count(upto)]
         self._require_kept()
         modules = modules_by_name(model)
-        parameters = dict(model.named_parameters())
+        parameters = {canonical(path): p for path, p in unwrap(model).named_parameters()}
         for link in links:
             for path, factor in link.factors.items():
                 _require_layer(path, factor, modules)
