@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import adapted_class, refusal
-from cola.adapters.targets import modules_by_name
+from cola.adapters.targets import canonical, modules_by_name, unwrap
 from cola.tie import KnotError, delta_norm, key, residual_like, tie_
 
 
@@ -124,6 +124,7 @@ class Chain:
 
     def __init__(self, *, keep: bool = True) -> None:
         self.keep = keep
+        self.missing = 0  # links before the first one held: a state dict brings weights, not links
         self._links: list[Link] = []
 
     def __len__(self) -> int:
@@ -140,9 +141,17 @@ class Chain:
 
     def append(self, link: Link) -> None:
         """Record a link. Its index must be the next one."""
-        if link.index != len(self):
-            raise ValueError(f"link {link.index} cannot follow a chain of {len(self)}: links are recorded in order")
+        if link.index != self.missing + len(self):
+            raise ValueError(f"link {link.index} cannot follow link {self.missing + len(self) - 1}: links go in order")
         self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
+
+    def resume(self, index: int) -> None:
+        """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""
+        if index >= self.missing:
+            del self._links[index - self.missing :]
+        else:
+            self._links.clear()
+        self.missing = index - len(self._links)
 
     def layers(self) -> list[str]:
         """Paths of all layers that any link changes."""
@@ -162,7 +171,7 @@ class Chain:
         links = self._links[: self._count(upto)]
         self._require_kept()
         modules = modules_by_name(model)
-        parameters = dict(model.named_parameters())
+        parameters = {canonical(path): p for path, p in unwrap(model).named_parameters()}
         for link in links:
             for path, factor in link.factors.items():
                 _require_layer(path, factor, modules)
@@ -229,6 +238,11 @@ class Chain:
         return upto
 
     def _require_kept(self) -> None:
+        if self.missing:
+            raise RuntimeError(
+                f"the chain lacks its first {self.missing} links: it was resumed from a state dict, which holds the "
+                "merged weights and not the links"
+            )
         if not self.keep and len(self):
             raise RuntimeError("the links were not kept (keep_links=False): this needs a chain that keeps them")
 

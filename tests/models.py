@@ -26,9 +26,10 @@ BODY = ["first", "second"]
 
 
 def batch(step: int, d: int = 6, out: int = 3, n: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The inputs and targets of one step."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(n, d, generator=generator).to(dtype), torch.randn(n, out, generator=generator).to(dtype)
+    """The inputs of one step, and their targets from one fixed teacher."""
+    teacher = torch.randn(d, out, generator=torch.Generator().manual_seed(7))
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(1000 + step))
+    return x.to(dtype), torch.tanh(x @ teacher).to(dtype)
 
 
 def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,6 +45,8 @@ def train(opt, model: nn.Module, steps: int, start: int = 0, dtype: torch.dtype 
         opt.zero_grad()
         loss = loss_of(model, step, dtype)
         loss.backward()
+        if hasattr(opt, "observe"):
+            opt.observe(loss)
         opt.step()
         losses.append(loss.item())
     return losses
