@@ -1,2 +1,27 @@
-"""placeholder"""
+"""Chain of LoRA (COLA): a high-rank update at one adapter's training memory, around any torch optimizer."""
+
+from cola.chain import Chain, Factor, KnotReport, LayerReport, Link
+from cola.extend import LinkConfig
+from cola.knots import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
+from cola.optimizer import ChainOptimizer
+from cola.tie import KnotError
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Chain",
+    "ChainOptimizer",
+    "EpochKnots",
+    "EvenKnots",
+    "Factor",
+    "KnotError",
+    "KnotPolicy",
+    "KnotReport",
+    "LayerReport",
+    "Link",
+    "LinkConfig",
+    "NeverKnots",
+    "PlateauKnots",
+    "Signal",
+    "StepKnots",
+]

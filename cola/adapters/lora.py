@@ -1,0 +1,185 @@
+"""A linear layer with one low-rank link: ``y = W x + b + s·B (A x)``.
+
+`LowRankLinear` is the fast path, one autograd function that adds the link into the output buffer and keeps only the
+input and ``A x``. `AdaptedLayer.composed` is its slow twin, made of ordinary operations; it also serves where those are
+needed (autocast, dropout, a base weight that is itself trained).
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LowRankLinear(torch.autograd.Function):
+    """``y = x Wᵀ + b + s·(x Aᵀ) Bᵀ`` with W frozen; x (…, in), W out×in, A r×in, B out×r.
+
+    A and B are used in x's dtype, as under automatic mixed precision; their gradients come back in their own dtype.
+    Saved for backward are x, ``x Aᵀ`` and the parameters.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        """The layer's output, (…, out)."""
+        flat = x.reshape(-1, x.shape[-1])
+        reduced = flat @ A.to(x.dtype).t()
+        out = F.linear(flat, weight, bias)
+        out.addmm_(reduced, B.to(x.dtype).t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, A, B, reduced)
+        ctx.scaling = scaling
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Gradients for x, bias, A and B; none for W."""
+        (grad,) = grads
+        x, weight, A, B, reduced = ctx.saved_tensors
+        s = ctx.scaling
+        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
+            reduced = flat @ A.to(x.dtype).t()
+        needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_A = grad_B = None
+        if needs_x or needs_A:
+            grad_reduced = (grad @ B.to(grad.dtype)) * s
+            if needs_A:
+                grad_A = (grad_reduced.t() @ flat).to(A.dtype)
+            if needs_x:
+                grad_x = torch.addmm(grad @ weight, grad_reduced, A.to(grad.dtype)).view(x.shape)
+        if needs_B:
+            grad_B = ((grad.t() @ reduced) * s).to(B.dtype)
+        if needs_bias:
+            grad_bias = grad.sum(0)
+        return grad_x, None, grad_bias, grad_A, grad_B, None
+
+
+class AdaptedLayer(nn.Module):
+    """What every adapted layer has: the live link, and how to read its base weight.
+
+    Attributes:
+        lora_A: r×in, lora_B: out×r; Parameters whose identity lasts from `attach` to `detach`.
+        scaling: s.
+        lora_dropout: probability of dropping an input of the link (not of the base) in training.
+        rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
+        allowed_ranks: ranks that a loaded state may bring; None for any.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    weight: Tensor
+    scaling: float
+    lora_dropout: float
+    rank: int
+    allowed_ranks: tuple[int, ...] | None
+
+    #: whether the stored weight is in×out, the transpose of what the mathematics writes
+    transposed: ClassVar[bool] = False
+    plain_class: ClassVar[type[nn.Module]] = nn.Module
+    _made: ClassVar[dict[tuple[type, type], type]] = {}
+
+    @classmethod
+    def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
+        """This adapted class for layers of class ``plain`` (itself, or a subclass that keeps its forward)."""
+        if plain is cls.plain_class:
+            return cls
+        made = cls._made.get((cls, plain))
+        if made is None:
+            made = type(f"{cls.__name__}Over{plain.__name__}", (cls, plain), {"plain_class": plain})
+            cls._made[cls, plain] = made
+        return made
+
+    def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        """Give a layer whose class has just become this one its link."""
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.lora_dropout = scaling, dropout
+        self.rank, self.allowed_ranks = A.shape[0], (A.shape[0],)
+
+    @torch.no_grad()
+    def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
+        """Make (A, B) the link; the Parameters stay the same objects.
+
+        Args:
+            A, B: r×in and out×r, of any rank.
+            scaling: s.
+            mask: keep the Parameters' sizes, with zeros beyond the rank, instead of resizing them. Such zeros stay: the
+                gradient of a row of A is a multiple of its column of B, and the other way round.
+        """
+        for parameter, value, rank_dim in ((self.lora_A, A, 0), (self.lora_B, B, 1)):
+            if parameter.shape == value.shape:
+                parameter.copy_(value)
+            elif mask:
+                parameter.zero_()
+                parameter.narrow(rank_dim, 0, value.shape[rank_dim]).copy_(value)
+            else:
+                _resize(parameter, value)
+        self.rank, self.scaling = A.shape[0], scaling
+
+    def detach(self) -> None:
+        """Take the link off: class, parameters and attributes are as they were before `attach`."""
+        del self.lora_A, self.lora_B
+        for name in ("scaling", "lora_dropout", "rank", "allowed_ranks"):
+            delattr(self, name)
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, int]:
+        """(out, in) of a plain or adapted layer of this kind."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        m, n = weight.shape
+        return (n, m) if cls.transposed else (m, n)
+
+    @classmethod
+    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, R) such that the stored weight changes by ``s·L R``."""
+        return (A.t(), B.t()) if cls.transposed else (B, A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
+        weight = self.weight.t() if self.transposed else self.weight
+        if (self.lora_dropout and self.training) or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return self.composed(x)
+        return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+
+    def composed(self, x: Tensor) -> Tensor:
+        """The same function from ordinary operations."""
+        weight = self.weight.t() if self.transposed else self.weight
+        link_input = F.dropout(x, self.lora_dropout, self.training)
+        reduced = F.linear(link_input, self.lora_A.to(x.dtype))
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        return F.linear(x, weight, bias) + self.scaling * F.linear(reduced, self.lora_B.to(x.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As any module's; a link of another permitted rank is given room first."""
+        A, B = state_dict.get(prefix + "lora_A"), state_dict.get(prefix + "lora_B")
+        if A is not None and B is not None and A.dim() == B.dim() == 2 and A.shape != self.lora_A.shape:
+            rank, ((out, _), (_, inner)) = A.shape[0], (self.lora_B.shape, self.lora_A.shape)
+            fits = A.shape[1] == inner and B.shape == (out, rank)
+            if fits and (self.allowed_ranks is None or rank in self.allowed_ranks):
+                self.put(torch.zeros(A.shape), torch.zeros(B.shape), self.scaling, mask=False)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The plain layer's, and the link's."""
+        return f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}"
+
+
+class LoRALinear(AdaptedLayer, nn.Linear):
+    """An `nn.Linear` with a link."""
+
+    plain_class = nn.Linear
+
+
+def _resize(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a Parameter a value of another shape.
+
+    A graph that is still alive (the caller's last loss) keeps the Parameter's gradient accumulator, which remembers the
+    old shape and would refuse the new gradients. Autograd drops it when the dtype changes, hence the detour.
+    """
+    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    device, dtype = parameter.device, parameter.dtype
+    parameter.grad = None
+    parameter.data = torch.empty(0, dtype=other, device=device)
+    parameter.data = value.to(device=device, dtype=dtype).contiguous().clone()

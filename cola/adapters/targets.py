@@ -1,0 +1,180 @@
+"""Which layers of a model carry the links: names, a regular expression, ``"all-linear"``, or query and value."""
+
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, refusal
+from cola.tie import TIEABLE
+
+logger = logging.getLogger("cola")
+
+#: names of query and value projections (or of a fused projection that holds them), tried in this order
+QUERY_VALUE = (
+    ("q_proj", "v_proj"),  # OPT, Llama, Mistral, Qwen, CLIP, Whisper, …
+    ("query", "value"),  # BERT, RoBERTa, ViT
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("q", "v"),  # T5
+    ("query_proj", "value_proj"),  # DeBERTa
+    ("c_attn",),  # GPT-2: query, key and value in one
+    ("query_key_value",),  # Falcon, BLOOM, GPT-NeoX
+    ("qkv_proj",),  # Phi-3
+    ("Wqkv",),  # MPT
+    ("qkv",),  # timm
+)
+# what torch.compile, DDP, FSDP and activation checkpointing put into a module's path
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside `torch.compile`, DDP and DataParallel wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def canonical(path: str) -> str:
+    """A module's or parameter's path without the wrappers' parts: the name that a chain records."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of ``model`` (wrappers removed) by canonical path; a module met twice is listed once."""
+    return {canonical(path): module for path, module in unwrap(model).named_modules()}
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The layers to adapt, by canonical path, in the model's order.
+
+    Args:
+        model: any module.
+        target_modules: as in `LinkConfig`.
+
+    Raises:
+        ValueError: nothing matches, a name matches nothing, or a match cannot carry a link; the message says why.
+    """
+    modules = modules_by_name(model)
+    if target_modules is None:
+        found = _query_value(modules)
+    elif isinstance(target_modules, str):
+        found = _all_linear(model, modules) if target_modules == "all-linear" else _by_regex(modules, target_modules)
+    else:
+        found = _by_names(modules, target_modules)
+    shared = _shared_weights(model)
+    for path, module in found.items():
+        _require_tieable(path, module, shared)
+    return found
+
+
+def named(modules: dict[str, nn.Module], name: str) -> list[str]:
+    """Paths that equal ``name`` or end in it."""
+    return [path for path in modules if path == name or path.endswith("." + name)]
+
+
+def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
+    """The message for a name that matches nothing, with the nearest names that exist."""
+    last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
+    near = difflib.get_close_matches(name, last_parts, n=3) or last_parts[:8]
+    return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
+
+
+def _query_value(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    for names in QUERY_VALUE:
+        groups = [[path for path in named(modules, name) if is_linear_map(modules[path])] for name in names]
+        if all(groups):
+            wanted = {path for group in groups for path in group}
+            return {path: module for path, module in modules.items() if path in wanted}
+    linear = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
+    raise ValueError(
+        "target_modules=None means the query and value projections, and this model has none that is known by name: "
+        f"give target_modules='all-linear' or names among {', '.join(linear[:12]) or '(no linear layer)'}"
+    )
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    ask = getattr(unwrap(model), "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    found = {}
+    for path, module in modules.items():
+        if not is_linear_map(module) or module is head:
+            continue
+        reason = refusal(module)
+        if reason is None or isinstance(module, AdaptedLayer):
+            found[path] = module  # an adapted layer goes on to the error that explains it
+        else:
+            logger.warning("target_modules='all-linear' leaves out %s: it %s", path, reason)
+    if not found:
+        raise ValueError("target_modules='all-linear': the model has no linear layer that can carry a link")
+    return found
+
+
+def _by_regex(modules: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"target_modules={pattern!r} is not a regular expression: {error}") from None
+    matches = {path: module for path, module in modules.items() if path and expression.fullmatch(path)}
+    found = {path: module for path, module in matches.items() if _has_weight(module)}
+    if not found:
+        raise ValueError(
+            unknown("target_modules", pattern, modules)
+            + " (a string is a regular expression for the whole path; for names give a list)"
+        )
+    return found
+
+
+def _by_names(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
+    if not len(names):
+        raise ValueError("target_modules=[] is empty: give names, a regular expression, 'all-linear' or None")
+    wanted = set()
+    for name in names:
+        paths = named(modules, name)
+        if not paths:
+            raise ValueError(unknown("target_modules", name, modules))
+        wanted.update(paths)
+    return {path: module for path, module in modules.items() if path in wanted}
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return "weight" in module._parameters or isinstance(getattr(module, "weight", None), torch.Tensor)
+
+
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for path, module in modules_by_name(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    return {identity: names for identity, names in owners.items() if len(names) > 1}
+
+
+def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]]) -> None:
+    reason = refusal(module)
+    if reason is not None:
+        raise ValueError(f"target_modules: layer {path!r} {reason}")
+    weight = module._parameters["weight"]
+    assert weight is not None  # refusal() has looked
+    if id(weight) in shared:
+        raise ValueError(
+            f"target_modules: the weight of {path!r} is tied ({' and '.join(shared[id(weight)])} are one tensor), so a "
+            "knot would change them all: leave the layer out, or untie the weights before"
+        )
+    if weight.is_meta:
+        raise ValueError(f"layer {path!r} has its weight on the meta device: load the weights before making a chain")
+    if weight.dtype not in TIEABLE:
+        raise ValueError(
+            f"layer {path!r} has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
+        )
+    if weight.is_inference():
+        raise ValueError(f"layer {path!r} was made under torch.inference_mode: its weight cannot be changed in place")
+
+
+__all__ = ["adapted_class", "canonical", "find_targets", "modules_by_name", "named", "unknown", "unwrap"]

@@ -1,0 +1,92 @@
+"""The chain's own counters, as one JSON text that every way of saving an optimizer carries along.
+
+It rides in ``param_groups[0]["cola"]``: scalars there survive `torch.save` with ``weights_only``, distributed
+checkpointing (flattened too), Accelerate and Lightning, all of which drop top-level keys that they do not know.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from cola.knots import KnotPolicy
+from cola.live import LiveLink
+
+#: the param-group entry
+GROUP_KEY = "cola"
+VERSION = 1
+
+
+def write(
+    steps: int, epoch: float | None, probed: list[int], stepped: Iterable[str], policy: KnotPolicy, live: LiveLink
+) -> str:
+    """The counters of a running chain.
+
+    Args:
+        steps, epoch: taken so far.
+        probed: groups whose state a probe step made.
+        stepped: group entries that are the base's state.
+        policy, live: described in full, so that `read` can tell another chain's state.
+    """
+    return json.dumps(
+        {
+            "version": VERSION,
+            "steps": steps,
+            "epoch": epoch,
+            "probed": probed,
+            "stepped": sorted(stepped),
+            "policy": policy.state_dict(),
+            "live": describe(live),
+        }
+    )
+
+
+def describe(live: LiveLink) -> dict[str, Any]:
+    """What identifies a live link, as JSON values."""
+    return {
+        "index": live.index,
+        "rank": live.rank,
+        "seed": live.seed,
+        "rounding": live.rounding,
+        "link": live.config.describe(),
+        "layers": {path: list(type(layer).shape(layer)) for path, layer in live.layers.items()},
+    }
+
+
+def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
+    """The counters in an optimizer's state dict, checked against the chain that is to go on from them.
+
+    Raises:
+        ValueError: none there, unreadable, or of another chain; the message names the first difference.
+    """
+    groups = state_dict.get("param_groups") or [{}]
+    text = groups[0].get(GROUP_KEY)
+    if not text:
+        raise ValueError(f"this state was not saved by a ChainOptimizer: param_groups[0] has no {GROUP_KEY!r} entry")
+    try:
+        saved = json.loads(text)
+        version, theirs = saved["version"], saved["live"]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
+    if version != VERSION:
+        raise ValueError(f"the state has format {version}, and this version of cola reads format {VERSION}")
+    mine = describe(live)
+    for name in ("layers", "seed", "rounding", "link"):
+        if theirs[name] != mine[name]:
+            raise ValueError(
+                f"the saved state is of another chain: {name} differs ({_difference(theirs[name], mine[name])}). "
+                "Make the ChainOptimizer with the saved run's arguments"
+            )
+    wanted = live.config.rank_of(theirs["index"])
+    if theirs["rank"] != wanted:
+        raise ValueError(
+            f"the saved link {theirs['index']} has rank {theirs['rank']}, here it would have {wanted}: "
+            "make the ChainOptimizer with the saved run's r"
+        )
+    return saved
+
+
+def _difference(saved: Any, mine: Any) -> str:
+    if not isinstance(saved, dict):
+        return f"saved {saved!r}, here {mine!r}"
+    differ = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
+    return "; ".join(f"{name}: saved {saved.get(name)!r}, here {mine.get(name)!r}" for name in differ[:3])

@@ -1,0 +1,166 @@
+"""Extend the chain: what a new link starts from. Ranks, scalings and seeded draws."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.tie import TIEABLE, key
+
+INITS = ("gaussian", "kaiming", "orthogonal", "selector")
+SCALINGS = ("constant", "alpha/r", "rslora")
+RANK_CHANGES = ("auto", "resize", "mask")
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """What each link of a chain is.
+
+    Args:
+        r: rank: an int, a sequence (one per link; the last repeats) or a callable of the link index (from 0).
+        lora_alpha: the first link's scale is ``s = lora_alpha / r``.
+        target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
+            path, ``"all-linear"`` (every linear layer but the output head), or None for query and value projections.
+        lora_dropout: probability of dropping an input of the link in training.
+        bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
+        modules_to_save: names of modules that are trained whole (heads, embeddings).
+        init: how the factor that does not start at zero is drawn: ``"gaussian"`` N(0, 1/r²); ``"kaiming"``
+            U(−1/√n, 1/√n), n its input width; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r
+            each link.
+        train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
+        scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
+            (``alpha/√r``) recompute it from each link's rank.
+        dtype: of the factors; None for fp32, and float64 on a float64 base.
+        rank_change: how a link of another rank is made: ``"resize"`` the factors, ``"mask"`` (zeros beyond the rank,
+            for shapes that may not change), or ``"auto"``: mask in a distributed run, else resize.
+        residual_device: where compensated rounding keeps its residuals; None for the weight's device.
+
+    Raises:
+        ValueError, TypeError: an argument out of range.
+
+    >>> LinkConfig(r=(8, 4)).scaling_of(1)
+    2.0
+    """
+
+    r: int | Sequence[int] | Callable[[int], int] = 8
+    lora_alpha: float = 16
+    target_modules: str | Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: Sequence[str] = field(default=())
+    init: str = "gaussian"
+    train: str = "both"
+    scaling: str = "constant"
+    dtype: torch.dtype | None = None
+    rank_change: str = "auto"
+    residual_device: str | None = "cpu"
+
+    def __post_init__(self) -> None:
+        _choice("bias", self.bias, ("none", "lora_only"))
+        _choice("init", self.init, INITS)
+        _choice("train", self.train, ("both", "A", "B"))
+        _choice("scaling", self.scaling, SCALINGS)
+        _choice("rank_change", self.rank_change, RANK_CHANGES)
+        if not callable(self.r):
+            ranks = self.r if isinstance(self.r, Sequence) else (self.r,)
+            if isinstance(ranks, str) or not len(ranks):
+                raise ValueError(
+                    f"r={self.r!r} must be a positive integer, a non-empty sequence of them, or a callable"
+                )
+            for rank in ranks:
+                _rank(rank)
+        if not isinstance(self.lora_alpha, (int, float)) or not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a positive number")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be a probability in [0, 1)")
+        if self.dtype is not None and self.dtype not in TIEABLE:
+            raise ValueError(f"dtype={self.dtype} must be one of {', '.join(map(str, TIEABLE))}")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of names, not one string")
+
+    def rank_of(self, link: int) -> int:
+        """Rank of link ``link`` (from 0)."""
+        if callable(self.r):
+            return _rank(self.r(link))
+        if isinstance(self.r, int):
+            return self.r
+        return self.r[min(link, len(self.r) - 1)]
+
+    def scaling_of(self, link: int) -> float:
+        """Scale s of link ``link``."""
+        if self.scaling == "rslora":
+            return self.lora_alpha / math.sqrt(self.rank_of(link))
+        return self.lora_alpha / self.rank_of(link if self.scaling == "alpha/r" else 0)
+
+    def known_ranks(self) -> tuple[int, ...] | None:
+        """All ranks that links can have; None if a callable decides."""
+        if callable(self.r):
+            return None
+        return (self.r,) if isinstance(self.r, int) else tuple(self.r)
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments as JSON values, for a checkpoint to compare; a callable r is not described."""
+        known = self.known_ranks()
+        targets = self.target_modules
+        return {
+            "r": "callable" if known is None else list(known),
+            "lora_alpha": float(self.lora_alpha),
+            "target_modules": targets if targets is None or isinstance(targets, str) else list(targets),
+            "lora_dropout": float(self.lora_dropout),
+            "bias": self.bias,
+            "modules_to_save": list(self.modules_to_save),
+            "init": self.init,
+            "train": self.train,
+            "scaling": self.scaling,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
+        """dtype of the factors on ``weight``."""
+        return self.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+@torch.no_grad()
+def draw(config: LinkConfig, shape: tuple[int, int], *, seed: int, link: int, layer: str) -> tuple[Tensor, Tensor]:
+    """The factors that link ``link`` of ``layer`` starts from, on the CPU in fp32.
+
+    Args:
+        config: rank, initialisation and which factor is drawn.
+        shape: (out, in) of the layer.
+        seed, link, layer: key of the draw; equal keys give equal factors everywhere.
+
+    Returns:
+        A (r×in) and B (out×r), one of them zero, so that the new link changes nothing.
+    """
+    out_features, in_features = shape
+    rank = config.rank_of(link)
+    generator = torch.Generator().manual_seed(key(seed, link, layer))
+    if config.train == "A":
+        return torch.zeros(rank, in_features), _drawn(config, rank, out_features, link, generator).t().contiguous()
+    return _drawn(config, rank, in_features, link, generator), torch.zeros(out_features, rank)
+
+
+def _drawn(config: LinkConfig, rank: int, width: int, link: int, generator: torch.Generator) -> Tensor:
+    if config.init == "gaussian":
+        return torch.randn(rank, width, generator=generator) / rank
+    if config.init == "kaiming":
+        return (2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width)
+    if config.init == "orthogonal":
+        q, upper = torch.linalg.qr(torch.randn(width, rank, generator=generator))
+        return (q * torch.sign(torch.diagonal(upper))).t().contiguous()
+    columns = (torch.arange(rank) + link * rank) % width
+    return torch.zeros(rank, width).index_put_((torch.arange(rank), columns), torch.ones(()))
+
+
+def _rank(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise ValueError(f"r={rank!r} must be a positive integer")
+    return rank
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")

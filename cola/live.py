@@ -1,0 +1,293 @@
+"""The live link: the adapters that are being trained, on the layers that carry them.
+
+It holds modules, never Parameters: frameworks replace Parameters (FSDP2) and weights, and what is looked up at
+each knot cannot be stale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cola.adapters import AdaptedLayer, adapted_class
+from cola.adapters.targets import find_targets, modules_by_name, named, unknown, unwrap
+from cola.chain import Factor
+from cola.distributed import shapes_are_free
+from cola.extend import LinkConfig, draw
+from cola.tie import ROUNDINGS, KnotError, Tie, key, overflows, residual_like, tie_, tolerance
+
+#: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".
+AUTO_ROUNDING = {
+    torch.float64: "nearest",
+    torch.float32: "nearest",
+    torch.bfloat16: "stochastic",
+    torch.float16: "stochastic",
+}
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The next link's factors and scale, drawn before anything is changed."""
+
+    pairs: Mapping[str, Pair]
+    scaling: float
+    rank: int
+
+
+class LiveLink:
+    """Puts links on a model, ties them, and takes them off.
+
+    Args:
+        model: any module; adapted in place.
+        config: what a link is.
+        rounding: ``"auto"`` or one of `cola.tie.ROUNDINGS`.
+        seed: key of all draws.
+
+    Raises:
+        ValueError: a bad target, rank or rounding; the model is untouched then.
+    """
+
+    def __init__(self, model: nn.Module, config: LinkConfig, rounding: str, seed: int) -> None:
+        if rounding != "auto" and rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={rounding!r} is unknown: choose 'auto' or one of {', '.join(ROUNDINGS)}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed={seed!r} must be an integer")
+        self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
+        self.index = 0
+        self.residuals: dict[str, Tensor] = {}
+        modules = find_targets(model, config.target_modules)
+        saved = self._modules_to_save(modules)
+        for path, module in modules.items():
+            shape, ranks = adapted_class(module).shape(module), config.known_ranks() or (config.rank_of(0),)
+            if max(ranks) > min(shape):
+                raise ValueError(
+                    f"r={max(ranks)} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
+                    f"choose r of at most {min(shape)}"
+                )
+        prepared = self._draw(0, modules)
+        # from here on nothing can fail
+        self.layers: dict[str, AdaptedLayer] = {}
+        self._requires_grad = {name: p.requires_grad for name, p in unwrap(model).named_parameters()}
+        for parameter in unwrap(model).parameters():
+            parameter.requires_grad_(False)
+        self._trained: list[tuple[nn.Module, str]] = []  # (owner, name) of what is trained beside the adapters
+        for path, module in modules.items():
+            self._attach(path, module, prepared)
+            if config.bias == "lora_only" and module._parameters.get("bias") is not None:
+                self._trained.append((module, "bias"))
+        for module in saved:
+            for owner in module.modules():
+                self._trained += [(owner, name) for name, p in owner._parameters.items() if p is not None]
+        for parameter in self.trained().values():
+            parameter.requires_grad_(True)
+
+    # what it holds
+
+    def adapters(self) -> list[nn.Parameter]:
+        """The factors that are trained, A before B, in the model's order."""
+        names = {"both": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}[self.config.train]
+        return [getattr(layer, name) for layer in self.layers.values() for name in names]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters trained beside the adapters, by canonical path; they live through every knot."""
+        wanted = {(id(owner), name) for owner, name in self._trained}
+        return {
+            f"{path}.{name}" if path else name: parameter
+            for path, module in modules_by_name(self.model).items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and (id(module), name) in wanted
+        }
+
+    @property
+    def rank(self) -> int:
+        """The link's rank."""
+        return next(iter(self.layers.values())).rank
+
+    @property
+    def scaling(self) -> float:
+        """The link's s."""
+        return next(iter(self.layers.values())).scaling
+
+    def rounding_of(self, path: str) -> str:
+        """How ties of one layer are rounded."""
+        return AUTO_ROUNDING[self.layers[path].weight.dtype] if self.rounding == "auto" else self.rounding
+
+    def is_zero(self) -> bool:
+        """Whether the link changes nothing (it has not been trained)."""
+        zero_first = "lora_A" if self.config.train == "A" else "lora_B"
+        return not any(getattr(layer, zero_first).any().item() for layer in self.layers.values())
+
+    # a knot, in the order in which the optimizer calls
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Refuse to tie what would damage the weights.
+
+        Raises:
+            KnotError: a factor or the sum is not finite in the weight's dtype; names the layer.
+        """
+        for path, layer in self.layers.items():
+            for name, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
+                if not torch.isfinite(factor).all():
+                    raise KnotError(
+                        f"link {self.index} is not tied: lora_{name} of layer {path!r} has non-finite values. The "
+                        "base weights are untouched: go back to a checkpoint, or drop the link by finish(merge=False)"
+                    )
+            left, right = layer.factors(layer.lora_A, layer.lora_B)
+            if overflows(layer.weight, left, right, layer.scaling):
+                raise KnotError(
+                    f"link {self.index} is not tied: W + sBA of layer {path!r} is not finite in {layer.weight.dtype}. "
+                    "The weights are untouched: use a smaller learning rate or a bf16 base"
+                )
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Pair]:
+        """Copies of the factors, cut to the link's rank, on their device."""
+        return {
+            path: (layer.lora_A[: layer.rank].clone(), layer.lora_B[:, : layer.rank].clone())
+            for path, layer in self.layers.items()
+        }
+
+    def factors(self, snapshot: Mapping[str, Pair]) -> dict[str, Factor]:
+        """The snapshot as the ledger keeps it."""
+        return {
+            path: Factor(A.cpu(), B.cpu(), self.layers[path].scaling, self.rounding_of(path))
+            for path, (A, B) in snapshot.items()
+        }
+
+    def present(self, snapshot: Mapping[str, Pair]) -> Prepared:
+        """The present link in the form of `prepare`'s, to go back to."""
+        return Prepared(snapshot, self.scaling, self.rank)
+
+    def prepare(self, index: int) -> Prepared:
+        """Draw link ``index``; changes nothing."""
+        return self._draw(index, dict(self.layers))
+
+    @torch.no_grad()
+    def begin(self, index: int, prepared: Prepared) -> None:
+        """Put link ``index`` in the place of the present one: same Parameters, new values, no gradients."""
+        for path, layer in self.layers.items():
+            mask, room = self._masks(layer), layer.lora_A.shape[0]
+            if mask and prepared.rank > room:
+                raise KnotError(
+                    f"link {index} has rank {prepared.rank}, above the {room} of the first link, and shapes may not "
+                    "change here: give the largest rank first"
+                )
+            layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
+            layer.lora_A.grad = layer.lora_B.grad = None
+        self.index = index
+
+    def resume(self, index: int) -> None:
+        """Say that the factors at hand are link ``index``'s: the model's state dict has brought their values, or will.
+
+        Factors of another rank are replaced by that link's draw, so that there is room for the values to come.
+        """
+        prepared = self.prepare(index)
+        self.index = index
+        for path, layer in self.layers.items():
+            mask = self._masks(layer)
+            if mask or layer.lora_A.shape[0] == prepared.rank:
+                layer.rank, layer.scaling = prepared.rank, prepared.scaling
+            else:
+                layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
+
+    def tie(self, index: int, snapshot: Mapping[str, Pair], scaling: float) -> dict[str, Tie]:
+        """Add the snapshot of link ``index`` to the weights, in place.
+
+        Raises:
+            KnotError: a stored weight is farther from the exact sum than rounding explains.
+        """
+        ties = {}
+        for path, (A, B) in snapshot.items():
+            layer = self.layers[path]
+            left, right = layer.factors(A, B)
+            rounding = self.rounding_of(path)
+            if rounding == "compensated" and path not in self.residuals:
+                device = self.config.residual_device or layer.weight.device
+                self.residuals[path] = residual_like(layer.weight, device)
+            ties[path] = tie_(
+                layer.weight.detach(),
+                left,
+                right,
+                scaling,
+                rounding=rounding,
+                seed=key(self.seed, index, path, "rounding"),
+                residual=self.residuals.get(path) if rounding == "compensated" else None,
+            )
+            limit = tolerance(layer.weight, ties[path], A.shape[0])
+            if not ties[path].deviation <= limit:
+                raise KnotError(
+                    f"link {index}: the tied weight of layer {path!r} is {ties[path].deviation:.3g} from W + sBA, and "
+                    f"rounding to {layer.weight.dtype} explains {limit:.3g}: were its weights finite before?"
+                )
+        return ties
+
+    def require_extended(self, snapshot: Mapping[str, Pair]) -> None:
+        """Check what a new link must be: one factor zero, and the drawn one not the old one.
+
+        Raises:
+            KnotError: it is not.
+        """
+        zero, drawn = ("lora_A", "lora_B") if self.config.train == "A" else ("lora_B", "lora_A")
+        for path, layer in self.layers.items():
+            old = snapshot[path][1 if drawn == "lora_B" else 0]
+            new = getattr(layer, drawn)
+            if getattr(layer, zero).any() or (new.shape == old.shape and torch.equal(new, old)):
+                raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
+
+    def detach(self) -> None:
+        """Take the link off the model: classes, state-dict keys and ``requires_grad`` are as before."""
+        for layer in self.layers.values():
+            layer.detach()
+        for name, parameter in unwrap(self.model).named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+
+    # inside
+
+    def _masks(self, layer: AdaptedLayer) -> bool:
+        change = self.config.rank_change
+        return change == "mask" or (change == "auto" and not shapes_are_free(layer.lora_A))
+
+    def _attach(self, path: str, module: nn.Module, prepared: Prepared) -> None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        dtype = self.config.dtype_for(weight)
+        kind = adapted_class(module)
+        A, B = (factor.to(device=weight.device, dtype=dtype) for factor in prepared.pairs[path])
+        module.__class__ = kind
+        assert isinstance(module, AdaptedLayer)
+        module.attach(A, B, prepared.scaling, self.config.lora_dropout)
+        module.allowed_ranks = self.config.known_ranks()
+        frozen = {"both": (), "A": ("lora_B",), "B": ("lora_A",)}[self.config.train]
+        for name in frozen:
+            getattr(module, name).requires_grad_(False)
+        self.layers[path] = module
+
+    def _draw(self, index: int, modules: Mapping[str, nn.Module]) -> Prepared:
+        pairs = {}
+        for path, module in modules.items():
+            kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
+            shape = kind.shape(module)
+            rank = self.config.rank_of(index)
+            if rank > min(shape):
+                raise ValueError(f"r={rank} of link {index} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
+            pairs[path] = draw(self.config, shape, seed=self.seed, link=index, layer=path)
+        return Prepared(pairs, self.config.scaling_of(index), self.config.rank_of(index))
+
+    def _modules_to_save(self, targets: Mapping[str, nn.Module]) -> list[nn.Module]:
+        modules = modules_by_name(self.model)
+        found: list[nn.Module] = []
+        for name in self.config.modules_to_save:
+            paths = named(modules, name)
+            if not paths:
+                raise ValueError(unknown("modules_to_save", name, modules))
+            for path in paths:
+                inside = [t for t in targets if t == path or t.startswith(path + ".")]
+                if inside:
+                    raise ValueError(
+                        f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
+                    )
+                found.append(modules[path])
+        return found

@@ -1,0 +1,454 @@
+"""ChainOptimizer: the one place that knows the order  step → knot? → tie → record → extend → reset."""
+
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cola import counters, interrupts
+from cola.adapters.targets import unwrap
+from cola.chain import Chain, KnotReport, LayerReport, Link
+from cola.distributed import agreed_mean
+from cola.extend import LinkConfig
+from cola.knots import KnotPolicy, Signal
+from cola.live import LiveLink
+from cola.reset import GroupWatch, adopt, fresh_instance, is_fresh
+from cola.tie import KnotError, Tie
+from cola.watch import LossWatch
+
+logger = logging.getLogger("cola")
+
+
+class ChainOptimizer(Optimizer):
+    """Train a chain of LoRAs with any base optimizer (Chain of LoRA, Algorithm 1).
+
+    Puts a low-rank link ``W x + s·B A x`` on the target layers, hands the factors to the base optimizer, and after
+    each real `step` asks the policy whether to tie a knot: then ``W ← W + s·B A``, A is drawn anew, B is zero, and the
+    base optimizer's state for the factors is as new. What else is trained (biases, ``modules_to_save``) keeps its own.
+
+    Args:
+        base: an optimizer class, or any callable ``params -> Optimizer``.
+        model: any module; adapted in place, and its other parameters are frozen until `finish`.
+        policy: when to tie.
+        link: what a link is.
+        rounding: of a tie: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest for
+            fp32 and fp64 weights and the measured best for half precision.
+        seed: key of all draws. No global random state is read or changed.
+        keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
+        **base_kwargs: for ``base``.
+
+    Attributes:
+        base: the wrapped optimizer; ``param_groups``, ``state`` and ``defaults`` are its own.
+        chain: the tied links.
+        policy: as given.
+        steps: real optimizer steps so far.
+
+    Raises:
+        TypeError: ``base`` or ``policy`` is not what it should be.
+        ValueError: a target, rank or option that cannot be; the model is untouched then.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> from cola import StepKnots
+    >>> opt = ChainOptimizer(
+    ...     torch.optim.AdamW, model, StepKnots(every=2), link=LinkConfig(r=1, target_modules="all-linear")
+    ... )
+    >>> for _ in range(5):
+    ...     model(torch.ones(3, 4)).square().mean().backward()
+    ...     opt.step()
+    ...     opt.zero_grad()
+    >>> report = opt.finish()
+    >>> len(opt.chain), type(model[0]).__name__
+    (3, 'Linear')
+    """
+
+    def __init__(
+        self,
+        base: Callable[..., Optimizer],
+        model: nn.Module,
+        policy: KnotPolicy,
+        *,
+        link: LinkConfig = LinkConfig(),  # noqa: B008 (frozen)
+        rounding: str = "auto",
+        seed: int = 0,
+        keep_links: bool = True,
+        **base_kwargs: Any,
+    ) -> None:
+        _require_base(base)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} must be an nn.Module (not its parameters)")
+        if not isinstance(policy, KnotPolicy):
+            raise TypeError(
+                f"policy={policy!r} must be a KnotPolicy object, e.g. PlateauKnots() or "
+                "EvenKnots(length=3, total_steps=n); for a single link use NeverKnots()"
+            )
+        if not isinstance(link, LinkConfig):
+            raise TypeError(f"link={link!r} must be a LinkConfig")
+        self._factory, self._base_kwargs = base, base_kwargs
+        self.policy = policy
+        self.live = LiveLink(model, link, rounding, seed)
+        try:
+            self.base = self._make_base()
+        except BaseException:
+            self.live.detach()
+            raise
+        self.chain = Chain(keep=keep_links)
+        self.steps = 0
+        self.finished = False
+        self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
+        self._groups = GroupWatch()
+        self._losses = LossWatch(unwrap(model))
+        self._listeners: list[Callable[[KnotReport], None]] = []
+        self._loss: Tensor | None = None
+        self._epoch: float | None = None
+        super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
+
+    # the base's groups and state are ours
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's. Group 0 holds the adapters, group 1 (if any) what is trained beside them."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was given."""
+        return self.live.model
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the caller's own to the base; no knot touches them."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> None:
+        """Pass on to bases that have modes (schedule-free)."""
+        self._mode("train")
+
+    def eval(self) -> None:
+        """Pass on to bases that have modes (schedule-free)."""
+        self._mode("eval")
+
+    # training
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base, then a knot if the policy asks for one.
+
+        Steps without any gradient, and probe steps (all learning rates and all gradients zero, as distributed
+        checkpointing takes to create state), reach the base and do not count.
+
+        Args:
+            closure: as for the base.
+
+        Returns:
+            What the base returns.
+
+        Raises:
+            KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
+            RuntimeError: after `finish`.
+        """
+        self._require_running("step()")
+        args: tuple[Any, ...] = (closure,)
+        kwargs: dict[str, Any] = {}
+        for before_step in list(self._optimizer_step_pre_hooks.values()):
+            replaced = before_step(self, args, kwargs)
+            if replaced is not None:
+                args, kwargs = replaced
+        closure = args[0] if args else kwargs.get("closure")
+        probe = closure is None and not self._moves()
+        if probe:
+            self._probed = self._stateless_groups()
+        elif self._probed:
+            groups = [self.param_groups[i] for i in self._probed]
+            self._adopt(self._fresh(groups), groups)
+        groups = self._groups.before(self.param_groups)
+        result = self.base.step() if closure is None else self.base.step(closure)
+        self._groups.after(groups, self.param_groups)
+        if not probe:
+            self._after_real_step(result)
+        for after_step in list(self._optimizer_step_post_hooks.values()):
+            after_step(self, args, kwargs)
+        return result
+
+    step.hooked = True  # type: ignore[attr-defined]  # runs its own hooks; global ones run once, in the base's step
+
+    def observe(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
+        """Tell the policy of the coming step's loss (several calls are averaged) or of the epochs completed.
+
+        Not needed for the loss where the model's output has ``.loss`` in training mode, or the step gets a closure.
+        """
+        if epoch is not None:
+            self._epoch = float(epoch)
+        if loss is not None:
+            self._losses.tell(loss)
+
+    def on_knot(self, fn: Callable[[KnotReport], None]) -> Callable[[KnotReport], None]:
+        """Call ``fn(report)`` after every knot; usable as a decorator."""
+        if not callable(fn):
+            raise TypeError(f"on_knot(fn={fn!r}) needs a callable that takes a KnotReport")
+        self._listeners.append(fn)
+        return fn
+
+    def tie(self) -> KnotReport:
+        """Tie a knot now and extend the chain, whatever the policy says.
+
+        Raises:
+            KnotError: the link is not finite, or an invariant of the knot does not hold.
+            RuntimeError: after `finish`.
+        """
+        self._require_running("tie()")
+        return self._knot(extend=True)
+
+    def finish(self, merge: bool = True) -> KnotReport | None:
+        """Tie the last link and give the model back: its own classes, state-dict keys and ``requires_grad``.
+
+        Args:
+            merge: False drops the live link instead of tying it.
+
+        Returns:
+            The last knot's report; None if the live link was untrained or dropped.
+
+        Raises:
+            KnotError: the link is not finite; the model is untouched and still chained.
+            RuntimeError: called twice.
+        """
+        self._require_running("finish()")
+        report = self._knot(extend=False) if merge and not self.live.is_zero() else None
+        plan = self.policy.unreached(self.steps)
+        if plan:
+            logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
+        self._losses.remove()
+        self.live.detach()
+        self.finished = True
+        return report
+
+    # saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict; the chain's counters and the policy ride in ``param_groups[0]["cola"]`` as JSON."""
+        for before in list(self._optimizer_state_dict_pre_hooks.values()):
+            before(self)
+        self.param_groups[0][counters.GROUP_KEY] = counters.write(
+            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live
+        )
+        state = self.base.state_dict()
+        for after in list(self._optimizer_state_dict_post_hooks.values()):
+            replaced = after(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. The model's own state dict brings the weights and the live link.
+
+        Raises:
+            ValueError: the state is not a chain's, or of another chain (seed, ranks, layers); nothing is changed then.
+        """
+        state_dict = dict(state_dict)
+        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saved = counters.read(state_dict, self.live)
+        self.policy.load_state_dict(saved["policy"])
+        self.base.load_state_dict(state_dict)
+        self.live.resume(saved["live"]["index"])
+        self.chain.resume(self.live.index)
+        self.steps, self._epoch = saved["steps"], saved["epoch"]
+        self._probed, self._groups.changed = saved["probed"], set(saved["stepped"])
+        for after in list(self._optimizer_load_state_dict_post_hooks.values()):
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # like torch's optimizers: hooks, and the wrapper that a scheduler puts around step, stay behind
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name != "step" and name != "_listeners" and not name.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._listeners = []
+        super().__setstate__({})
+
+    def __repr__(self) -> str:
+        return f"ChainOptimizer(link {self.live.index}, r={self.live.rank}, {self.policy!r}, base={self.base!r})"
+
+    # inside
+
+    def _make_base(self) -> Optimizer:
+        adapters, others = self.live.adapters(), list(self.live.trained().values())
+        groups = [{"params": adapters}, {"params": others}] if others else [{"params": adapters}]
+        base = self._new_base(groups)
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base={self._factory!r} returned {type(base).__name__}, not a torch.optim.Optimizer")
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        if held != {id(p) for p in (*adapters, *others)}:
+            raise ValueError(f"base={self._factory!r} did not take the parameters it was given: it must train them all")
+        if isinstance(base, torch.optim.SparseAdam):
+            raise ValueError("base=SparseAdam needs sparse gradients, and a link's are dense: use torch.optim.Adam")
+        base.param_groups[0][counters.GROUP_KEY] = ""
+        return base
+
+    def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return self._factory(groups, **self._base_kwargs)
+
+    def _after_real_step(self, result: Any) -> None:
+        self.steps += 1
+        self._probed = []
+        self._loss = self._losses.take(result)
+        signal = Signal(self.steps, self._epoch, self._loss, agreed_mean)
+        if self.policy.update(signal):
+            self._knot(extend=True)
+
+    def _knot(self, *, extend: bool) -> KnotReport:
+        """All that can fail comes first, on copies; then the weights change."""
+        started = time.perf_counter()
+        self._require_live_groups()
+        live, index = self.live, self.live.index
+        modes = self._leave_training_mode()
+        try:
+            live.check()
+            snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
+            factors = live.factors(snapshot) if self.chain.keep else {}
+            trained = {path: p.detach().cpu().clone() for path, p in live.trained().items()}
+            fresh = self._extend(index + 1, snapshot) if extend else None
+        except BaseException:
+            self._mode(modes)
+            raise
+        with interrupts.deferred():
+            ties = live.tie(index, snapshot, scaling)
+            if fresh is not None:
+                self._adopt(fresh, self._adapter_groups())
+                self._mode(modes)
+            report = self._report(index, rank, ties, started)
+            self.chain.append(Link(index, live.seed, factors, trained, report))
+            self.policy.knotted(self.steps)
+        if fresh is not None:
+            live.require_extended(snapshot)
+            if not is_fresh(self.base, fresh, live.adapters()):
+                raise KnotError(f"link {index + 1}: the base optimizer kept state of link {index}: please report this")
+        logger.info("%s", report)
+        for listener in self._listeners:
+            listener(report)
+        return report
+
+    def _extend(self, index: int, snapshot: Any) -> Optimizer:
+        """Begin link ``index`` and make its fresh base state; on failure the present link is put back as it was."""
+        live = self.live
+        prepared, present = live.prepare(index), live.present(snapshot)
+        grads = [p.grad for p in live.adapters()]
+        try:
+            live.begin(index, prepared)
+            return self._fresh(self._adapter_groups())
+        except BaseException:
+            live.begin(index - 1, present)
+            for parameter, grad in zip(live.adapters(), grads):
+                parameter.grad = grad
+            raise
+
+    def _fresh(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return fresh_instance(self._new_base, groups, self._groups.changed, drop=(counters.GROUP_KEY,))
+
+    def _adopt(self, fresh: Optimizer, groups: list[dict[str, Any]]) -> None:
+        adopt(self.base, fresh, groups, self._groups.changed)
+
+    def _stateless_groups(self) -> list[int]:
+        state = self.base.state
+        return [i for i, group in enumerate(self.param_groups) if not any(state.get(p) for p in group["params"])]
+
+    def _adapter_groups(self) -> list[dict[str, Any]]:
+        mine = {id(p) for p in self.live.adapters()}
+        return [group for group in self.param_groups if any(id(p) in mine for p in group["params"])]
+
+    def _report(self, index: int, rank: int, ties: dict[str, Tie], started: float) -> KnotReport:
+        return KnotReport(
+            index=index,
+            step=self.steps,
+            rank=rank,
+            delta_norm=sum(t.delta**2 for t in ties.values()) ** 0.5,
+            lost_norm=sum(t.lost**2 for t in ties.values()) ** 0.5,
+            loss=None if self._loss is None else float(self._loss),
+            seconds=time.perf_counter() - started,
+            layers={path: LayerReport(t.delta, t.lost, self.live.rounding_of(path)) for path, t in ties.items()},
+        )
+
+    def _moves(self) -> bool:
+        """Whether the coming step is a real one: some gradient, and not all of learning rates and gradients zero."""
+        groups = self.param_groups
+        if all(p.grad is None for group in groups for p in group["params"]):
+            return False
+        if any(not _is_zero(group.get("lr", 1.0)) for group in groups):
+            return True
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return any(bool(torch.count_nonzero(grad)) for grad in grads)
+
+    def _leave_training_mode(self) -> str:
+        """Let a base with modes put the parameters that evaluation sees in place; returns the mode to go back to."""
+        training = self.param_groups[0].get("train_mode", True)
+        self._mode("eval")
+        return "train" if training else "eval"
+
+    def _mode(self, mode: str) -> None:
+        switch = getattr(self.base, mode, None)
+        if callable(switch):
+            switch()
+
+    def _require_running(self, call: str) -> None:
+        if self.finished:
+            raise RuntimeError(f"{call} after finish(): this chain is complete; make a new ChainOptimizer to go on")
+
+    def _require_live_groups(self) -> None:
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        for path, layer in self.live.layers.items():
+            for name in ("lora_A", "lora_B"):
+                p = getattr(layer, name)
+                if p.requires_grad and id(p) not in held:
+                    raise KnotError(
+                        f"param_groups do not hold {name} of layer {path!r}: the model's parameters were replaced "
+                        "after the ChainOptimizer was made, so this layer is not trained; make it after that"
+                    )
+
+
+def _require_base(base: Any) -> None:
+    if isinstance(base, Optimizer):
+        name = type(base).__name__
+        raise TypeError(
+            f"base={name}(...) is an optimizer instance: pass the class and its arguments, "
+            f"ChainOptimizer({name}, model, policy, lr=...)"
+        )
+    if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
+        raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")
+
+
+def _is_zero(lr: Any) -> bool:
+    if isinstance(lr, Tensor):
+        return lr.device.type == "cpu" and bool((lr == 0).all())  # reading it elsewhere would wait for the device
+    return lr == 0
