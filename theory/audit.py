@@ -35,9 +35,7 @@ def two_sided(run: Run) -> Check:
     tolerance = pairing_rounding(run) + 2 * value_rounding(run) / (eta * run.T)
     kind = "attained: lower end above 0" if low > 0 else "upper side only: lower end below 0"
     centre, half = (low + high) / 2, (high - low) / 2
-    return at_most(
-        "two-sided law", abs(seen - centre), half, tolerance, detail=f"[{low:.4g}, {high:.4g}] {kind}"
-    )
+    return at_most("two-sided law", abs(seen - centre), half, tolerance, detail=f"[{low:.4g}, {high:.4g}] {kind}")
 
 
 def _constant_step(run: Run) -> float:
@@ -81,9 +79,7 @@ def theorem(run: Run, constant: float, name: str) -> Check:
     """``avg g <= constant * s + eps`` at the theorem's step, the statement of Theorem 4.1 for ``constant``
     2.
     """
-    return _bounded(
-        name, run, constant * run.scale + _error_term(run), detail=f"avg/s = {run.average / run.scale:.4f}"
-    )
+    return _bounded(name, run, constant * run.scale + _error_term(run), detail=f"avg/s = {run.average / run.scale:.4f}")
 
 
 def constant_step(run: Run) -> Check:
@@ -124,9 +120,7 @@ def short_step(run: Run) -> Check:
     """``min g <= max(2 h_1, beta D^2)/sqrt(T)`` for the short step with the full gradient."""
     p = run.problem
     bound = bounds.short_step_bound(p.M, p.beta, run.oracle.diameter, run.T)
-    return at_most(
-        "short-step bound", run.smallest, bound, pairing_rounding(run), vacuous=_silent(run, bound)
-    )
+    return at_most("short-step bound", run.smallest, bound, pairing_rounding(run), vacuous=_silent(run, bound))
 
 
 def audit(run: Run) -> list[Check]:
@@ -146,12 +140,7 @@ def audit(run: Run) -> list[Check]:
         out.append(sharp(run))
     else:
         out.append(weighted(run))
-        if (
-            isinstance(run.step, ShortStep)
-            and not run.estimator.noisy
-            and run.oracle.exact
-            and not _erring(run)
-        ):
+        if isinstance(run.step, ShortStep) and not run.estimator.noisy and run.oracle.exact and not _erring(run):
             out.append(short_step(run))
     return out
 

@@ -87,9 +87,7 @@ def _copt() -> tuple[Any, Any]:
     return minimize_frank_wolfe, TraceBall
 
 
-def run_copt(
-    loss: Loss, shape: tuple[int, int], delta: float, eta: float, T: int
-) -> tuple[np.ndarray, float]:
+def run_copt(loss: Loss, shape: tuple[int, int], delta: float, eta: float, T: int) -> tuple[np.ndarray, float]:
     """copt's Frank-Wolfe on the trace ball with a constant step; returns the final matrix and the average
     gap.
     """
@@ -213,14 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (default 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the data (default 0)")
     parser.add_argument("--quick", action="store_true", help="the smallest dense problem only")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/fw_bench"), metavar="DIR", help="where results go"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/fw_bench"), metavar="DIR", help="where results go")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
-        parser.error(
-            f"--rounds must be at least 1, got {options.rounds}: give the number of interleaved rounds"
-        )
+        parser.error(f"--rounds must be at least 1, got {options.rounds}: give the number of interleaved rounds")
     from tqdm import tqdm
 
     rows = []
@@ -244,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # the oracles stop at a residual, so that trajectories differ a little; one percent is far above that
     apart = [row for row in rows if abs(row.average - row.copt_average) > 0.01 * row.copt_average]
     for row in apart:
-        print(
-            f"FAIL {row.name}: average gaps {row.average:.6g} and {row.copt_average:.6g} differ by over 1 %"
-        )
+        print(f"FAIL {row.name}: average gaps {row.average:.6g} and {row.copt_average:.6g} differ by over 1 %")
     return 1 if apart else 0
 
 

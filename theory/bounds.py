@@ -85,9 +85,7 @@ def short_step_bound(h1: float, beta: float, D: float, T: int) -> float:
     return max(2 * h1, beta * D**2) / math.sqrt(T)
 
 
-def shortest_telling_run(
-    M: float, beta: float, D: float, g1: float, constant: float = FROM_SUBOPTIMALITY
-) -> int:
+def shortest_telling_run(M: float, beta: float, D: float, g1: float, constant: float = FROM_SUBOPTIMALITY) -> int:
     """The least T at which ``constant * s < g_1``; for shorter runs the bound says less than the first gap
     does.
     """

@@ -82,9 +82,7 @@ def value_rounding(run: Run) -> float:
     """
     terms = math.log2(max(2, math.prod(run.oracle.shape))) + 8
     size = run.problem.magnitude if run.problem.magnitude is not None else 0.0
-    return (
-        unit(run) * terms * (max(size, float(np.abs(run.value).max())) + float(np.abs(run.gap_upper).max()))
-    )
+    return unit(run) * terms * (max(size, float(np.abs(run.value).max())) + float(np.abs(run.gap_upper).max()))
 
 
 def pairing_rounding(run: Run) -> float:
@@ -94,9 +92,7 @@ def pairing_rounding(run: Run) -> float:
     The gap is a difference, so both errors are relative to its terms, the support and the pairing with
     ``W_t``.
     """
-    size = float(
-        np.max(np.abs(run.support) + np.abs(run.gap_upper) + np.abs(run.descent) + np.abs(run.error))
-    )
+    size = float(np.max(np.abs(run.support) + np.abs(run.gap_upper) + np.abs(run.descent) + np.abs(run.error)))
     return 32 * max(run.oracle.shape) * unit(run) * size
 
 
@@ -246,9 +242,7 @@ def dense_gap(run: Run) -> Check:
     """
     set_, worst, detail, tolerance = run.problem.oracle, 0.0, "", pairing_rounding(run)
     if not _small(run) or not run.snapshots:
-        return Check(
-            "gap = dense SVD", VACUOUS, 0.0, math.nan, 0.0, "too large for a dense SVD, or no snapshots"
-        )
+        return Check("gap = dense SVD", VACUOUS, 0.0, math.nan, 0.0, "too large for a dense SVD, or no snapshots")
     for t, W in run.snapshots:
         G = run.problem.gradient(W)
         array = G.toarray() if isinstance(G, ObservedMatrix) else G

@@ -22,9 +22,7 @@ class _Corrupted(Oracle):
 
     def __init__(self, oracle: Oracle, adversary: str):
         if not oracle.exact:
-            raise ValueError(
-                f"oracle must be exact, got {oracle!r}: an error can only be planted over a known minimum"
-            )
+            raise ValueError(f"oracle must be exact, got {oracle!r}: an error can only be planted over a known minimum")
         if adversary not in ADVERSARIES:
             raise ValueError(f'adversary must be "away" or "stall", got {adversary!r}: pick one of them')
         self.oracle, self.adversary = oracle, adversary
@@ -34,9 +32,7 @@ class _Corrupted(Oracle):
     def _worse(self, G: Gradient, at: Point, rng: np.random.Generator, best: Answer, error: float) -> Answer:
         """Move the best vertex towards the adversary's target until it has lost ``error``."""
         if isinstance(G, ObservedMatrix) or not isinstance(at, DensePoint):
-            raise ValueError(
-                f"G must be a dense array, got {type(G).__name__}: errors are planted in dense points"
-            )
+            raise ValueError(f"G must be a dense array, got {type(G).__name__}: errors are planted in dense points")
         V = best.vertex.dense() if isinstance(best.vertex, LowRank) else best.vertex
         if self.adversary == "away":
             opposite = self.oracle(-G, at=at, rng=rng)

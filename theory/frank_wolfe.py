@@ -144,9 +144,7 @@ def frank_wolfe(
     reference = problem.oracle
     oracle = reference if oracle is None else oracle
     if oracle.shape != reference.shape:
-        raise ValueError(
-            f"oracle must answer for shape {reference.shape}, got {oracle.shape}: give the problem's set"
-        )
+        raise ValueError(f"oracle must answer for shape {reference.shape}, got {oracle.shape}: give the problem's set")
     # three independent streams, so that a different oracle never changes the batches that a run sees
     batches, answers, measuring = np.random.default_rng(seed).spawn(3)
     estimate = gradient.begin(problem, batches)
@@ -199,9 +197,7 @@ def _difference(seen: Gradient, G: Gradient) -> float:
     """``|seen - G|_F`` for dense gradients."""
     if isinstance(seen, np.ndarray) and isinstance(G, np.ndarray):
         return norm(seen - G)
-    raise ValueError(
-        f"G must be dense to measure its noise, got {type(seen).__name__} and {type(G).__name__}"
-    )
+    raise ValueError(f"G must be dense to measure its noise, got {type(seen).__name__} and {type(G).__name__}")
 
 
 def _trial(problem: Problem, W: Point, V: Vertex) -> Callable[[float], float]:

@@ -43,20 +43,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seeds", type=int, default=8, metavar="N", help="runs per rung of a ladder")
     out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
     out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive oracle errors")
-    out.add_argument(
-        "--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps"
-    )
+    out.add_argument("--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps")
     out.add_argument("--batch", nargs="+", type=int, metavar="B", help="batch sizes of the gradient")
-    out.add_argument(
-        "--sigma", type=float, default=2.0, help="noise for --batch where the problem draws no batches"
-    )
-    out.add_argument(
-        "--out", type=Path, default=Path("runs/fw_gap"), metavar="DIR", help="results and pictures"
-    )
+    out.add_argument("--sigma", type=float, default=2.0, help="noise for --batch where the problem draws no batches")
+    out.add_argument("--out", type=Path, default=Path("runs/fw_gap"), metavar="DIR", help="results and pictures")
     out.add_argument("--list", action="store_true", help="list instances and step rules, and stop")
-    out.add_argument(
-        "--no-plots", action="store_true", help="write no pictures (matplotlib is then not needed)"
-    )
+    out.add_argument("--no-plots", action="store_true", help="write no pictures (matplotlib is then not needed)")
     return out
 
 
@@ -129,9 +121,7 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
             oracle = suite.oracle_maker(kind, epsilon, rho)
             gradient = None if batch is None else Minibatch(batch)
             cell = partial(suite.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag)
-            yield Task(
-                name + tag, partial(_cell, cell, name if not tag else None, STEPS[rule], horizons, seeds)
-            )
+            yield Task(name + tag, partial(_cell, cell, name if not tag else None, STEPS[rule], horizons, seeds))
 
 
 def _cell(
@@ -197,9 +187,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
     ladders: dict[str, dict[str, list]] = {"epsilon": {}, "rho": {}, "batch": {}}
     for r in records:
         if r.kind in ladders:
-            ladders[r.kind].setdefault(r.label.split()[2] if r.kind != "batch" else "batch", []).extend(
-                r.rungs
-            )
+            ladders[r.kind].setdefault(r.label.split()[2] if r.kind != "batch" else "batch", []).extend(r.rungs)
     if ladders["epsilon"] or ladders["rho"]:
         paths.append(plots.oracle_ladders(ladders["epsilon"], ladders["rho"], out / "epsilon_ladder.png"))
     if ladders["batch"]:

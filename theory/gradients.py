@@ -80,9 +80,7 @@ class Minibatch(Estimator):
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
         """Draws anew at every step."""
         source, batch = _stochastic(problem, "Minibatch"), self.batch
-        return lambda t, W, G: source.batch_gradient(
-            W, source.draw(rng, batch(t) if callable(batch) else batch)
-        )
+        return lambda t, W, G: source.batch_gradient(W, source.draw(rng, batch(t) if callable(batch) else batch))
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,7 @@ def rate_check(runs: Sequence[Run], tolerance: float = 0.03) -> Check:
     slope = fitted_slope([run.T for run in runs], [run.average for run in runs])
     off = abs(slope + 0.5)
     margin = (tolerance - off) / tolerance
-    return Check(
-        "slope -1/2", PASS if off <= tolerance else FAIL, margin, slope, -0.5, f"fitted slope {slope:.4f}"
-    )
+    return Check("slope -1/2", PASS if off <= tolerance else FAIL, margin, slope, -0.5, f"fitted slope {slope:.4f}")
 
 
 def flatness_check(runs: Sequence[Run], factor: float = 1.3) -> list[Check]:
@@ -110,9 +108,7 @@ def flatness_check(runs: Sequence[Run], factor: float = 1.3) -> list[Check]:
     return out
 
 
-def _ladder(
-    settings: Sequence[float], seeds: Sequence[int], build: Callable[[float, int], Run]
-) -> list[Rung]:
+def _ladder(settings: Sequence[float], seeds: Sequence[int], build: Callable[[float, int], Run]) -> list[Rung]:
     rungs = []
     for setting in settings:
         runs = [build(setting, seed) for seed in seeds]
@@ -163,9 +159,7 @@ def rho_ladder(
     rungs = _ladder(rhos, seeds, build)
     for rung in rungs:
         ratio = [run.average / run.scale for run in rung.runs]
-        rung.checks.append(
-            expected_at_most(f"E avg g / s <= 1.5 / rho ({adversary})", ratio, 1.5 / rung.setting)
-        )
+        rung.checks.append(expected_at_most(f"E avg g / s <= 1.5 / rho ({adversary})", ratio, 1.5 / rung.setting))
     return rungs
 
 
@@ -237,9 +231,7 @@ def batch_ladder(
         if len(seeds) > 1:
             verdict = PASS if abs(off.mean) <= off.half else FAIL
             checks.append(
-                Check(
-                    f"two-batch gap unbiased (b = {b})", verdict, off.half - abs(off.mean), off.mean, off.half
-                )
+                Check(f"two-batch gap unbiased (b = {b})", verdict, off.half - abs(off.mean), off.mean, off.half)
             )
         extra = {"reported": interval(reported), "two batches": interval(unbiased)}
         extra["bound"] = Interval(1.5 * runs[0].scale + noise, 0.0)
@@ -254,17 +246,13 @@ def growing_batch_runs(problem: NoisyProblem, horizons: Sequence[int], seed: int
         frank_wolfe(
             problem,
             T,
-            gradient=Minibatch(bounds.sufficient_batch(sigma, problem.M, problem.beta, T))
-            if sigma
-            else FullGradient(),
+            gradient=Minibatch(bounds.sufficient_batch(sigma, problem.M, problem.beta, T)) if sigma else FullGradient(),
             seed=seed,
         )
         for T in horizons
     ]
 
 
-def rate_runs(
-    build: Callable[[int], Problem], horizons: Sequence[int], step: Step | None = None
-) -> list[Run]:
+def rate_runs(build: Callable[[int], Problem], horizons: Sequence[int], step: Step | None = None) -> list[Run]:
     """One separate run per horizon, each with its own step."""
     return [frank_wolfe(build(T), T, TheoremStep() if step is None else step) for T in horizons]

@@ -126,9 +126,7 @@ def top_singular(
     fraction("failure", failure, "the allowed probability of a wrong upper end")
     frobenius = norm(A)
     if not math.isfinite(frobenius):
-        raise ValueError(
-            f"A must be finite, got a norm of {frobenius}: the loss has diverged, look at it first"
-        )
+        raise ValueError(f"A must be finite, got a norm of {frobenius}: the loss has diverged, look at it first")
     limit = min(max(max_steps, certify_steps, rank), n)
     dtype = A.dtype
     V = np.empty((limit + 1, n), dtype=dtype)

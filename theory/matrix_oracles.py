@@ -154,17 +154,26 @@ class RankBall(_SingularOracle):
         """The r-support norm of the singular values over ``delta`` (Argyriou, Foygel, Srebro, arXiv
         1204.5043).
         """
-        sigma = np.linalg.svd(W, compute_uv=False)
-        r = self.rank
-        for spread in range(r):  # the head keeps its values, the tail is shared by spread + 1 of the r places
-            head, tail = sigma[: r - spread - 1], float(sigma[r - spread - 1 :].sum()) / (spread + 1)
-            if (head.size == 0 or head[-1] > tail) and tail >= sigma[r - spread - 1]:
-                break
-        return math.sqrt(float(np.sum(head**2)) + (spread + 1) * tail**2) / self.delta
+        return support_norm(np.linalg.svd(W, compute_uv=False), self.rank) / self.delta
 
     def start(self) -> np.ndarray:
         """Zero."""
         return np.zeros(self.shape)
+
+
+def support_norm(sigma: np.ndarray, r: int) -> float:
+    """The r-support norm of a non-negative vector in descending order: the norm whose unit ball is
+    `RankBall`'s.
+
+    ``r = 1`` gives the sum (the trace norm), ``r = len(sigma)`` the Euclidean norm.
+    """
+    sigma = np.asarray(sigma, dtype=float)
+    r = min(r, sigma.size)
+    for spread in range(r):  # the head keeps its values, the tail is shared by spread + 1 of the r places
+        head, tail = sigma[: r - spread - 1], float(sigma[r - spread - 1 :].sum()) / (spread + 1)
+        if (head.size == 0 or head[-1] > tail) and tail >= sigma[r - spread - 1]:
+            break
+    return math.sqrt(float(np.sum(head**2)) + (spread + 1) * tail**2)
 
 
 class CappedTraceBall(_SingularOracle):

@@ -160,9 +160,7 @@ class Box(Oracle):
 
     def __init__(self, low: float, high: float, n: int = 1):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(
-                f"low must lie below high and both be finite, got {low!r} and {high!r}: swap or fix them"
-            )
+            raise ValueError(f"low must lie below high and both be finite, got {low!r} and {high!r}: swap or fix them")
         self.low, self.high, self.shape = float(low), float(high), length("n", n)
         self.diameter = (self.high - self.low) * math.sqrt(n)
         self.circumradius = self.diameter / 2
@@ -176,9 +174,7 @@ class Box(Oracle):
 
     def support(self, G: np.ndarray) -> float:
         """``<G, centre> + |G|_1 (high - low) / 2``."""
-        return (
-            float(G.sum()) * (self.low + self.high) / 2 + float(np.abs(G).sum()) * (self.high - self.low) / 2
-        )
+        return float(G.sum()) * (self.low + self.high) / 2 + float(np.abs(G).sum()) * (self.high - self.low) / 2
 
     def gauge(self, W: np.ndarray) -> float:
         """The largest distance of an entry from the centre, in half widths."""
@@ -197,9 +193,7 @@ class FrobeniusBall(Oracle):
     def __init__(self, delta: float, shape: tuple[int, ...]):
         self.delta = positive("delta", delta, "the Frobenius radius of K")
         if not isinstance(shape, tuple) or not shape:
-            raise ValueError(
-                f"shape must be a tuple of positive whole numbers, got {shape!r}: give the shape of W"
-            )
+            raise ValueError(f"shape must be a tuple of positive whole numbers, got {shape!r}: give the shape of W")
         self.shape = tuple(count(f"shape[{i}]", s, "the shape of W") for i, s in enumerate(shape))
         self.diameter, self.circumradius = 2 * self.delta, self.delta
 

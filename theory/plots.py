@@ -168,9 +168,7 @@ def along_a_run(runs: Sequence[Run], path: Path) -> Path:
     return save(figure, path)
 
 
-def _whiskers(
-    ax: Any, x: Sequence[float], rungs: Sequence[Rung], colour: str, marker: str, label: str
-) -> None:
+def _whiskers(ax: Any, x: Sequence[float], rungs: Sequence[Rung], colour: str, marker: str, label: str) -> None:
     mean = [rung.average.mean for rung in rungs]
     half = [rung.average.half for rung in rungs]
     ax.errorbar(x, mean, yerr=half, fmt=marker + "-", color=colour, label=label, capsize=2.5, linewidth=1)
@@ -227,9 +225,7 @@ def batch_ladder(rungs: Sequence[Rung], path: Path) -> Path:
     """True, reported and two-batch gap against the batch size: the reported one is biased upward."""
     figure, (ax,) = canvas(1, 1, 5.2, 3.5)
     b = [rung.setting for rung in rungs]
-    ax.plot(
-        b, [rung.extra["bound"].mean for rung in rungs], "--", color=BLACK, label=r"bound $1.5s$ + noise term"
-    )
+    ax.plot(b, [rung.extra["bound"].mean for rung in rungs], "--", color=BLACK, label=r"bound $1.5s$ + noise term")
     for key, colour, marker, label in (
         ("reported", RED, "s", "gap of the minibatch gradient (biased)"),
         ("two batches", GREEN, "D", r"two-batch estimate of $g-\varepsilon$"),

@@ -82,9 +82,9 @@ class Pattern:
         by_column = np.argsort(self.cols, kind="stable").astype(np.int32)
         self.by_column = by_column
         self.row_of_column = self.rows[by_column]
-        self.column_indptr = np.concatenate(
-            [[0], np.cumsum(np.bincount(self.cols, minlength=shape[1]))]
-        ).astype(np.int32)
+        self.column_indptr = np.concatenate([[0], np.cumsum(np.bincount(self.cols, minlength=shape[1]))]).astype(
+            np.int32
+        )
 
     def __len__(self) -> int:
         return self.rows.size
@@ -282,9 +282,7 @@ class ObservedPoint(Point):
         """The pairing ``<W, V>``, atom by atom."""
         if not isinstance(V, LowRank):
             return float(np.sum(self.dense() * V))
-        terms = [
-            np.sum((left.T @ V.left) * (right @ V.right.T)) for left, right in zip(self.lefts, self.rights)
-        ]
+        terms = [np.sum((left.T @ V.left) * (right @ V.right.T)) for left, right in zip(self.lefts, self.rights)]
         return float(np.dot(self.weights, terms)) if terms else 0.0
 
     def move(self, V: Vertex, eta: float) -> None:

@@ -54,9 +54,7 @@ class Problem(ABC):
         return self.evaluate(W)[1]
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.name!r}, M={self.M:.4g}, beta={self.beta:.4g}, K={self.oracle!r})"
-        )
+        return f"{type(self).__name__}({self.name!r}, M={self.M:.4g}, beta={self.beta:.4g}, K={self.oracle!r})"
 
 
 class StochasticProblem(Problem):
@@ -114,13 +112,9 @@ class DenseProblem(Problem):
         self._start = np.asarray(oracle.start() if start is None else start, dtype=float)
         self.magnitude = magnitude
         if self._start.shape != oracle.shape:
-            raise ValueError(
-                f"start must have the set's shape {oracle.shape}, got {self._start.shape}: reshape it"
-            )
+            raise ValueError(f"start must have the set's shape {oracle.shape}, got {self._start.shape}: reshape it")
         if oracle.gauge(self._start) > 1 + 1e-9:
-            raise ValueError(
-                f"start must lie in K, got a gauge of {oracle.gauge(self._start):.6g}: scale it down to 1"
-            )
+            raise ValueError(f"start must lie in K, got a gauge of {oracle.gauge(self._start):.6g}: scale it down to 1")
 
     def start(self) -> Point:
         """A fresh ``W_1``."""
@@ -182,9 +176,7 @@ class NoisyProblem(StochasticProblem):
         shape = self.oracle.shape
         if len(shape) != 2 or self.sigma is None:
             return None
-        return (
-            self.sigma / math.sqrt(shape[0] * shape[1] * batch) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
-        )
+        return self.sigma / math.sqrt(shape[0] * shape[1] * batch) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
     def start(self) -> Point:
         """The start of the problem."""
@@ -208,9 +200,7 @@ class NoisyProblem(StochasticProblem):
         """The gradient plus the drawn noise."""
         G = self.problem.gradient(W)
         if not isinstance(G, np.ndarray):
-            raise ValueError(
-                f"problem must have dense gradients, got {type(G).__name__}: noise would fill it anyway"
-            )
+            raise ValueError(f"problem must have dense gradients, got {type(G).__name__}: noise would fill it anyway")
         return G + batch
 
 

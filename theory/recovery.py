@@ -71,9 +71,7 @@ class DenseCompletion(Problem):
         Y: (m, n) observations. delta: trace-norm radius. oracle: another set of the same shape.
     """
 
-    def __init__(
-        self, Y: np.ndarray, delta: float, oracle: Oracle | None = None, name: str = "robust completion"
-    ):
+    def __init__(self, Y: np.ndarray, delta: float, oracle: Oracle | None = None, name: str = "robust completion"):
         self.Y = np.ascontiguousarray(Y, dtype=float)
         self.oracle = TraceBall(delta, self.Y.shape) if oracle is None else oracle
         self.name = f"{name} {self.Y.shape[0]}x{self.Y.shape[1]}"
@@ -130,9 +128,7 @@ class ObservedCompletion(Problem):
         name: str = "observed completion",
     ):
         if y.shape != (len(pattern),):
-            raise ValueError(
-                f"y must hold one value per observed entry ({len(pattern)}), got shape {y.shape}"
-            )
+            raise ValueError(f"y must hold one value per observed entry ({len(pattern)}), got shape {y.shape}")
         self.pattern, self.y, self.dtype = pattern, np.asarray(y, dtype=dtype), np.dtype(dtype)
         self.oracle = TraceBall(delta, pattern.shape, method="lanczos") if oracle is None else oracle
         self.name = f"{name} {pattern.shape[0]}x{pattern.shape[1]}, {len(pattern)} entries"

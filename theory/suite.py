@@ -165,9 +165,7 @@ def rate_record(name: str, records: Sequence[Record]) -> Record:
     """The slope over separate runs, or flatness in units of s for G, whose constants grow with T."""
     runs, last = [record.runs[0] for record in records], records[-1]
     checks = ladders.flatness_check(runs) if name == "G" else [ladders.rate_check(runs)]
-    return Record(
-        f"{name} rate", "rate", last.T, last.average, last.smallest, last.scale, checks, 0.0, {}, runs
-    )
+    return Record(f"{name} rate", "rate", last.T, last.average, last.smallest, last.scale, checks, 0.0, {}, runs)
 
 
 def ladder_record(label: str, kind: str, rungs: list[ladders.Rung], seconds: float) -> list[Record]:
@@ -216,9 +214,7 @@ def rho_task(rhos: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list
     return out
 
 
-def batch_task(
-    batches: Sequence[int], seeds: Sequence[int], T: int = 1000, sigma: float = 2.0
-) -> list[Record]:
+def batch_task(batches: Sequence[int], seeds: Sequence[int], T: int = 1000, sigma: float = 2.0) -> list[Record]:
     """The batch ladder on F with Gaussian noise."""
     started = time.perf_counter()
     rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(), sigma), T, batches, seeds)
@@ -259,9 +255,7 @@ def constants_task() -> list[Record]:
     for constant in (1.5, 2.5):
         run = frank_wolfe(one_step_worst_case(constant), 1)
         ratio = run.average / run.scale
-        checks = [
-            at_most(f"{constant} s is attained at T = 1", abs(ratio - constant), 0.0, 4 * np.finfo(float).eps)
-        ]
+        checks = [at_most(f"{constant} s is attained at T = 1", abs(ratio - constant), 0.0, 4 * np.finfo(float).eps)]
         out.append(run_record(f"one step {constant}", run, 0.0, checks))
     return out
 

@@ -108,9 +108,7 @@ def test_a_loss_that_overflows_is_reported_with_its_iteration():
     bad = DenseProblem(
         "wild", L1Ball(1.0, 2), lambda w: math.inf if w[0] < 0 else 0.0, lambda w: np.ones(2), beta=1.0, M=1.0
     )
-    with pytest.raises(
-        ValueError, match=r"loss and gap must stay finite, got inf .* at iteration 1 of 'wild'"
-    ):
+    with pytest.raises(ValueError, match=r"loss and gap must stay finite, got inf .* at iteration 1 of 'wild'"):
         frank_wolfe(bad, 5)
 
 

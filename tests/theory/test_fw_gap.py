@@ -91,9 +91,7 @@ def test_a_failing_check_sets_the_exit_status_and_is_named(tmp_path, capsys, mon
 
 
 def test_module_entry_point_and_help():
-    done = subprocess.run(
-        [sys.executable, "-m", "theory.fw_gap", "--help"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "theory.fw_gap", "--help"], capture_output=True, text=True, check=True)
     assert "Check Theorem 4.1" in done.stdout
     for flag in (
         "--instance",

@@ -17,9 +17,7 @@ from theory.tight import cosine, simplex_quadratic, trace_quadratic, zero_chain
 HORIZONS = (60, 120, 240, 480)
 
 
-@pytest.mark.parametrize(
-    "build", [cosine, lambda: simplex_quadratic(60), trace_quadratic], ids=["A", "B", "F"]
-)
+@pytest.mark.parametrize("build", [cosine, lambda: simplex_quadratic(60), trace_quadratic], ids=["A", "B", "F"])
 def test_the_rate_is_attained(build):
     runs = ladders.rate_runs(lambda T: build(), HORIZONS)
     assert ladders.rate_check(runs).verdict == PASS
@@ -53,9 +51,7 @@ def test_zero_chain_is_flat_in_units_of_s_and_the_check_can_fail():
 
 @pytest.mark.parametrize("adversary", ["away", "stall"])
 def test_epsilon_ladder(adversary):
-    rungs = ladders.epsilon_ladder(
-        lambda s: trace_quadratic(8, seed=s), 300, (0.0, 0.05, 0.2), range(3), adversary
-    )
+    rungs = ladders.epsilon_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.0, 0.05, 0.2), range(3), adversary)
     assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
     means = [rung.average.mean for rung in rungs]
     assert means == sorted(means)
@@ -65,9 +61,7 @@ def test_epsilon_ladder(adversary):
 
 @pytest.mark.parametrize("adversary", ["away", "stall"])
 def test_rho_ladder_has_no_floor(adversary):
-    rungs = ladders.rho_ladder(
-        lambda s: trace_quadratic(8, seed=s), 300, (1.0, 0.5, 0.2), range(3), adversary
-    )
+    rungs = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (1.0, 0.5, 0.2), range(3), adversary)
     assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
     assert rungs[-1].average.mean > 1.5 * rungs[-1].runs[0].scale
     long = ladders.rho_ladder(lambda s: trace_quadratic(8), 4800, (0.2,), [0], adversary)[0]

@@ -132,9 +132,7 @@ def test_brute_force_over_all_vertices(name, data):
     oracle = SETS[name]
     G = data.draw(gradients(oracle))
     best = min(float(G @ V) for V in VERTICES[name])
-    assert float(G @ ask(oracle, G).vertex) == pytest.approx(
-        best, abs=ULPS * np.abs(G).sum() * oracle.diameter
-    )
+    assert float(G @ ask(oracle, G).vertex) == pytest.approx(best, abs=ULPS * np.abs(G).sum() * oracle.diameter)
 
 
 def test_rank_balls_meet_their_limits():

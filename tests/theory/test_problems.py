@@ -153,11 +153,7 @@ def test_zero_chain_constants_are_certified():
     psi, dpsi = _bump(x)
     phi, dphi = _ramp(x)
     ddpsi, ddphi = np.gradient(dpsi, x), np.gradient(dphi, x)
-    sup = {
-        name: float(np.abs(f).max())
-        for name, f in locals().items()
-        if name in ("psi", "dpsi", "ddpsi", "ddphi")
-    }
+    sup = {name: float(np.abs(f).max()) for name, f in locals().items() if name in ("psi", "dpsi", "ddpsi", "ddphi")}
     top, slope = math.sqrt(2 * math.pi * math.e), math.sqrt(math.e)
     assert phi.max() <= top
     assert dphi.max() == pytest.approx(slope, rel=1e-9)
@@ -209,9 +205,7 @@ def test_variance_reduction_with_a_period_of_one_is_the_full_gradient(gradient):
 def test_variance_reduction_beats_plain_batches():
     problem = PROBLEMS["tanh"]()
     mean = {
-        e.name: np.mean(
-            [frank_wolfe(problem, 200, gradient=e, seed=s, snapshots=0).noise.mean() for s in range(3)]
-        )
+        e.name: np.mean([frank_wolfe(problem, 200, gradient=e, seed=s, snapshots=0).noise.mean() for s in range(3)])
         for e in (Minibatch(8), SVRF(8, 20), SPIDER(8, 20))
     }
     assert mean["SPIDER, batch 8"] < mean["SVRF, batch 8"] < mean["batch 8"]
@@ -219,9 +213,7 @@ def test_variance_reduction_beats_plain_batches():
 
 def test_runs_repeat_bit_for_bit_and_leave_the_global_generator_alone():
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    first, second = (
-        frank_wolfe(PROBLEMS["tanh"](), 50, gradient=Minibatch(4), seed=3, snapshots=0) for _ in range(2)
-    )
+    first, second = (frank_wolfe(PROBLEMS["tanh"](), 50, gradient=Minibatch(4), seed=3, snapshots=0) for _ in range(2))
     other = frank_wolfe(PROBLEMS["tanh"](), 50, gradient=Minibatch(4), seed=4, snapshots=0)
     assert np.array_equal(first.value, second.value)
     assert not np.array_equal(first.value, other.value)

@@ -78,8 +78,7 @@ def test_better_step_on_norm_balls():
 
 def test_zero_chain_resists_the_short_step():
     ratios = [
-        (run := frank_wolfe(zero_chain(n), n, ShortStep(), snapshots=0)).smallest / run.scale
-        for n in (25, 100, 400)
+        (run := frank_wolfe(zero_chain(n), n, ShortStep(), snapshots=0)).smallest / run.scale for n in (25, 100, 400)
     ]
     assert max(ratios) / min(ratios) < 1.3
     assert min(ratios) > 0.014
