@@ -18,7 +18,7 @@ import numpy as np
 from theory import bounds
 from theory.frank_wolfe import Run
 from theory.matrix_oracles import TraceBall
-from theory.points import DensePoint, Gradient, ObservedMatrix, ObservedPoint, inner
+from theory.points import DensePoint, Gradient, ObservedMatrix, ObservedPoint, as_array, inner
 from theory.steps import TheoremStep
 
 PASS, FAIL, VACUOUS = "PASS", "FAIL", "VACUOUS"
@@ -167,7 +167,7 @@ def distances(run: Run) -> Check:
         apart = float(np.linalg.norm(first - second))
     elif not isinstance(first, np.ndarray) and not isinstance(second, np.ndarray):
         # left and right factors are those of opposite matrices, up to the sign of a singular pair
-        cross = float(np.sum((first.left.T @ second.left) * (first.right @ second.right.T)))
+        cross = float(((first.left.T @ second.left) * (first.right @ second.right.T)).sum())
         apart = math.sqrt(max(0.0, first.norm2 + second.norm2 - 2 * cross))
     seen = max(apart, math.sqrt(float(run.distance2.max())))
     return at_most("distance <= D", seen, run.oracle.diameter, 64 * run.T * unit(run) * run.oracle.diameter)
@@ -245,8 +245,7 @@ def dense_gap(run: Run) -> Check:
         return Check("gap = dense SVD", VACUOUS, 0.0, math.nan, 0.0, "too large for a dense SVD, or no snapshots")
     for t, W in run.snapshots:
         G = run.problem.gradient(W)
-        array = G.toarray() if isinstance(G, ObservedMatrix) else G
-        exact = set_.gap(array, W.dense())
+        exact = set_.gap(as_array(G), W.dense())
         off = max(run.gap[t - 1] - exact, exact - run.gap_upper[t - 1])
         if off > worst:
             worst, detail = off, f"worst at t = {t}: {run.gap[t - 1]:.6g} against {exact:.6g}"
@@ -285,13 +284,13 @@ def gradient(run: Run) -> Check:
 def _probe(run: Run, rng: np.random.Generator) -> Gradient:
     """A random gradient of the kind that the problem has; never dense where the problem's are not."""
     if isinstance(run.final, ObservedPoint):
-        values = rng.standard_normal(len(run.final.pattern)).astype(run.problem.dtype)
-        return ObservedMatrix(run.final.pattern, values)
+        pattern = run.final.pattern
+        return pattern.matrix(pattern.native(rng.standard_normal(len(pattern)), run.problem.dtype))
     return rng.standard_normal(run.oracle.shape)
 
 
 def _negative(G: Gradient) -> Gradient:
-    return ObservedMatrix(G.pattern, -G.values) if isinstance(G, ObservedMatrix) else -G
+    return G.pattern.matrix(-G.values) if isinstance(G, ObservedMatrix) else -G
 
 
 ALWAYS: tuple[Callable[[Run], Check], ...] = (

@@ -20,7 +20,10 @@ same rank;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +49,7 @@ class SingularPairs:
     upper: float
     steps: int
 
-    def scaled(self, weights: np.ndarray) -> LowRank:
+    def scaled(self, weights: np.ndarray | float) -> LowRank:
         """The matrix ``u diag(weights) v``."""
         return LowRank(self.u * weights, self.v)
 
@@ -129,31 +132,29 @@ def top_singular(
         raise ValueError(f"A must be finite, got a norm of {frobenius}: the loss has diverged, look at it first")
     limit = min(max(max_steps, certify_steps, rank), n)
     dtype = A.dtype
-    V = np.empty((limit + 1, n), dtype=dtype)
-    U = np.empty((limit, m), dtype=dtype)
-    B = np.zeros((limit, limit))
+    # the large arrays live where A does; B and its SVD are small and stay on the CPU
+    native: Callable[[Any], Any] = A.native if isinstance(A, ObservedMatrix) else partial(np.asarray, dtype=dtype)
+    V, U, B = native(np.zeros((limit + 1, n))), native(np.zeros((limit, m))), np.zeros((limit, limit))
     start = rng.standard_normal(n)
-    V[0] = start / np.linalg.norm(start)
+    V[0] = native(start / np.linalg.norm(start))
     if frobenius == 0:
-        U[:rank] = np.eye(rank, m, dtype=dtype)
-        return SingularPairs(U[:rank].T, np.zeros(rank), np.eye(rank, n, dtype=dtype), 0.0, 0.0, 0)
+        return SingularPairs(native(np.eye(m, rank)), np.zeros(rank), native(np.eye(rank, n)), 0.0, 0.0, 0)
     tiny = np.finfo(dtype).eps * frobenius
     beta, u, k = 0.0, None, 0
     while True:
         p, q = _bidiagonal_step(A, V[k], beta, u)
-        alpha = float(np.linalg.norm(p))
+        alpha = math.sqrt(float(p @ p))
         if alpha > tiny:
             u = p / alpha
             r = q / alpha - alpha * V[k]
         else:  # the Krylov space is exhausted: the row of B is zero and any unit vector serves as u
-            u = np.zeros(m, dtype=dtype)
-            alpha, r = 0.0, np.zeros(n, dtype=dtype)
+            alpha, u, r = 0.0, 0 * p, 0 * q
         U[k], B[k, k] = u, alpha
         k += 1
         basis = V[:k]
         r -= (basis @ r) @ basis
         r -= (basis @ r) @ basis  # twice is enough
-        beta = float(np.linalg.norm(r))
+        beta = math.sqrt(float(r @ r))
         left, ritz, right = np.linalg.svd(B[:k, :k])
         exhausted = beta <= tiny or k == n
         done = k >= rank and beta * np.abs(left[-1, :rank]).max() <= tol * ritz[0]
@@ -164,10 +165,10 @@ def top_singular(
     wanted = min(rank, k)
     sigma = np.zeros(rank)
     sigma[:wanted] = ritz[:wanted]
-    u_out = np.zeros((m, rank), dtype=dtype)
-    v_out = np.zeros((rank, n), dtype=dtype)
-    u_out[:, :wanted] = U[:k].T @ left[:, :wanted].astype(dtype)
-    v_out[:wanted] = right[:wanted].astype(dtype) @ V[:k]
+    # a rank above the Krylov space's has zero singular values; its vectors are zero too
+    to_left, to_right = np.zeros((k, rank)), np.zeros((rank, k))
+    to_left[:, :wanted], to_right[:wanted] = left[:, :wanted], right[:wanted]
+    u_out, v_out = U[:k].T @ native(to_left), native(to_right) @ V[:k]
     # an exhausted Krylov space of a random start holds the top singular vector with probability one
     slack = 8 * np.finfo(dtype).eps * frobenius
     bounds = [math.sqrt(max(frobenius**2 - float(np.sum(ritz[1:] ** 2)), ritz[0] ** 2))]

@@ -79,7 +79,7 @@ class TraceBall(_SingularOracle):
     def __call__(self, G: Gradient, *, at: Point, rng: np.random.Generator) -> Answer:
         """A rank-one vertex from the top singular pair."""
         pairs = self._leading(G, 1, rng)
-        V = pairs.scaled(np.array([-self.delta], dtype=pairs.u.dtype))
+        V = pairs.scaled(-self.delta)
         attained = self.delta * float(pairs.sigma[0]) if self.exact else -inner(G, V)
         return Answer(V, attained, max(attained, self.delta * pairs.upper))
 

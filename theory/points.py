@@ -8,6 +8,7 @@ iterate then takes megabytes where a dense one takes 80 GB. A gradient is a dens
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class LowRank:
     @property
     def norm2(self) -> float:
         """The squared Frobenius norm, from the r x r Gram matrices alone."""
-        return float(np.sum((self.left.T @ self.left) * (self.right @ self.right.T)))
+        return float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum())
 
     def dense(self) -> np.ndarray:
         """The product as an (m, n) array."""
@@ -99,6 +100,18 @@ class Pattern:
             out += V.left[:, k].take(self.rows) * V.right[k].take(self.cols)
         return out
 
+    def zeros(self, dtype: Any) -> np.ndarray:
+        """One zero per observed entry."""
+        return np.zeros(len(self), dtype=dtype)
+
+    def native(self, array: np.ndarray, dtype: Any) -> np.ndarray:
+        """An array in the storage and precision of matrices on this pattern."""
+        return np.asarray(array, dtype=dtype)
+
+    def matrix(self, values: np.ndarray) -> ObservedMatrix:
+        """The matrix with these observed entries."""
+        return ObservedMatrix(self, values)
+
 
 class ObservedMatrix:
     """A matrix that is zero outside a `Pattern`; the gradient of a loss over observed entries.
@@ -125,6 +138,10 @@ class ObservedMatrix:
         """The element type of the values."""
         return self.values.dtype
 
+    def native(self, array: np.ndarray) -> np.ndarray:
+        """An array that can be multiplied by this matrix."""
+        return self.pattern.native(array, self.dtype)
+
     def toarray(self) -> np.ndarray:
         """The matrix as a dense array."""
         return self.by_rows.toarray()
@@ -143,7 +160,7 @@ def inner(G: Gradient, V: Vertex) -> float:
     if isinstance(G, ObservedMatrix):
         if isinstance(V, LowRank):
             return float(sum(V.left[:, k] @ (G.by_rows @ V.right[k]) for k in range(V.left.shape[1])))
-        return float(np.dot(G.values, G.pattern.entries(V)))
+        return float(G.values @ G.pattern.entries(V))
     if isinstance(V, LowRank):
         return float(np.sum(V.left * (G @ V.right.T)))
     return float(np.dot(G.ravel(), V.ravel()))
@@ -152,7 +169,7 @@ def inner(G: Gradient, V: Vertex) -> float:
 def norm(G: Gradient) -> float:
     """The Frobenius norm of a gradient."""
     values = G.values if isinstance(G, ObservedMatrix) else G.ravel()
-    return float(np.sqrt(np.dot(values, values)))
+    return math.sqrt(float(values @ values))
 
 
 class Point(ABC):
@@ -258,7 +275,7 @@ class ObservedPoint(Point):
 
     def __init__(self, pattern: Pattern, dtype: Any = np.float64):
         self.pattern, self.dtype = pattern, np.dtype(dtype)
-        self.values = np.zeros(len(pattern), dtype=dtype)
+        self.values = pattern.zeros(self.dtype)
         self.lefts: list[np.ndarray] = []
         self.rights: list[np.ndarray] = []
         self.weights = np.zeros(0)
@@ -276,13 +293,13 @@ class ObservedPoint(Point):
                 f"G must be an ObservedMatrix on its own pattern, got {type(G).__name__}: a factored "
                 "iterate pairs only with gradients of the same observed set"
             )
-        return float(np.dot(G.values, self.values))
+        return float(G.values @ self.values)
 
     def dot(self, V: Vertex) -> float:
         """The pairing ``<W, V>``, atom by atom."""
         if not isinstance(V, LowRank):
             return float(np.sum(self.dense() * V))
-        terms = [np.sum((left.T @ V.left) * (right @ V.right.T)) for left, right in zip(self.lefts, self.rights)]
+        terms = [float(((left.T @ V.left) * (right @ V.right.T)).sum()) for left, right in zip(self.lefts, self.rights)]
         return float(np.dot(self.weights, terms)) if terms else 0.0
 
     def move(self, V: Vertex, eta: float) -> None:
@@ -299,15 +316,15 @@ class ObservedPoint(Point):
         self.values *= 1 - eta
         step = self.pattern.entries(V)
         step *= eta
-        self.values += step.astype(self.dtype, copy=False)
+        self.values += step
         self.weights = np.append(self.weights * (1 - eta), eta)
-        self.lefts.append(V.left.astype(self.dtype, copy=False))
-        self.rights.append(V.right.astype(self.dtype, copy=False))
+        self.lefts.append(V.left)
+        self.rights.append(V.right)
 
     def trace_norm_bound(self) -> float:
         """``sum_k weight_k |left_k| |right_k|``, an upper bound on the trace norm of the whole matrix."""
         sizes = [
-            float(np.sum(np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)))
+            float((((left * left).sum(0) * (right * right).sum(1)) ** 0.5).sum())
             for left, right in zip(self.lefts, self.rights)
         ]
         return float(np.dot(self.weights, sizes)) if sizes else 0.0

@@ -17,7 +17,7 @@ import numpy as np
 from theory.arguments import count, positive
 from theory.matrix_oracles import TraceBall
 from theory.oracles import Oracle
-from theory.points import DensePoint, Gradient, ObservedMatrix, ObservedPoint, Pattern, Point, row_blocks
+from theory.points import DensePoint, Gradient, ObservedPoint, Pattern, Point, row_blocks
 from theory.problems import FiniteSum, Problem
 
 OUTLIERS, OUTLIER_SCALE, NOISE = 0.05, 10.0, 0.1
@@ -155,7 +155,7 @@ class ObservedCompletion(Problem):
         q *= q
         r *= q
         r *= self.dtype.type(2 / r.size)
-        return value, ObservedMatrix(self.pattern, r)
+        return value, self.pattern.matrix(r)
 
     def value(self, W: Point) -> float:
         """The loss alone."""
