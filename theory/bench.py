@@ -63,9 +63,7 @@ class Row:
 
 
 def problem(m: int, n: int, seed: int = 0) -> DenseCompletion:
-    """The comparison's problem: rank 5 plus noise and outliers, ``delta = |X|_*``, ``W_1 = 0``,
-    ``M = L(W_1)``.
-    """
+    """The comparison's problem: rank 5 plus noise and outliers, ``delta = |X|_*``, ``W_1 = 0``, ``M = L(W_1)``."""
     data = low_rank_data(m, n, seed)
     return DenseCompletion(data.Y, data.delta)
 
@@ -88,9 +86,7 @@ def _copt() -> tuple[Any, Any]:
 
 
 def run_copt(loss: Loss, shape: tuple[int, int], delta: float, eta: float, T: int) -> tuple[np.ndarray, float]:
-    """copt's Frank-Wolfe on the trace ball with a constant step; returns the final matrix and the average
-    gap.
-    """
+    """copt's Frank-Wolfe on the trace ball with a constant step; returns the final matrix and the average gap."""
     minimize, ball = _copt()
     gaps: list[float] = []
 

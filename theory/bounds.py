@@ -39,9 +39,7 @@ def scale(M: float, beta: float, D: float, T: int) -> float:
 
 
 def constant_step_bound(M: float, beta: float, D: float, T: int, eta: float) -> float:
-    """``avg (g - eps) <= M / (eta T) + eta beta D^2 / 2`` for any constant step; ``1.5 s`` at the
-    theorem's.
-    """
+    """``avg (g - eps) <= M / (eta T) + eta beta D^2 / 2`` for any constant step; ``1.5 s`` at the theorem's."""
     return M / (eta * T) + eta * beta * D**2 / 2
 
 
@@ -60,8 +58,8 @@ def sharp_bound(drop: float, beta: float, R: float, T: int, eta: float) -> float
     """``avg (g - eps) <= drop / (eta T) + beta eta R^2 (1 + 1/(eta T)) / (2 (1 - eta))``, infinite at eta
     = 1.
 
-    For norm balls (``R = D/2``) the constant tends to 1.125 at the theorem's step, and to 0.707 at sqrt(8)
-    times it.
+    For norm balls (``R = D/2``) the constant tends to 1.125 at the theorem's step, and to 0.707 at sqrt(8) times
+    it.
     """
     if eta >= 1:
         return math.inf
@@ -69,9 +67,7 @@ def sharp_bound(drop: float, beta: float, R: float, T: int, eta: float) -> float
 
 
 def weighted_bound(M: float, beta: float, D: float, sum_eta: float, sum_eta2: float) -> float:
-    """``sum eta_t (g_t - eps_t) / sum eta_t <= (M + beta D^2 sum eta_t^2 / 2) / sum eta_t``, for any steps
-    at all.
-    """
+    """``sum eta_t (g_t - eps_t) / sum eta_t <= (M + beta D^2 sum eta_t^2 / 2) / sum eta_t``, for any steps at all."""
     return (M + beta * D**2 * sum_eta2 / 2) / sum_eta
 
 
@@ -86,9 +82,7 @@ def short_step_bound(h1: float, beta: float, D: float, T: int) -> float:
 
 
 def shortest_telling_run(M: float, beta: float, D: float, g1: float, constant: float = FROM_SUBOPTIMALITY) -> int:
-    """The least T at which ``constant * s < g_1``; for shorter runs the bound says less than the first gap
-    does.
-    """
+    """The least T at which ``constant * s < g_1``; for shorter runs the bound says less than the first gap does."""
     return math.floor(M * beta * (constant * D / g1) ** 2) + 1
 
 

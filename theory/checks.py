@@ -89,8 +89,7 @@ def pairing_rounding(run: Run) -> float:
     """The rounding error of one gap: an inner product of ``n`` terms, and an SVD that errs by
     ``max(m, n) u``.
 
-    The gap is a difference, so both errors are relative to its terms, the support and the pairing with
-    ``W_t``.
+    The gap is a difference, so both errors are relative to its terms, the support and the pairing with ``W_t``.
     """
     size = float(np.max(np.abs(run.support) + np.abs(run.gap_upper) + np.abs(run.descent) + np.abs(run.error)))
     return 32 * max(run.oracle.shape) * unit(run) * size
@@ -191,9 +190,8 @@ def step_size(run: Run) -> Check:
 def oracle_error(run: Run) -> Check:
     """``eps_t`` is at most what the oracle and the gradient estimator admit to.
 
-    ``eps <= epsilon`` for an additive oracle, ``(1 - rho) g`` for a multiplicative one, and
-    ``D |G_t - grad|`` on top for an estimated gradient:
-    ``<grad, V - V*> = <grad - G, V - V*> + <G, V - V*>``.
+    ``eps <= epsilon`` for an additive oracle, ``(1 - rho) g`` for a multiplicative one, and ``D |G_t - grad|`` on
+    top for an estimated gradient: ``<grad, V - V*> = <grad - G, V - V*> + <G, V - V*>``.
     """
     noise = run.oracle.diameter * run.noise
     seen_gap = run.gap + noise  # the multiplicative oracle is relative to the gap that it sees
@@ -255,8 +253,7 @@ def dense_gap(run: Run) -> Check:
 def gradient(run: Run) -> Check:
     """The gradient against differences of the loss, inside ``K``.
 
-    Along ``d = V - W``, smoothness alone gives ``|L(W + h
-    d) - L(W) - h <grad, d>| <= beta h^2 |d|^2 / 2``; with h
+    Along ``d = V - W``, smoothness alone gives ``|L(W + h d) - L(W) - h <grad, d>| <= beta h^2 |d|^2 / 2``; with h
     chosen to balance it against the rounding of L, the allowance is derived and nothing else is assumed.
     """
     rng, rounding = np.random.default_rng(1), value_rounding(run)

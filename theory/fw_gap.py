@@ -127,9 +127,7 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
 def _cell(
     run: Callable[..., Record], rated: str | None, step: Step, horizons: Sequence[int], seeds: Sequence[int]
 ) -> list[Record]:
-    """The runs of one setting; for the plain algorithm on a near-tight instance also the record of its
-    rate.
-    """
+    """The runs of one setting; for the plain algorithm on a near-tight instance also the record of its rate."""
     out = [run(T=T, step=step, seed=seed) for T in horizons for seed in seeds]
     if rated in TIGHT and len(horizons) >= 4:
         out.append(suite.rate_record(rated, out))

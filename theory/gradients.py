@@ -116,9 +116,7 @@ class Momentum(Estimator):
 
 @dataclass(frozen=True)
 class SVRF(Estimator):
-    """Full gradient at a snapshot, corrected by ``g(W_t, B) - g(snapshot, B)`` (Hazan and Luo, arXiv
-    1602.02101).
-    """
+    """Full gradient at a snapshot, corrected by ``g(W_t, B) - g(snapshot, B)`` (Hazan and Luo, arXiv 1602.02101)."""
 
     batch: int = 16
     period: int = 32

@@ -201,10 +201,9 @@ def batch_ladder(
     """Minibatch gradients: the expected bound, the bias of the minibatch gap, and an estimate without that
     bias.
 
-    At each batch size b, over seeds: ``E avg eps <= min(D sigma/sqrt(b), D E|xi|_op)``;
-    ``E avg g <= 1.5 s`` plus the same; the gap of the minibatch gradient is at least the gap in
-    expectation (Jensen: a maximum of noise); and ``<G_B, W - V_A>`` with V from batch A and the score from
-    an independent batch B has expectation ``g - eps``.
+    At each batch size b, over seeds: ``E avg eps <= min(D sigma/sqrt(b), D E|xi|_op)``; ``E avg g <= 1.5 s`` plus
+    the same; the gap of the minibatch gradient is at least the gap in expectation (Jensen: a maximum of noise); and
+    ``<G_B, W - V_A>`` with V from batch A and the score from an independent batch B has expectation ``g - eps``.
     """
     rungs = []
     sigma = 0.0 if problem.sigma is None else problem.sigma

@@ -86,10 +86,9 @@ class TwoLayer(FiniteSum):
     """A network ``W_2 tanh(W_1 x)`` with squared loss, each layer in its own trace ball: the product set
     of a chain.
 
-    Inputs have norm at most 1. With ``E = delta_1 delta_2 + max|y|`` the residual's bound and
-    ``k = sup|tanh''|``, the second derivative along a unit direction is at most
-    ``delta_1^2 + delta_2^2 + E (1 + k delta_2) = beta``: the square of the output's first derivative, and
-    the residual against its second.
+    Inputs have norm at most 1. With ``E = delta_1 delta_2 + max|y|`` the residual's bound and ``k = sup|tanh''|``,
+    the second derivative along a unit direction is at most ``delta_1^2 + delta_2^2 + E (1 + k delta_2) = beta``:
+    the square of the output's first derivative, and the residual against its second.
 
     Args:
         samples, inputs, hidden, outputs: sizes. delta: the two trace-norm radii. seed: of data and start.

@@ -12,9 +12,9 @@ bounded from columns ``(I - QQ') G omega`` that took no part in choosing Q (Halk
 0909.4061, lemma 4.1). On fresh batches the vertex of the first pass is scored without the upward bias of a
 maximum over noise.
 
-The exact decomposition of a chain's average gap, whatever the training did:
-``avg g = (L_1 - L_{T+1})/(eta T) + (eta/2) avg c + avg eps``: loss drop, curvature met, oracle error.
-Chains are short, so the theorem's bound says nothing about them; the decomposition always does.
+The exact decomposition of a chain's average gap, whatever the training did: ``avg g = (L_1 - L_{T+1})/(eta T) +
+(eta/2) avg c + avg eps``: loss drop, curvature met, oracle error. Chains are short, so the theorem's bound says
+nothing about them; the decomposition always does.
 """
 
 from __future__ import annotations
@@ -236,6 +236,11 @@ class GapProbe:
         Raises:
             ValueError: the chain has no such link.
         """
+        if self.chain.missing:
+            raise ValueError(
+                f"opt must hold its whole chain, and its first {self.chain.missing} links are missing (resumed from a "
+                "state dict?): probe the run from its first link on"
+            )
         if not 0 <= link < len(self.chain):
             raise ValueError(f"link must be one of the chain's {len(self.chain)} links, got {link}")
         layers = self._layers()
@@ -422,9 +427,7 @@ def _size(pair: LowRankPair | None, rank: int) -> float:
 
 @dataclass(frozen=True)
 class _Sketch:
-    """Gaussian matrices for one layer: ``range`` (in x k) and ``corange`` (out x 2k) find, ``test`` (in x
-    k) judges.
-    """
+    """Gaussian matrices for one layer: ``range`` (in x k) and ``corange`` (out x 2k) find, ``test`` (in x k) judges."""
 
     range: Tensor
     test: Tensor

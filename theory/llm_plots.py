@@ -1,6 +1,4 @@
-"""The picture of one chain: gaps with their intervals, where the average gap went, and which layers hold
-it.
-"""
+"""The picture of one chain: gaps with their intervals, where the average gap went, and which layers hold it."""
 
 from __future__ import annotations
 

@@ -105,9 +105,7 @@ def _tapped(layers: Mapping[str, nn.Module], taps: Mapping[str, Tap], anchors: l
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (dropout off, one fixed loss), each module's own mode restored
-    afterwards.
-    """
+    """The model in evaluation mode (dropout off, one fixed loss), each module's own mode restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -50,9 +50,8 @@ class TraceBall(_SingularOracle):
     """``{|W|_* <= delta}``: ``V = -delta u_1 v_1'`` with the top singular pair of ``G``;
     ``D = 2 delta, R = delta``.
 
-    The gap of Theorem 4.1 on this set is ``delta sigma_1(G) + <G, W>``. With ``method="lanczos"`` the
-    vertex comes from an iteration and the answer is an interval:
-    ``attained <= delta sigma_1(G) <= certified``.
+    The gap of Theorem 4.1 on this set is ``delta sigma_1(G) + <G, W>``. With ``method="lanczos"`` the vertex comes
+    from an iteration and the answer is an interval: ``attained <= delta sigma_1(G) <= certified``.
 
     Args:
         delta: the trace-norm (nuclear-norm) radius. shape: (m, n).
@@ -151,9 +150,7 @@ class RankBall(_SingularOracle):
         return self.delta * math.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-self.rank :].sum())))
 
     def gauge(self, W: np.ndarray) -> float:
-        """The r-support norm of the singular values over ``delta`` (Argyriou, Foygel, Srebro, arXiv
-        1204.5043).
-        """
+        """The r-support norm of the singular values over ``delta`` (Argyriou, Foygel, Srebro, arXiv 1204.5043)."""
         return support_norm(np.linalg.svd(W, compute_uv=False), self.rank) / self.delta
 
     def start(self) -> np.ndarray:
@@ -179,8 +176,8 @@ def support_norm(sigma: np.ndarray, r: int) -> float:
 class CappedTraceBall(_SingularOracle):
     """``{sigma_1(W) <= tau, |W|_* <= r tau}``: ``V = -tau U_r V_r'``; ``D = 2 tau sqrt(r)``.
 
-    The other convex set whose vertices have rank r: all r directions get the same length.
-    Gap: ``tau sum_{i<=r} sigma_i + <G, W>``.
+    The other convex set whose vertices have rank r: all r directions get the same length. Gap: ``tau sum_{i<=r}
+    sigma_i + <G, W>``.
     """
 
     def __init__(self, tau: float, rank: int, shape: tuple[int, int]):

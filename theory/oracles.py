@@ -75,9 +75,7 @@ class Oracle(ABC):
         """A natural starting point of ``K``."""
 
     def gap(self, G: np.ndarray, W: np.ndarray) -> float:
-        """The Frank-Wolfe gap ``max_V <G, W - V>`` by the dual norm: the reference that runs are held
-        against.
-        """
+        """The Frank-Wolfe gap ``max_V <G, W - V>`` by the dual norm: the reference that runs are held against."""
         return self.support(-G) + float(np.dot(G.ravel(), W.ravel()))
 
     def __repr__(self) -> str:
@@ -90,9 +88,7 @@ def length(name: str, n: int) -> tuple[int]:
 
 
 class L1Ball(Oracle):
-    """``{|x|_1 <= delta}`` in n dimensions: ``V = -delta sign(G_i) e_i`` at the largest ``|G_i|``; D = 2
-    delta.
-    """
+    """``{|x|_1 <= delta}`` in n dimensions: ``V = -delta sign(G_i) e_i`` at the largest ``|G_i|``; D = 2 delta."""
 
     def __init__(self, delta: float, n: int):
         self.delta = positive("delta", delta, "the l1 radius of K")
@@ -154,9 +150,7 @@ class Simplex(Oracle):
 
 
 class Box(Oracle):
-    """``{low <= x_i <= high}``: ``V_i = low`` where ``G_i > 0``, else ``high``;
-    ``D = (high - low) sqrt(n)``.
-    """
+    """``{low <= x_i <= high}``: ``V_i = low`` where ``G_i > 0``, else ``high``; ``D = (high - low) sqrt(n)``."""
 
     def __init__(self, low: float, high: float, n: int = 1):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -186,9 +180,7 @@ class Box(Oracle):
 
 
 class FrobeniusBall(Oracle):
-    """``{|W|_F <= delta}`` for any shape: ``V = -delta G / |G|_F``; ``D = 2 delta``. The l2 ball for
-    vectors.
-    """
+    """``{|W|_F <= delta}`` for any shape: ``V = -delta G / |G|_F``; ``D = 2 delta``. The l2 ball for vectors."""
 
     def __init__(self, delta: float, shape: tuple[int, ...]):
         self.delta = positive("delta", delta, "the Frobenius radius of K")
@@ -223,8 +215,7 @@ class FrobeniusBall(Oracle):
 class Product(Oracle):
     """``K_1 x ... x K_L`` over the layers of a network, on the concatenation of the layers' raveled weights.
 
-    The oracle splits: one call per layer. ``D^2`` and ``R^2`` are the sums of the layers' squares; gaps
-    add up.
+    The oracle splits: one call per layer. ``D^2`` and ``R^2`` are the sums of the layers' squares; gaps add up.
 
     Args:
         parts: the sets of the layers, in the order in which the flat vector holds them.

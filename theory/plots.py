@@ -95,9 +95,7 @@ def styled(draw: Any) -> Any:
 
 @styled
 def average_gap(rates: dict[str, Sequence[Run]], path: Path) -> Path:
-    """Average gap against T over separate runs, one panel per instance, with the bounds and the fitted
-    slope.
-    """
+    """Average gap against T over separate runs, one panel per instance, with the bounds and the fitted slope."""
     columns = min(3, len(rates))
     rows = math.ceil(len(rates) / columns)
     figure, axes = canvas(rows, columns, 2.75 * columns, 2.5 * rows + 0.3)
@@ -176,9 +174,7 @@ def _whiskers(ax: Any, x: Sequence[float], rungs: Sequence[Rung], colour: str, m
 
 @styled
 def oracle_ladders(epsilon: dict[str, Sequence[Rung]], rho: dict[str, Sequence[Rung]], path: Path) -> Path:
-    """Average gap against the oracle's error: additive on the left, multiplicative on the right, with both
-    bounds.
-    """
+    """Average gap against the oracle's error: additive on the left, multiplicative on the right, with both bounds."""
     figure, (left, right) = canvas(1, 2, 8.2, 3.3)
     for (adversary, rungs), colour, marker in zip(epsilon.items(), (BLUE, RED), "os"):
         _whiskers(

@@ -170,9 +170,7 @@ class NoisyProblem(StochasticProblem):
         )
 
     def operator_noise(self, batch: int) -> float | None:
-        """Bound on ``E|xi|_op`` for a batch of Gaussian matrix noise: entries' size times
-        ``sqrt(m) + sqrt(n)``.
-        """
+        """Bound on ``E|xi|_op`` for a batch of Gaussian matrix noise: entries' size times ``sqrt(m) + sqrt(n)``."""
         shape = self.oracle.shape
         if len(shape) != 2 or self.sigma is None:
             return None

@@ -1,9 +1,8 @@
 """Robust matrix recovery on the trace ball: sensing, dense completion, and completion over observed entries.
 
-The loss is the mean of ``r^2 / (1 + r^2)`` over residuals r (Geman and McClure): outliers cost at most 1
-each, and the price is non-convexity. Its second derivative ``(2 - 6 r^2) / (1 + r^2)^3`` lies in [-1/2,
-2], and it is never negative, so ``beta = 2 |A|^2 / N`` for measurements ``A`` and ``M = L(W_1)`` are
-certified.
+The loss is the mean of ``r^2 / (1 + r^2)`` over residuals r (Geman and McClure): outliers cost at most 1 each, and
+the price is non-convexity. Its second derivative ``(2 - 6 r^2) / (1 + r^2)^3`` lies in [-1/2, 2], and it is never
+negative, so ``beta = 2 |A|^2 / N`` for measurements ``A`` and ``M = L(W_1)`` are certified.
 """
 
 from __future__ import annotations
@@ -43,9 +42,7 @@ class LowRankData:
 
 
 def low_rank_data(m: int, n: int, seed: int = 0, rank: int = 5) -> LowRankData:
-    """``X = U V' / sqrt(rank)`` with Gaussian factors; ``Y = X + 0.1 noise``, 5 % of it with outliers of
-    scale 10.
-    """
+    """``X = U V' / sqrt(rank)`` with Gaussian factors; ``Y = X + 0.1 noise``, 5 % of it with outliers of scale 10."""
     count("m", m, "the number of rows"), count("n", n, "the number of columns")
     rng = np.random.default_rng(seed)
     U, V = rng.standard_normal((m, rank)), rng.standard_normal((n, rank))
@@ -166,9 +163,7 @@ class ObservedCompletion(Problem):
 def observed_completion(
     m: int, n: int, entries: int, seed: int = 0, rank: int = 5, dtype: Any = np.float64
 ) -> ObservedCompletion:
-    """An `ObservedCompletion` with data as in `low_rank_data`, drawn entry by entry, never as a dense
-    matrix.
-    """
+    """An `ObservedCompletion` with data as in `low_rank_data`, drawn entry by entry, never as a dense matrix."""
     entries = count("entries", entries, "the number of observed entries")
     if entries > m * n // 2:
         raise ValueError(f"entries must be at most half of {m} x {n}, got {entries}: use DenseCompletion")

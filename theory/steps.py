@@ -80,9 +80,7 @@ class TheoremStep(Step):
 
 @dataclass(frozen=True)
 class ShortStep(Step):
-    """``min(1, <G, W - V> / (beta |V - W|^2))``, the minimiser of the quadratic upper bound (Demyanov and
-    Rubinov).
-    """
+    """``min(1, <G, W - V> / (beta |V - W|^2))``, the minimiser of the quadratic upper bound (Demyanov and Rubinov)."""
 
     name = "short"
 
@@ -142,9 +140,7 @@ class OpenLoop(Step):
 
 @dataclass(frozen=True)
 class RootStep(Step):
-    """``1 / sqrt(t + 1)`` counted from t = 0: the anytime version of the theorem's rate, up to a
-    logarithm.
-    """
+    """``1 / sqrt(t + 1)`` counted from t = 0: the anytime version of the theorem's rate, up to a logarithm."""
 
     name = "1/sqrt(t+1)"
 

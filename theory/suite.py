@@ -240,9 +240,7 @@ def growing_batches(seed: int) -> list[Record]:
 
 
 def constants_task() -> list[Record]:
-    """Where the paper's constant breaks: instances that must exceed 2 s, and the two that attain 1.5 and
-    2.5.
-    """
+    """Where the paper's constant breaks: instances that must exceed 2 s, and the two that attain 1.5 and 2.5."""
     out = []
     for lifted in (False, True):
         run = frank_wolfe(magnitude_counterexample(lifted=lifted), 3000)

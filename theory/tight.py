@@ -174,8 +174,7 @@ def zero_chain(n: int) -> DenseProblem:
 def magnitude_counterexample(M: float = 1.0, lifted: bool = False) -> DenseProblem:
     """``L = -M cos 4x`` on [-1, 1]: ``|L| <= M`` holds, yet the average gap is 2.12 s, above the paper's 2.
 
-    The problem's ``M`` is the bound of ``|L|``, which the paper's proof assumes; ``L(W_1) - min L`` is
-    ``2 M``.
+    The problem's ``M`` is the bound of ``|L|``, which the paper's proof assumes; ``L(W_1) - min L`` is ``2 M``.
 
     Args:
         lifted: along a ray of the trace ball in place of the interval.
@@ -196,8 +195,8 @@ def one_step_worst_case(constant: float = 2.5, M: float = 1.0, D: float = 1.0) -
     """``L = -c M x / D + beta x^2 / 2`` on [0, D] with ``beta = M / D^2``: at T = 1 the gap is exactly
     ``c s``.
 
-    ``c = 1.5`` has ``L(W_1) - min L = M``, and with ``c = 2.5`` the shifted loss ``M + L`` has
-    ``|M + L| <= M``: both constants are attained.
+    ``c = 1.5`` has ``L(W_1) - min L = M``, and with ``c = 2.5`` the shifted loss ``M + L`` has ``|M + L| <= M``:
+    both constants are attained.
     """
     positive("constant", constant, "the constant to attain")
     beta = M / D**2

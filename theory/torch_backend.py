@@ -1,10 +1,9 @@
 """Completion over observed entries on torch tensors, so that a GPU can hold them; the algorithm stays the
 same file.
 
-`on_torch(problem, device)` gives the twin of an `ObservedCompletion` whose observed entries, gradients,
-atoms and Lanczos vectors live on a device. Only scalars, the small bidiagonal matrix and the random start
-cross to the CPU, and the start is drawn there, so that a run on any device follows the NumPy run up to
-rounding.
+`on_torch(problem, device)` gives the twin of an `ObservedCompletion` whose observed entries, gradients, atoms and
+Lanczos vectors live on a device. Only scalars, the small bidiagonal matrix and the random start cross to the CPU,
+and the start is drawn there, so that a run on any device follows the NumPy run up to rounding.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """The exact worst case of Theorem 4.1 for a few steps, as a semidefinite program (needs the extra ``pep``:
 PEPit).
 
-The largest average gap over *all* beta-smooth losses, all sets of diameter D and all starts, from the
-performance estimation of Drori and Teboulle (arXiv 1206.3209) with PEPit (arXiv 2201.04040). It is
-independent of every line of the
-proof: where it agrees with a bound, the bound is right; where it lies below, the bound is loose by that much.
+The largest average gap over *all* beta-smooth losses, all sets of diameter D and all starts, from the performance
+estimation of Drori and Teboulle (arXiv 1206.3209) with PEPit (arXiv 2201.04040). It is independent of every line of
+the proof: where it agrees with a bound, the bound is right; where it lies below, the bound is loose by that much.
 
-At the theorem's step and ``M = beta D^2`` the worst case in units of s is 1.5 for T = 1 and then 1.448,
-1.411, 1.389, 1.373,
-1.362: the constant 1.5 cannot be lowered for all T, and 2 is never attained.
+At the theorem's step and ``M = beta D^2`` the worst case in units of s is 1.5 for T = 1 and then 1.448, 1.411,
+1.389, 1.373, 1.362: the constant 1.5 cannot be lowered for all T, and 2 is never attained.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The certified interval for the top singular value: against dense SVDs, on easy, clustered and broken
-spectra.
-"""
+"""The certified interval for the top singular value: against dense SVDs, on easy, clustered and broken spectra."""
 
 import numpy as np
 import pytest
@@ -97,9 +95,7 @@ def test_same_generator_same_bits():
 
 
 def test_warm_starts_lie_and_random_starts_do_not():
-    """A start near the second singular vector converges there; the random start's interval still holds
-    sigma_1.
-    """
+    """A start near the second singular vector converges there; the random start's interval still holds sigma_1."""
     A = np.diag([1.0, 0.9, *np.linspace(0.5, 0.1, 48)])
     v = np.eye(50)[1]
     for _ in range(10):
@@ -110,9 +106,7 @@ def test_warm_starts_lie_and_random_starts_do_not():
 
 
 def test_random_start_bound_fails_as_rarely_as_it_says():
-    """At an allowed failure of 0.1 the bound is wrong in at most a tenth of the starts, on the worst
-    spectra.
-    """
+    """At an allowed failure of 0.1 the bound is wrong in at most a tenth of the starts, on the worst spectra."""
     n, k, failure, starts = 60, 4, 0.1, 400
     excess = random_start_excess(n, k, failure)
     assert 0 < excess < 1

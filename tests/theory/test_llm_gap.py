@@ -74,9 +74,7 @@ MODELS = {
 
 
 def train(name, probed=True, steps=STEPS, **options):
-    """A chain of three links, probed at every knot; returns the model, its untouched copy, the optimizer,
-    the probe.
-    """
+    """A chain of three links, probed at every knot; returns the model, its untouched copy, the optimizer, the probe."""
     build, batches, loss, targets = MODELS[name]
     model = build()
     plain = copy.deepcopy(model)
@@ -180,9 +178,7 @@ def test_decomposition_against_dense(name, rank):
 
 
 def test_moved_is_the_directional_derivative():
-    """``<G, B_t A_t>`` against differences of the loss along the link, evaluated on dense weights in
-    float64.
-    """
+    """``<G, B_t A_t>`` against differences of the loss along the link, evaluated on dense weights in float64."""
     _, plain, opt, probe = train("mlp", sketch=8)
     plain, batches = plain.double(), [tuple(x.double() for x in b) for b in mlp_batches()]
     h = 1e-5
@@ -199,9 +195,7 @@ def test_moved_is_the_directional_derivative():
 
 
 def test_the_run_does_not_notice_the_probe():
-    """Bit for bit the same weights, with dropout drawing from the global generator; no gradients left
-    behind.
-    """
+    """Bit for bit the same weights, with dropout drawing from the global generator; no gradients left behind."""
     with_probe, _, _, _ = train("mlp")
     without, _, _, _ = train("mlp", probed=False)
     for name, value in with_probe.state_dict().items():
@@ -245,9 +239,7 @@ class LargestGradient(TorchDispatchMode):
 
 
 def test_no_full_size_gradient_is_ever_formed():
-    """Layers 37 x 23 and 11 x 37: no operation of a probe makes a tensor of either shape, or its
-    transpose.
-    """
+    """Layers 37 x 23 and 11 x 37: no operation of a probe makes a tensor of either shape, or its transpose."""
     _, _, opt, _ = train("mlp")
     model = mlp()
     probe = GapProbe(model, opt.chain, mlp_batches(), mlp_loss, sketch=4)
@@ -321,9 +313,7 @@ def test_fresh_decomposition_is_exact_too():
 
 
 def test_residual_bound_holds_on_a_flat_spectrum():
-    """Where a sketch of 8 columns misses most of the gradient, the interval is wide and still holds
-    sigma_1.
-    """
+    """Where a sketch of 8 columns misses most of the gradient, the interval is wide and still holds sigma_1."""
     x = torch.eye(40)
     model = nn.Sequential(nn.Linear(40, 40, bias=False))
     link = LinkConfig(r=1, target_modules="all-linear")

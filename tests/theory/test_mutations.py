@@ -1,6 +1,4 @@
-"""Each planted error is caught, by the checks that are there for it; the sound twin of each passes them
-all.
-"""
+"""Each planted error is caught, by the checks that are there for it; the sound twin of each passes them all."""
 
 import pytest
 

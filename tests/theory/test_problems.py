@@ -86,9 +86,7 @@ def test_smoothness_holds_between_random_points_of_the_set(name):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradient_is_the_derivative(name):
-    """Central differences err by h^2/6 of a third derivative; h = 1e-5 leaves that and rounding below
-    1e-6.
-    """
+    """Central differences err by h^2/6 of a third derivative; h = 1e-5 leaves that and rounding below 1e-6."""
     problem, rng = PROBLEMS[name](), np.random.default_rng(1)
     W, Z = random_feasible(problem, rng), random_feasible(problem, rng)
     if isinstance(W, ObservedPoint):

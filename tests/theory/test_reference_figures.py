@@ -85,9 +85,7 @@ def test_zero_chain_resists_the_short_step():
 
 
 def test_two_is_false_for_a_bound_on_magnitude_and_right_for_suboptimality():
-    """The same loss: with ``M >= |L|`` the constant 2 fails and 2.5 holds, with ``M >= h_1`` even 1.5
-    holds.
-    """
+    """The same loss: with ``M >= |L|`` the constant 2 fails and 2.5 holds, with ``M >= h_1`` even 1.5 holds."""
     problem = magnitude_counterexample()
     run = frank_wolfe(problem, 10_000)
     assert 2.0 < run.average / run.scale < 2.5
@@ -106,9 +104,7 @@ def test_additive_error_needs_its_term():
 
 
 def test_sign_of_the_gap_shows_at_a_boundary_optimum():
-    """The paper's ``max <grad, V - W>`` tends to twice the support at a boundary optimum; inside both
-    forms decay.
-    """
+    """The paper's ``max <grad, V - W>`` tends to twice the support at a boundary optimum; inside both forms decay."""
     ball = TraceBall(1.0, (20, 20))
     outside = frank_wolfe(quadratic("boundary", ball, np.diag([2.0] * 2 + [0.0] * 18)), 1000)
     inside = frank_wolfe(quadratic("interior", ball, np.eye(20) / 40), 1000)

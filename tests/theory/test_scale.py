@@ -1,6 +1,4 @@
-"""A problem of 1e5 x 1e5 with two million observed entries in well under a gigabyte: a dense iterate takes
-80.
-"""
+"""A problem of 1e5 x 1e5 with two million observed entries in well under a gigabyte: a dense iterate takes 80."""
 
 import json
 import subprocess
