@@ -255,7 +255,7 @@ def tightness(rows: Sequence[tuple[str, float, float, float]], path: Path) -> Pa
     Args:
         rows: (label, avg/s, min/s, sharp bound over s); a bound that is not finite is left out.
     """
-    figure, (ax,) = canvas(1, 1, 6.4, 0.6 + 0.2 * len(rows))
+    figure, (ax,) = canvas(1, 1, 6.4, 1.3 + 0.19 * len(rows))
     y = np.arange(len(rows))[::-1]
     ax.barh(y, [row[1] for row in rows], height=0.62, color=SKY, label="average gap / s")
     ax.plot(

@@ -198,7 +198,7 @@ class NoisyProblem(StochasticProblem):
         """The gradient plus the drawn noise."""
         G = self.problem.gradient(W)
         if not isinstance(G, np.ndarray):
-            raise ValueError(f"problem must have dense gradients, got {type(G).__name__}: noise would fill it anyway")
+            raise ValueError(f"problem must have dense gradients, got {type(G).__name__}: take a dense problem")
         return G + batch
 
 
