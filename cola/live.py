@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class
 from cola.adapters.targets import find_targets, modules_by_name, named, unknown, unwrap
-from cola.chain import Factor
 from cola.distributed import shapes_are_free
 from cola.extend import LinkConfig, draw
+from cola.link import Factor
 from cola.tie import ROUNDINGS, KnotError, Tie, key, overflows, residual_like, tie_, tolerance
 
 #: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from cola import counters
 from cola.adapters.targets import unwrap
-from cola.chain import Chain, KnotReport, LayerReport, Link
+from cola.chain import Chain
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
+from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
 from cola.reset import GroupWatch, adopt, fresh_instance, is_fresh
 from cola.tie import KnotError, Tie
