@@ -41,7 +41,7 @@ def pack(ledger: Ledger, residuals: Mapping[str, Tensor]) -> dict[str, Any]:
     text = json.dumps(
         {
             "version": VERSION,
-            "first": ledger.first,
+            "missing": ledger.missing,
             "keep": ledger.keep,
             "base": None if ledger.base is None else ledger.base.to_json(),
             "links": links,
@@ -70,9 +70,9 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the state's {KEY!r} entry, which holds the tied links, is damaged: {error}") from None
     ledger = carried.ledger
-    if ledger.first + len(ledger.links) != index:
+    if ledger.missing + len(ledger.links) != index:
         raise ValueError(
-            f"the state is at link {index} and holds links {ledger.first} to {ledger.first + len(ledger.links) - 1}: "
+            f"the state is at link {index} and holds links {ledger.missing} to {ledger.missing + len(ledger.links) - 1}: "
             "a link is missing"
         )
     for path, layer in live.layers.items():
@@ -98,8 +98,8 @@ def _read(entry: Mapping[str, Any]) -> Carried:
     parts: list[dict[str, Tensor]] = [{} for _ in content["links"]]
     for name, tensor in entry["links"].items():
         number, _, part = name.partition("/")
-        parts[int(number) - content["first"]][part] = tensor.cpu()
+        parts[int(number) - content["missing"]][part] = tensor.cpu()
     links = [link_from_parts(tensors, about) for tensors, about in zip(parts, content["links"])]
     base = None if content["base"] is None else Fingerprint.from_json(content["base"])
     residuals = {path: entry["residuals"][path] for path in content["residuals"]}
-    return Carried(Ledger(links, content["first"], content["keep"], base), residuals)
+    return Carried(Ledger(links, content["missing"], content["keep"], base), residuals)

@@ -22,8 +22,8 @@ class Chain:
 
     Attributes:
         keep, base: as given; a run sets ``base`` at its first knot.
-        first: index of the first link here. More than 0 only if a framework's checkpoint dropped the links before it:
-            training goes on from such a checkpoint, but the chain cannot be applied or exported any more.
+        missing: links before the first one held. More than 0 only if a framework's checkpoint dropped them: training
+            goes on from such a checkpoint, but the chain cannot be applied or exported any more.
 
     >>> len(Chain())
     0
@@ -33,8 +33,8 @@ class Chain:
         self.keep = keep
         self.base = base
         self._links = list(links)
-        self.first = self._links[0].index if self._links else 0
-        if [link.index for link in self._links] != list(range(self.first, self.first + len(self._links))):
+        self.missing = self._links[0].index if self._links else 0
+        if [link.index for link in self._links] != list(range(self.missing, self.missing + len(self._links))):
             raise ValueError(f"links={[link.index for link in self._links]} are not consecutive: a link is missing")
 
     def __len__(self) -> int:
@@ -47,20 +47,31 @@ class Chain:
         return self._links[index]
 
     def __repr__(self) -> str:
-        lost = f"{self.first} lost links, then " if self.first else ""
+        lost = f"{self.missing} lost links, then " if self.missing else ""
         return f"Chain({lost}{len(self)} links, ranks {[link.rank for link in self]})"
 
     def append(self, link: Link) -> None:
         """Record a link. Its index must be the next one."""
-        if link.index != self.first + len(self):
-            raise ValueError(
-                f"link {link.index} cannot follow a chain of {self.first + len(self)}: links are recorded in order"
-            )
+        if link.index != self.missing + len(self):
+            raise ValueError(f"link {link.index} cannot follow link {self.missing + len(self) - 1}: links go in order")
         self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
 
-    def restore(self, links: Iterable[Link], first: int, keep: bool, base: Fingerprint | None) -> None:
-        """Become another state of the same chain, as a resumed run does; holders of the chain keep it."""
-        self._links, self.first, self.keep, self.base = list(links), first, keep, base
+    def resume(self, index: int) -> None:
+        """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""
+        if index >= self.missing:
+            del self._links[index - self.missing :]
+        else:
+            self._links.clear()
+        self.missing = index - len(self._links)
+
+    def restore(self, ledger: store.Ledger) -> None:
+        """Become what a checkpoint holds; whoever has this chain in hand keeps it."""
+        self._links, self.missing = list(ledger.links), ledger.missing
+        self.keep, self.base = ledger.keep, ledger.base
+
+    def ledger(self) -> store.Ledger:
+        """The chain as plain data."""
+        return store.Ledger(tuple(self._links), self.missing, self.keep, self.base)
 
     def layers(self) -> list[str]:
         """Paths of all layers that any link changes."""
@@ -87,7 +98,7 @@ class Chain:
         ...     Chain.load(directory)
         Chain(0 links, ranks [])
         """
-        store.save(Path(directory), self._ledger())
+        store.save(Path(directory), self.ledger())
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Chain":
@@ -96,9 +107,8 @@ class Chain:
         Raises:
             ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
         """
-        ledger = store.load(Path(directory))
-        chain = cls(keep=ledger.keep)
-        chain.restore(ledger.links, ledger.first, ledger.keep, ledger.base)
+        chain = cls()
+        chain.restore(store.load(Path(directory)))
         return chain
 
     def to_peft(
@@ -233,9 +243,6 @@ class Chain:
 
     # inside
 
-    def _ledger(self) -> store.Ledger:
-        return store.Ledger(self._links, self.first, self.keep, self.base)
-
     def _factors(self, layer: str) -> list[Factor]:
         self._require_kept("this")
         found = [link.factors[layer] for link in self if layer in link.factors]
@@ -252,9 +259,9 @@ class Chain:
 
     def _require_complete(self, call: str) -> None:
         self._require_kept(call)
-        if self.first:
+        if self.missing:
             raise RuntimeError(
-                f"{call}: the chain lacks its first {self.first} links, which the checkpoint that the run resumed from "
+                f"{call}: the chain lacks its first {self.missing} links, which the checkpoint that the run resumed from "
                 "had dropped. The model's own weights are complete: save those, or resume from one of opt.save"
             )
 

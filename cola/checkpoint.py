@@ -70,7 +70,7 @@ def save(
         TypeError: the optimizer's state holds what only pickling could keep.
         OSError: writing failed; the directory holds what it held before.
     """
-    if not ledger.keep or ledger.first:
+    if not ledger.keep or ledger.missing:
         raise RuntimeError(
             "save() writes the links, from which load() rebuilds the weights, and this chain does not have all of "
             "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "

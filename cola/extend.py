@@ -65,7 +65,7 @@ class LinkConfig:
         _choice("scaling", self.scaling, SCALINGS)
         _choice("rank_change", self.rank_change, RANK_CHANGES)
         if not callable(self.r):
-            ranks = (self.r,) if isinstance(self.r, int) else self.r
+            ranks = self.r if isinstance(self.r, Sequence) else (self.r,)
             if isinstance(ranks, str) or not len(ranks):
                 raise ValueError(
                     f"r={self.r!r} must be a positive integer, a non-empty sequence of them, or a callable"

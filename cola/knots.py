@@ -351,8 +351,13 @@ class _Pair(KnotPolicy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give both their states back."""
         self._check(state)
+        before = self.first.state_dict()
         self.first.load_state_dict(state["first"])
-        self.second.load_state_dict(state["second"])
+        try:
+            self.second.load_state_dict(state["second"])
+        except BaseException:
+            self.first.load_state_dict(before)
+            raise
 
     def __repr__(self) -> str:
         return f"({self.first!r} {self.word} {self.second!r})"

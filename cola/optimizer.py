@@ -280,6 +280,7 @@ class ChainOptimizer(Optimizer):
         self.policy.load_state_dict(saved["policy"])
         self.base.load_state_dict(state_dict)
         self.live.resume(saved["live"]["index"])
+        self.chain.resume(self.live.index)
         self.steps, self._epoch = saved["steps"], saved["epoch"]
         self._probed, self._groups.changed = saved["probed"], set(saved["stepped"])
         for after in list(self._optimizer_load_state_dict_post_hooks.values()):

@@ -44,14 +44,14 @@ class Ledger:
 
     Attributes:
         links: in order.
-        first: index of the first of them; more than 0 if earlier ones were lost before the chain was saved.
+        missing: links before the first of them, lost before the chain was saved.
         keep: whether links have their factors.
         base: fingerprint of the weights that the links belong on; None if unknown.
         libraries: versions that wrote it.
     """
 
     links: Sequence[Link]
-    first: int = 0
+    missing: int = 0
     keep: bool = True
     base: Fingerprint | None = None
     libraries: Mapping[str, str] | None = None
@@ -94,7 +94,7 @@ def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
     """Write the links' files that are not there yet; returns the manifest that lists them all."""
     return {
         "libraries": {"cola": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "first": ledger.first,
+        "missing": ledger.missing,
         "keep": ledger.keep,
         "base": None if ledger.base is None else ledger.base.to_json(),
         "links": [asdict(_write_link(directory, link)) for link in ledger.links],
@@ -104,22 +104,22 @@ def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
 def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
     """The chain that a manifest describes; ``path`` is the manifest's, for messages."""
     try:
-        first, keep, base = manifest["first"], manifest["keep"], manifest["base"]
+        missing, keep, base = manifest["missing"], manifest["keep"], manifest["base"]
         fingerprint = None if base is None else Fingerprint.from_json(base)
         entries = [entry(item, path) for item in manifest["links"]]
         libraries = {str(name): str(version) for name, version in manifest["libraries"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} does not describe a chain ({error!r:.80})") from None
-    if type(first) is not int or first < 0 or type(keep) is not bool:
-        raise StoreError(f"{path} does not describe a chain (first={first!r:.40}, keep={keep!r:.40})")
+    if type(missing) is not int or missing < 0 or type(keep) is not bool:
+        raise StoreError(f"{path} does not describe a chain (missing={missing!r:.40}, keep={keep!r:.40})")
     links = []
-    for index, item in enumerate(entries, start=first):
+    for index, item in enumerate(entries, start=missing):
         link = link_from_bytes(read_checked(directory / item.file, item.size, item.digest), directory / item.file)
         if link.index != index:
             raise StoreError(f"{path} lists {item.file} as link {index}, and it is link {link.index}")
         _known[link] = item, _versions(link)
         links.append(link)
-    return Ledger(links, first, keep, fingerprint, libraries)
+    return Ledger(links, missing, keep, fingerprint, libraries)
 
 
 def entry(item: Any, path: Path) -> Entry:

@@ -21,7 +21,6 @@ class LossWatch:
         self.count = 0
         self._handle = model.register_forward_hook(self)
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook."""
         loss = getattr(output, "loss", None)

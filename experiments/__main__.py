@@ -1,0 +1,42 @@
+"""`python -m experiments COMMAND`: one subcommand per experiment, each with its own `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes",
+    "pretrain": "make the tiny model that the demo fine-tunes",
+}
+"""Name -> one line of help. Each is a module here with `add_arguments(parser)` and `main(arguments)`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status; 2 if none is named."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # only the command that was asked for pays for its imports
+        if name in argv[:1]:
+            module = importlib.import_module(f"experiments.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.main)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""LoRA, chains of LoRAs and full fine-tuning on the same text for the same epochs, offline.
+
+A tiny OPT that knows Python code is fine-tuned to English prose, the chapters of the Python language
+reference. The learning rate is chosen per arm on the validation split, seeds are paired, and the test split
+is read once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from experiments import corpus, tiny_opt
+from experiments.arms import ARMS, REFERENCE
+from experiments.compare import Plan, Results, Run, compare
+from experiments.plots import draw
+from experiments.report import checks, record, rows, statements, table
+from experiments.train import Setting
+
+NEARBY = 2
+"""How many rates around the recorded one a default run tries."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments demo`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 8)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(ARMS),
+        metavar="ARM",
+        help=f"which to compare: {', '.join(ARMS)} (default: all, {_controls()} only with --full)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all learning rates of the grid, each on two seeds, all arms, 8 seeds; "
+        f"a default run tries the {NEARBY} rates nearest to the recorded best on one seed",
+    )
+    parser.add_argument(
+        "--model", type=Path, default=tiny_opt.COMMITTED, help="the untouched model (default: tiny-opt)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=_cores(),
+        help="processes of one thread each (default: one per core, %(default)s)",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps of a random, smaller model: does everything run?"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for senseless arguments."""
+    started = time.perf_counter()
+    tiny_opt.quiet()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=arguments.out) as scratch:
+        try:
+            plan = make_plan(arguments, Path(scratch))
+        except (FileNotFoundError, ValueError) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            return 2
+        print(_announcement(plan, arguments))
+        with tqdm(total=plan.size(), desc="runs", unit="run") as progress:
+
+            def tick(done: str) -> None:
+                progress.set_postfix_str(done, refresh=False)
+                progress.update()
+
+            results = compare(plan, tick)
+        _keep_chains(plan, results, arguments.out / "chains")
+        found = rows(results)
+        verdicts = checks(plan, results, found, learned=not arguments.smoke)
+        minutes = (time.perf_counter() - started) / 60
+        written = record(plan, results, found, verdicts, round(minutes, 2), _command(arguments))
+    (arguments.out / "results.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    (arguments.out / "table.txt").write_text(table(found) + "\n")
+    draw(results, found, arguments.out / "curves.png")
+    print(f"\nuntouched model: {results.untouched:.4f} bits per byte on the test topics\n\n{table(found)}\n")
+    if REFERENCE in results.chosen and len(found) > 1:
+        print("Against LoRA, paired by seed, t test, Holm's correction at 5 %:")
+        print("\n".join(f"  {said}" for said in statements(found)))
+    print("\nChecks:")
+    for check in verdicts:
+        print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")
+    print(f"\n{arguments.out}/: results.json, table.txt, curves.png, chains/   {minutes:.1f} minutes")
+    return 0 if all(check.holds for check in verdicts) else 1
+
+
+def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: a number of seeds or processes below one.
+        FileNotFoundError: the model is missing.
+    """
+    count = arguments.seeds if arguments.seeds is not None else 8 if arguments.full else 2 if arguments.smoke else 3
+    for name, value in (("--seeds", count), ("--workers", arguments.workers)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed")
+    seeds = tuple(range(arguments.seed, arguments.seed + count))
+    arms = arguments.arms or [name for name, arm in ARMS.items() if arguments.full or not arm.control]
+    nearby = {name: ARMS[name].rates if arguments.full else ARMS[name].nearby(NEARBY) for name in arms}
+    search = seeds[: 2 if arguments.full else 1]
+    if arguments.smoke:
+        model = scratch / "model"
+        tiny_opt.save(tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {})
+        setting = Setting(epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
+    else:
+        model, setting = arguments.model, Setting()
+        tiny_opt.load(model)
+    return Plan(nearby, search, seeds, setting, model, scratch, arguments.workers)
+
+
+def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
+    prose = corpus.prose()
+    rates = "the whole grid of rates" if arguments.full else f"the {NEARBY} rates nearest to the recorded best"
+    return (
+        f"{len(plan.rates)} arms, seeds {', '.join(map(str, plan.seeds))}, {plan.setting.epochs} epochs of "
+        f"{len(plan.setting.training_text(prose)):,} bytes of prose; "
+        f"{plan.size()} runs in {plan.workers} processes.\n"
+        f"Learning rate: per arm, from {rates}, by validation loss over {len(plan.search_seeds)} seed(s)"
+        f"{'' if arguments.full else '; --full searches the whole grid'}."
+    )
+
+
+def _keep_chains(plan: Plan, results: Results, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    for arm, lr in results.chosen.items():
+        chain = Run(arm, lr, plan.seeds[0]).folder(plan.scratch) / "chain"
+        if chain.exists():
+            shutil.copytree(chain, target / arm)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    parts = ["python -m experiments demo", f"--seed {arguments.seed}"]
+    if arguments.seeds is not None:
+        parts.append(f"--seeds {arguments.seeds}")
+    if arguments.arms:
+        parts.append("--arms " + " ".join(arguments.arms))
+    parts += [flag for flag, given in (("--full", arguments.full), ("--smoke", arguments.smoke)) if given]
+    return " ".join(parts)
+
+
+def _controls() -> str:
+    return ", ".join(name for name, arm in ARMS.items() if arm.control)
+
+
+def _cores() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,0 +1,114 @@
+"""The demo's figure: training loss against LoRA's with the knots marked, held-out loss with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.arms import ARMS, CEILING, REFERENCE
+from experiments.compare import Results
+from experiments.report import Row, inside
+
+# Okabe and Ito's palette, distinguishable with any colour vision; line styles and markers repeat what it says
+_STYLES = {
+    "lora": ("#000000", "-", "o"),
+    "cola-2": ("#0072B2", "-", "s"),
+    "cola-3": ("#D55E00", "-", "^"),
+    "cola-plateau": ("#009E73", "--", "D"),
+    "cola-8-4": ("#CC79A7", "-.", "v"),
+    "lora-24": ("#56B4E9", ":", "P"),
+    "full": ("#7F7F7F", "--", "X"),
+}
+
+
+def draw(results: Results, rows: Sequence[Row], path: Path) -> None:
+    """Write the figure as a PNG to `path`.
+
+    Left: bits per byte on the training text, averaged over seeds and smoothed, as the difference from LoRA at
+    the same step; every arm sees the same text at the same step, so the difference is free of the text's own
+    ups and downs. Without the LoRA arm the losses themselves are shown. Right: the table's held-out losses.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (curves, held_out) = pyplot.subplots(
+            1, 2, figsize=(11, 4.6), width_ratios=(1.45, 1), layout="constrained"
+        )
+        _curves(curves, results)
+        _held_out(held_out, results, rows)
+        figure.savefig(path, dpi=140)
+        pyplot.close(figure)
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over a window of `width` steps that ends at each step; shorter at the start."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - width)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _curves(axes: Any, results: Results) -> None:
+    losses = {
+        arm: np.mean([outcome.losses for outcome in results.final(arm)], axis=0)
+        for arm in ARMS
+        if arm in results.chosen
+    }
+    reference = losses.get(REFERENCE)
+    steps = len(next(iter(losses.values())))
+    width = max(1, steps // 10)
+    for arm, values in losses.items():
+        color, line, marker = _STYLES[arm]
+        curve = smooth(values if reference is None else values - reference, width)
+        axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=ARMS[arm].label)
+        ties = sorted({knot.step for outcome in results.final(arm) for knot in inside(outcome)})
+        axes.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white")
+    if reference is not None and len(losses) > 1:
+        # the first steps swing more than everything after them
+        tail = [smooth(values - reference, width)[steps // 12 :] for values in losses.values()]
+        low, high = min(map(np.min, tail)), max(map(np.max, tail))
+        margin = 0.08 * (high - low) or 0.01
+        axes.set_ylim(low - margin, high + margin)
+    axes.set_xlabel("optimizer step")
+    what = "training loss" if reference is None else "training loss minus LoRA's"
+    axes.set_ylabel(f"{what}, bits per byte")
+    axes.set_title(f"While training (mean of {width} steps; markers are knots)", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8.5, ncols=2)
+
+
+def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
+    places = range(len(rows))
+    for place, row in zip(places, rows):
+        color, _, marker = _STYLES[row.arm]
+        spread = 0.0 if math.isnan(row.test.low) else row.test.half_width
+        axes.errorbar(
+            row.test.mean,
+            place,
+            xerr=spread,
+            fmt=marker,
+            color=color,
+            markersize=7,
+            capsize=4,
+            elinewidth=1.4,
+        )
+        axes.plot(results.losses(row.arm), [place + 0.2] * len(results.losses(row.arm)), ".", color=color, alpha=0.5)
+        axes.annotate(
+            f"{row.test.mean:.3f}", (row.test.mean, place), xytext=(0, -14), textcoords="offset points",
+            ha="center", fontsize=8, color="#333333",
+        )  # fmt: skip
+    for arm, line in ((REFERENCE, "-"), (CEILING, "--")):
+        for row in rows:
+            if row.arm == arm:
+                axes.axvline(row.test.mean, color=_STYLES[arm][0], linestyle=line, linewidth=0.8, alpha=0.5, zorder=0)
+    axes.set_yticks(list(places), [ARMS[row.arm].label for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.set_xlabel("held-out bits per byte")
+    axes.set_title("On unseen topics (95 % t interval; dots are seeds)", loc="left", fontsize=10)

@@ -1,0 +1,114 @@
+"""Intervals and tests over seeds: every arm sees the same seeds, so arms are compared in pairs.
+
+All intervals are Student's t over seeds. They say how the result varies with the order of the data and the
+adapters' draws on this text and this model, not how it would vary over texts or models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence limits, which are NaN when there is but one value."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the distance between the limits."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Arm minus reference: the mean over seeds, its interval, p of the paired t test, plain and Holm's."""
+
+    difference: Interval
+    p: float
+    p_holm: float
+
+    def significant(self, level: float = 0.05) -> bool:
+        """Whether the difference stands at `level` after Holm's correction for the number of comparisons."""
+        return self.p_holm < level
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The mean of `values` with its two-sided t interval; NaN limits for a single value.
+
+    Raises:
+        ValueError: `values` is empty, or `confidence` is not between 0 and 1.
+    """
+    if not values:
+        raise ValueError("values=[]: an interval needs at least one value")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: must lie between 0 and 1, such as 0.95")
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Interval(mean, math.nan, math.nan)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of `p`, in its order; NaN (no test) stays NaN and is not counted."""
+    tested = sorted((value, index) for index, value in enumerate(p) if not math.isnan(value))
+    adjusted = [math.nan] * len(p)
+    running = 0.0
+    for rank, (value, index) in enumerate(tested):
+        running = max(running, min(1.0, (len(tested) - rank) * value))
+        adjusted[index] = running
+    return adjusted
+
+
+def paired(arms: Mapping[str, Sequence[float]], reference: str, confidence: float = 0.95) -> dict[str, Paired]:
+    """Every arm but `reference` against it: negative differences mean that the arm's loss is lower.
+
+    Args:
+        arms: name -> one value per seed, in the same order of seeds for all.
+        reference: the arm that the others are compared with.
+        confidence: of the intervals, which are not corrected for their number; `p_holm` is.
+
+    Raises:
+        KeyError: `reference` is not an arm.
+        ValueError: the arms differ in their number of values.
+    """
+    if reference not in arms:
+        raise KeyError(f"reference={reference!r} is not among the arms {list(arms)}")
+    base = arms[reference]
+    others = [name for name in arms if name != reference]
+    for name in others:
+        if len(arms[name]) != len(base):
+            raise ValueError(
+                f"arms[{name!r}] has {len(arms[name])} values and {reference!r} has {len(base)}: "
+                "pairs need the same seeds"
+            )
+    differences = {name: [a - b for a, b in zip(arms[name], base)] for name in others}
+    plain = {name: _p_of_zero_mean(values) for name, values in differences.items()}
+    adjusted = dict(zip(others, holm([plain[name] for name in others])))
+    return {name: Paired(t_interval(differences[name], confidence), plain[name], adjusted[name]) for name in others}
+
+
+def gap_closed(arm: float, low: float, high: float) -> float:
+    """The share of the way from `low`, LoRA's loss, to `high`, full fine-tuning's, that `arm` has gone.
+
+    NaN when full fine-tuning is no better than LoRA: then there is no gap to close.
+    """
+    return (low - arm) / (low - high) if high < low else math.nan
+
+
+def _p_of_zero_mean(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    if len(set(values)) == 1:  # no spread: equal arms, or a difference that is the same for every seed
+        return 1.0 if values[0] == 0 else 0.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)

@@ -1,0 +1,363 @@
+"""What the ecosystem asks of an optimizer, and when a step is a step: the measured traps, each a test."""
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedules
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cola import ChainOptimizer, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from tests.models import BODY, Net, loss_of, tiny_opt, train
+
+LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
+
+
+def chained(model=None, policy=None, base=torch.optim.AdamW, link=LINK, **kwargs):
+    model = model or Net()
+    return model, ChainOptimizer(base, model, policy or StepKnots(every=3), link=link, **{"lr": 0.02, **kwargs})
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: schedules.LambdaLR(o, lambda e: 0.9**e),
+    "OneCycleLR": lambda o: schedules.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "CosineAnnealingWarmRestarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, T_0=4),
+    "SequentialLR": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, total_iters=4), schedules.CosineAnnealingLR(o, 10)], [4]
+    ),
+    "StepLR": lambda o: schedules.StepLR(o, 3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_schedulers_see_and_set_the_bases_learning_rate_through_knots(name, base):
+    _, opt = chained(base=base, momentum=0.9) if base is torch.optim.SGD else chained(base=base)
+    plain = base([nn.Parameter(torch.zeros(1))], lr=0.02)
+    ours, theirs = SCHEDULERS[name](opt), SCHEDULERS[name](plain)
+    for step in range(10):
+        loss_of(opt.model, step).backward()
+        opt.step(), plain.step()
+        ours.step(), theirs.step()
+        assert opt.base.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+    assert len(opt.chain) == 3
+
+
+def test_reduce_on_plateau():
+    _, opt = chained()
+    scheduler = schedules.ReduceLROnPlateau(opt, patience=0)
+    scheduler.step(1.0), scheduler.step(1.0)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.002)
+
+
+def test_accumulation_counts_optimizer_steps_and_averages_losses():
+    losses = []
+    policy = PlateauKnots(window=1)
+    policy.update = lambda signal: losses.append(signal.loss.item()) or False
+    model = tiny_opt()
+    opt = ChainOptimizer(torch.optim.SGD, model, policy, link=LinkConfig(r=2), lr=0.0)
+    ids = torch.arange(24).view(2, 12) % 32
+    micro = [model(input_ids=ids, labels=ids).loss, model(input_ids=ids.flip(1), labels=ids.flip(1)).loss]
+    sum(micro).backward()
+    opt.step()
+    assert opt.steps == 1
+    assert losses == pytest.approx([sum(x.item() for x in micro) / 2])
+
+
+def test_losses_seen_in_evaluation_or_without_gradients_do_not_count():
+    model = tiny_opt()
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=2), lr=0.1)
+    ids = torch.arange(12).view(1, 12)
+    model.eval()
+    model(input_ids=ids, labels=ids)
+    model.train()
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    model(input_ids=ids)
+    assert opt._losses.count == 0
+    model(input_ids=ids, labels=ids)
+    assert opt._losses.count == 1
+    opt.finish()
+    assert not model._forward_hooks
+
+
+def test_closure_and_told_losses_reach_the_policy():
+    seen = []
+    policy = NeverKnots()
+    policy.update = lambda signal: seen.append(float(signal.loss)) or False
+    model, opt = chained(policy=policy)
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    value = opt.step(closure)
+    assert seen == [value.item()]
+    loss_of(model, 1).backward()
+    opt.observe(3.0), opt.observe(torch.tensor([5.0]))
+    opt.step()
+    assert seen[1] == 4.0
+    with pytest.raises(ValueError, match=r"observe\(loss\) needs one number, got a tensor of shape \(2,\)"):
+        opt.observe(torch.zeros(2))
+
+
+def test_steps_without_gradient_do_not_count():
+    _, opt = chained(policy=StepKnots(every=1))
+    opt.step()
+    assert (opt.steps, len(opt.chain)) == (0, 0)
+
+
+def test_a_warm_up_step_from_zero_counts_and_a_probe_does_not():
+    model, opt = chained(policy=StepKnots(every=2))
+    opt.param_groups[0]["lr"] = 0.0
+    loss_of(model, 0).backward()
+    opt.step()
+    assert opt.steps == 1
+    for p in opt.live.adapters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert opt.steps == 1
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.NAdam])
+def test_a_probe_right_after_a_knot_leaves_the_run_as_it_was(base):
+    """Distributed checkpointing takes a step with lr 0 and zero gradients when there is no state."""
+    (disturbed, one), (plain, two) = chained(base=base), chained(base=base)
+    for start in (0, 3, 6):
+        for group in one.param_groups:
+            lr, group["lr"] = group["lr"], 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+            one.step()
+            group["lr"] = lr
+        one.zero_grad()
+        train(one, disturbed, 3, start), train(two, plain, 3, start)
+    assert one.steps == two.steps == 9
+    assert all(torch.equal(p, q) for p, q in zip(disturbed.parameters(), plain.parameters()))
+
+
+def test_distributed_checkpointing_at_a_knot():
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    (model, opt), (plain, other) = chained(), chained()
+    train(opt, model, 3), train(other, plain, 3)
+    assert not opt.state  # right after a knot
+    saved = get_optimizer_state_dict(model, opt)
+    weights = {k: v.clone() for k, v in get_model_state_dict(model).items()}
+    resumed, again = chained()
+    set_model_state_dict(resumed, weights)
+    set_optimizer_state_dict(resumed, again, saved)
+    assert (again.steps, again.live.index) == (3, 1)
+    for m, o in ((model, opt), (resumed, again)):
+        train(o, m, 4, start=3)
+    train(other, plain, 4, start=3)
+    for p, q, r in zip(model.parameters(), resumed.parameters(), plain.parameters()):
+        assert torch.equal(p, r)
+        assert torch.equal(q, r)
+
+
+def test_loss_scaling_with_a_fused_base_neither_breaks_nor_counts_skipped_steps():
+    model, opt = chained(fused=True, policy=StepKnots(every=2))
+    assert not hasattr(opt, "_step_supports_amp_scaling")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(4):
+        opt.zero_grad()
+        loss = loss_of(model, step)
+        scaler.scale(loss).backward()
+        if step == 1:
+            model.first.lora_B.grad.fill_(float("inf"))
+        scaler.step(opt)
+        scaler.update()
+    assert opt.steps == 3
+    assert len(opt.chain) == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_knot_before_backward_is_an_error_not_a_wrong_gradient():
+    model, opt = chained()
+    train(opt, model, 1)
+    loss = loss_of(model, 0)
+    opt.tie()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_step_hooks_run_once_each():
+    calls = []
+    handle = register_optimizer_step_post_hook(lambda o, a, k: calls.append("global"))
+    model, opt = chained()
+    opt.register_step_pre_hook(lambda o, a, k: calls.append("pre") if o is opt else None)
+    opt.register_step_post_hook(lambda o, a, k: calls.append("post") if o is opt else None)
+    opt.register_state_dict_post_hook(lambda o, s: calls.append("saved"))
+    opt.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+    train(opt, model, 1)
+    opt.load_state_dict(opt.state_dict())
+    handle.remove()
+    assert calls == ["pre", "global", "post", "saved", "loaded"]
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "copying", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_copies_go_on_alone(base, copying, steps):
+    model, opt = chained(base=base)
+    scheduler = schedules.StepLR(opt, 100)
+    train(opt, model, steps)
+    scheduler.step()
+    twin_model, twin = copying((model, opt))
+    frozen = copy.deepcopy(model.state_dict())
+    losses = train(twin, twin_model, 5, start=steps)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in frozen.items())
+    assert train(opt, model, 5, start=steps) == losses
+    assert len(twin.chain) == len(opt.chain)
+
+
+def test_copying_the_model_alone_does_not_take_the_optimizer_along():
+    model = tiny_opt()
+    ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=2), lr=0.1)
+    assert b"ChainOptimizer" not in pickle.dumps(model)
+    copy.deepcopy(model)
+
+
+def test_added_groups_are_trained_and_never_reset():
+    model, opt = chained()
+    extra = nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [extra], "lr": 0.1})
+    for step in range(4):
+        opt.zero_grad()
+        (loss_of(model, step) + extra.square().sum()).backward()
+        opt.step()
+    assert len(opt.chain) == 1
+    assert opt.state[extra]["step"].item() == 4
+    assert len(opt.param_groups) == 2
+
+
+def test_replaced_parameters_are_noticed_at_the_knot():
+    _, opt = chained()
+    opt.param_groups[0]["params"] = [nn.Parameter(p.detach().clone()) for p in opt.param_groups[0]["params"]]
+    with pytest.raises(RuntimeError, match="param_groups do not hold lora_A of layer 'first'"):
+        opt.tie()
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("r", [2, (3, 2, 1)], ids=str)
+def test_state_dicts_resume_bit_for_bit_through_a_file(steps, r):
+    link = LinkConfig(r=r, lora_alpha=2, target_modules=BODY, bias="lora_only")
+    model, opt = chained(policy=StepKnots(every=3) | PlateauKnots(window=2), link=link)
+    train(opt, model, steps)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, again = chained(policy=StepKnots(every=3) | PlateauKnots(window=2), link=link)
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["opt"])
+    assert train(again, resumed, 6, start=steps) == train(opt, model, 6, start=steps)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters()))
+
+
+def test_loading_in_either_order_makes_room_for_the_links_rank():
+    link = LinkConfig(r=(3, 1), lora_alpha=2, target_modules=BODY)
+    model, opt = chained(link=link)
+    train(opt, model, 4)
+    states = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    resumed, again = chained(link=link)
+    again.load_state_dict(states[1])
+    resumed.load_state_dict(states[0])
+    assert train(again, resumed, 4, start=4) == train(opt, model, 4, start=4)
+
+
+def other_state(**changes):
+    model, opt = chained(**changes)
+    train(opt, model, 2)
+    return opt.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: torch.optim.AdamW(Net().parameters()).state_dict(), "not saved by a ChainOptimizer"),
+        (lambda: other_state(seed=5), r"seed differs \(saved 5, here 0\)"),
+        (
+            lambda: other_state(link=LinkConfig(r=1, lora_alpha=2, target_modules=BODY)),
+            r"link differs \(r: saved \[1\], here",
+        ),
+        (lambda: other_state(link=LinkConfig(r=2, lora_alpha=2, target_modules=["first"])), "layers differs"),
+        (lambda: other_state(policy=NeverKnots()), "the saved policy is NeverKnots"),
+    ],
+)
+def test_state_of_another_chain_is_refused_before_anything_changes(state, message):
+    model, opt = chained()
+    train(opt, model, 2)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state())
+    after = opt.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items())
+
+
+def test_a_rank_that_is_not_in_the_plan_is_refused_by_the_model():
+    model, _ = chained(link=LinkConfig(r=3, target_modules=BODY))
+    other, _ = chained()
+    with pytest.raises(RuntimeError, match=r"size mismatch for first\.lora_A"):
+        other.load_state_dict(model.state_dict())
+
+
+def test_a_knot_is_one_line_of_logging_and_a_report(caplog):
+    reports = []
+    model, opt = chained(policy=StepKnots(at=[4]))
+    assert opt.on_knot(reports.append) == reports.append
+    with caplog.at_level(logging.INFO, logger="cola"):
+        for step in range(6):
+            opt.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            opt.observe(loss)
+            opt.step()
+            if step == 3:
+                last = loss.item()
+    assert [r.message for r in caplog.records] == [str(reports[0])]
+    report = reports[0]
+    assert (report.index, report.step, report.rank, report.loss) == (0, 4, 2, last)
+    link = opt.chain[0]
+    assert report.delta_norm == pytest.approx(sum(f.norm() ** 2 for f in link.factors.values()) ** 0.5)
+    assert set(report.layers) == set(BODY)
+    assert 0 < report.lost_norm < 1e-6 * report.delta_norm
+    assert report.seconds > 0
+    assert link.report is report
+
+
+def test_knots_that_a_run_does_not_reach_are_mentioned(caplog):
+    model, opt = chained(policy=StepKnots(at=[2, 50]))
+    train(opt, model, 4)
+    opt.finish()
+    assert "had still planned knots after steps [50]" in caplog.text
+
+
+def test_unkept_links_are_counted_and_cannot_be_applied():
+    model, opt = chained(keep_links=False)
+    train(opt, model, 7)
+    opt.finish()
+    assert len(opt.chain) == 3
+    with pytest.raises(RuntimeError, match="keep_links=False"):
+        opt.chain.apply(Net())
+
+
+def test_repr_names_link_policy_and_base():
+    _, opt = chained()
+    assert repr(opt).startswith("ChainOptimizer(link 0, r=2, StepKnots(")
+    assert "AdamW" in repr(opt)

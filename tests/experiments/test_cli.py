@@ -1,0 +1,56 @@
+"""The commands, as typed."""
+
+import json
+
+import pytest
+
+from experiments.__main__ import COMMANDS, main
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr().err
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["dmeo"], ["demo", "--arms", "nonsense"], ["pretrain", "--steps", "many"]])
+def test_wrong_arguments_are_refused_with_the_choices(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert "invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help_with_seed_and_out(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--seed" in shown
+    assert "--out" in shown
+
+
+def test_the_demo_from_end_to_end(tmp_path, capsys):
+    arms = ["lora", "cola-2", "cola-plateau", "full"]
+    assert main(["demo", "--smoke", "--workers", "1", "--seed", "5", "--out", str(tmp_path), "--arms", *arms]) == 0
+    shown = capsys.readouterr()
+    assert "seeds 5, 6" in shown.out
+    assert "runs: 100%" in shown.err
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [row["arm"] for row in written["rows"]] == arms
+    assert written["seeds"] == [5, 6]
+    assert all(check["holds"] for check in written["checks"])
+    tested = [run for run in written["runs"] if run["test"] is not None]
+    assert len(tested) == len(arms) * 2 < len(written["runs"])
+    assert written["command"].startswith("python -m experiments demo --seed 5")
+    assert (tmp_path / "table.txt").read_text().strip() in shown.out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("scratch-*"))
+
+
+def test_the_demo_says_what_is_wrong(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--model", str(tmp_path / "none")]) == 2
+    assert "has no model.safetensors" in capsys.readouterr().err
+    assert main(["demo", "--smoke", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "--seeds=0" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""The house rules: imports point downward, importing is light and has no side effects, docs run."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: lower floors first; a module may import from its own floor's left and from lower floors, never upwards
+FLOORS = [
+    ["cola.tie", "cola.distributed", "cola.watch"],
+    ["cola.extend", "cola.reset", "cola.knots"],
+    ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters", "cola.adapters.targets"],
+    ["cola.chain"],
+    ["cola.live"],
+    ["cola.counters"],
+    ["cola.optimizer"],
+    ["cola"],
+    ["cola.cli"],
+]
+ORDER = {name: i for i, name in enumerate(name for floor in FLOORS for name in floor)}
+
+
+def modules(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path):
+    """Absolute names imported anywhere in a file, at import time or later."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in ORDER else node.module
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("cola")])
+def test_imports_point_downward(name, path):
+    assert name in ORDER, f"{name} has no floor in FLOORS: say where it belongs"
+    for imported in imports(path):
+        top = imported.split(".")[0]
+        assert top not in ("theory", "experiments"), f"{name} imports {imported}"
+        # the adapters' package picks the kind of layer when it meets one
+        if top == "cola" and (name, imported) != ("cola.adapters", "cola.adapters.conv1d"):
+            assert ORDER[imported] < ORDER[name], f"{name} imports {imported}, which is above it"
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("theory")])
+def test_theory_stands_alone(name, path):
+    if name == "theory.llm_gap" or name.startswith("theory.llm"):
+        return
+    assert not {i.split(".")[0] for i in imports(path)} & {"cola", "experiments"}
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("experiments")])
+def test_experiments_use_the_public_api_only(name, path):
+    assert {i for i in imports(path) if i.split(".")[0] == "cola"} <= {"cola"}
+
+
+def test_top_level_holds_what_was_agreed():
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    tracked_folders = {line.split("/")[0] for line in tracked if "/" in line and not line.startswith(".")}
+    assert tracked_folders <= {"cola", "theory", "experiments", "tests"} or not tracked_folders
+    assert {"cola", "theory", "experiments", "tests"} <= folders
+
+
+def test_importing_cola_costs_no_more_than_a_few_modules_and_touches_nothing():
+    """`import cola` stays within 1.1 times `import torch` because it loads next to nothing else."""
+    code = """
+import sys, os, random, torch
+before, env, state = set(sys.modules), dict(os.environ), (random.getstate(), torch.get_rng_state().tolist())
+threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+import cola
+new = {m.split('.')[0] for m in set(sys.modules) - before}
+heavy = {'transformers', 'peft', 'accelerate', 'scipy', 'matplotlib', 'datasets', 'safetensors', 'tqdm'}
+assert not new & heavy, new & heavy
+assert len(set(sys.modules) - before) <= 40, sorted(set(sys.modules) - before)
+assert dict(os.environ) == env
+assert (random.getstate(), torch.get_rng_state().tolist()) == state
+assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", [n for package in ("cola", "theory") for n, _ in modules(package)])
+def test_docstring_examples(name):
+    if name == "cola.adapters.conv1d":
+        pytest.importorskip("transformers")
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.failed == 0
+
+
+def test_no_pickle_is_read():
+    for package in ("cola", "theory", "experiments"):
+        for name, path in modules(package):
+            text = path.read_text()
+            assert not re.search(r"\bimport pickle\b|pickle\.loads?\(", text), name
+            for call in re.findall(r"torch\.load\([^)]*\)", text):
+                assert "weights_only=True" in call, (name, call)
