@@ -1,10 +1,10 @@
 """What an optimizer's state dict carries for the chain beside its counters: the tied links and the residuals.
 
 It is a plain dict of tensors and one JSON text under the top-level key ``"cola"``, so `torch.save` and
-``torch.load(weights_only=True)`` keep it. Distributed checkpointing drops top-level keys that it does not know: then the
-weights, which the model's own state dict brings, and the training go on exactly, but the chain lacks its first links
-and says so when it is asked for them. A run with compensated rounding cannot go on like that, and is refused: most of
-what its small updates have added up to may be in the residuals alone.
+``torch.load(weights_only=True)`` keep it. Distributed checkpointing drops top-level keys that it does not know.
+Then the weights, which the model's own state dict brings, and the training go on exactly, but the chain lacks its first
+links and says so when it is asked for them. A run with compensated rounding cannot go on like that, and is refused:
+most of what its small updates have added up to may be in the residuals alone.
 """
 
 import json
@@ -24,9 +24,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Carried:
-    """What was read: the chain, and the residual buffers by layer."""
+    """What was read: the chain (None if the entry was dropped), and the residual buffers by layer."""
 
-    ledger: Ledger
+    ledger: Ledger | None
     residuals: Mapping[str, Tensor]
 
 
@@ -63,18 +63,16 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
         ValueError: damaged, a link is missing, or residuals are needed and were dropped.
     """
     if entry is None:
-        carried = Carried(Ledger([], first=index), {})
+        carried = Carried(None, {})
     else:
         try:
             carried = _read(entry)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the state's {KEY!r} entry, which holds the tied links, is damaged: {error}") from None
     ledger = carried.ledger
-    if ledger.missing + len(ledger.links) != index:
-        raise ValueError(
-            f"the state is at link {index} and holds links {ledger.missing} to {ledger.missing + len(ledger.links) - 1}: "
-            "a link is missing"
-        )
+    if ledger is not None and ledger.missing + len(ledger.links) != index:
+        held = [link.index for link in ledger.links]
+        raise ValueError(f"the state is at link {index} and holds the links {held}: a link is missing")
     for path, layer in live.layers.items():
         if index and live.rounding_of(path) == "compensated":
             residual = carried.residuals.get(path)
@@ -98,7 +96,10 @@ def _read(entry: Mapping[str, Any]) -> Carried:
     parts: list[dict[str, Tensor]] = [{} for _ in content["links"]]
     for name, tensor in entry["links"].items():
         number, _, part = name.partition("/")
-        parts[int(number) - content["missing"]][part] = tensor.cpu()
+        place = int(number) - content["missing"]
+        if not 0 <= place < len(parts):
+            raise ValueError(f"it has tensors of link {number}, which it does not describe")
+        parts[place][part] = tensor.cpu()
     links = [link_from_parts(tensors, about) for tensors, about in zip(parts, content["links"])]
     base = None if content["base"] is None else Fingerprint.from_json(content["base"])
     residuals = {path: entry["residuals"][path] for path in content["residuals"]}

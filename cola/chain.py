@@ -77,6 +77,20 @@ class Chain:
         """Paths of all layers that any link changes."""
         return replay.paths(self)
 
+    def complete(self, call: str = "this") -> tuple[Link, ...]:
+        """All links.
+
+        Raises:
+            RuntimeError: they were not kept, or the first ones are missing; the message names ``call``.
+        """
+        self._require_kept(call)
+        if self.missing:
+            raise RuntimeError(
+                f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
+                "was resumed from had dropped them. The model's own weights are complete: save those"
+            )
+        return tuple(self._links)
+
     # on disk
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -132,7 +146,7 @@ class Chain:
             ValueError: r is not positive, or the chain is empty.
             RuntimeError: links were not kept, or were lost.
         """
-        self._require_complete("to_peft()")
+        self.complete("to_peft()")
         return export.to_peft(self._links, Path(directory), r, self.base, base_model)
 
     @classmethod
@@ -164,7 +178,7 @@ class Chain:
                 tied; nothing is changed then.
             RuntimeError: links were not kept, or were lost.
         """
-        self._require_complete("apply()")
+        self.complete("apply()")
         links = self._links[: self._count(upto)]
         replay.check(model, self._links, self.base if check else None)
         replay.tie_links(model, links)
@@ -188,7 +202,7 @@ class Chain:
         if (model is None) != (base is None):
             raise ValueError("undo(model, base) needs both: the model to change, and the base to rebuild it from")
         if model is not None and base is not None:
-            self._require_complete("undo(model, base)")
+            self.complete("undo(model, base)")
             if base is model:
                 raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
             replay.check(model, self._links, self.base, base=base)
@@ -221,7 +235,7 @@ class Chain:
             tolerance: singular values up to this share of the largest count as zero; None for the precision of the fp32
                 factors, ``eps·max(out, in)`` as in `torch.linalg.matrix_rank`.
         """
-        self._require_kept("effective_rank()")
+        self.complete("effective_rank()")
         return {layer: subspace.rank(self._factors(layer), tolerance) for layer in self.layers()}
 
     def overlap(self, first: int, second: int, side: str = "out") -> dict[str, Tensor]:
@@ -244,7 +258,7 @@ class Chain:
     # inside
 
     def _factors(self, layer: str) -> list[Factor]:
-        self._require_kept("this")
+        self.complete("this")
         found = [link.factors[layer] for link in self if layer in link.factors]
         if not found:
             raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")
@@ -256,14 +270,6 @@ class Chain:
         if not 0 <= upto <= len(self):
             raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
         return upto
-
-    def _require_complete(self, call: str) -> None:
-        self._require_kept(call)
-        if self.missing:
-            raise RuntimeError(
-                f"{call}: the chain lacks its first {self.missing} links, which the checkpoint that the run resumed from "
-                "had dropped. The model's own weights are complete: save those, or resume from one of opt.save"
-            )
 
     def _require_kept(self, call: str) -> None:
         if not self.keep and len(self):

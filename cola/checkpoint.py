@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import replay, tensorfile
+from cola.distributed import writes
 from cola.files import StoreError, read_checked, seal, unseal, write
 from cola.fingerprint import Fingerprint
 from cola.live import LiveLink, Pair, Prepared
@@ -76,8 +77,10 @@ def save(
             "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "
             "opt.state_dict() instead"
         )
-    require_ours(directory, CHECKPOINT)
     weights = replay.take_fingerprint(live.model, live.layers)
+    if not writes():
+        return
+    require_ours(directory, CHECKPOINT)
     ledger = ledger if ledger.base is not None else replace(ledger, base=weights)
     tensors: dict[str, Tensor] = {}
     packed = pack(state, "optimizer", tensors)
@@ -101,8 +104,8 @@ def save(
     clean(directory)
 
 
-def read(directory: Path, live: LiveLink) -> Checkpoint:
-    """Read a checkpoint; ``live`` names the layers.
+def read(directory: Path) -> Checkpoint:
+    """Read a checkpoint.
 
     Raises:
         StoreError: a file is missing, truncated, edited or foreign; names the file.
@@ -148,7 +151,7 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
     if ours != theirs:
         raise ValueError(f"the saved run's groups hold {theirs} parameters, here they hold {ours}")
     if len(saved.ledger.links) != index:
-        raise ValueError(f"the saved run is at link {index}, and its chain has {len(saved.ledger.links)}: one is missing")
+        raise ValueError(f"the saved run is at link {index}, and {len(saved.ledger.links)} are there: one is missing")
     here, there = live.trained(), saved.trained
     if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in there.items()}:
         raise ValueError(f"the saved run trained {sorted(there)} beside the links, here it would be {sorted(here)}")
@@ -188,7 +191,7 @@ def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:
 
 
 def restore_rng(states: Mapping[str, Tensor]) -> None:
-    """Set torch's global generators as they were saved; those of devices that are not here are left out, with a warning."""
+    """Set torch's global generators as they were saved; a device that is not here is left out, with a warning."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)

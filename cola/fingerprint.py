@@ -55,8 +55,10 @@ class Fingerprint:
 
     def difference(self, other: "Fingerprint") -> str | None:
         """How ``other`` differs on the layers that both have, in words; None if it does not."""
-        for path in self.layers.keys() & other.layers.keys():
-            mine, theirs = self.layers[path], other.layers[path]
+        for path, mine in self.layers.items():
+            theirs = other.layers.get(path)
+            if theirs is None:
+                continue
             if mine.shape != theirs.shape:
                 return f"layer {path!r} is {theirs.shape}, in the chain's base it is {mine.shape}"
             if mine.dtype != theirs.dtype:

@@ -194,6 +194,15 @@ class LiveLink:
             else:
                 layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
 
+    def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        """Go on with copies of these residual buffers, where the configuration keeps them."""
+        device = self.config.residual_device
+        self.residuals = {
+            path: residual.to(device or self.layers[path].weight.device, copy=True)
+            for path, residual in residuals.items()
+            if path in self.layers
+        }
+
     def tie(self, index: int, snapshot: Mapping[str, Pair], scaling: float) -> dict[str, Tie]:
         """Add the snapshot of link ``index`` to the weights, in place.
 
