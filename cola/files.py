@@ -63,10 +63,11 @@ def read(path: Path, limit: int | None = None) -> bytes:
         raise StoreError(f"{path} is missing") from None
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{path} is not a regular file")
         if limit is not None and status.st_size > limit:
             raise StoreError(f"{path} has {status.st_size} bytes, where {limit} are expected: it was edited")
         return file.read(status.st_size)
