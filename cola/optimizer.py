@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cola import counters
+from cola import counters, interrupts
 from cola.adapters.targets import unwrap
 from cola.chain import Chain
 from cola.distributed import agreed_mean
@@ -314,17 +314,19 @@ class ChainOptimizer(Saves):
         except BaseException:
             self._mode(modes)
             raise
-        ties = live.tie(index, snapshot, scaling)
+        with interrupts.deferred():
+            ties = live.tie(index, snapshot, scaling)
+            if fresh is not None:
+                self._adopt(fresh, self._adapter_groups())
+                self._mode(modes)
+            report = self._report(index, rank, ties, started)
+            self.chain.base = base
+            self.chain.append(Link(index, live.seed, factors, trained, report))
+            self.policy.knotted(self.steps)
         if fresh is not None:
-            self._adopt(fresh, self._adapter_groups())
             live.require_extended(snapshot)
             if not is_fresh(self.base, fresh, live.adapters()):
                 raise KnotError(f"link {index + 1}: the base optimizer kept state of link {index}: please report this")
-            self._mode(modes)
-        report = self._report(index, rank, ties, started)
-        self.chain.base = base
-        self.chain.append(Link(index, live.seed, factors, trained, report))
-        self.policy.knotted(self.steps)
         logger.info("%s", report)
         for listener in self._listeners:
             listener(report)

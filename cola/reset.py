@@ -18,7 +18,7 @@ Factory = Callable[[list[dict[str, Any]]], Optimizer]
 class GroupWatch:
     """Finds the param-group entries that a base's own ``step`` changes.
 
-    Comparing is by value for Python scalars and by identity for everything else, so nothing waits for a device.
+    Python scalars and tuples of them are compared by value, everything else by identity, so nothing waits for a device.
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,17 @@ class GroupWatch:
                 if name == "params" or name in self.changed:
                     continue
                 known = old.get(name, _MISSING)
-                if known is not value and (_opaque(known) or _opaque(value) or known != value):
+                if known is not value and not (_plain(known) and _plain(value) and known == value):
                     self.changed.add(name)
 
 
 _MISSING = object()
 
 
-def _opaque(value: Any) -> bool:
-    return value is _MISSING or isinstance(value, Tensor)
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str))
 
 
 def fresh_instance(

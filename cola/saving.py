@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from cola import carry, checkpoint, counters, replay
+from cola import carry, checkpoint, counters, interrupts, replay
 from cola.chain import Chain
 from cola.knots import KnotPolicy
 from cola.link import Link
@@ -97,11 +97,12 @@ class Saves(Optimizer):
         index = counted["live"]["index"]
         checkpoint.check(saved, index, self.live, self.base)
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
-        checkpoint.rebuild(saved, index, self.live, self.base)
-        checkpoint.load_exactly(self.base, saved.state)
-        self._continue(counted)
-        self.chain.restore(saved.ledger)
-        self._loss = None if saved.loss is None else torch.tensor(saved.loss)
+        with interrupts.deferred():
+            checkpoint.rebuild(saved, index, self.live, self.base)
+            checkpoint.load_exactly(self.base, saved.state)
+            self._continue(counted)
+            self.chain.restore(saved.ledger)
+            self._loss = None if saved.loss is None else torch.tensor(saved.loss)
         if rng:
             checkpoint.restore_rng(saved.rng)
 
@@ -216,9 +217,10 @@ class Saves(Optimizer):
         """Around a change of the weights: link ``index`` begins before it, with fresh base state after it."""
         modes = self._leave_training_mode()
         try:
-            fresh = self._extend(index, self.live.snapshot())
-            yield
-            self._adopt(fresh, self._adapter_groups())
+            with interrupts.deferred():
+                fresh = self._extend(index, self.live.snapshot())
+                yield
+                self._adopt(fresh, self._adapter_groups())
         finally:
             self._mode(modes)
         self._loss = None

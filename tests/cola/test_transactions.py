@@ -1,12 +1,14 @@
 """A knot happens whole or not at all."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, StepKnots
+from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, StepKnots, live
 from cola.adapters import AdaptedLayer
 from tests.models import BODY, Net, loss_of, train
 
@@ -162,3 +164,24 @@ def test_weights_that_were_broken_before_are_named():
     opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
     with pytest.raises(KnotError, match="tied weight of layer 'second' is nan from"):
         opt.tie()
+
+
+def test_an_interrupt_in_the_middle_of_a_tie_waits_for_the_knot(monkeypatch):
+    model, twin = Net(), Net()
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
+    undisturbed = ChainOptimizer(torch.optim.AdamW, twin, NeverKnots(), link=LINK, lr=0.02)
+    train(opt, model, 3), train(undisturbed, twin, 3)
+    real = live.tie_
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "tie_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.tie()
+    undisturbed.tie()
+    assert len(opt.chain) == 1
+    assert train(opt, model, 3, start=3) == train(undisturbed, twin, 3, start=3)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
