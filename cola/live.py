@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class
 from cola.adapters.targets import find_targets, modules_by_name, named, unknown, unwrap
-from cola.chain import Factor
 from cola.distributed import shapes_are_free
 from cola.extend import LinkConfig, draw
+from cola.link import Factor
 from cola.tie import ROUNDINGS, KnotError, Tie, key, overflows, residual_like, tie_, tolerance
 
 #: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".
@@ -193,6 +193,15 @@ class LiveLink:
                 layer.rank, layer.scaling = prepared.rank, prepared.scaling
             else:
                 layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
+
+    def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        """Go on with copies of these residual buffers, where the configuration keeps them."""
+        device = self.config.residual_device
+        self.residuals = {
+            path: residual.to(device or self.layers[path].weight.device, copy=True)
+            for path, residual in residuals.items()
+            if path in self.layers
+        }
 
     def tie(self, index: int, snapshot: Mapping[str, Pair], scaling: float) -> dict[str, Tie]:
         """Add the snapshot of link ``index`` to the weights, in place.
