@@ -220,7 +220,7 @@ class Saves(Optimizer):
             with interrupts.deferred():
                 fresh = self._extend(index, self.live.snapshot())
                 yield
-                self._adopt(fresh, self._adapter_groups())
+                self._adopt(fresh, self.live.adapters())
         finally:
             self._mode(modes)
         self._loss = None
@@ -257,8 +257,5 @@ class Saves(Optimizer):
     def _extend(self, index: int, snapshot: Any) -> Optimizer:
         raise NotImplementedError
 
-    def _adopt(self, fresh: Optimizer, groups: list[dict[str, Any]]) -> None:
-        raise NotImplementedError
-
-    def _adapter_groups(self) -> list[dict[str, Any]]:
+    def _adopt(self, fresh: Optimizer, parameters: list[torch.nn.Parameter]) -> None:
         raise NotImplementedError
