@@ -123,6 +123,9 @@ def read(directory: Path) -> Checkpoint:
             if colon and kind in named:
                 named[kind][layer] = tensor
         pairs: dict[str, Pair] = {layer: (A, named["live/B"][layer]) for layer, A in named["live/A"].items()}
+        loss = unpack(content["loss"], {})
+        if not isinstance(loss, (float, type(None))):
+            raise ValueError(f"its loss is {loss!r:.40}")
         return Checkpoint(
             ledger,
             unpack(content["optimizer"], tensors),
@@ -130,7 +133,7 @@ def read(directory: Path) -> Checkpoint:
             Prepared(pairs, content["scaling"], content["rank"]),
             named["trained"],
             [tensors[f"other/{i}"] for i in range(sum(name.startswith("other/") for name in tensors))],
-            unpack(content["loss"], {}),
+            loss,
             Fingerprint.from_json(content["weights"]),
             {name.removeprefix("rng/"): tensor for name, tensor in tensors.items() if name.startswith("rng/")},
         )
@@ -159,7 +162,39 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.link.pairs.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
+    rank, scaling = live.config.rank_of(index), live.config.scaling_of(index)
+    for path, (A, B) in saved.link.pairs.items():
+        out, inner = type(live.layers[path]).shape(live.layers[path])
+        if A.shape != (rank, inner) or B.shape != (out, rank):
+            raise ValueError(
+                f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
+                f"({out}, {rank}) by ({rank}, {inner})"
+            )
+    if (saved.link.rank, saved.link.scaling) != (rank, scaling):
+        raise ValueError(
+            f"the saved live link has rank {saved.link.rank} and scale {saved.link.scaling}, here it would have rank "
+            f"{rank} and scale {scaling}"
+        )
     replay.check(live.model, saved.ledger.links, saved.ledger.base, live=True)
+
+
+def rehearse(saved: Checkpoint, scratch: Optimizer) -> None:
+    """Load the base's state and the random states into copies, so that what cannot be loaded is found in time.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        load_exactly(scratch, saved.state)
+        for device, state in saved.rng.items():
+            if device == "cpu":
+                torch.Generator().set_state(state)
+            elif not device.isdecimal():
+                raise ValueError(f"there is a random state of {device!r:.40}")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"the saved state of the base optimizer or of torch's generators is damaged: {error}"
+        ) from None
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ class Saves(Optimizer):
         counted = counters.read(saved.state, self.live)
         index = counted["live"]["index"]
         checkpoint.check(saved, index, self.live, self.base)
+        checkpoint.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
         with interrupts.deferred():
             checkpoint.rebuild(saved, index, self.live, self.base)
@@ -255,6 +256,9 @@ class Saves(Optimizer):
         raise NotImplementedError
 
     def _extend(self, index: int, snapshot: Any) -> Optimizer:
+        raise NotImplementedError
+
+    def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
         raise NotImplementedError
 
     def _adopt(self, fresh: Optimizer, groups: list[dict[str, Any]]) -> None:
