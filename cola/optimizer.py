@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import counters, interrupts
-from cola.adapters.targets import unwrap
+from cola.adapters.targets import called
 from cola.chain import Chain
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
@@ -104,7 +104,7 @@ class ChainOptimizer(Saves):
         self.finished = False
         self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
         self._groups = GroupWatch()
-        self._losses = LossWatch(unwrap(model))
+        self._losses = LossWatch(called(model))
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
@@ -249,7 +249,7 @@ class ChainOptimizer(Saves):
         if plan:
             logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
         self._losses.remove()
-        self.live.detach()
+        self.live.detach(spent=True)
         self.finished = True
         return report
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class, refusal
-from cola.adapters.targets import canonical, modules_by_name, unwrap
+from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, unwrap
 from cola.fingerprint import Fingerprint, fingerprint
 from cola.link import Link
 from cola.tie import Tie, key, residual_like, tie_
@@ -136,7 +136,7 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
 
 def _values(model: Base) -> dict[str, Tensor]:
     if isinstance(model, nn.Module):
-        return {canonical(name): parameter.detach() for name, parameter in unwrap(model).named_parameters()}
+        return {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
     return {canonical(name): value for name, value in model.items()}
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
     ["cola.extend", "cola.reset", "cola.knots"],
-    ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters", "cola.adapters.targets"],
+    ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters.peft", "cola.adapters", "cola.adapters.targets"],
     ["cola.link", "cola.fingerprint", "cola.replay", "cola.subspace"],
     ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
     ["cola.chain"],
