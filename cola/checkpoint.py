@@ -6,6 +6,7 @@ rename, so a process that dies while saving leaves the previous checkpoint.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,14 +124,14 @@ def read(directory: Path) -> Checkpoint:
             if colon and kind in named:
                 named[kind][layer] = tensor
         pairs: dict[str, Pair] = {layer: (A, named["live/B"][layer]) for layer, A in named["live/A"].items()}
-        loss = unpack(content["loss"], {})
-        if not isinstance(loss, (float, type(None))):
-            raise ValueError(f"its loss is {loss!r:.40}")
+        loss, scaling = unpack(content["loss"], {}), content["scaling"]
+        if not isinstance(loss, (float, type(None))) or not isinstance(scaling, (int, float)):
+            raise ValueError(f"its loss is {loss!r:.40} and its scale {scaling!r:.40}")
         return Checkpoint(
             ledger,
             unpack(content["optimizer"], tensors),
             content["base_class"],
-            Prepared(pairs, content["scaling"], content["rank"]),
+            Prepared(pairs, scaling, content["rank"]),
             named["trained"],
             [tensors[f"other/{i}"] for i in range(sum(name.startswith("other/") for name in tensors))],
             loss,
@@ -163,14 +164,14 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
     if saved.link.pairs.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
     rank, scaling = live.config.rank_of(index), live.config.scaling_of(index)
-    for path, (A, B) in saved.link.pairs.items():
-        out, inner = type(live.layers[path]).shape(live.layers[path])
+    for path, (out, inner) in live.shapes().items():
+        A, B = saved.link.pairs[path]
         if A.shape != (rank, inner) or B.shape != (out, rank):
             raise ValueError(
                 f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
                 f"({out}, {rank}) by ({rank}, {inner})"
             )
-    if (saved.link.rank, saved.link.scaling) != (rank, scaling):
+    if saved.link.rank != rank or not math.isclose(saved.link.scaling, scaling):
         raise ValueError(
             f"the saved live link has rank {saved.link.rank} and scale {saved.link.scaling}, here it would have rank "
             f"{rank} and scale {scaling}"
