@@ -184,7 +184,7 @@ def test_damage_under_right_checksums(made, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", READERS)
 def test_ten_thousand_damaged_files(kind, made, tmp_path):
-    fuzz(made, tmp_path, kind, {"chain": 6000, "checkpoint": 2500, "adapter": 2500}[kind], seed=2)
+    fuzz(made, tmp_path, kind, {"chain": 10_000, "checkpoint": 3000, "adapter": 2000}[kind], seed=2)
 
 
 @pytest.mark.long
