@@ -152,7 +152,7 @@ def write_content(directory: Path, stem: str, data: bytes) -> Entry:
 
 def clean(directory: Path) -> None:
     """Delete files of ours that no manifest in the directory lists, and what interrupted writes left. Never fails."""
-    listed = {CHAIN[0], CHECKPOINT[0]}
+    listed: set[str | None] = {CHAIN[0], CHECKPOINT[0]}
     with contextlib.suppress(StoreError, OSError):  # if a manifest cannot be read, what it lists cannot be known
         for name, kind in (CHAIN, CHECKPOINT):
             path = directory / name
