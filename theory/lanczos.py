@@ -30,6 +30,10 @@ import numpy as np
 from theory.arguments import count, fraction
 from theory.points import Gradient, LowRank, ObservedMatrix, norm, row_blocks
 
+# A float64 matrix above this size is searched in float32: the search only has to find a direction, to a residual of
+# SINGLE_TOL or more, and reads half the bytes. The direction is then normalised and scored on the float64 matrix.
+SINGLE_BYTES, SINGLE_TOL = 1 << 23, 1e-4
+
 
 @dataclass(frozen=True)
 class SingularPairs:
@@ -74,6 +78,16 @@ def random_start_excess(n: int, k: int, failure: float) -> float:
     return high
 
 
+def _single(A: np.ndarray) -> tuple[np.ndarray, float]:
+    """A float32 copy and the Frobenius norm, in one pass over the rows."""
+    copy, norm2 = np.empty(A.shape, dtype=np.float32), 0.0
+    for rows in row_blocks(A):
+        block = A[rows]
+        norm2 += float(np.dot(block.ravel(), block.ravel()))
+        copy[rows] = block
+    return copy, math.sqrt(norm2)
+
+
 def _bidiagonal_step(
     A: Gradient, v: np.ndarray, beta: float, u_previous: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +107,12 @@ def _bidiagonal_step(
         p[rows] = part
         q += part @ block
     return p, q
+
+
+def _unit(vectors: Any, axis: int) -> Any:
+    """Vectors of length one along an axis; zero vectors stay."""
+    size = ((vectors * vectors).sum(axis) ** 0.5).reshape((1, -1) if axis == 0 else (-1, 1))
+    return vectors / (size + (size == 0))
 
 
 def top_singular(
@@ -127,7 +147,15 @@ def top_singular(
     if rank > min(m, n):
         raise ValueError(f"rank must be at most min(m, n) = {min(m, n)}, got {rank}: lower it")
     fraction("failure", failure, "the allowed probability of a wrong upper end")
-    frobenius = norm(A)
+    given = A.dtype
+    single = isinstance(A, np.ndarray) and given == np.float64 and A.nbytes > SINGLE_BYTES and tol >= SINGLE_TOL
+    if single and isinstance(A, np.ndarray):
+        exact = A
+        A, frobenius = _single(exact)
+        if not 1e-20 < frobenius < 1e20:  # too near to the ends of float32
+            A = exact
+    else:
+        frobenius = norm(A)
     if not math.isfinite(frobenius):
         raise ValueError(f"A must be finite, got a norm of {frobenius}: the loss has diverged, look at it first")
     limit = min(max(max_steps, certify_steps, rank), n)
@@ -169,6 +197,11 @@ def top_singular(
     to_left, to_right = np.zeros((k, rank)), np.zeros((rank, k))
     to_left[:, :wanted], to_right[:wanted] = left[:, :wanted], right[:wanted]
     u_out, v_out = U[:k].T @ native(to_left), native(to_right) @ V[:k]
+    if A.dtype != given:
+        u_out, v_out = u_out.astype(given), v_out.astype(given)
+    # left vectors are not reorthogonalised, and float32 has lost some digits: a vertex must have norm one to stay in K
+    u_out, v_out = _unit(u_out, 0), _unit(v_out, 1)
+    # rounding to float32 moves singular values by at most half a unit of it relative to the Frobenius norm; and
     # an exhausted Krylov space of a random start holds the top singular vector with probability one
     slack = 8 * np.finfo(dtype).eps * frobenius
     bounds = [math.sqrt(max(frobenius**2 - float(np.sum(ritz[1:] ** 2)), ritz[0] ** 2))]

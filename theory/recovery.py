@@ -79,16 +79,19 @@ class DenseCompletion(Problem):
     def loss_into(self, W: np.ndarray, G: np.ndarray | None) -> float:
         """The loss; the gradient is written to ``G`` if given."""
         total, weight = 0.0, 2 / W.size
+        q = np.empty((0, 0))
         for rows in row_blocks(W):
-            r = W[rows] - self.Y[rows]
-            q = r * r
+            q = q if q.shape == W[rows].shape else np.empty_like(W[rows])
+            # the residual is built where the gradient will stand
+            r = np.subtract(W[rows], self.Y[rows], out=None if G is None else G[rows])
+            np.multiply(r, r, out=q)
             q += 1
             np.reciprocal(q, out=q)
             total += q.size - float(q.sum())
             if G is not None:
-                np.multiply(r, q, out=r)
                 r *= q
-                np.multiply(r, weight, out=G[rows])
+                q *= weight
+                r *= q
         return total / W.size
 
     def start(self) -> Point:

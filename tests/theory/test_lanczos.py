@@ -86,6 +86,23 @@ def test_blocks_give_the_answer_of_one_pass():
     assert pairs.sigma[0] == pytest.approx(np.linalg.norm(A, 2), rel=1e-10)
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+def test_search_in_float32_keeps_the_interval_and_unit_vectors(name, monkeypatch):
+    """Large matrices are searched in float32: the interval must hold the float64 value, and vertices stay in K."""
+    monkeypatch.setattr("theory.lanczos.SINGLE_BYTES", 0)
+    A = matrix(60, 40, SPECTRA[name])
+    exact = np.linalg.norm(A, 2)
+    for scale in (1.0, 1e-12, 1e-30):
+        pairs = top_singular(scale * A, rng=np.random.default_rng(0), tol=1e-3)
+        u, v = pairs.u[:, 0], pairs.v[0]
+        assert u.dtype == np.float64
+        assert np.linalg.norm(u) == pytest.approx(1, abs=1e-14)
+        assert np.linalg.norm(v) == pytest.approx(1, abs=1e-14)
+        low = float(u @ A @ v)
+        assert low == pytest.approx(pairs.sigma[0] / scale, rel=1e-5)
+        assert low <= exact * (1 + 1e-14) <= pairs.upper / scale
+
+
 def test_same_generator_same_bits():
     A = matrix(80, 70, SPECTRA["linear"])
     first, second = (top_singular(A, rng=np.random.default_rng(7)) for _ in range(2))
