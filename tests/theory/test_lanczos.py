@@ -100,7 +100,8 @@ def test_search_in_float32_keeps_the_interval_and_unit_vectors(name, monkeypatch
         assert np.linalg.norm(v) == pytest.approx(1, abs=1e-14)
         low = float(u @ A @ v)
         assert low == pytest.approx(pairs.sigma[0] / scale, rel=1e-5)
-        assert low <= exact * (1 + 1e-14) <= pairs.upper / scale
+        assert low <= exact * (1 + 1e-14)
+        assert exact <= pairs.upper / scale * (1 + 1e-14)
 
 
 def test_same_generator_same_bits():
