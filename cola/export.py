@@ -76,17 +76,13 @@ def _config(
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "lora_only" if biases else "none",
-        "target_modules": _targets(list(ranks)),
+        # an expression, because PEFT takes listed names for ends of paths as well, and adapts (or trips over) others
+        "target_modules": "|".join(re.escape(path) for path in ranks),
         "modules_to_save": saved or None,
         "fan_in_fan_out": flipped,
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _targets(paths: list[str]) -> list[str] | str:
-    """PEFT takes listed names for ends of paths too: one without a dot could match elsewhere, an expression not."""
-    return paths if all("." in path for path in paths) else "|".join(re.escape(path) for path in paths)
 
 
 def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -36,7 +36,7 @@ def dump(tensors: dict[str, Tensor], content: Any = None, *, metadata: dict[str,
             raise TypeError(f"{name!r} is a {type(tensor).__name__} ({tensor.layout}), which safetensors cannot hold")
     # a clone has a storage of its own: the format refuses tensors that share one
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return save(plain, metadata or {_KEY: json.dumps(content, sort_keys=True, allow_nan=False)})
+    return save(plain, metadata or {_KEY: json.dumps(content, allow_nan=False)})
 
 
 def load(data: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
