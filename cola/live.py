@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from cola.adapters import AdaptedLayer, adapted_class, is_conv1d
 from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
 from cola.adapters.targets import find_peft_layers, find_targets, modules_by_name, named, unknown, unwrap
-from cola.distributed import shapes_are_free
+from cola.distributed import overflows_anywhere, release, require_supported, shapes_are_free, tie_anywhere, whole
 from cola.extend import LinkConfig, draw
 from cola.link import Factor
-from cola.tie import ROUNDINGS, KnotError, Tie, key, overflows, residual_like, tie_, tolerance
+from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
 
 #: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".
 AUTO_ROUNDING = {
@@ -64,6 +64,8 @@ class LiveLink:
         self.residuals: dict[str, Tensor] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
+        weights = {path: module.weight for path, module in modules.items()}
+        require_supported(model, weights, own_layers=not tuned)  # type: ignore[arg-type]
         saved = self._modules_to_save(modules)
         for path, module in modules.items():
             shape, ranks = adapted_class(module).shape(module), config.known_ranks() or (config.rank_of(0),)
@@ -130,7 +132,7 @@ class LiveLink:
     def is_zero(self) -> bool:
         """Whether the link changes nothing (it has not been trained)."""
         zero_first = "lora_A" if self.config.train == "A" else "lora_B"
-        return not any(getattr(layer, zero_first).any().item() for layer in self.layers.values())
+        return not any(whole(getattr(layer, zero_first)).any().item() for layer in self.layers.values())
 
     # a knot, in the order in which the optimizer calls
 
@@ -142,14 +144,15 @@ class LiveLink:
             KnotError: a factor or the sum is not finite in the weight's dtype; names the layer.
         """
         for path, layer in self.layers.items():
-            for name, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
+            A, B = whole(layer.lora_A), whole(layer.lora_B)
+            for name, factor in (("A", A), ("B", B)):
                 if not torch.isfinite(factor).all():
                     raise KnotError(
                         f"link {self.index} is not tied: lora_{name} of layer {path!r} has non-finite values. The "
                         "base weights are untouched: go back to a checkpoint, or drop the link by finish(merge=False)"
                     )
-            left, right = layer.factors(layer.lora_A, layer.lora_B)
-            if overflows(layer.weight, left, right, layer.scaling):
+            left, right = layer.factors(A, B)
+            if overflows_anywhere(layer.weight, left, right, layer.scaling):
                 raise KnotError(
                     f"link {self.index} is not tied: W + sBA of layer {path!r} is not finite in {layer.weight.dtype}. "
                     "The weights are untouched: use a smaller learning rate or a bf16 base"
@@ -159,7 +162,7 @@ class LiveLink:
     def snapshot(self) -> dict[str, Pair]:
         """Copies of the factors, cut to the link's rank, on their device."""
         return {
-            path: (layer.lora_A[: layer.rank].clone(), layer.lora_B[:, : layer.rank].clone())
+            path: (whole(layer.lora_A)[: layer.rank].clone(), whole(layer.lora_B)[:, : layer.rank].clone())
             for path, layer in self.layers.items()
         }
 
@@ -201,7 +204,9 @@ class LiveLink:
         self.index = index
         for path, layer in self.layers.items():
             mask = self._masks(layer)
-            if mask or layer.lora_A.shape[0] == prepared.rank:
+            # a masked link that comes from a distributed run has zeros beyond its rank
+            masked = layer.lora_A.shape[0] > prepared.rank and not whole(layer.lora_A)[prepared.rank :].any()
+            if mask or masked or layer.lora_A.shape[0] == prepared.rank:
                 layer.rank, layer.scaling = prepared.rank, prepared.scaling
             else:
                 layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
@@ -229,7 +234,7 @@ class LiveLink:
             if rounding == "compensated" and path not in self.residuals:
                 device = self.config.residual_device or layer.weight.device
                 self.residuals[path] = residual_like(layer.weight, device)
-            ties[path] = tie_(
+            ties[path] = tie_anywhere(
                 layer.weight.detach(),
                 left,
                 right,
@@ -255,8 +260,8 @@ class LiveLink:
         zero, drawn = ("lora_A", "lora_B") if self.config.train == "A" else ("lora_B", "lora_A")
         for path, layer in self.layers.items():
             old = snapshot[path][1 if drawn == "lora_B" else 0]
-            new = getattr(layer, drawn)
-            if getattr(layer, zero).any() or (new.shape == old.shape and torch.equal(new, old)):
+            new = whole(getattr(layer, drawn))
+            if whole(getattr(layer, zero)).any() or (new.shape == old.shape and torch.equal(new, old)):
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
 
     def detach(self, *, spent: bool = False) -> None:
@@ -266,6 +271,8 @@ class LiveLink:
             spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it once more.
         """
         for layer in self.layers.values():
+            if isinstance(layer, AdaptedLayer):
+                release(unwrap(self.model), layer, ("lora_A", "lora_B"))
             layer.detach(spent=spent)
         for name, parameter in unwrap(self.model).named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))

@@ -171,14 +171,14 @@ def test_an_interrupt_in_the_middle_of_a_tie_waits_for_the_knot(monkeypatch):
     opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
     undisturbed = ChainOptimizer(torch.optim.AdamW, twin, NeverKnots(), link=LINK, lr=0.02)
     train(opt, model, 3), train(undisturbed, twin, 3)
-    real = live.tie_
+    real = live.tie_anywhere
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(live, "tie_", interrupted)
+        patch.setattr(live, "tie_anywhere", interrupted)
         with pytest.raises(KeyboardInterrupt):
             opt.tie()
     undisturbed.tie()
