@@ -74,23 +74,23 @@ def _plateau(total_steps: int) -> KnotPolicy:
     return PlateauKnots(window=max(1, total_steps // 12), patience=1, threshold=0.01, max_links=4)
 
 
-_CHAIN_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-_FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+_CHAIN_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("lora", "LoRA", lambda total_steps: NeverKnots(), _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-2", "COLA, 2 links", _even(2), _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-3", "COLA, 3 links", _even(3), _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-plateau", "COLA, plateau", _plateau, _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-8-4", "COLA, ranks 8, 4", _even(2), _CHAIN_RATES, recorded=4e-3, rank=(8, 4)),
+        Arm("lora", "LoRA", lambda total_steps: NeverKnots(), _CHAIN_RATES, recorded=8e-3),
+        Arm("cola-2", "COLA, 2 links", _even(2), _CHAIN_RATES, recorded=8e-3),
+        Arm("cola-3", "COLA, 3 links", _even(3), _CHAIN_RATES, recorded=8e-3),
+        Arm("cola-plateau", "COLA, plateau", _plateau, _CHAIN_RATES, recorded=8e-3),
+        Arm("cola-8-4", "COLA, ranks 8, 4", _even(2), _CHAIN_RATES, recorded=8e-3, rank=(8, 4)),
         Arm(
             "lora-24",
             "LoRA, rank 24",
             lambda total_steps: NeverKnots(),
             _CHAIN_RATES,
-            recorded=4e-3,
+            recorded=8e-3,
             rank=24,
             control=True,
         ),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 
+from cola import Chain
 from experiments import corpus, tiny_opt
 from experiments.arms import ARMS
 from experiments.evaluation import bits_per_byte
@@ -200,12 +201,11 @@ def _untouched(plan: Plan) -> float:
 
 def _rebuild(run: Run, plan: Plan) -> float | None:
     folder = run.folder(plan.scratch) / "chain"
-    if not folder.exists():
+    load = getattr(Chain, "load", None)
+    if load is None or not folder.exists():
         return None
-    from cola import Chain
-
     rebuilt = tiny_opt.load(plan.model)
-    Chain.load(folder).apply(rebuilt)
+    load(folder).apply(rebuilt)
     left = dict(_tuned(run, plan).named_parameters())
     return max((left[name] - value).abs().max().item() for name, value in rebuilt.named_parameters())
 

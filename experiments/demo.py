@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments demo`."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 8)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 5)")
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="all learning rates of the grid, each on two seeds, all arms, 8 seeds; "
+        help="all learning rates of the grid, each on two seeds, all arms, 5 seeds; "
         f"a default run tries the {NEARBY} rates nearest to the recorded best on one seed",
     )
     parser.add_argument(
@@ -106,7 +106,7 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
         ValueError: a number of seeds or processes below one.
         FileNotFoundError: the model is missing.
     """
-    count = arguments.seeds if arguments.seeds is not None else 8 if arguments.full else 2 if arguments.smoke else 3
+    count = arguments.seeds if arguments.seeds is not None else 5 if arguments.full else 2 if arguments.smoke else 3
     for name, value in (("--seeds", count), ("--workers", arguments.workers)):
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")

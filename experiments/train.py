@@ -27,13 +27,15 @@ class Setting:
         context: bytes per block.
         batch_size: blocks per optimizer step.
         warmup: steps over which the rate rises, at the start and again after every knot.
+        decay: share of the run, at its end, over which the rate falls to zero.
     """
 
     epochs: int = 3
-    train_bytes: int = 98_304
+    train_bytes: int = 36_864
     context: int = 256
-    batch_size: int = 4
-    warmup: int = 5
+    batch_size: int = 2
+    warmup: int = 15
+    decay: float = 0.5
 
     def training_text(self, prose: corpus.Prose) -> bytes:
         """The part of the training split that is used."""
@@ -70,24 +72,26 @@ class Outcome:
 
 
 class WarmDecay:
-    """The factor on the learning rate: linear decay to zero over the run, a linear rise after every knot.
+    """The factor on the learning rate: flat, then linear decay to zero, with a linear rise after every knot.
 
-    A link starts like a LoRA of its own, with B = 0 and an optimizer that has seen nothing, so it gets the
-    same warm-up as the first; the decay belongs to the run. Without knots this is the usual linear schedule.
+    A link starts like a LoRA of its own, with B = 0 and an optimizer that has seen nothing, so it gets the same warm-up
+    as the first one. The decay belongs to the run; it starts late, so that later links are not left without a rate.
 
     Args:
         total: steps in the run.
         warmup: steps of every rise.
         ties: the steps after which knots were tied so far, oldest first; read anew on every call.
+        decay: share of the run, at its end, over which the factor falls to zero; 1 is the usual linear schedule.
     """
 
-    def __init__(self, total: int, warmup: int, ties: Sequence[int]) -> None:
-        self.total, self.warmup, self.ties = total, warmup, ties
+    def __init__(self, total: int, warmup: int, ties: Sequence[int], decay: float = 1.0) -> None:
+        self.total, self.warmup, self.ties, self.decay = total, warmup, ties, decay
 
     def __call__(self, step: int) -> float:
         """The factor for the update after `step` updates."""
         since = step - (self.ties[-1] if self.ties else 0)
-        return max(0.0, 1 - step / self.total) * min(1.0, (since + 1) / (self.warmup + 1))
+        left = max(0.0, 1 - step / self.total)
+        return min(1.0, left / self.decay) * min(1.0, (since + 1) / (self.warmup + 1))
 
 
 def fine_tune(
@@ -130,7 +134,7 @@ def fine_tune(
 
     if isinstance(optimizer, ChainOptimizer):
         optimizer.on_knot(note)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties, setting.decay))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     for _ in range(setting.epochs):
@@ -146,7 +150,8 @@ def fine_tune(
     if isinstance(optimizer, ChainOptimizer):
         optimizer.finish()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    if chain_folder is not None and isinstance(optimizer, ChainOptimizer) and hasattr(optimizer.chain, "save"):
-        optimizer.chain.save(chain_folder)
+    chain = getattr(optimizer, "chain", None)
+    if chain_folder is not None and chain is not None and hasattr(chain, "save"):
+        chain.save(chain_folder)
     validation = bits_per_byte(model, prose.text["validation"], setting.context)
     return Outcome(arm.name, lr, seed, validation, tuple(losses), tuple(knots), parameters, seconds, cpu_seconds)

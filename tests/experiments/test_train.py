@@ -33,6 +33,11 @@ def test_the_rate_decays_over_the_run_and_rises_after_every_knot():
     assert factor(6) == pytest.approx(0.4)
 
 
+def test_the_decay_may_start_late():
+    factor = WarmDecay(total=10, warmup=0, ties=[], decay=0.4)
+    assert [factor(step) for step in (0, 5, 6, 8, 10)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0])
+
+
 @pytest.mark.parametrize("name", list(ARMS))
 def test_every_arm_trains_and_leaves_a_plain_model(name, model, prose):
     keys, before = list(model.state_dict()), {n: p.clone() for n, p in model.named_parameters()}
