@@ -26,7 +26,7 @@ class Arm:
         label: as in the table and the plot.
         policy: total steps of the run -> when to tie; None trains all weights with the plain base optimizer.
         rates: AdamW's peak learning rates for the whole grid, rising.
-        recorded: the rate that the whole grid chose (RESULTS.md); a default run tries it and its neighbours.
+        recorded: the best rate so far by validation loss (RESULTS.md); a default run tries it and its neighbours.
         rank: of the links: one number, or one per link.
         control: True for an arm of the whole comparison only.
     """

@@ -191,9 +191,25 @@ def plan_steps(plan: Plan) -> int:
 
 
 def record(
-    plan: Plan, results: Results, rows: list[Row], checks: list[Check], minutes: float, command: str
+    plan: Plan,
+    results: Results,
+    rows: list[Row],
+    checks: list[Check],
+    minutes: float,
+    cpu_minutes: float,
+    command: str,
 ) -> dict[str, Any]:
-    """Everything as JSON values; NaN becomes null."""
+    """Everything as JSON values; NaN becomes null.
+
+    Args:
+        plan: what was asked for.
+        results: what came out.
+        rows: `rows(results)`.
+        checks: `checks(plan, results, rows)`.
+        minutes: the command took.
+        cpu_minutes: of one core, over all processes; unlike `minutes` they hardly depend on what else runs.
+        command: as typed.
+    """
     text = corpus.prose()
     return _jsonable(
         {
@@ -201,6 +217,7 @@ def record(
             "commit": _commit(),
             "hardware": describe_processor(),
             "minutes": minutes,
+            "cpu_minutes": cpu_minutes,
             "processes": plan.workers,
             "versions": {
                 "python": platform.python_version(),

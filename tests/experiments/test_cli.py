@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from experiments import demo
 from experiments.__main__ import COMMANDS, main
+from experiments.report import Check
 
 
 def test_without_a_command_there_is_help(capsys):
@@ -54,3 +56,9 @@ def test_the_demo_says_what_is_wrong(tmp_path, capsys):
     assert "has no model.safetensors" in capsys.readouterr().err
     assert main(["demo", "--smoke", "--seeds", "0", "--out", str(tmp_path)]) == 2
     assert "--seeds=0" in capsys.readouterr().err
+
+
+def test_a_check_that_fails_is_the_exit_status(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "checks", lambda *args, **kwargs: [Check("it is as it should be", False, "it is not")])
+    assert main(["demo", "--smoke", "--workers", "1", "--seeds", "1", "--arms", "lora", "--out", str(tmp_path)]) == 1
+    assert "FAIL it is as it should be (it is not)" in capsys.readouterr().out
