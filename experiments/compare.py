@@ -175,7 +175,7 @@ def _train_all(
         for future in finished:
             run = waiting.pop(future)
             outcomes[run] = future.result()
-            tick(f"{ARMS[run.arm].label}, lr {run.lr:g}, seed {run.seed}")
+            tick(f"{ARMS[run.arm].title(plan.setting.adapters)}, lr {run.lr:g}, seed {run.seed}")
             if run.arm not in chosen and all(search in outcomes for search in plan.search(run.arm)):
                 chosen[run.arm] = choose(outcomes[search] for search in plan.search(run.arm))
                 submit(plan.final(run.arm, chosen[run.arm]))

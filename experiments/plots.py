@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ _STYLES = {
     "cola-2": ("#0072B2", "-", "s"),
     "cola-3": ("#D55E00", "-", "^"),
     "cola-plateau": ("#009E73", "--", "D"),
-    "cola-8-4": ("#CC79A7", "-.", "v"),
-    "lora-24": ("#56B4E9", ":", "P"),
+    "cola-stepdown": ("#CC79A7", "-.", "v"),
+    "lora-wide": ("#56B4E9", ":", "P"),
     "full": ("#7F7F7F", "--", "X"),
 }
 
@@ -37,12 +37,13 @@ def draw(results: Results, rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    labels = {row.arm: row.label for row in rows}
     compared = REFERENCE in results.chosen and len(results.chosen) > 1
     with pyplot.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = pyplot.subplots(1, 2 + compared, figsize=(9.5 + 4.5 * compared, 4.6), layout="constrained")
-        _curves(panels[0], results, None)
+        _curves(panels[0], results, labels, None)
         if compared:
-            _curves(panels[1], results, REFERENCE)
+            _curves(panels[1], results, labels, REFERENCE)
         _held_out(panels[-1], results, rows)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
@@ -56,7 +57,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def _curves(axes: Any, results: Results, reference: str | None) -> None:
+def _curves(axes: Any, results: Results, labels: Mapping[str, str], reference: str | None) -> None:
     losses = {
         arm: np.mean([outcome.losses for outcome in results.final(arm)], axis=0)
         for arm in ARMS
@@ -68,7 +69,7 @@ def _curves(axes: Any, results: Results, reference: str | None) -> None:
     for arm, values in losses.items():
         color, line, marker = _STYLES[arm]
         curve = smooth(values if reference is None else values - losses[reference], width)
-        axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=ARMS[arm].label)
+        axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=labels[arm])
         ties = sorted({knot.step for outcome in results.final(arm) for knot in inside(outcome)})
         axes.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white")
         if reference is None or arm != CEILING or len(losses) == 2:
@@ -84,7 +85,7 @@ def _curves(axes: Any, results: Results, reference: str | None) -> None:
         axes.legend(frameon=False, fontsize=8.5)
     else:
         axes.set_ylabel("bits per byte")
-        axes.set_title(f"Training loss minus {ARMS[reference].label}'s", loc="left", fontsize=10)
+        axes.set_title(f"Training loss minus {labels[reference]}'s", loc="left", fontsize=10)
 
 
 def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
@@ -111,7 +112,7 @@ def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
         for row in rows:
             if row.arm == arm:
                 axes.axvline(row.test.mean, color=_STYLES[arm][0], linestyle=line, linewidth=0.8, alpha=0.5, zorder=0)
-    axes.set_yticks(list(places), [ARMS[row.arm].label for row in rows])
+    axes.set_yticks(list(places), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("held-out bits per byte")

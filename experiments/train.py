@@ -13,7 +13,7 @@ from torch import nn
 
 from cola import ChainOptimizer, KnotReport
 from experiments import corpus
-from experiments.arms import Arm
+from experiments.arms import Adapters, Arm
 from experiments.evaluation import bits_per_byte
 
 
@@ -28,6 +28,7 @@ class Setting:
         batch_size: blocks per optimizer step.
         warmup: steps over which the rate rises, at the start and again after every knot.
         decay: share of the run, at its end, over which the rate falls to zero.
+        adapters: their rank, layers and draws.
     """
 
     epochs: int = 3
@@ -36,6 +37,7 @@ class Setting:
     batch_size: int = 2
     warmup: int = 15
     decay: float = 0.5
+    adapters: Adapters = Adapters()  # noqa: RUF009 (frozen)
 
     def training_text(self, prose: corpus.Prose) -> bytes:
         """The part of the training split that is used."""
@@ -123,7 +125,7 @@ def fine_tune(
     total = setting.epochs * setting.steps_per_epoch(prose)
     started, cpu_started = time.perf_counter(), time.process_time()
     model.train()
-    optimizer = arm.optimizer(model, lr=lr, seed=seed, total_steps=total)
+    optimizer = arm.optimizer(model, setting.adapters, lr=lr, seed=seed, total_steps=total)
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     knots: list[Knot] = []
     ties: list[int] = []
