@@ -2,11 +2,11 @@
 
 from cola.chain import Chain, Factor, KnotReport, LayerReport, Link
 from cola.extend import LinkConfig
+from cola.files import StoreError
 from cola.knots import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
 from cola.optimizer import ChainOptimizer
 from cola.tie import KnotError
-
-__version__ = "0.1.0"
+from cola.version import __version__
 
 __all__ = [
     "Chain",
@@ -24,4 +24,6 @@ __all__ = [
     "PlateauKnots",
     "Signal",
     "StepKnots",
+    "StoreError",
+    "__version__",
 ]

@@ -1,131 +1,41 @@
 """The ledger of a chain: every link that was tied, as it was tied. It knows names and tensors, never optimizers."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import adapted_class, refusal
-from cola.adapters.targets import canonical, modules_by_name, unwrap
-from cola.tie import KnotError, delta_norm, key, residual_like, tie_
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer's share of a knot (Frobenius norms).
-
-    Attributes:
-        delta_norm: ``‖s·B A‖``.
-        lost_norm: the part of it that rounding lost.
-        rounding: how the sum was rounded.
-    """
-
-    delta_norm: float
-    lost_norm: float
-    rounding: str
-
-
-@dataclass(frozen=True)
-class KnotReport:
-    """What a knot did.
-
-    Attributes:
-        index: of the link that was tied, from 0.
-        step: optimizer steps taken when it was tied.
-        rank: of the link.
-        delta_norm: ``‖ΔW‖``, over all layers (root of the sum of squares).
-        lost_norm: norm of the part that rounding lost, over all layers.
-        loss: the training loss of the step before the knot; None if none was seen.
-        seconds: the knot took.
-        layers: the same norms per layer.
-    """
-
-    index: int
-    step: int
-    rank: int
-    delta_norm: float
-    lost_norm: float
-    loss: float | None
-    seconds: float
-    layers: Mapping[str, LayerReport] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        share = self.lost_norm / self.delta_norm if self.delta_norm else 0.0
-        return (
-            f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}, "
-            f"{share:.1e} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
-        )
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A link's share of one layer: ``ΔW = scaling·B A``, with A r×in and B out×r, on the CPU as they were trained."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    rounding: str
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
-
-    def norm(self) -> float:
-        """``‖ΔW‖`` without forming ΔW."""
-        return delta_norm(self.B, self.A, self.scaling)
-
-    def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """ΔW, out×in, in full."""
-        return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
-
-
-@dataclass(frozen=True)
-class Link:
-    """One tied link.
-
-    Attributes:
-        index: place in the chain, from 0.
-        seed: of the run; the link's draws and its stochastic rounding follow from (seed, index, layer).
-        factors: per layer path.
-        trained: values, at the knot, of the parameters that were trained beside the adapters (biases,
-            ``modules_to_save``), by path.
-        report: what the knot reported.
-    """
-
-    index: int
-    seed: int
-    factors: Mapping[str, Factor]
-    trained: Mapping[str, Tensor]
-    report: KnotReport
-
-    @property
-    def rank(self) -> int:
-        """The link's rank."""
-        return self.report.rank
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken when it was tied."""
-        return self.report.step
+from cola import export, peft_import, replay, store, subspace
+from cola.fingerprint import Fingerprint
+from cola.link import Factor, KnotReport, LayerReport, Link
 
 
 class Chain:
     """The tied links of a run, in order.
 
     Args:
+        links: to start with; their indices go up by one.
         keep: False counts links without keeping their factors (a chain that nobody wants to export).
+        base: fingerprint of the weights that the links belong on, if known.
+
+    Attributes:
+        keep, base: as given; a run sets ``base`` at its first knot.
+        missing: links before the first one held. More than 0 only if a framework's checkpoint dropped them: training
+            goes on from such a checkpoint, but the chain cannot be applied or exported any more.
 
     >>> len(Chain())
     0
     """
 
-    def __init__(self, *, keep: bool = True) -> None:
+    def __init__(self, links: Iterable[Link] = (), *, keep: bool = True, base: Fingerprint | None = None) -> None:
         self.keep = keep
-        self.missing = 0  # links before the first one held: a state dict brings weights, not links
-        self._links: list[Link] = []
+        self.base = base
+        self._links = list(links)
+        self.missing = self._links[0].index if self._links else 0
+        if [link.index for link in self._links] != list(range(self.missing, self.missing + len(self._links))):
+            raise ValueError(f"links={[link.index for link in self._links]} are not consecutive: a link is missing")
 
     def __len__(self) -> int:
         return len(self._links)
@@ -137,7 +47,8 @@ class Chain:
         return self._links[index]
 
     def __repr__(self) -> str:
-        return f"Chain({len(self)} links, ranks {[link.rank for link in self]})"
+        lost = f"{self.missing} lost links, then " if self.missing else ""
+        return f"Chain({lost}{len(self)} links, ranks {[link.rank for link in self]})"
 
     def append(self, link: Link) -> None:
         """Record a link. Its index must be the next one."""
@@ -153,66 +64,169 @@ class Chain:
             self._links.clear()
         self.missing = index - len(self._links)
 
+    def restore(self, ledger: store.Ledger) -> None:
+        """Become what a checkpoint holds; whoever has this chain in hand keeps it."""
+        self._links, self.missing = list(ledger.links), ledger.missing
+        self.keep, self.base = ledger.keep, ledger.base
+
+    def ledger(self) -> store.Ledger:
+        """The chain as plain data."""
+        return store.Ledger(tuple(self._links), self.missing, self.keep, self.base)
+
     def layers(self) -> list[str]:
         """Paths of all layers that any link changes."""
-        return list(dict.fromkeys(path for link in self for path in link.factors))
+        return replay.paths(self)
 
-    def apply(self, model: nn.Module, upto: int | None = None) -> None:
+    def complete(self, call: str = "this") -> tuple[Link, ...]:
+        """All links.
+
+        Raises:
+            RuntimeError: they were not kept, or the first ones are missing; the message names ``call``.
+        """
+        self._require_kept(call)
+        if self.missing:
+            raise RuntimeError(
+                f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
+                "was resumed from had dropped them. The model's own weights are complete: save those"
+            )
+        return tuple(self._links)
+
+    # on disk
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the chain: a file per link, and a manifest. The format is described in FORMAT.md.
+
+        The directory's former chain is replaced as a whole or, if anything fails, left as it was; links that are
+        there already are not written again.
+
+        Args:
+            directory: made if need be.
+
+        Raises:
+            ValueError: it holds another program's files under our names, or a layer's name could be a file's path.
+            OSError: the disk is full, the directory read-only, …
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Chain().save(directory)
+        ...     Chain.load(directory)
+        Chain(0 links, ranks [])
+        """
+        store.save(Path(directory), self.ledger())
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "Chain":
+        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`.
+
+        Raises:
+            ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
+        """
+        chain = cls()
+        chain.restore(store.load(Path(directory)))
+        return chain
+
+    def to_peft(
+        self, directory: str | os.PathLike[str], r: int | None = None, *, base_model: str | None = None
+    ) -> dict[str, float]:
+        """Write the whole chain as one LoRA adapter in PEFT's format, for the ORIGINAL base.
+
+        Without ``r`` its rank is the sum of the links' ranks and it is exact. Biases and modules that were trained
+        beside the links go along.
+
+        Args:
+            directory: for ``adapter_model.safetensors`` and ``adapter_config.json``; made if need be.
+            r: truncate each layer's update to this rank by SVD (from the factors, two QRs; ΔW is never formed).
+            base_model: hub name or directory of the base, for PEFT to note; None for what the base said of itself.
+
+        Returns:
+            Per layer, ``‖ΔW − ΔW_r‖`` (Frobenius) of the truncation; zeros without ``r``. Also written to
+            ``export.json``, with ``‖ΔW‖`` beside it.
+
+        Raises:
+            ValueError: r is not positive, or the chain is empty.
+            RuntimeError: links were not kept, or were lost.
+        """
+        self.complete("to_peft()")
+        return export.to_peft(self._links, Path(directory), r, self.base, base_model)
+
+    @classmethod
+    def from_peft(cls, directory: str | os.PathLike[str], *, rounding: str = "nearest") -> "Chain":
+        """Make a LoRA adapter in PEFT's format the first link of a chain.
+
+        Args:
+            directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            rounding: how `apply` is to round when it ties the link: ``"nearest"``, ``"stochastic"`` or
+                ``"compensated"``.
+
+        Raises:
+            ValueError: files missing or damaged, or an adapter that is more than ``s·B A`` (DoRA, …); says why.
+        """
+        return cls([peft_import.from_peft(Path(directory), rounding)])
+
+    # on a model
+
+    def apply(self, model: nn.Module, upto: int | None = None, *, check: bool = True) -> None:
         """Tie the links into a fresh base, as the run did: same order, same rounding, hence the same bits.
 
         Args:
             model: the untouched base; changed in place.
             upto: only the first ``upto`` links; None for all.
+            check: compare the model's weights with the fingerprint of the base that the links were trained on.
 
         Raises:
-            ValueError: a layer is missing, of another shape, or cannot be tied; nothing is changed then.
-            RuntimeError: the links were not kept.
+            ValueError: wrong base: a layer is missing, of another shape or dtype, or has other values, or cannot be
+                tied; nothing is changed then.
+            RuntimeError: links were not kept, or were lost.
         """
+        self.complete("apply()")
         links = self._links[: self._count(upto)]
-        self._require_kept()
-        modules = modules_by_name(model)
-        parameters = {canonical(path): p for path, p in unwrap(model).named_parameters()}
-        for link in links:
-            for path, factor in link.factors.items():
-                _require_layer(path, factor, modules)
-            for path, value in link.trained.items():
-                if path not in parameters or parameters[path].shape != value.shape:
-                    raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
-        residuals: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for link in links:
-                for path, factor in link.factors.items():
-                    tie_factor(modules[path], path, factor, link, residuals)
-                for path, value in link.trained.items():
-                    parameters[path].copy_(value)
+        replay.check(model, self._links, self.base if check else None)
+        replay.tie_links(model, links)
 
-    def undo(self) -> Link:
-        """Take the last link off the ledger and return it.
+    def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
+        """Take the last link off and return it; with ``model`` and ``base``, off the model's weights as well.
 
-        Weights are not touched: subtracting a link would leave rounding behind. Rebuild them exactly with `apply`
-        on the base.
+        The weights are rebuilt from the base and the remaining links: subtracting a link would leave rounding behind.
+        On a running ChainOptimizer use its own ``undo(base)``.
+
+        Args:
+            model: carries the whole chain in its weights (after ``finish()`` or `apply`); changed in place.
+            base: the untouched model, or its state dict.
+
+        Raises:
+            ValueError: the chain is empty; only one of the two is given; the base is not the chain's. Nothing
+                is changed then.
         """
         if not self._links:
             raise ValueError("an empty chain has no link to undo")
+        if (model is None) != (base is None):
+            raise ValueError("undo(model, base) needs both: the model to change, and the base to rebuild it from")
+        if model is not None and base is not None:
+            self.complete("undo(model, base)")
+            if base is model:
+                raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
+            replay.check(model, self._links, self.base, base=base)
+            replay.untie(model, self._links, base)
+            replay.tie_links(model, self._links[:-1])
         return self._links.pop()
+
+    # diagnostics
 
     def delta(self, layer: str) -> Tensor:
         """``Σ s B A`` of one layer in float64, out×in."""
-        self._require_kept()
-        found = [link.factors[layer] for link in self if layer in link.factors]
-        if not found:
-            raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")
-        return torch.stack([factor.delta() for factor in found]).sum(0)
+        return torch.stack([factor.delta() for factor in self._factors(layer)]).sum(0)
+
+    def norms(self) -> dict[str, list[float]]:
+        """``‖ΔW_k‖`` (Frobenius) per layer, one number per link; 0 where a link does not touch the layer."""
+        self._require_kept("norms()")
+        return {
+            layer: [link.factors[layer].norm() if layer in link.factors else 0.0 for link in self]
+            for layer in self.layers()
+        }
 
     def singular_values(self, layer: str) -> Tensor:
         """Singular values of ``Σ s B A`` in float64, largest first, from the factors alone (two QRs)."""
-        self._require_kept()
-        found = [link.factors[layer] for link in self if layer in link.factors]
-        if not found:
-            raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")
-        left = torch.cat([f.scaling * f.B.double() for f in found], dim=1)
-        right = torch.cat([f.A.double() for f in found], dim=0)
-        return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
+        return subspace.singular_values(self._factors(layer))
 
     def effective_rank(self, tolerance: float | None = None) -> dict[str, int]:
         """Rank of each layer's total update.
@@ -221,14 +235,34 @@ class Chain:
             tolerance: singular values up to this share of the largest count as zero; None for the precision of the fp32
                 factors, ``eps·max(out, in)`` as in `torch.linalg.matrix_rank`.
         """
-        ranks = {}
-        for layer in self.layers():
-            values = self.singular_values(layer)
-            factor = next(link.factors[layer] for link in self if layer in link.factors)
-            eps = torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
-            share = eps if tolerance is None else tolerance
-            ranks[layer] = int((values > share * values[0]).sum()) if values[0] > 0 else 0
-        return ranks
+        self.complete("effective_rank()")
+        return {layer: subspace.rank(self._factors(layer), tolerance) for layer in self.layers()}
+
+    def overlap(self, first: int, second: int, side: str = "out") -> dict[str, Tensor]:
+        """How much two links work in the same directions: the cosines of the principal angles between their subspaces.
+
+        Args:
+            first, second: places in the chain, from 0 (negative ones count from the end).
+            side: ``"out"`` compares what the links write (column spaces of ΔW), ``"in"`` what they read (row spaces).
+
+        Returns:
+            Per layer that both links change, the cosines in float64, largest first: 1 is a shared direction, 0 an
+            orthogonal one; as many as the smaller of the two ranks.
+        """
+        if side not in ("out", "in"):
+            raise ValueError(f"side={side!r} is unknown: choose 'out' or 'in'")
+        self._require_kept("overlap()")
+        one, two = self._links[first].factors, self._links[second].factors
+        return {path: subspace.cosines(one[path], two[path], side) for path in one if path in two}
+
+    # inside
+
+    def _factors(self, layer: str) -> list[Factor]:
+        self.complete("this")
+        found = [link.factors[layer] for link in self if layer in link.factors]
+        if not found:
+            raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")
+        return found
 
     def _count(self, upto: int | None) -> int:
         if upto is None:
@@ -237,52 +271,11 @@ class Chain:
             raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
         return upto
 
-    def _require_kept(self) -> None:
-        if self.missing:
-            raise RuntimeError(
-                f"the chain lacks its first {self.missing} links: it was resumed from a state dict, which holds the "
-                "merged weights and not the links"
-            )
+    def _require_kept(self, call: str) -> None:
         if not self.keep and len(self):
-            raise RuntimeError("the links were not kept (keep_links=False): this needs a chain that keeps them")
+            raise RuntimeError(
+                f"{call}: the links were not kept (keep_links=False): this needs a chain that keeps them"
+            )
 
 
-def tie_factor(
-    module: nn.Module,
-    path: str,
-    factor: Factor,
-    link: Link,
-    residuals: dict[str, Tensor],
-    device: str | None = "cpu",
-) -> None:
-    """Tie one recorded factor into ``module``'s weight exactly as the run did."""
-    kind = adapted_class(module)
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    left, right = kind.factors(factor.A, factor.B)
-    compensated = factor.rounding == "compensated"
-    if compensated and path not in residuals:
-        residuals[path] = residual_like(weight, device or weight.device)
-    tie_(
-        weight,
-        left,
-        right,
-        factor.scaling,
-        rounding=factor.rounding,
-        seed=key(link.seed, link.index, path, "rounding"),
-        residual=residuals[path] if compensated else None,
-    )
-
-
-def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module]) -> None:
-    module = modules.get(path)
-    if module is None:
-        raise ValueError(f"the chain has a link on {path!r}, which this model does not have: is it the right base?")
-    reason = refusal(module)
-    if reason is not None:
-        raise ValueError(f"the chain has a link on {path!r}, which {reason}")
-    shape, wanted = adapted_class(module).shape(module), (factor.B.shape[0], factor.A.shape[1])
-    if shape != wanted:
-        raise ValueError(f"the chain's link on {path!r} is {wanted}, the layer is {shape}: is it the right base?")
-
-
-__all__ = ["Chain", "Factor", "KnotError", "KnotReport", "LayerReport", "Link"]
+__all__ = ["Chain", "Factor", "KnotReport", "LayerReport", "Link"]

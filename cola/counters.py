@@ -48,7 +48,7 @@ def describe(live: LiveLink) -> dict[str, Any]:
         "seed": live.seed,
         "rounding": live.rounding,
         "link": live.config.describe(),
-        "layers": {path: list(type(layer).shape(layer)) for path, layer in live.layers.items()},
+        "layers": {path: list(shape) for path, shape in live.shapes().items()},
     }
 
 

@@ -15,6 +15,11 @@ def in_group() -> bool:
     )
 
 
+def writes() -> bool:
+    """Whether this process is the one that writes files: the first of its group."""
+    return not in_group() or torch.distributed.get_rank() == 0
+
+
 def shapes_are_free(parameter: Tensor) -> bool:
     """Whether a Parameter's storage may change size: not where DDP buckets or FSDP shards point into it."""
     return not in_group()

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import AdaptedLayer, adapted_class
-from cola.adapters.targets import find_targets, modules_by_name, named, unknown, unwrap
-from cola.chain import Factor
+from cola.adapters import AdaptedLayer, adapted_class, is_conv1d
+from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
+from cola.adapters.targets import find_peft_layers, find_targets, modules_by_name, named, unknown, unwrap
 from cola.distributed import shapes_are_free
 from cola.extend import LinkConfig, draw
+from cola.link import Factor
 from cola.tie import ROUNDINGS, KnotError, Tie, key, overflows, residual_like, tie_, tolerance
 
 #: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".
@@ -26,6 +27,7 @@ AUTO_ROUNDING = {
 }
 
 Pair = tuple[Tensor, Tensor]
+Carrier = AdaptedLayer | PeftLayer
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,13 @@ class LiveLink:
             raise ValueError(f"rounding={rounding!r} is unknown: choose 'auto' or one of {', '.join(ROUNDINGS)}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be an integer")
+        tuned = find_peft_layers(model)
+        config = link_config(config, tuned) if tuned else config
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.index = 0
         self.residuals: dict[str, Tensor] = {}
-        modules = find_targets(model, config.target_modules)
+        inside = modules_by_name(model)
+        modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
         saved = self._modules_to_save(modules)
         for path, module in modules.items():
             shape, ranks = adapted_class(module).shape(module), config.known_ranks() or (config.rank_of(0),)
@@ -67,21 +72,24 @@ class LiveLink:
                     f"r={max(ranks)} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
                     f"choose r of at most {min(shape)}"
                 )
-        prepared = self._draw(0, modules)
+        prepared = self._draw(0, {path: adapted_class(module).shape(module) for path, module in modules.items()})
         # from here on nothing can fail
-        self.layers: dict[str, AdaptedLayer] = {}
+        self.layers: dict[str, Carrier] = {}
         self._requires_grad = {name: p.requires_grad for name, p in unwrap(model).named_parameters()}
-        for parameter in unwrap(model).parameters():
-            parameter.requires_grad_(False)
         self._trained: list[tuple[nn.Module, str]] = []  # (owner, name) of what is trained beside the adapters
-        for path, module in modules.items():
-            self._attach(path, module, prepared)
-            if config.bias == "lora_only" and module._parameters.get("bias") is not None:
-                self._trained.append((module, "bias"))
+        if tuned:
+            self._adopt(tuned)
+        else:
+            for path, module in modules.items():
+                self._attach(path, module, prepared)
+                if config.bias == "lora_only" and module._parameters.get("bias") is not None:
+                    self._trained.append((module, "bias"))
         for module in saved:
             for owner in module.modules():
                 self._trained += [(owner, name) for name, p in owner._parameters.items() if p is not None]
-        for parameter in self.trained().values():
+        for parameter in unwrap(model).parameters():
+            parameter.requires_grad_(False)
+        for parameter in (*self.adapters(), *self.trained().values()):
             parameter.requires_grad_(True)
 
     # what it holds
@@ -100,6 +108,10 @@ class LiveLink:
             for name, parameter in module._parameters.items()
             if parameter is not None and (id(module), name) in wanted
         }
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each layer."""
+        return {path: type(layer).shape(layer) for path, layer in self.layers.items()}  # type: ignore[arg-type]
 
     @property
     def rank(self) -> int:
@@ -164,7 +176,7 @@ class LiveLink:
 
     def prepare(self, index: int) -> Prepared:
         """Draw link ``index``; changes nothing."""
-        return self._draw(index, dict(self.layers))
+        return self._draw(index, self.shapes())
 
     @torch.no_grad()
     def begin(self, index: int, prepared: Prepared) -> None:
@@ -193,6 +205,15 @@ class LiveLink:
                 layer.rank, layer.scaling = prepared.rank, prepared.scaling
             else:
                 layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
+
+    def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        """Go on with copies of these residual buffers, where the configuration keeps them."""
+        device = self.config.residual_device
+        self.residuals = {
+            path: residual.to(device or self.layers[path].weight.device, copy=True)
+            for path, residual in residuals.items()
+            if path in self.layers
+        }
 
     def tie(self, index: int, snapshot: Mapping[str, Pair], scaling: float) -> dict[str, Tie]:
         """Add the snapshot of link ``index`` to the weights, in place.
@@ -238,18 +259,33 @@ class LiveLink:
             if getattr(layer, zero).any() or (new.shape == old.shape and torch.equal(new, old)):
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
 
-    def detach(self) -> None:
-        """Take the link off the model: classes, state-dict keys and ``requires_grad`` are as before."""
+    def detach(self, *, spent: bool = False) -> None:
+        """Take the link off the model: classes, state-dict keys and ``requires_grad`` are as before.
+
+        Args:
+            spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it once more.
+        """
         for layer in self.layers.values():
-            layer.detach()
+            layer.detach(spent=spent)
         for name, parameter in unwrap(self.model).named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
     # inside
 
-    def _masks(self, layer: AdaptedLayer) -> bool:
+    def _masks(self, layer: Carrier) -> bool:
         change = self.config.rank_change
         return change == "mask" or (change == "auto" and not shapes_are_free(layer.lora_A))
+
+    def _adopt(self, tuned: Mapping[str, nn.Module]) -> None:
+        """Take PEFT's layers as they are: the first link is what they hold, and what they train beside it stays so."""
+        for path, module in tuned.items():
+            kind = PeftConv1D if is_conv1d(module.base_layer) else PeftLayer  # type: ignore[arg-type]
+            self.layers[path] = kind(module, self.config.known_ranks())
+        factors = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
+        for owner in modules_by_name(self.model).values():
+            for name, p in owner._parameters.items():
+                if p is not None and p.requires_grad and id(p) not in factors:
+                    self._trained.append((owner, name))
 
     def _attach(self, path: str, module: nn.Module, prepared: Prepared) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -260,16 +296,11 @@ class LiveLink:
         assert isinstance(module, AdaptedLayer)
         module.attach(A, B, prepared.scaling, self.config.lora_dropout)
         module.allowed_ranks = self.config.known_ranks()
-        frozen = {"both": (), "A": ("lora_B",), "B": ("lora_A",)}[self.config.train]
-        for name in frozen:
-            getattr(module, name).requires_grad_(False)
         self.layers[path] = module
 
-    def _draw(self, index: int, modules: Mapping[str, nn.Module]) -> Prepared:
+    def _draw(self, index: int, shapes: Mapping[str, tuple[int, int]]) -> Prepared:
         pairs = {}
-        for path, module in modules.items():
-            kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
-            shape = kind.shape(module)
+        for path, shape in shapes.items():
             rank = self.config.rank_of(index)
             if rank > min(shape):
                 raise ValueError(f"r={rank} of link {index} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")

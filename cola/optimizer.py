@@ -11,20 +11,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import counters, interrupts
-from cola.adapters.targets import unwrap
-from cola.chain import Chain, KnotReport, LayerReport, Link
+from cola.adapters.targets import called
+from cola.chain import Chain
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
+from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
+from cola.replay import take_fingerprint
 from cola.reset import GroupWatch, adopt, fresh_instance, is_fresh
+from cola.saving import Saves
 from cola.tie import KnotError, Tie
 from cola.watch import LossWatch
 
 logger = logging.getLogger("cola")
 
 
-class ChainOptimizer(Optimizer):
+class ChainOptimizer(Saves):
     """Train a chain of LoRAs with any base optimizer (Chain of LoRA, Algorithm 1).
 
     Puts a low-rank link ``W x + s·B A x`` on the target layers, hands the factors to the base optimizer, and after
@@ -101,7 +104,7 @@ class ChainOptimizer(Optimizer):
         self.finished = False
         self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
         self._groups = GroupWatch()
-        self._losses = LossWatch(unwrap(model))
+        self._losses = LossWatch(called(model))
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
@@ -246,44 +249,11 @@ class ChainOptimizer(Optimizer):
         if plan:
             logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
         self._losses.remove()
-        self.live.detach()
+        self.live.detach(spent=True)
         self.finished = True
         return report
 
-    # saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state dict; the chain's counters and the policy ride in ``param_groups[0]["cola"]`` as JSON."""
-        for before in list(self._optimizer_state_dict_pre_hooks.values()):
-            before(self)
-        self.param_groups[0][counters.GROUP_KEY] = counters.write(
-            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live
-        )
-        state = self.base.state_dict()
-        for after in list(self._optimizer_state_dict_post_hooks.values()):
-            replaced = after(self, state)
-            state = state if replaced is None else replaced
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. The model's own state dict brings the weights and the live link.
-
-        Raises:
-            ValueError: the state is not a chain's, or of another chain (seed, ranks, layers); nothing is changed then.
-        """
-        state_dict = dict(state_dict)
-        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
-            replaced = before(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        saved = counters.read(state_dict, self.live)
-        self.policy.load_state_dict(saved["policy"])
-        self.base.load_state_dict(state_dict)
-        self.live.resume(saved["live"]["index"])
-        self.chain.resume(self.live.index)
-        self.steps, self._epoch = saved["steps"], saved["epoch"]
-        self._probed, self._groups.changed = saved["probed"], set(saved["stepped"])
-        for after in list(self._optimizer_load_state_dict_post_hooks.values()):
-            after(self)
+    # saving: in Saves
 
     def __getstate__(self) -> dict[str, Any]:
         # like torch's optimizers: hooks, and the wrapper that a scheduler puts around step, stay behind
@@ -339,6 +309,7 @@ class ChainOptimizer(Optimizer):
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
             factors = live.factors(snapshot) if self.chain.keep else {}
             trained = {path: p.detach().cpu().clone() for path, p in live.trained().items()}
+            base = take_fingerprint(live.model, live.layers) if index == 0 and self.chain.keep else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
             self._mode(modes)
@@ -349,6 +320,7 @@ class ChainOptimizer(Optimizer):
                 self._adopt(fresh, self._adapter_groups())
                 self._mode(modes)
             report = self._report(index, rank, ties, started)
+            self.chain.base = base
             self.chain.append(Link(index, live.seed, factors, trained, report))
             self.policy.knotted(self.steps)
         if fresh is not None:
@@ -362,14 +334,14 @@ class ChainOptimizer(Optimizer):
 
     def _extend(self, index: int, snapshot: Any) -> Optimizer:
         """Begin link ``index`` and make its fresh base state; on failure the present link is put back as it was."""
-        live = self.live
+        live, before = self.live, self.live.index
         prepared, present = live.prepare(index), live.present(snapshot)
         grads = [p.grad for p in live.adapters()]
         try:
             live.begin(index, prepared)
             return self._fresh(self._adapter_groups())
         except BaseException:
-            live.begin(index - 1, present)
+            live.begin(before, present)
             for parameter, grad in zip(live.adapters(), grads):
                 parameter.grad = grad
             raise

@@ -14,15 +14,18 @@ ROOT = Path(__file__).parent.parent
 
 #: lower floors first; a module may import from its own floor's left and from lower floors, never upwards
 FLOORS = [
-    ["cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
+    ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
     ["cola.extend", "cola.reset", "cola.knots"],
-    ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters", "cola.adapters.targets"],
+    ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters.peft", "cola.adapters", "cola.adapters.targets"],
+    ["cola.link", "cola.fingerprint", "cola.replay", "cola.subspace"],
+    ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
     ["cola.chain"],
     ["cola.live"],
-    ["cola.counters"],
+    ["cola.counters", "cola.carry", "cola.checkpoint"],
+    ["cola.saving"],
     ["cola.optimizer"],
     ["cola"],
-    ["cola.cli"],
+    ["cola.base_model", "cola.figure", "cola.cli"],
 ]
 ORDER = {name: i for i, name in enumerate(name for floor in FLOORS for name in floor)}
 

@@ -34,8 +34,6 @@ def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot carry a link, as the end of a sentence; None if it can."""
     if isinstance(module, AdaptedLayer):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
-    if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-        return "is a PEFT LoRA layer, and chains run on plain layers: unload the PEFT adapter first"
     if not is_linear_map(module):
         return f"is a {type(module).__name__}: links go on nn.Linear and transformers' Conv1D"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":

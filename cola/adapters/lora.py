@@ -97,7 +97,6 @@ class AdaptedLayer(nn.Module):
         self.scaling, self.lora_dropout = scaling, dropout
         self.rank, self.allowed_ranks = A.shape[0], (A.shape[0],)
 
-    @torch.no_grad()
     def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
         """Make (A, B) the link; the Parameters stay the same objects.
 
@@ -107,17 +106,10 @@ class AdaptedLayer(nn.Module):
             mask: keep the Parameters' sizes, with zeros beyond the rank, instead of resizing them. Such zeros stay: the
                 gradient of a row of A is a multiple of its column of B, and the other way round.
         """
-        for parameter, value, rank_dim in ((self.lora_A, A, 0), (self.lora_B, B, 1)):
-            if parameter.shape == value.shape:
-                parameter.copy_(value)
-            elif mask:
-                parameter.zero_()
-                parameter.narrow(rank_dim, 0, value.shape[rank_dim]).copy_(value)
-            else:
-                _resize(parameter, value)
+        put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
         self.rank, self.scaling = A.shape[0], scaling
 
-    def detach(self) -> None:
+    def detach(self, *, spent: bool = False) -> None:
         """Take the link off: class, parameters and attributes are as they were before `attach`."""
         del self.lora_A, self.lora_B
         for name in ("scaling", "lora_dropout", "rank", "allowed_ranks"):
@@ -170,6 +162,19 @@ class LoRALinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with a link."""
 
     plain_class = nn.Linear
+
+
+@torch.no_grad()
+def put_pair(lora_A: nn.Parameter, lora_B: nn.Parameter, A: Tensor, B: Tensor, *, mask: bool) -> None:
+    """Give two Parameters the values of a link; see `AdaptedLayer.put`."""
+    for parameter, value, rank_dim in ((lora_A, A, 0), (lora_B, B, 1)):
+        if parameter.shape == value.shape:
+            parameter.copy_(value)
+        elif mask:
+            parameter.zero_()
+            parameter.narrow(rank_dim, 0, value.shape[rank_dim]).copy_(value)
+        else:
+            _resize(parameter, value)
 
 
 def _resize(parameter: nn.Parameter, value: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, peft, refusal
 from cola.tie import TIEABLE
 
 logger = logging.getLogger("cola")
@@ -30,8 +30,8 @@ QUERY_VALUE = (
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside `torch.compile`, DDP and DataParallel wrappers."""
+def called(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DDP and DataParallel wrappers, whose forward the training loop reaches."""
     while True:
         if "_orig_mod" in model._modules:
             model = model._orig_mod  # type: ignore[assignment]
@@ -41,14 +41,44 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside all wrappers, a PeftModel included."""
+    model = called(model)
+    return unwrap(peft.inner_model(model)) if peft.is_peft_model(model) else model
+
+
 def canonical(path: str) -> str:
     """A module's or parameter's path without the wrappers' parts: the name that a chain records."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of ``model`` (wrappers removed) by canonical path; a module met twice is listed once."""
-    return {canonical(path): module for path, module in unwrap(model).named_modules()}
+    """All modules of ``model`` (wrappers removed) by canonical path; a module met twice is listed once.
+
+    Where PEFT has wrapped a layer, its path leads to the layer inside, or to the copy that is trained whole.
+    """
+    found: dict[str, nn.Module] = {}
+    names, modules, copies = {"": ""}, dict(unwrap(model).named_modules()), set()
+    for path, module in modules.items():
+        parent, _, part = path.rpartition(".")
+        if path:
+            through = part in peft.transparent(modules[parent])
+            hidden = through or parent in copies or part in _WRAPPERS
+            names[path] = names[parent] if hidden else f"{names[parent]}.{part}".lstrip(".")
+            if through and isinstance(module, nn.ModuleDict):
+                copies.add(path)
+        found[names[path]] = module
+    return found
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of ``model`` by canonical path."""
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in modules_by_name(model).items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -71,6 +101,36 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
     shared = _shared_weights(model)
     for path, module in found.items():
         _require_tieable(path, module, shared)
+    return found
+
+
+def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers in ``model`` by canonical path, each fit to carry a chain; empty if PEFT has put none there.
+
+    Raises:
+        ValueError: one cannot carry a chain, or PEFT has put something other than LoRA there; the message says why.
+    """
+    modules = modules_by_name(model)
+    tuned = [module for module in unwrap(model).modules() if peft.is_tuner_layer(module)]
+    layers = [module for module in tuned if peft.is_lora_layer(module)]
+    if not layers:
+        if tuned or peft.is_peft_model(called(model)):
+            what = type(tuned[0]).__name__ if tuned else type(called(model)).__name__
+            raise ValueError(
+                f"model: PEFT has given it a {what} and no LoRA layer; chains are made of LoRA: use LoraConfig, or the "
+                "model without an adapter"
+            )
+        return {}
+    paths = {id(module): path for path, module in modules.items()}
+    shared, found = _shared_weights(model), {}
+    for layer in layers:
+        base: nn.Module = layer.base_layer  # type: ignore[assignment]
+        path = paths.get(id(base), type(base).__name__)
+        reason = peft.refusal(layer)
+        if reason is not None:
+            raise ValueError(f"PEFT's layer {path!r} {reason}")
+        _require_tieable(path, base, shared)
+        found[path] = layer
     return found
 
 
@@ -149,10 +209,8 @@ def _has_weight(module: nn.Module) -> bool:
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
-    for path, module in modules_by_name(model).items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    for name, parameter in parameters_by_name(model).items():
+        owners.setdefault(id(parameter), []).append(name)
     return {identity: names for identity, names in owners.items() if len(names) > 1}
 
 
@@ -177,4 +235,15 @@ def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]])
         raise ValueError(f"layer {path!r} was made under torch.inference_mode: its weight cannot be changed in place")
 
 
-__all__ = ["adapted_class", "canonical", "find_targets", "modules_by_name", "named", "unknown", "unwrap"]
+__all__ = [
+    "adapted_class",
+    "called",
+    "canonical",
+    "find_peft_layers",
+    "find_targets",
+    "modules_by_name",
+    "named",
+    "parameters_by_name",
+    "unknown",
+    "unwrap",
+]

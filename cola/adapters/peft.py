@@ -1,0 +1,223 @@
+"""PEFT's LoRA layers, used as they are. Nothing of PEFT is imported: a layer is known by what it has.
+
+A chain ties into the layer's ``base_layer`` and draws the next link into the layer's own ``lora_A`` and ``lora_B``;
+forward, dropout, dtype and state-dict keys stay PEFT's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cola.adapters.lora import put_pair
+from cola.extend import LinkConfig
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer that some PEFT method has wrapped around another."""
+    return "base_layer" in module._modules and hasattr(module, "active_adapters")
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PEFT's LoRA layers."""
+    return is_tuner_layer(module) and hasattr(module, "lora_A") and hasattr(module, "lora_B")
+
+
+def is_peft_model(module: nn.Module) -> bool:
+    """Whether ``module`` is what `peft.get_peft_model` returns."""
+    return any(c.__name__ == "PeftModel" and c.__module__.split(".")[0] == "peft" for c in type(module).__mro__)
+
+
+def inner_model(module: nn.Module) -> nn.Module:
+    """The user's model inside a `PeftModel`."""
+    tuner: Any = module.base_model
+    return tuner.model if isinstance(getattr(tuner, "model", None), nn.Module) else tuner
+
+
+def transparent(parent: nn.Module) -> tuple[str, ...]:
+    """Names of the children of ``parent`` that stand in its place in the original model."""
+    if is_tuner_layer(parent):
+        return ("base_layer",)
+    if "original_module" in parent._modules and isinstance(
+        parent._modules.get("modules_to_save"), nn.ModuleDict
+    ):  # a head that is trained whole, as a copy
+        return ("modules_to_save",)
+    return ()
+
+
+def refusal(module: Any) -> str | None:
+    """Why a PEFT LoRA layer with a linear base cannot carry a chain, as the end of a sentence; None if it can."""
+    if any(
+        isinstance(getattr(h.hook, "__self__", None), PeftLayer) for h in module._load_state_dict_pre_hooks.values()
+    ):
+        return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
+    if len(module.lora_embedding_A):
+        return "is an embedding with a PEFT adapter: a chain's links go on linear layers, so leave it out of LoraConfig"
+    names = list(module.lora_A.keys())
+    if len(names) != 1:
+        return (
+            f"carries the PEFT adapters {', '.join(names) or '(none)'}: a knot would change the weights under all of "
+            "them, so keep one and delete_adapter the others"
+        )
+    if module.merged:
+        return "has its PEFT adapter merged: call unmerge_adapter() first"
+    if module.disable_adapters:
+        return "has its PEFT adapter disabled: call enable_adapter_layers() first"
+    if list(module.active_adapters) != names:
+        return f"has the active adapters {list(module.active_adapters)} and carries {names}: call set_adapter first"
+    (name,) = names
+    if getattr(module, "lora_variant", {}).get(name) is not None or module.use_dora.get(name):
+        kind = "DoRA" if module.use_dora.get(name) or len(module.lora_magnitude_vector) else "a variant of LoRA"
+        return f"uses {kind}, whose update is more than s·BA and so is no link of a chain: use plain LoRA"
+    if module.lora_bias.get(name):
+        return "has lora_bias=True, an update beside s·BA: leave it off"
+    if type(module.lora_A[name]) is not nn.Linear or type(module.lora_B[name]) is not nn.Linear:
+        return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers"
+    return None
+
+
+class PeftLayer:
+    """One PEFT LoRA layer as a chain sees it: the members of `cola.adapters.AdaptedLayer` that `LiveLink` uses.
+
+    It is a view: everything is looked up on PEFT's module when asked for.
+
+    Args:
+        module: PEFT's layer, for which `refusal` is None.
+        allowed_ranks: ranks that a loaded state may bring; None for any.
+    """
+
+    #: whether the stored weight is in×out, the transpose of what the mathematics writes
+    transposed: ClassVar[bool] = False
+
+    def __init__(self, module: Any, allowed_ranks: tuple[int, ...] | None) -> None:
+        self.module = module
+        self.adapter: str = next(iter(module.lora_A.keys()))
+        self.allowed_ranks = allowed_ranks
+        self._hook = module.register_load_state_dict_pre_hook(self._make_room)
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """r×in."""
+        return self.module.lora_A[self.adapter].weight
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """out×r."""
+        return self.module.lora_B[self.adapter].weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, as stored."""
+        return self.module.base_layer.weight
+
+    @property
+    def rank(self) -> int:
+        """The link's rank; the Parameters may be larger, with zeros beyond it."""
+        return self.module.r[self.adapter]
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self.module.r[self.adapter] = rank
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.module.scaling[self.adapter]
+
+    @scaling.setter
+    def scaling(self, scaling: float) -> None:
+        self.module.scaling[self.adapter] = scaling
+
+    @classmethod
+    def shape(cls, layer: "PeftLayer") -> tuple[int, int]:
+        """(out, in)."""
+        m, n = layer.weight.shape
+        return (n, m) if cls.transposed else (m, n)
+
+    @classmethod
+    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, R) such that the stored weight changes by ``s·L R``."""
+        return (A.t(), B.t()) if cls.transposed else (B, A)
+
+    def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
+        """As `AdaptedLayer.put`."""
+        put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
+        room = self.lora_A.shape[0]
+        self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = room
+        self.rank, self.scaling = A.shape[0], scaling
+
+    @torch.no_grad()
+    def detach(self, *, spent: bool = False) -> None:
+        """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
+        if spent:
+            self.lora_B.zero_()
+        self._hook.remove()
+
+    def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        """Before a state dict is loaded: a link of another permitted rank is given room."""
+        A = state_dict.get(f"{prefix}lora_A.{self.adapter}.weight")
+        B = state_dict.get(f"{prefix}lora_B.{self.adapter}.weight")
+        if A is None or B is None or A.shape == self.lora_A.shape or A.dim() != 2:
+            return
+        fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
+        if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
+            self.put(torch.zeros(A.shape), torch.zeros(B.shape), self.scaling, mask=False)
+
+
+class PeftConv1D(PeftLayer):
+    """On transformers' Conv1D, whose weight is stored in×out."""
+
+    transposed = True
+
+
+def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> LinkConfig:
+    """``config`` with what the PEFT layers have already decided: rank and scale of the first link.
+
+    Args:
+        config: the caller's. Where PEFT decides, it must have its default or agree.
+        layers: PEFT's modules by path.
+
+    Raises:
+        ValueError: they disagree, or the layers differ in rank or scale.
+    """
+    first = next(iter(layers))
+    ranks: dict[str, int] = {path: next(iter(module.r.values())) for path, module in layers.items()}
+    scales: dict[str, float] = {path: next(iter(module.scaling.values())) for path, module in layers.items()}
+    for what, values in (("rank", ranks), ("scaling", scales)):
+        for path, value in values.items():
+            if value != values[first]:
+                raise ValueError(
+                    f"the PEFT layers differ in {what} ({first!r} has {values[first]}, {path!r} has {value}: a "
+                    "rank_pattern or alpha_pattern?), and the layers of a link share one"
+                )
+    default = LinkConfig()
+    for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype"):
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            raise ValueError(
+                f"link=LinkConfig({name}={value!r}) conflicts with the model's PEFT layers, which are used as they "
+                "are: set it in PEFT's LoraConfig, or give the model without an adapter"
+            )
+    if config.train == "A":
+        raise ValueError(
+            "link=LinkConfig(train='A') needs a first link whose B is drawn, and PEFT's layers start with B = 0: use "
+            "'both' or 'B', or give the model without an adapter"
+        )
+    rank, scale = ranks[first], scales[first]
+    if config.r == default.r:
+        config = dataclasses.replace(config, r=rank)
+    if config.rank_of(0) != rank:
+        raise ValueError(
+            f"link=LinkConfig(r={config.r!r}) starts with rank {config.rank_of(0)}, and the model's PEFT layers have "
+            f"rank {rank}: make them agree, or leave r out"
+        )
+    if config.lora_alpha != default.lora_alpha and not math.isclose(config.scaling_of(0), scale):
+        raise ValueError(
+            f"link=LinkConfig(lora_alpha={config.lora_alpha!r}) means a scale of {config.scaling_of(0):g}, and the "
+            f"model's PEFT layers have {scale:g}: make them agree, or leave lora_alpha out"
+        )
+    width = math.sqrt(rank) if config.scaling == "rslora" else rank
+    return dataclasses.replace(config, lora_alpha=scale * width)

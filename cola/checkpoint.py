@@ -1,0 +1,228 @@
+"""A running chain on disk: the chain's own files, one state file, and a manifest that lists both.
+
+The base weights are not in it: they are rebuilt from the untouched base and the links. What is: the live link, values
+trained beside it, the base optimizer's state, counters, policy and random states. The manifest is replaced by one
+rename, so a process that dies while saving leaves the previous checkpoint.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cola import replay, tensorfile
+from cola.distributed import writes
+from cola.files import StoreError, read_checked, seal, unseal, write
+from cola.fingerprint import Fingerprint
+from cola.live import LiveLink, Pair, Prepared
+from cola.packing import pack, unpack
+from cola.store import CHECKPOINT, VERSION, Ledger, clean, entry, read_links, require_ours, write_content, write_links
+
+logger = logging.getLogger("cola")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        ledger: the chain.
+        state: the base optimizer's state dict.
+        base_class: name of its class.
+        link: the live link's factors by layer, and its scale.
+        trained: values of what is trained beside the adapters, by path.
+        others: values of parameters in groups of the caller's own, in order.
+        loss: of the last step.
+        weights: fingerprint of the weights when it was saved.
+        rng: random states by device.
+    """
+
+    ledger: Ledger
+    state: dict[str, Any]
+    base_class: str
+    link: Prepared
+    trained: Mapping[str, Tensor]
+    others: list[Tensor]
+    loss: float | None
+    weights: Fingerprint
+    rng: Mapping[str, Tensor]
+
+
+def save(
+    directory: Path, ledger: Ledger, live: LiveLink, base: Optimizer, state: dict[str, Any], loss: float | None
+) -> None:
+    """Write a checkpoint in the place of the directory's former one.
+
+    Args:
+        directory: made if need be.
+        ledger: the chain.
+        live: the live link.
+        base: the base optimizer.
+        state: its state dict, with the chain's counters in it.
+        loss: of the last step.
+
+    Raises:
+        RuntimeError: the links were not kept, or were lost, so that the weights could not be rebuilt.
+        TypeError: the optimizer's state holds what only pickling could keep.
+        OSError: writing failed; the directory holds what it held before.
+    """
+    if not ledger.keep or ledger.missing:
+        raise RuntimeError(
+            "save() writes the links, from which load() rebuilds the weights, and this chain does not have all of "
+            "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "
+            "opt.state_dict() instead"
+        )
+    weights = replay.take_fingerprint(live.model, live.layers)
+    if not writes():
+        return
+    require_ours(directory, CHECKPOINT)
+    ledger = ledger if ledger.base is not None else replace(ledger, base=weights)
+    tensors: dict[str, Tensor] = {}
+    packed = pack(state, "optimizer", tensors)
+    for path, (A, B) in live.snapshot().items():
+        tensors[f"live/A:{path}"], tensors[f"live/B:{path}"] = A, B
+    tensors.update({f"trained:{path}": value for path, value in live.trained().items()})
+    tensors.update({f"other/{i}": value for i, value in enumerate(_others(base, live))})
+    tensors.update({f"rng/{device}": value for device, value in _rng_states().items()})
+    content = {
+        "optimizer": packed,
+        "base_class": _name(base),
+        "rank": live.rank,
+        "scaling": live.scaling,
+        "loss": pack(loss, "loss", {}),
+        "weights": weights.to_json(),
+    }
+    item = write_content(directory, f"state-{live.index}", tensorfile.dump(tensors, content))
+    chain = write_links(directory, ledger)
+    manifest = {"format": CHECKPOINT[1], "version": VERSION, "chain": chain, "state": asdict(item)}
+    write(directory / CHECKPOINT[0], seal(manifest))
+    clean(directory)
+
+
+def read(directory: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        StoreError: a file is missing, truncated, edited or foreign; names the file.
+    """
+    path = directory / CHECKPOINT[0]
+    manifest = unseal(path, CHECKPOINT[1], VERSION)
+    ledger = read_links(directory, manifest.get("chain"), path)
+    item = entry(manifest.get("state"), path)
+    path = directory / item.file
+    tensors, content = tensorfile.load(read_checked(path, item.size, item.digest), path)
+    try:
+        named: dict[str, dict[str, Tensor]] = {"live/A": {}, "live/B": {}, "trained": {}}
+        for name, tensor in tensors.items():
+            kind, colon, layer = name.partition(":")
+            if colon and kind in named:
+                named[kind][layer] = tensor
+        pairs: dict[str, Pair] = {layer: (A, named["live/B"][layer]) for layer, A in named["live/A"].items()}
+        return Checkpoint(
+            ledger,
+            unpack(content["optimizer"], tensors),
+            content["base_class"],
+            Prepared(pairs, content["scaling"], content["rank"]),
+            named["trained"],
+            [tensors[f"other/{i}"] for i in range(sum(name.startswith("other/") for name in tensors))],
+            unpack(content["loss"], {}),
+            Fingerprint.from_json(content["weights"]),
+            {name.removeprefix("rng/"): tensor for name, tensor in tensors.items() if name.startswith("rng/")},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path} does not hold the state of a run: {error!s:.200}") from None
+
+
+def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
+    """Whether the run can go on from ``saved`` on this model; changes nothing. The counters have been compared.
+
+    Raises:
+        ValueError: another base optimizer, other groups, a missing link, or other base weights.
+    """
+    if saved.base_class != _name(base):
+        raise ValueError(f"the saved run's base optimizer is {saved.base_class}, here it is {_name(base)}")
+    ours = [len(group["params"]) for group in base.param_groups]
+    theirs = [len(group["params"]) for group in saved.state["param_groups"]]
+    if ours != theirs:
+        raise ValueError(f"the saved run's groups hold {theirs} parameters, here they hold {ours}")
+    if len(saved.ledger.links) != index:
+        raise ValueError(f"the saved run is at link {index}, and {len(saved.ledger.links)} are there: one is missing")
+    here, there = live.trained(), saved.trained
+    if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in there.items()}:
+        raise ValueError(f"the saved run trained {sorted(there)} beside the links, here it would be {sorted(here)}")
+    if [p.shape for p in _others(base, live)] != [t.shape for t in saved.others]:
+        raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
+    if saved.link.pairs.keys() != live.layers.keys():
+        raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
+    replay.check(live.model, saved.ledger.links, saved.ledger.base, live=True)
+
+
+@torch.no_grad()
+def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
+    """Weights, live link and base state as they were saved. Call `check` first."""
+    replay.tie_links(live.model, saved.ledger.links, live.residuals, live.config.residual_device)
+    live.begin(index, saved.link)
+    for path, parameter in live.trained().items():
+        parameter.copy_(saved.trained[path])
+    for parameter, value in zip(_others(base, live), saved.others):
+        parameter.copy_(value)
+    difference = saved.weights.difference(replay.take_fingerprint(live.model, live.layers))
+    if difference is not None:
+        logger.warning(
+            "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%s): another device or "
+            "library version sums in another order",
+            difference,
+        )
+
+
+def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:
+    """``base.load_state_dict`` without its change of dtypes: torch casts floating-point state to the parameter's."""
+    base.load_state_dict(state)
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters):
+        if number in state["state"] and parameter in base.state:
+            base.state[parameter] = _uncast(base.state[parameter], state["state"][number])
+
+
+def restore_rng(states: Mapping[str, Tensor]) -> None:
+    """Set torch's global generators as they were saved; a device that is not here is left out, with a warning."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and int(device) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(device))
+        else:
+            logger.warning("the random state of CUDA device %s was saved, and there is no such device here", device)
+
+
+def _rng_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.update({str(i): torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())})
+    return states
+
+
+def _others(base: Optimizer, live: LiveLink) -> list[nn.Parameter]:
+    """Parameters in the base's groups that the link does not account for: the caller's own."""
+    known = {id(p) for p in (*live.adapters(), *live.trained().values())}
+    return [p for group in base.param_groups for p in group["params"] if id(p) not in known]
+
+
+def _uncast(loaded: Any, saved: Any) -> Any:
+    if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
+        return saved.to(loaded.device) if saved.dtype != loaded.dtype else loaded
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        return {key: _uncast(value, saved.get(key)) for key, value in loaded.items()}
+    if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
+        return [_uncast(a, b) for a, b in zip(loaded, saved)]
+    return loaded
+
+
+def _name(base: Optimizer) -> str:
+    return f"{type(base).__module__.partition('.')[0]}.{type(base).__qualname__}"

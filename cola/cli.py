@@ -1,0 +1,287 @@
+"""``cola inspect | verify | merge | export | import``: what can be done with a chain on disk."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cola import replay
+from cola.base_model import load_base, save_merged
+from cola.chain import Chain
+from cola.figure import draw
+from cola.files import write
+from cola.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 if a check failed or something went wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        result, text, status = arguments.run(arguments)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"cola {arguments.command}: {str(error).strip()}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(_plain(result), indent=1) if arguments.json else text)
+    return status
+
+
+Answer = tuple[dict[str, Any], str, int]  # machine-readable, readable, exit status
+
+
+def inspect(arguments: argparse.Namespace) -> Answer:
+    """What a chain holds: links, layers, norms, ranks, overlaps; and a picture."""
+    chain = Chain.load(arguments.directory)
+    result: dict[str, Any] = {
+        "directory": str(arguments.directory),
+        "links": [_link(chain, i) for i in range(len(chain))],
+        "missing": chain.missing,
+        "base": None if chain.base is None else {"name": chain.base.name, "digest": chain.base.digest},
+        "layers": _layers(chain),
+    }
+    lines = [f"{arguments.directory}: {chain!r}"]
+    if chain.base is not None:
+        lines.append(f"base {chain.base.name or '(unnamed)'}, fingerprint {chain.base.digest}")
+    rows = [
+        [
+            x["index"],
+            x["step"],
+            x["rank"],
+            x["norm"],
+            x["lost"],
+            x["loss"],
+            x["overlap_out"],
+            x["overlap_in"],
+            x["seed"],
+        ]
+        for x in result["links"]
+    ]
+    header = ["link", "step", "rank", "‖ΔW‖", "lost", "loss", "overlap out", "in", "seed"]
+    lines += ["", _table(header, rows), "", "overlap: share of the link's directions that the link before it used"]
+    if result["layers"]:
+        header = ["layer", "out×in", "rank of Σ", "‖ΣΔW‖", *(f"‖ΔW_{k}‖" for k in range(min(len(chain), 8)))]
+        layers = result["layers"].items()
+        lines += ["", _table(header, [[n, x["shape"], x["rank"], x["norm"], *x["norms"][:8]] for n, x in layers])]
+    if result["layers"] and not arguments.no_plot:
+        out = arguments.out or arguments.directory
+        write(out / "inspect.png", draw(chain))
+        write(out / "inspect.json", json.dumps(_plain(result), indent=1).encode())
+        result["figure"] = str(out / "inspect.png")
+        lines += ["", f"wrote {out / 'inspect.png'} and inspect.json"]
+    return result, "\n".join(lines), 0
+
+
+def verify(arguments: argparse.Namespace) -> Answer:
+    """Whether a chain is whole and belongs on a base: every check by itself, exit status 1 if one fails."""
+    checks: list[tuple[str, str | None]] = []
+
+    def check(name: str, run: Callable[[], Any]) -> Any:
+        try:
+            found = run()
+        except (ValueError, RuntimeError, OSError) as error:
+            checks.append((name, str(error)))
+            return None
+        checks.append((name, None))
+        return found
+
+    chain = check("files are whole and as they were written", lambda: Chain.load(arguments.directory))
+    if chain is not None:
+        check("all links are there", lambda: chain.complete("verify"))
+        check("factors are finite", lambda: _require_finite(chain))
+    if all(problem is None for _, problem in checks):
+        model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
+        name = "base is the one that the chain was trained on"
+        if chain.base is None:
+            name = "layers fit the base (which base the chain was trained on is not recorded)"
+        links = tuple(chain)
+        check(name, lambda: replay.check(model, links, chain.base))
+        if checks[-1][1] is None:
+            check("tied again, every link does what its knot reported", lambda: _require_as_reported(model, chain))
+    failed = any(problem is not None for _, problem in checks)
+    result = {
+        "directory": str(arguments.directory),
+        "base": arguments.base,
+        "ok": not failed,
+        "checks": [{"check": name, "ok": problem is None, "problem": problem} for name, problem in checks],
+    }
+    lines = [
+        f"{'ok  ' if problem is None else 'FAIL'}  {name}" + (f": {problem}" if problem else "")
+        for name, problem in checks
+    ]
+    if arguments.out is not None:
+        write(arguments.out / "verify.json", json.dumps(_plain(result), indent=1).encode())
+    return result, "\n".join(lines), int(failed)
+
+
+def merge(arguments: argparse.Namespace) -> Answer:
+    """Tie a chain into its base and save the model, ready for from_pretrained."""
+    chain = Chain.load(arguments.directory)
+    model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
+    chain.apply(model, upto=arguments.upto)
+    save_merged(model, arguments.out, arguments.base)
+    count = len(chain) if arguments.upto is None else arguments.upto
+    result = {"base": arguments.base, "links": count, "out": str(arguments.out)}
+    return result, f"tied {count} links into {arguments.base}, and saved the model to {arguments.out}", 0
+
+
+def export(arguments: argparse.Namespace) -> Answer:
+    """Write a chain as one PEFT adapter for the original base."""
+    chain = Chain.load(arguments.directory)
+    chain.to_peft(arguments.out, r=arguments.rank, base_model=arguments.base)
+    account = json.loads((arguments.out / "export.json").read_text())
+    rows = [
+        [layer, rank, norm, error, error / norm if norm else 0.0]
+        for (layer, rank), norm, error in zip(
+            account["ranks"].items(), account["norm"].values(), account["error"].values()
+        )
+    ]
+    table = _table(["layer", "rank", "‖ΔW‖", "error", "relative"], rows)
+    return {"out": str(arguments.out), **account}, f"{table}\n\nwrote the adapter to {arguments.out}", 0
+
+
+def import_(arguments: argparse.Namespace) -> Answer:
+    """Make a PEFT LoRA adapter the first link of a new chain."""
+    chain = Chain.from_peft(arguments.directory, rounding=arguments.rounding)
+    chain.save(arguments.out)
+    ranks = sorted({factor.rank for factor in chain[0].factors.values()})
+    result = {"out": str(arguments.out), "layers": chain.layers(), "ranks": ranks}
+    return result, f"{len(chain.layers())} layers of rank {ranks} are link 0 of the chain in {arguments.out}", 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cola", description="Work with chains of LoRAs on disk.")
+    parser.add_argument("--version", action="version", version=f"cola {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], Answer], directory: str) -> argparse.ArgumentParser:
+        summary = (run.__doc__ or "").strip()
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run, base=None, seed=0)
+        sub.add_argument("directory", type=Path, metavar="DIR", help=directory)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return sub
+
+    def base(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--base", required=True, metavar="MODEL", help="model directory or hub name of the untouched base"
+        )
+        sub.add_argument("--seed", type=int, default=0, help="of parts that the base's files lack (default: 0)")
+        sub.add_argument(
+            "--trust-remote-code", action="store_true", help="run code that comes with the base (default: off)"
+        )
+
+    chain = "directory of a chain or of a checkpoint"
+    sub = command("inspect", inspect, chain)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where inspect.png and inspect.json go (default: DIR)")
+    sub.add_argument("--no-plot", action="store_true", help="write nothing")
+    sub = command("verify", verify, chain)
+    base(sub)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where verify.json goes (default: nowhere)")
+    sub = command("merge", merge, chain)
+    base(sub)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the merged model goes")
+    sub.add_argument("--upto", type=int, metavar="K", help="tie the first K links only")
+    sub = command("export", export, chain)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the adapter goes")
+    sub.add_argument(
+        "--rank", type=int, metavar="R", help="truncate to this rank (default: exact, the sum of the ranks)"
+    )
+    sub.add_argument("--base", metavar="MODEL", help="the base's name, for the adapter to note")
+    sub = command("import", import_, "directory of a PEFT LoRA adapter")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chain goes")
+    sub.add_argument(
+        "--rounding", default="nearest", choices=["nearest", "stochastic", "compensated"], help="when it is tied"
+    )
+    return parser
+
+
+def _link(chain: Chain, i: int) -> dict[str, Any]:
+    link, report = chain[i], chain[i].report
+    found: dict[str, Any] = {
+        "index": link.index, "step": link.step, "rank": link.rank, "norm": report.delta_norm,
+        "lost": report.lost_norm / report.delta_norm if report.delta_norm else 0.0, "loss": report.loss,
+        "seed": link.seed,
+    }  # fmt: skip
+    for side in ("out", "in"):
+        angles = list(chain.overlap(i - 1, i, side).values()) if i and chain.keep else []
+        shares = [float(c.square().mean()) for c in angles if c.numel()]
+        found[f"overlap_{side}"] = sum(shares) / len(shares) if shares else None
+    return found
+
+
+def _layers(chain: Chain) -> dict[str, Any]:
+    if not chain.keep or chain.missing:
+        return {}
+    ranks, norms = chain.effective_rank(), chain.norms()
+    found = {}
+    for layer in chain.layers():
+        factor = next(link.factors[layer] for link in chain if layer in link.factors)
+        values = chain.singular_values(layer)
+        found[layer] = {
+            "shape": f"{factor.B.shape[0]}×{factor.A.shape[1]}",
+            "rank": ranks[layer],
+            "norm": values.square().sum().sqrt().item(),
+            "norms": norms[layer],
+            "singular_values": values.tolist(),
+        }
+    return found
+
+
+def _require_finite(chain: Chain) -> None:
+    for link in chain:
+        for layer, factor in link.factors.items():
+            if not (torch.isfinite(factor.A).all() and torch.isfinite(factor.B).all()):
+                raise ValueError(f"link {link.index} has non-finite factors on layer {layer!r}")
+
+
+def _require_as_reported(model: Any, chain: Chain) -> None:
+    """Norms of a link follow from its factors, and its rounding loss from the weights as well: both are recorded."""
+    for link, ties in zip(chain, replay.tie_links(model, tuple(chain))):
+        for layer, tie in ties.items():
+            # elsewhere sums are taken in another order and dice fall differently: the norm agrees to a few units of
+            # fp32, the loss, which is a mean over all elements, to far less than a tenth
+            report = link.report.layers.get(layer)
+            if report is None or chain.base is None:
+                continue
+            slack = 0.1 * report.lost_norm + 1e-6 * report.delta_norm
+            if (
+                abs(tie.delta - report.delta_norm) > 1e-5 * report.delta_norm
+                or abs(tie.lost - report.lost_norm) > slack
+            ):
+                raise ValueError(
+                    f"link {link.index} on layer {layer!r} adds {tie.delta:.6g} and loses {tie.lost:.6g} to rounding; "
+                    f"its knot reported {report.delta_norm:.6g} and {report.lost_norm:.6g}"
+                )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: they and NaN become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Write a whole chain as one LoRA adapter in PEFT's format: the files alone, PEFT is not needed.
+
+``Σ s_i B_i A_i = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`` is one product of rank Σr, so with the scales folded into B and
+``lora_alpha = r`` a single adapter on the original base equals the chain.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cola import subspace, tensorfile
+from cola.files import write
+from cola.fingerprint import Fingerprint
+from cola.link import Link
+from cola.store import require_plain_name
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+def to_peft(
+    links: Sequence[Link], directory: Path, r: int | None, base: Fingerprint | None, base_model: str | None
+) -> dict[str, float]:
+    """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``export.json``; see `Chain.to_peft`."""
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"r={r!r} must be a positive integer, or None for the exact adapter of rank Σr")
+    paths = list(dict.fromkeys(path for link in links for path in link.factors))
+    if not paths:
+        raise ValueError("an empty chain has nothing to export: finish() ties the last link")
+    tensors: dict[str, Tensor] = {}
+    ranks, errors, norms = {}, {}, {}
+    for path in paths:
+        require_plain_name(path)
+        factors = [link.factors[path] for link in links if path in link.factors]
+        dtype = factors[0].A.dtype
+        if r is None or r >= sum(f.rank for f in factors):
+            (B, A), errors[path] = subspace.stack(factors), 0.0
+        else:
+            A, B, errors[path] = subspace.truncate(factors, r)
+        ranks[path] = A.shape[0]
+        norms[path] = subspace.singular_values(factors).square().sum().sqrt().item()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = A.to(dtype)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = B.to(dtype)
+    biases, saved = _trained(links, paths)
+    tensors.update(biases)
+    tensors.update(saved)
+    name = base_model or (base.name if base is not None else None)
+    config = _config(ranks, base, name, bool(biases), sorted({_owner(key) for key in saved}))
+    account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
+    write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
+    write(directory / CONFIG, json.dumps(config, indent=2).encode())
+    write(directory / "export.json", json.dumps(account, indent=1).encode())
+    return errors
+
+
+def _config(
+    ranks: dict[str, int], base: Fingerprint | None, name: str | None, biases: bool, saved: list[str]
+) -> dict[str, Any]:
+    """``adapter_config.json``. Layers whose rank is not the usual one are listed; alpha = r everywhere, so s = 1."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT reads these keys as regular expressions for the end of a path; ^ pins them to the whole
+    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
+    flipped = base is not None and any(base.layers[path].transposed for path in ranks if path in base.layers)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": name,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "lora_only" if biases else "none",
+        # an expression, because PEFT takes listed names for ends of paths as well, and adapts (or trips over) others
+        "target_modules": "|".join(re.escape(path) for path in ranks),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": flipped,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Last values of what was trained beside the links: biases of adapted layers, and whole modules."""
+    values = {path: value for link in links for path, value in link.trained.items()}
+    biases = {f"{path}.bias" for path in paths}
+    for name in values:
+        require_plain_name(name)
+    return (
+        {f"{PREFIX}{n.removesuffix('bias')}base_layer.bias": v for n, v in values.items() if n in biases},
+        {f"{PREFIX}{n}": v for n, v in values.items() if n not in biases},
+    )
+
+
+def _owner(key: str) -> str:
+    return key.removeprefix(PREFIX).rpartition(".")[0]

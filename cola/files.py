@@ -1,0 +1,163 @@
+"""Files that survive: whole or absent after a crash, and read with suspicion.
+
+A file is written under a temporary name, flushed to the disk and renamed, so its name never shows half of it.
+What is read has its kind and size checked first; nothing is unpickled, here or anywhere in this package.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+#: manifests are small; a larger file is not one
+MAX_JSON = 64 << 20
+_TEMPORARY = re.compile(r"\.[A-Za-z0-9_.-]+\.[0-9a-f]{8}\.tmp")
+
+
+class StoreError(ValueError):
+    """A file or directory that is not what it should be; the message names it and says what is wrong."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path``, in the place of what may be there, or leave everything as it was.
+
+    Raises:
+        OSError: the disk is full, the directory is read-only, …; of the operating system's own subclass.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = f"cannot write it, {error.strerror or error}; what was saved before is intact"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def read(path: Path, limit: int | None = None) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        path: of the file.
+        limit: the most bytes it may have; checked before memory is taken.
+
+    Raises:
+        StoreError: it is missing, is not a regular file, or is larger.
+    """
+    try:
+        # non-blocking: opening a named pipe would wait for a writer that never comes
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is not a regular file")
+    with open(descriptor, "rb") as file:
+        if limit is not None and status.st_size > limit:
+            raise StoreError(f"{path} has {status.st_size} bytes, where {limit} are expected: it was edited")
+        return file.read(status.st_size)
+
+
+def read_checked(path: Path, size: int, digest: str) -> bytes:
+    """The bytes of a file that a manifest describes.
+
+    Raises:
+        StoreError: missing, truncated, longer, or with other contents than were written.
+    """
+    data = read(path, limit=size)
+    if len(data) < size:
+        raise StoreError(f"{path} is truncated: {len(data)} of {size} bytes are there")
+    if sha256(data) != digest:
+        raise StoreError(f"{path} is not as it was written (its checksum differs): restore it from a copy")
+    return data
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """A manifest: JSON that carries the checksum of its own content under ``"sha256"``.
+
+    ``content`` holds no floats that JSON lacks (inf, nan).
+    """
+    return json.dumps({**content, "sha256": _content_digest(content)}, indent=1, ensure_ascii=False).encode()
+
+
+def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """Read a manifest of format ``kind`` and check it.
+
+    Raises:
+        StoreError: missing, damaged, edited, of another format, or of a version that this library cannot read.
+    """
+    content = parse(read(path, limit=MAX_JSON), path)
+    if not isinstance(content, dict) or content.get("format") != kind:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise StoreError(f"{path} is not a {kind} manifest (its format is {found!r:.40})")
+    if content.get("version") != version:
+        raise StoreError(
+            f"{path} has format version {content.get('version')!r:.40}, and this library reads version {version}: "
+            "use the version of cola that wrote it"
+        )
+    if content.pop("sha256", None) != _content_digest(content):
+        raise StoreError(f"{path} was edited or damaged: its content does not match its checksum")
+    return content
+
+
+def parse(data: bytes, path: Path) -> Any:
+    """JSON, or a `StoreError` that names ``path``. Names that occur twice in one object are refused."""
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not readable as JSON ({str(error)[:100]})") from None
+
+
+def remove(directory: Path, names: Iterable[str]) -> None:
+    """Delete files that nothing refers to any more, and what interrupted writes left; never fails."""
+    with contextlib.suppress(OSError):
+        temporary = [p.name for p in directory.iterdir() if _TEMPORARY.fullmatch(p.name)]
+        for name in (*names, *temporary):
+            with contextlib.suppress(OSError):
+                (directory / name).unlink()
+
+
+def _sync(directory: Path) -> None:
+    """Make a rename last. Systems that cannot open directories (Windows) do it by themselves."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _content_digest(content: dict[str, Any]) -> str:
+    try:
+        canonical = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return "not written by this library"
+    return sha256(canonical.encode())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return content

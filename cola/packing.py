@@ -1,0 +1,70 @@
+"""Any optimizer's state as JSON and tensors, and back, exactly and without pickling.
+
+JSON lacks tuples, dictionaries with other keys than text, and infinite numbers, and lists of tensors have to go
+somewhere: what JSON has stands for itself, and everything else becomes an object with one key that says what it is.
+"""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as a JSON value; its tensors go into ``tensors``.
+
+    Args:
+        value: None, bool, int, float, str, tensor, or lists, tuples and dicts of them, nested at will.
+        where: a name for messages and for tensors.
+        tensors: added to.
+
+    Raises:
+        TypeError: something else, which only pickling could keep; the message says where it is.
+
+    >>> pack({0: (1.5, math.inf)}, "state", {})
+    {'dict': [[0, {'tuple': [1.5, {'float': 'inf'}]}]]}
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    if isinstance(value, Tensor):
+        tensors[where] = value
+        return {"tensor": where}
+    if isinstance(value, (list, tuple)):
+        items = [pack(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict):
+        return {
+            "dict": [
+                [pack(key, f"{where}/key{i}", tensors), pack(item, f"{where}/{key}", tensors)]
+                for i, (key, item) in enumerate(value.items())
+            ]
+        }
+    raise TypeError(
+        f"{where} is a {type(value).__name__} ({value!r:.60}), which cannot be saved without pickling: save the run "
+        "by torch.save(opt.state_dict()) and the model's state dict instead"
+    )
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `pack` was given.
+
+    Raises:
+        ValueError: ``packed`` was not made by `pack`, or one of its tensors is missing.
+    """
+    if isinstance(packed, list):
+        return [unpack(item, tensors) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if len(packed) == 1:
+        ((kind, content),) = packed.items()
+        if kind == "float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+        if kind == "tensor" and content in tensors:
+            return tensors[content]
+        if kind == "tuple" and isinstance(content, list):
+            return tuple(unpack(item, tensors) for item in content)
+        if kind == "dict" and isinstance(content, list):
+            return {unpack(key, tensors): unpack(item, tensors) for key, item in content}
+    raise ValueError(f"{packed!r:.80} is not a packed value, or its tensor is missing")

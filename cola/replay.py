@@ -1,0 +1,156 @@
+"""The weights from base and links: ties recorded links again, as the run did, hence to the same bits.
+
+The same bits need the same device and library versions; elsewhere the sums are taken in another order, and the result
+agrees within the rounding of the weight's dtype.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cola.adapters import AdaptedLayer, adapted_class, refusal
+from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, unwrap
+from cola.fingerprint import Fingerprint, fingerprint
+from cola.link import Link
+from cola.tie import Tie, key, residual_like, tie_
+
+Base = nn.Module | Mapping[str, Tensor]
+
+
+def layer_class(module: nn.Module) -> type[AdaptedLayer]:
+    """How ``module`` stores its weight, whether it carries a live link or not."""
+    return type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
+
+
+def paths(links: Iterable[Link]) -> list[str]:
+    """The layers that any of the links changes."""
+    return list(dict.fromkeys(path for link in links for path in link.factors))
+
+
+def take_fingerprint(model: nn.Module, layers: Iterable[str], base: Base | None = None) -> Fingerprint:
+    """`fingerprint` of the named layers.
+
+    Args:
+        model: whose layers they are.
+        layers: their paths.
+        base: where their weights are read; None for the model itself.
+    """
+    modules = modules_by_name(model)
+    values = _values(model if base is None else base)
+    weights = {path: values[_weight_of(path)] for path in layers}
+    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
+    transposed = [path for path in weights if layer_class(modules[path]).transposed]
+    return fingerprint(weights, transposed, name if isinstance(name, str) and name else None)
+
+
+def check(
+    model: nn.Module,
+    links: Sequence[Link],
+    recorded: Fingerprint | None,
+    *,
+    base: Base | None = None,
+    live: bool = False,
+) -> None:
+    """Whether the links can be tied into ``model``; changes nothing.
+
+    Args:
+        model: that will carry them.
+        links: to be tied.
+        recorded: fingerprint of the base that they were trained on; None skips that comparison.
+        base: where the untouched weights are; None for the model itself.
+        live: the model carries a live link of the caller's own.
+
+    Raises:
+        ValueError: a layer is missing, of another shape, cannot be tied, or has other weights.
+    """
+    modules, values = modules_by_name(model), _values(model if base is None else base)
+    for link in links:
+        for path, factor in link.factors.items():
+            _require_layer(path, (factor.B.shape[0], factor.A.shape[1]), modules, live)
+            if _weight_of(path) not in values:
+                raise ValueError(f"base has no {_weight_of(path)!r}: give the untouched model or its state dict")
+        for path, value in link.trained.items():
+            if path not in values or values[path].shape != value.shape:
+                raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
+    if recorded is not None:
+        layers = [path for path in recorded.layers if path in modules and _weight_of(path) in values]
+        difference = recorded.difference(take_fingerprint(model, layers, base))
+        if difference is not None:
+            raise ValueError(f"wrong base: {difference}. Links belong on the weights that they were trained on")
+
+
+@torch.no_grad()
+def tie_links(
+    model: nn.Module,
+    links: Iterable[Link],
+    residuals: dict[str, Tensor] | None = None,
+    device: str | None = "cpu",
+) -> list[dict[str, Tie]]:
+    """Tie the links into the weights, in order. Call `check` first.
+
+    Args:
+        model: changed in place.
+        links: to be tied.
+        residuals: of compensated rounding, by layer; added to.
+        device: where they are kept; None for the weight's own.
+
+    Returns:
+        What each tie did, per link and layer.
+    """
+    modules, values = modules_by_name(model), _values(model)
+    residuals = {} if residuals is None else residuals
+    ties = []
+    for link in links:
+        ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in link.factors})
+        for path, value in link.trained.items():
+            values[path].copy_(value)
+    return ties
+
+
+@torch.no_grad()
+def untie(model: nn.Module, links: Sequence[Link], base: Base) -> None:
+    """Put the base's values back wherever the links changed something. Call `check` first."""
+    values, untouched = _values(model), _values(base)
+    for name in dict.fromkeys((*map(_weight_of, paths(links)), *(path for link in links for path in link.trained))):
+        values[name].copy_(untouched[name])
+
+
+def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:
+    factor = link.factors[path]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    left, right = layer_class(module).factors(factor.A, factor.B)
+    compensated = factor.rounding == "compensated"
+    if compensated and path not in residuals:
+        residuals[path] = residual_like(weight, device or weight.device)
+    return tie_(
+        weight,
+        left,
+        right,
+        factor.scaling,
+        rounding=factor.rounding,
+        seed=key(link.seed, link.index, path, "rounding"),
+        residual=residuals[path] if compensated else None,
+    )
+
+
+def _values(model: Base) -> dict[str, Tensor]:
+    if isinstance(model, nn.Module):
+        return {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
+    return {canonical(name): value for name, value in model.items()}
+
+
+def _weight_of(path: str) -> str:
+    return f"{path}.weight" if path else "weight"
+
+
+def _require_layer(path: str, wanted: tuple[int, int], modules: dict[str, nn.Module], live: bool) -> None:
+    module = modules.get(path)
+    if module is None:
+        raise ValueError(f"the chain has a link on {path!r}, which this model does not have: is it the right base?")
+    reason = None if live and isinstance(module, AdaptedLayer) else refusal(module)
+    if reason is not None:
+        raise ValueError(f"the chain has a link on {path!r}, which {reason}")
+    shape = layer_class(module).shape(module)
+    if shape != wanted:
+        raise ValueError(f"the chain's link on {path!r} is {wanted}, the layer is {shape}: is it the right base?")

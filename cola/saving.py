@@ -1,0 +1,264 @@
+"""How a running chain is saved and goes on: the part of `ChainOptimizer` that is not training."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from cola import carry, checkpoint, counters, interrupts, replay
+from cola.chain import Chain
+from cola.knots import KnotPolicy
+from cola.link import Link
+from cola.live import LiveLink
+from cola.reset import GroupWatch
+from cola.store import Ledger
+
+
+class Saves(Optimizer):
+    """Saving and loading, for `ChainOptimizer` to inherit."""
+
+    base: Optimizer
+    chain: Chain
+    policy: KnotPolicy
+    live: LiveLink
+    steps: int
+    _epoch: float | None
+    _loss: torch.Tensor | None
+    _probed: list[int]
+    _groups: GroupWatch
+
+    # in a directory of our own
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write a checkpoint: chain, live link, base optimizer, policy, counters and torch's random states.
+
+        It is adapter-sized: the weights are not in it, `load` rebuilds them from the untouched base. Call it between
+        steps; gradients that are being accumulated are not saved. The former checkpoint in ``directory`` is replaced as
+        a whole or, if anything fails, left as it was, and the run can go on either way. In a distributed run process 0
+        writes, with its own random states. The format is described in FORMAT.md.
+
+        Args:
+            directory: made if need be; `Chain.load` reads the chain from it as well.
+
+        Raises:
+            RuntimeError: after `finish`; or the links are not there (``keep_links=False``) to rebuild the weights from.
+            TypeError: the base optimizer's state holds something that only pickling could keep.
+            ValueError: the directory holds another program's files under our names.
+            OSError: the disk is full, the directory read-only, …
+
+        >>> import tempfile
+        >>> from cola import ChainOptimizer, LinkConfig, StepKnots
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 1))
+        >>> def wrap(model):
+        ...     link = LinkConfig(r=1, target_modules="all-linear")
+        ...     return ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=link)
+        >>> model = copy.deepcopy(base)
+        >>> opt = wrap(model)
+        >>> for _ in range(3):
+        ...     model(torch.ones(2, 4)).square().mean().backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+        >>> resumed = copy.deepcopy(base)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     opt.save(directory)
+        ...     wrap(resumed).load(directory)
+        >>> bool(torch.equal(model(torch.ones(2, 4)), resumed(torch.ones(2, 4))))
+        True
+        """
+        self._require_running("save()")
+        loss = None if self._loss is None else float(self._loss)
+        checkpoint.save(Path(directory), self.chain.ledger(), self.live, self.base, self._base_state(), loss)
+
+    def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
+        """Continue where `save` was called, bit for bit, on the same device and library versions.
+
+        Call it on a ChainOptimizer made with the saved run's arguments over the UNTOUCHED base: the links are tied into
+        its weights again. Everything is read and checked before anything is changed. Hyperparameters in the param
+        groups become the saved ones, as with any ``load_state_dict``.
+
+        Args:
+            directory: that `save` wrote.
+            rng: set torch's global random states (CPU and CUDA) as they were, so that dropout goes on bit for bit.
+
+        Raises:
+            ValueError: a file is missing, truncated or edited; the base is another one; rank, layers, seed, rounding,
+                policy or base optimizer differ. Nothing is changed then.
+            RuntimeError: this optimizer has tied a knot already, or is finished.
+        """
+        self._require_running("load()")
+        self._require_untouched("load()")
+        saved = checkpoint.read(Path(directory))
+        counted = counters.read(saved.state, self.live)
+        index = counted["live"]["index"]
+        checkpoint.check(saved, index, self.live, self.base)
+        copy.deepcopy(self.policy).load_state_dict(counted["policy"])
+        with interrupts.deferred():
+            checkpoint.rebuild(saved, index, self.live, self.base)
+            checkpoint.load_exactly(self.base, saved.state)
+            self._continue(counted)
+            self.chain.restore(saved.ledger)
+            self._loss = None if saved.loss is None else torch.tensor(saved.loss)
+        if rng:
+            checkpoint.restore_rng(saved.rng)
+
+    # the frameworks' way
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with the chain in it.
+
+        The counters and the policy ride in ``param_groups[0]["cola"]`` as JSON; the tied links, and the residuals of
+        compensated rounding, under the top-level key ``"cola"``: tensors and JSON, which
+        ``torch.load(weights_only=True)`` reads. Save it together with the model's own state dict.
+        """
+        for before in list(self._optimizer_state_dict_pre_hooks.values()):
+            before(self)
+        state = self._base_state()
+        state[carry.KEY] = carry.pack(self.chain.ledger(), self.live.residuals)
+        for after in list(self._optimizer_state_dict_post_hooks.values()):
+            replaced = after(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. The model's own state dict brings the weights and the live link.
+
+        A framework may have dropped the top-level key ``"cola"`` (distributed checkpointing does). Training then goes
+        on exactly, and the chain knows that its first links are missing. Only compensated rounding cannot go on.
+
+        Raises:
+            ValueError: the state is not a chain's, or of another chain (seed, ranks, layers), a link is missing, or
+                residuals are needed and were dropped; nothing is changed then.
+        """
+        state_dict = dict(state_dict)
+        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        counted = counters.read(state_dict, self.live)
+        index = counted["live"]["index"]
+        carried = carry.read(state_dict.get(carry.KEY), index, self.live)
+        copy.deepcopy(self.policy).load_state_dict(counted["policy"])
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
+        self.live.resume(index)
+        self.live.take_residuals(carried.residuals)
+        self._continue(counted)
+        if carried.ledger is None:
+            self.chain.resume(index)
+        else:
+            self.chain.restore(carried.ledger)
+        for after in list(self._optimizer_load_state_dict_post_hooks.values()):
+            after(self)
+
+    # along the chain
+
+    def follow(self, chain: Chain) -> None:
+        """Tie an earlier chain's links into the untouched base, and go on as the link after them.
+
+        Args:
+            chain: e.g. of `Chain.from_peft` or `Chain.load`; complete.
+
+        Raises:
+            ValueError: it does not fit the model, or the model is not its base. Nothing is changed then.
+            RuntimeError: this optimizer has taken a step already; or the chain lacks links.
+
+        >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
+        >>> link = LinkConfig(r=1, target_modules="all-linear")
+        >>> opt = ChainOptimizer(torch.optim.SGD, torch.nn.Sequential(torch.nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> opt.follow(Chain())
+        """
+        self._require_running("follow()")
+        self._require_untouched("follow()")
+        if self.steps:
+            raise RuntimeError(f"follow() after {self.steps} steps: call it before the first one")
+        links = chain.complete("follow()")
+        replay.check(self.live.model, links, chain.base, live=True)
+        base = replay.take_fingerprint(self.live.model, dict.fromkeys((*self.live.layers, *chain.layers())))
+        with self._restarted(len(links)):
+            replay.tie_links(self.live.model, links, self.live.residuals, self.live.config.residual_device)
+        self.chain.restore(Ledger(links, base=base))
+
+    def undo(self, base: replay.Base) -> Link:
+        """Untie the last knot: the weights are rebuilt without its link, and that link begins again.
+
+        The live link is dropped. The one before it starts from its own draw with fresh optimizer state. Values trained
+        beside the links go back to what they were at the knot before. Counters and policy are not turned back.
+
+        Args:
+            base: the untouched model, or its state dict.
+
+        Returns:
+            The link that was taken off.
+
+        Raises:
+            ValueError: no knot has been tied, or ``base`` is not the chain's. Nothing is changed then.
+            RuntimeError: links were not kept, or were lost.
+        """
+        self._require_running("undo()")
+        links = self.chain.complete("undo()")
+        if not links:
+            raise ValueError("undo(): no knot has been tied yet")
+        if base is self.live.model:
+            raise ValueError("undo(base): base is the model itself; it must be the untouched one, or its state dict")
+        replay.check(self.live.model, links, self.chain.base, base=base, live=True)
+        with self._restarted(len(links) - 1):
+            self.live.residuals.clear()
+            replay.untie(self.live.model, links, base)
+            replay.tie_links(self.live.model, links[:-1], self.live.residuals, self.live.config.residual_device)
+        return self.chain.undo()
+
+    # inside
+
+    @contextlib.contextmanager
+    def _restarted(self, index: int) -> Iterator[None]:
+        """Around a change of the weights: link ``index`` begins before it, with fresh base state after it."""
+        modes = self._leave_training_mode()
+        try:
+            with interrupts.deferred():
+                fresh = self._extend(index, self.live.snapshot())
+                yield
+                self._adopt(fresh, self._adapter_groups())
+        finally:
+            self._mode(modes)
+        self._loss = None
+
+    def _base_state(self) -> dict[str, Any]:
+        self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
+            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live
+        )
+        return self.base.state_dict()
+
+    def _continue(self, counted: dict[str, Any]) -> None:
+        self.policy.load_state_dict(counted["policy"])
+        self.steps, self._epoch = counted["steps"], counted["epoch"]
+        self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
+
+    def _require_untouched(self, call: str) -> None:
+        if self.live.index or len(self.chain):
+            raise RuntimeError(
+                f"{call} ties links into the untouched base, and this run is at link {self.live.index} already: make a "
+                "new ChainOptimizer over a freshly loaded model"
+            )
+
+    # of the optimizer that inherits
+
+    def _require_running(self, call: str) -> None:
+        raise NotImplementedError
+
+    def _leave_training_mode(self) -> str:
+        raise NotImplementedError
+
+    def _mode(self, mode: str) -> None:
+        raise NotImplementedError
+
+    def _extend(self, index: int, snapshot: Any) -> Optimizer:
+        raise NotImplementedError
+
+    def _adopt(self, fresh: Optimizer, groups: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    def _adapter_groups(self) -> list[dict[str, Any]]:
+        raise NotImplementedError

@@ -1,0 +1,296 @@
+"""A chain on disk: one safetensors file per link, and a manifest that lists them. The format is in FORMAT.md.
+
+A link's file is named by its content and never written again; the manifest is replaced by a rename, and only then
+is anything deleted. So whatever moment a process dies at, the directory holds the chain as it was before or after.
+"""
+
+import platform
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola import tensorfile
+from cola.files import MAX_JSON, StoreError, parse, read, read_checked, remove, seal, sha256, unseal, write
+from cola.fingerprint import Fingerprint
+from cola.link import Factor, KnotReport, LayerReport, Link
+from cola.packing import pack, unpack
+from cola.tie import ROUNDINGS, TIEABLE
+from cola.version import __version__
+
+VERSION = 1
+CHAIN, CHECKPOINT = ("chain.json", "cola-chain"), ("checkpoint.json", "cola-checkpoint")
+#: names that a manifest may list; nothing else is ever opened or deleted
+_OURS = re.compile(r"(link-\d{5,9}|state-\d{1,18})-[0-9a-f]{16}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as a manifest lists it: its name, bytes and checksum."""
+
+    file: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a chain's directory holds.
+
+    Attributes:
+        links: in order.
+        missing: links before the first of them, lost before the chain was saved.
+        keep: whether links have their factors.
+        base: fingerprint of the weights that the links belong on; None if unknown.
+        libraries: versions that wrote it.
+    """
+
+    links: Sequence[Link]
+    missing: int = 0
+    keep: bool = True
+    base: Fingerprint | None = None
+    libraries: Mapping[str, str] | None = None
+
+
+# link → its entry and the versions of its tensors, so that saving again does not read every link again
+_known: "weakref.WeakKeyDictionary[Link, tuple[Entry, tuple[int, ...]]]" = weakref.WeakKeyDictionary()
+
+
+def save(directory: Path, ledger: Ledger) -> None:
+    """Make ``directory`` hold exactly this chain. Links that are there already are not written again.
+
+    Raises:
+        StoreError: the directory's manifest is another program's.
+        ValueError: a layer's name cannot be kept.
+        OSError: writing failed; the directory holds what it held before.
+    """
+    require_ours(directory, CHAIN)
+    manifest = {"format": CHAIN[1], "version": VERSION, **write_links(directory, ledger)}
+    write(directory / CHAIN[0], seal(manifest))
+    clean(directory)
+
+
+def load(directory: Path) -> Ledger:
+    """Read a chain, or the chain in a checkpoint.
+
+    Raises:
+        StoreError: there is none, or a file of it is missing, truncated, edited or foreign; names the file.
+    """
+    if not directory.is_dir():
+        raise StoreError(f"{directory} is not a directory: give the one that Chain.save or opt.save wrote")
+    if not (directory / CHAIN[0]).exists() and (directory / CHECKPOINT[0]).exists():
+        path = directory / CHECKPOINT[0]
+        return read_links(directory, unseal(path, CHECKPOINT[1], VERSION).get("chain"), path)
+    path = directory / CHAIN[0]
+    return read_links(directory, unseal(path, CHAIN[1], VERSION), path)
+
+
+def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
+    """Write the links' files that are not there yet; returns the manifest that lists them all."""
+    return {
+        "libraries": {"cola": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "missing": ledger.missing,
+        "keep": ledger.keep,
+        "base": None if ledger.base is None else ledger.base.to_json(),
+        "links": [asdict(_write_link(directory, link)) for link in ledger.links],
+    }
+
+
+def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
+    """The chain that a manifest describes; ``path`` is the manifest's, for messages."""
+    try:
+        missing, keep, base = manifest["missing"], manifest["keep"], manifest["base"]
+        fingerprint = None if base is None else Fingerprint.from_json(base)
+        entries = [entry(item, path) for item in manifest["links"]]
+        libraries = {str(name): str(version) for name, version in manifest["libraries"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} does not describe a chain ({error!r:.80})") from None
+    if type(missing) is not int or missing < 0 or type(keep) is not bool:
+        raise StoreError(f"{path} does not describe a chain (missing={missing!r:.40}, keep={keep!r:.40})")
+    links = []
+    for index, item in enumerate(entries, start=missing):
+        link = link_from_bytes(read_checked(directory / item.file, item.size, item.digest), directory / item.file)
+        if link.index != index:
+            raise StoreError(f"{path} lists {item.file} as link {index}, and it is link {link.index}")
+        _known[link] = item, _versions(link)
+        links.append(link)
+    return Ledger(links, missing, keep, fingerprint, libraries)
+
+
+def entry(item: Any, path: Path) -> Entry:
+    """A manifest's entry, checked: its name is one that this library gives, so it cannot lead out of the directory."""
+    try:
+        found = Entry(item["file"], item["size"], item["digest"])
+    except (KeyError, TypeError):
+        raise StoreError(f"{path} has an entry that does not describe a file: {item!r:.80}") from None
+    if not isinstance(found.file, str) or not _OURS.fullmatch(found.file):
+        raise StoreError(f"{path} lists {found.file!r:.80}, which is not the name of a file of a chain: refused")
+    if type(found.size) is not int or found.size < 0 or not isinstance(found.digest, str):
+        raise StoreError(f"{path} gives {found.file} an impossible size or checksum")
+    return found
+
+
+def write_content(directory: Path, stem: str, data: bytes) -> Entry:
+    """Write a file named by its content, unless it is there."""
+    digest = sha256(data)
+    item = Entry(f"{stem}-{digest[:16]}.safetensors", len(data), digest)
+    if not _is_there(directory, item):
+        write(directory / item.file, data)
+    return item
+
+
+def clean(directory: Path) -> None:
+    """Delete files of ours that no manifest in the directory lists any more. Never fails."""
+    listed = set()
+    for name, kind in (CHAIN, CHECKPOINT):
+        path = directory / name
+        try:
+            manifest = unseal(path, kind, VERSION) if path.exists() else {}
+        except (StoreError, OSError):
+            return  # what it lists cannot be known
+        for item in (*manifest.get("links", ()), *manifest.get("chain", {}).get("links", ()), manifest.get("state")):
+            listed.add((item or {}).get("file"))
+    try:
+        stale = [p.name for p in directory.iterdir() if _OURS.fullmatch(p.name) and p.name not in listed]
+    except OSError:
+        return
+    remove(directory, stale)
+
+
+def require_ours(directory: Path, manifest: tuple[str, str]) -> None:
+    """Refuse to replace another program's file of the manifest's name.
+
+    Raises:
+        StoreError: there is one, or ``directory`` is a file.
+    """
+    name, kind = manifest
+    path = directory / name
+    if directory.exists() and not directory.is_dir():
+        raise StoreError(f"{directory} is a file: give a directory to save to")
+    if not path.exists():
+        return
+    try:
+        content = parse(read(path, limit=MAX_JSON), path)
+    except StoreError:
+        return  # a damaged manifest of ours: saving repairs the directory
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise StoreError(f"{path} belongs to another program: choose another directory")
+
+
+def require_plain_name(name: str) -> None:
+    """Refuse paths of layers and parameters that could be mistaken for paths of files.
+
+    Raises:
+        ValueError: ``name`` has slashes, empty parts or control characters.
+    """
+    parts = name.split(".")
+    if name and (not all(parts) or any(c in "/\\" or not c.isprintable() for c in name)):
+        raise ValueError(f"layer name {name!r:.80} is not a module path (slashes, empty or unprintable parts): refused")
+
+
+# one link
+
+
+def link_to_bytes(link: Link) -> bytes:
+    """A link as the bytes of a safetensors file; equal links give equal bytes."""
+    tensors, content = link_to_parts(link)
+    return tensorfile.dump(tensors, content)
+
+
+def link_from_bytes(data: bytes, path: Path) -> Link:
+    """From `link_to_bytes`'.
+
+    Raises:
+        StoreError: this is not a link; names ``path``.
+    """
+    tensors, content = tensorfile.load(data, path)
+    try:
+        return link_from_parts(tensors, content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path} does not hold a link: {error!s:.200}") from None
+
+
+def link_to_parts(link: Link) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A link as named tensors and JSON values."""
+    tensors: dict[str, Tensor] = {}
+    for path, factor in link.factors.items():
+        require_plain_name(path)
+        tensors[f"A:{path}"], tensors[f"B:{path}"] = factor.A, factor.B
+    for path, value in link.trained.items():
+        require_plain_name(path)
+        tensors[f"trained:{path}"] = value
+    return tensors, {
+        "index": link.index,
+        "seed": link.seed,
+        "layers": {path: {"scaling": f.scaling, "rounding": f.rounding} for path, f in link.factors.items()},
+        "trained": list(link.trained),
+        "report": pack(asdict(link.report), "report", {}),
+    }
+
+
+def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Link:
+    """From `link_to_parts`'.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: they do not describe a link.
+    """
+    factors = {}
+    for path, about in content["layers"].items():
+        require_plain_name(path)
+        A, B, scaling, rounding = tensors[f"A:{path}"], tensors[f"B:{path}"], about["scaling"], about["rounding"]
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or {A.dtype, B.dtype} - set(TIEABLE):
+            raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
+        if not isinstance(scaling, (int, float)) or rounding not in ROUNDINGS:
+            raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
+        factors[path] = Factor(A, B, scaling, rounding)
+    trained = {}
+    for path in content["trained"]:
+        require_plain_name(path)
+        trained[path] = tensors[f"trained:{path}"]
+    if len(tensors) != 2 * len(factors) + len(trained):
+        raise ValueError("it holds tensors that belong to no layer")
+    index, seed = content["index"], content["seed"]
+    if type(index) is not int or type(seed) is not int or index < 0:
+        raise ValueError(f"index {index!r:.40} and seed {seed!r:.40} are not integers")
+    return Link(index, seed, factors, trained, _report(unpack(content["report"], {})))
+
+
+def _report(values: dict[str, Any]) -> KnotReport:
+    """What a later version adds to the reports is left out."""
+    layers = {path: LayerReport(**_known_fields(LayerReport, x)) for path, x in values["layers"].items()}
+    report = KnotReport(**{**_known_fields(KnotReport, values), "layers": layers})
+    numbers = (report.index, report.step, report.rank, report.delta_norm, report.lost_norm)
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(f"its report is not one: {values!r:.80}")
+    return report
+
+
+def _known_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _write_link(directory: Path, link: Link) -> Entry:
+    known = _known.get(link)
+    if known is not None and known[1] == _versions(link) and _is_there(directory, known[0]):
+        return known[0]
+    item = write_content(directory, f"link-{link.index:05d}", link_to_bytes(link))
+    _known[link] = item, _versions(link)
+    return item
+
+
+def _is_there(directory: Path, item: Entry) -> bool:
+    """By name (which has the checksum in it) and size; reading all of a long chain at every save would be too slow."""
+    path = directory / item.file
+    return path.is_file() and path.stat().st_size == item.size
+
+
+def _versions(link: Link) -> tuple[int, ...]:
+    """Counts in-place changes of the link's tensors."""
+    tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B))
+    return tuple(t._version for t in (*tensors, *link.trained.values()))

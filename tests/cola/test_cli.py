@@ -1,0 +1,240 @@
+"""The command line on small model directories: what it prints, writes, refuses and returns."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
+from cola.cli import main
+from tests.models import tiny_gpt2, tiny_opt
+
+IDS = torch.arange(24).view(2, 12) % 30
+
+
+def trained(model, **link):
+    opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LinkConfig(**{"r": 2, **link}), lr=0.02)
+    for _ in range(5):
+        opt.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        opt.step()
+    return opt
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Base, chain, checkpoint and merged model of two runs: fp32 and bf16."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, model in (("fp32", tiny_opt()), ("bf16", tiny_gpt2().to(torch.bfloat16))):
+        model.save_pretrained(root / name / "base")
+        opt = trained(model, bias="lora_only")
+        opt.save(root / name / "checkpoint")
+        opt.finish()
+        opt.chain.save(root / name / "chain")
+        model.save_pretrained(root / name / "merged")
+    return root
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def run(request, made):
+    return made / request.param
+
+
+def weights(directory):
+    from safetensors.torch import load_file
+
+    return load_file(next(directory.glob("*.safetensors")))
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_inspect_prints_tables_and_draws(run, tmp_path, capsys):
+    assert main(["inspect", str(run / "chain"), "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    chain = Chain.load(run / "chain")
+    for layer, rank in chain.effective_rank().items():
+        line = next(line for line in text.splitlines() if line.startswith(layer))
+        assert f" {rank} " in line
+    assert chain.base.digest in text
+    assert (tmp_path / "inspect.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert set(json.loads((tmp_path / "inspect.json").read_text())["layers"]) == set(chain.layers())
+
+
+def test_inspect_prints_json_and_writes_nothing_on_request(run, capsys):
+    before = sorted(os.listdir(run / "checkpoint"))
+    assert main(["inspect", str(run / "checkpoint"), "--json", "--no-plot"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [link["index"] for link in result["links"]] == [0, 1]
+    chain = Chain.load(run / "checkpoint")
+    layer = chain.layers()[0]
+    assert result["layers"][layer]["norms"] == chain.norms()[layer]
+    assert result["layers"][layer]["singular_values"] == chain.singular_values(layer).tolist()
+    assert sorted(os.listdir(run / "checkpoint")) == before
+
+
+def test_the_figure_labels_what_it_shows(run):
+    """Axes, units and layers are named, on a chain with many layers too."""
+    from matplotlib.figure import Figure
+
+    from cola import figure
+
+    seen = []
+    original = Figure.savefig
+    try:
+        Figure.savefig = lambda self, *args, **kwargs: (seen.append(self), original(self, *args, **kwargs))
+        figure.draw(Chain.load(run / "chain"))
+        model = tiny_opt(num_hidden_layers=20)
+        opt = trained(model)
+        figure.draw(opt.chain)
+    finally:
+        Figure.savefig = original
+    for drawn in seen:
+        left, right = drawn.axes[:2]
+        assert left.get_xlabel()
+        assert "singular value" in left.get_ylabel()
+        assert left.get_title()
+        assert right.get_xlabel() == "link k"
+        assert drawn.axes[2].get_ylabel().startswith("‖ΔWₖ‖")
+    labels = [text.get_text() for text in seen[1].axes[1].get_yticklabels()]
+    assert labels[0].startswith("0.self_attn.")
+    assert labels == sorted(labels, key=lambda label: int(label.split(".")[0]))
+
+
+def test_verify_passes_on_the_right_base(run, tmp_path, capsys):
+    for kind in ("chain", "checkpoint"):
+        assert main(["verify", str(run / kind), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
+        text = capsys.readouterr().out
+        assert "FAIL" not in text
+        assert text.count("ok ") == 5
+    assert json.loads((tmp_path / "verify.json").read_text())["ok"]
+
+
+def test_verify_fails_on_another_base_and_on_damage(made, tmp_path, capsys):
+    chain = made / "fp32" / "chain"
+    tiny_opt(seed=1).save_pretrained(tmp_path / "other")
+    assert main(["verify", str(chain), "--base", str(tmp_path / "other")]) == 1
+    assert "FAIL  base is the one that the chain was trained on: wrong base" in capsys.readouterr().out
+    broken = tmp_path / "broken"
+    shutil.copytree(chain, broken)
+    next(broken.glob("link-00001-*")).unlink()
+    assert main(["verify", str(broken), "--base", str(made / "fp32" / "base"), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert not result["ok"]
+    assert "link-00001" in result["checks"][0]["problem"]
+    bad = Chain.load(chain)
+    bad[0].factors[bad.layers()[0]].B[0, 0] = float("nan")
+    bad.save(tmp_path / "nan")
+    assert main(["verify", str(tmp_path / "nan"), "--base", str(made / "fp32" / "base")]) == 1
+    assert "link 0 has non-finite factors" in capsys.readouterr().out
+    scaled = Chain.load(chain)
+    scaled[1].factors[bad.layers()[0]].B.mul_(2)
+    scaled.save(tmp_path / "scaled")
+    assert main(["verify", str(tmp_path / "scaled"), "--base", str(made / "fp32" / "base")]) == 1
+    assert "its knot reported" in capsys.readouterr().out
+
+
+def test_merge_gives_the_trained_model(run, tmp_path):
+    assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
+    assert same(weights(tmp_path), weights(run / "merged"))
+    assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path), "--upto", "0"]) == 0
+    assert same(weights(tmp_path), weights(run / "base"))
+
+
+def test_export_then_import_comes_back(run, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    assert main(["export", str(run / "chain"), "--out", str(tmp_path / "exact"), "--base", "a/name"]) == 0
+    assert json.loads((tmp_path / "exact" / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/name"
+    assert main(["export", str(run / "chain"), "--out", str(tmp_path / "r1"), "--rank", "1", "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out[out.index("{") :])
+    assert set(result["ranks"].values()) == {1}
+    assert all(0 < error < norm for error, norm in zip(result["error"].values(), result["norm"].values()))
+    base = AutoModelForCausalLM.from_pretrained(run / "base")
+    peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "exact")
+    assert main(["import", str(tmp_path / "exact"), "--out", str(tmp_path / "chain")]) == 0
+    assert len(Chain.load(tmp_path / "chain")) == 1
+    assert main(["verify", str(tmp_path / "chain"), "--base", str(run / "base")]) == 0
+    assert "is not recorded" in capsys.readouterr().out
+
+
+BAD = {
+    "no such chain": (["inspect", "{tmp}/nowhere"], "is not a directory"),
+    "no such base": (["merge", "{run}/chain", "--base", "{tmp}/nowhere", "--out", "{tmp}/x"], "no such directory"),
+    "rank 0": (["export", "{run}/chain", "--out", "{tmp}/x", "--rank", "0"], "r=0 must be a positive integer"),
+    "upto": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{tmp}/x", "--upto", "9"], "upto=9 is outside"),
+    "no adapter": (["import", "{run}/chain", "--out", "{tmp}/x"], "adapter_config.json is missing"),
+    "out is a file": (["import", "{run}/adapter", "--out", "{run}/adapter/adapter_config.json"], "is a file"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_errors_are_one_message_without_traceback(what, made, tmp_path, capsys):
+    Chain.load(made / "fp32" / "chain").to_peft(made / "fp32" / "adapter")
+    arguments, message = BAD[what]
+    assert main([a.format(tmp=tmp_path, run=made / "fp32") for a in arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.splitlines()[-1].startswith(f"cola {arguments[0]}: ")  # after transformers' progress bar
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_pickled_base_is_not_read(made, tmp_path, capsys):
+    """transformers would unpickle pytorch_model.bin where it finds no safetensors."""
+    base = tmp_path / "base"
+    shutil.copytree(made / "fp32" / "base", base)
+    torch.save(weights(base), base / "pytorch_model.bin")
+    next(base.glob("*.safetensors")).unlink()
+    assert main(["merge", str(made / "fp32" / "chain"), "--base", str(base), "--out", str(tmp_path / "x")]) == 1
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_code_that_comes_with_a_model_is_not_run(made, tmp_path, capsys):
+    base, mark = tmp_path / "base", tmp_path / "ran"
+    shutil.copytree(made / "fp32" / "base", base)
+    (base / "modeling_mine.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "from transformers import OPTConfig as MineConfig, OPTForCausalLM as MineForCausalLM\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+    }  # fmt: skip
+    config["model_type"], config["architectures"] = "mine", ["MineForCausalLM"]
+    (base / "config.json").write_text(json.dumps(config))
+    command = ["verify", str(made / "fp32" / "chain"), "--base", str(base)]
+    assert main(command) == 1
+    assert not mark.exists()
+    assert "trust" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    for arguments in ([], ["inspect"], ["verify"], ["merge"], ["export"], ["import"]):
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, "--help"])
+        assert left.value.code == 0
+        text = capsys.readouterr().out
+        if arguments:
+            assert "--json" in text
+            assert "--out" in text
+    with pytest.raises(SystemExit) as left:
+        main(["export"])
+    assert left.value.code == 2
+
+
+def test_help_is_fast_to_load():
+    """Nothing heavy is imported before a command needs it."""
+    code = "import sys, cola.cli; print([m for m in ('transformers', 'peft', 'matplotlib') if m in sys.modules])"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
