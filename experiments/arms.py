@@ -73,9 +73,9 @@ class Arm:
             raise ValueError(f"{self.name}: recorded={self.recorded} is not among rates={self.rates}")
 
     def nearby(self, count: int) -> tuple[float, ...]:
-        """The `count` rates of the grid nearest to the recorded one, the lower where two are as near."""
+        """The `count` rates of the grid nearest to the recorded one, the higher where two are as near."""
         at = self.rates.index(self.recorded)
-        order = sorted(range(len(self.rates)), key=lambda index: (abs(index - at), index))
+        order = sorted(range(len(self.rates)), key=lambda index: (abs(index - at), -index))
         return tuple(self.rates[index] for index in sorted(order[:count]))
 
     def title(self, adapters: Adapters) -> str:
@@ -108,17 +108,17 @@ def _plateau(total_steps: int) -> KnotPolicy:
     return PlateauKnots(window=max(1, total_steps // 12), patience=1, threshold=0.01, max_links=4)
 
 
-_CHAIN_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_CHAIN_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 _FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 ARMS = {
     arm.name: arm
     for arm in (
         Arm("lora", "LoRA", lambda total_steps: NeverKnots(), _CHAIN_RATES, recorded=8e-3),
-        Arm("cola-2", "COLA, 2 links", _even(2), _CHAIN_RATES, recorded=8e-3),
-        Arm("cola-3", "COLA, 3 links", _even(3), _CHAIN_RATES, recorded=8e-3),
-        Arm("cola-plateau", "COLA, plateau", _plateau, _CHAIN_RATES, recorded=8e-3),
-        Arm("cola-stepdown", "COLA, ranks {ranks}", _even(2), _CHAIN_RATES, recorded=8e-3, shares=(1, 0.5)),
+        Arm("cola-2", "COLA, 2 links", _even(2), _CHAIN_RATES, recorded=4e-3),
+        Arm("cola-3", "COLA, 3 links", _even(3), _CHAIN_RATES, recorded=4e-3),
+        Arm("cola-plateau", "COLA, plateau", _plateau, _CHAIN_RATES, recorded=4e-3),
+        Arm("cola-stepdown", "COLA, ranks {ranks}", _even(2), _CHAIN_RATES, recorded=4e-3, shares=(1, 0.5)),
         Arm(
             "lora-wide",
             "LoRA, rank {ranks}",
@@ -128,7 +128,7 @@ ARMS = {
             shares=(3,),
             control=True,
         ),
-        Arm("full", "full fine-tuning", None, _FULL_RATES, recorded=1e-3),
+        Arm("full", "full fine-tuning", None, _FULL_RATES, recorded=5e-4),
     )
 }
 """Name -> arm, in the order of the table. The order of the text and the seeds are the same for all."""

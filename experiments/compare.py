@@ -95,7 +95,7 @@ class Results:
         untouched: the loss of the model before fine-tuning, on the test split.
         rebuilt: chosen run of a chain -> largest difference between the weights it left and the untouched
         model
-            with its saved chain applied; empty when chains cannot be saved.
+            with its saved chain applied.
     """
 
     outcomes: Mapping[Run, Outcome]
@@ -201,11 +201,10 @@ def _untouched(plan: Plan) -> float:
 
 def _rebuild(run: Run, plan: Plan) -> float | None:
     folder = run.folder(plan.scratch) / "chain"
-    load = getattr(Chain, "load", None)
-    if load is None or not folder.exists():
+    if not folder.exists():  # the arm has no chain
         return None
     rebuilt = tiny_opt.load(plan.model)
-    load(folder).apply(rebuilt)
+    Chain.load(folder).apply(rebuilt)
     left = dict(_tuned(run, plan).named_parameters())
     return max((left[name] - value).abs().max().item() for name, value in rebuilt.named_parameters())
 

@@ -152,8 +152,7 @@ def fine_tune(
     if isinstance(optimizer, ChainOptimizer):
         optimizer.finish()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    chain = getattr(optimizer, "chain", None)
-    if chain_folder is not None and chain is not None and hasattr(chain, "save"):
-        chain.save(chain_folder)
+    if chain_folder is not None and isinstance(optimizer, ChainOptimizer):
+        optimizer.chain.save(chain_folder)
     validation = bits_per_byte(model, prose.text["validation"], setting.context)
     return Outcome(arm.name, lr, seed, validation, tuple(losses), tuple(knots), parameters, seconds, cpu_seconds)

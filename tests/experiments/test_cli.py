@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cola import Chain
 from experiments import demo
 from experiments.__main__ import COMMANDS, main
 from experiments.report import Check
@@ -49,6 +50,8 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert (tmp_path / "table.txt").read_text().strip() in shown.out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("scratch-*"))
+    assert any("rebuild" in check["what"] for check in written["checks"])
+    assert [len(Chain.load(tmp_path / "chains" / arm)) for arm in arms[:2]] == [1, 2]
 
 
 def test_the_demo_says_what_is_wrong(tmp_path, capsys):
