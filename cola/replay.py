@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class, refusal
 from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, unwrap
+from cola.distributed import copy_whole, tie_anywhere
 from cola.fingerprint import Fingerprint, fingerprint
 from cola.link import Link
-from cola.tie import Tie, key, residual_like, tie_
+from cola.tie import Tie, key, residual_like
 
 Base = nn.Module | Mapping[str, Tensor]
 
@@ -104,7 +105,7 @@ def tie_links(
     for link in links:
         ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in link.factors})
         for path, value in link.trained.items():
-            values[path].copy_(value)
+            copy_whole(values[path], value)
     return ties
 
 
@@ -123,7 +124,7 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
     compensated = factor.rounding == "compensated"
     if compensated and path not in residuals:
         residuals[path] = residual_like(weight, device or weight.device)
-    return tie_(
+    return tie_anywhere(
         weight,
         left,
         right,
