@@ -18,7 +18,6 @@ from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
-from cola.replay import take_fingerprint
 from cola.reset import GroupWatch, adopt, fresh_instance, is_fresh
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
@@ -176,7 +175,7 @@ class ChainOptimizer(Saves):
 
         Raises:
             KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
-            RuntimeError: after `finish`.
+            RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
         """
         self._require_running("step()")
         args: tuple[Any, ...] = (closure,)
@@ -189,9 +188,11 @@ class ChainOptimizer(Saves):
         probe = closure is None and not self._moves()
         if probe:
             self._probed = self._stateless_groups()
-        elif self._probed:
-            groups = [self.param_groups[i] for i in self._probed]
-            self._adopt(self._fresh(groups), groups)
+        else:
+            self._require_weights()
+            if self._probed:
+                groups = [self.param_groups[i] for i in self._probed]
+                self._adopt(self._fresh(groups), groups)
         groups = self._groups.before(self.param_groups)
         result = self.base.step() if closure is None else self.base.step(closure)
         self._groups.after(groups, self.param_groups)
@@ -302,6 +303,7 @@ class ChainOptimizer(Saves):
         """All that can fail comes first, on copies; then the weights change."""
         started = time.perf_counter()
         self._require_live_groups()
+        self._require_weights()
         live, index = self.live, self.live.index
         modes = self._leave_training_mode()
         try:
@@ -309,7 +311,7 @@ class ChainOptimizer(Saves):
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
             factors = live.factors(snapshot) if self.chain.keep else {}
             trained = {path: p.detach().cpu().clone() for path, p in live.trained().items()}
-            base = take_fingerprint(live.model, live.layers) if index == 0 and self.chain.keep else self.chain.base
+            base = self._weights() if index == 0 and self.chain.keep else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
             self._mode(modes)
