@@ -1,9 +1,18 @@
-"""What changes when several processes train one chain: decisions are agreed, and shapes stay."""
+"""What changes when several processes train one chain: decisions are agreed, shapes stay, shards know their place.
+
+A sharded tensor (DTensor, as FSDP2 makes them) is known by its ``full_tensor``; nothing is imported before one is met.
+Factors are small, so a knot gathers them whole; a weight is never gathered for a tie: each process ties its own part,
+and rounds it as it would be rounded within the whole.
+"""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cola.tie import Tie, delta_norm, obstacle, tie_
 
 
 def in_group() -> bool:
@@ -22,7 +31,132 @@ def writes() -> bool:
 
 def shapes_are_free(parameter: Tensor) -> bool:
     """Whether a Parameter's storage may change size: not where DDP buckets or FSDP shards point into it."""
-    return not in_group()
+    return not in_group() and not is_sharded(parameter)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full; all processes that share it must call together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, value: Tensor) -> None:
+    """``target ← value``, where ``value`` is in full and ``target`` may be sharded: each process keeps its part."""
+    if not is_sharded(target):
+        target.copy_(value)
+        return
+    local, window = _part(target)
+    local.copy_(value[window])
+
+
+def tie_anywhere(
+    weight: Tensor, left: Tensor, right: Tensor, scaling: float, *, rounding: str, seed: int, residual: Tensor | None
+) -> Tie:
+    """`cola.tie.tie_` on a weight that may be sharded; ``left`` and ``right`` are in full.
+
+    Compensated rounding is for weights in one piece.
+    """
+    if not is_sharded(weight):
+        return tie_(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
+    if residual is not None:
+        raise ValueError(
+            "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use 'stochastic'"
+        )
+    local, (rows, columns) = _part(weight)
+    shape = (weight.shape[0], weight.shape[1])
+    part = tie_(
+        local,
+        left[rows],
+        right[:, columns],
+        scaling,
+        rounding=rounding,
+        seed=seed,
+        part_of=shape,
+        offset=(rows.start, columns.start),
+    )
+    squares = torch.tensor([part.lost**2, part.deviation**2, part.weight**2], dtype=torch.float64, device=local.device)
+    lost, deviation, norm = _sum_over_shards(squares, weight).sqrt().tolist()
+    return replace(part, delta=delta_norm(left, right, scaling), lost=lost, deviation=deviation, weight=norm)
+
+
+def obstacle_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
+    """`cola.tie.obstacle` on a weight that may be sharded: agreed by all that share it."""
+    if not is_sharded(weight):
+        return obstacle(weight, left, right, scaling)
+    local, (rows, columns) = _part(weight)
+    mine = obstacle(local, left[rows], right[:, columns], scaling) if local.numel() else None
+    somewhere = _sum_over_shards(torch.full((1,), float(mine is not None), device=local.device), weight).item()
+    return mine or ("cannot hold W + sBA in another process's part" if somewhere else None)
+
+
+def require_supported(model: nn.Module, weights: dict[str, Tensor], *, own_layers: bool) -> None:
+    """Refuse what would undo or miss a knot.
+
+    Args:
+        model: as the user gave it.
+        weights: of the layers to be adapted, by path.
+        own_layers: whether the links are to be put on by us, as new Parameters.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    kinds = {c.__name__ for module in model.modules() for c in type(module).__mro__}
+    if "DeepSpeedEngine" in kinds or any(hasattr(weight, "ds_id") for weight in weights.values()):
+        raise ValueError(
+            "model: DeepSpeed ZeRO keeps its own flat copy of the parameters and would undo every knot: use DDP, or "
+            "FSDP2 (torch.distributed.fsdp.fully_shard) under torchrun or Accelerate"
+        )
+    if "FullyShardedDataParallel" in kinds:
+        raise ValueError("model: FSDP1 flattens its parameters: use FSDP2, torch.distributed.fsdp.fully_shard")
+    if not own_layers:
+        return
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model: DDP would not see the links' parameters: make the ChainOptimizer first, then DDP(model)"
+        )
+    for path, weight in weights.items():
+        if is_sharded(weight):
+            raise ValueError(
+                f"layer {path!r} is sharded already, and FSDP2 would not see the link's parameters: make the "
+                "ChainOptimizer first, then fully_shard(model)"
+            )
+
+
+def release(model: nn.Module, layer: Any, names: tuple[str, ...]) -> None:
+    """Let FSDP2 forget parameters that are to be taken off ``layer``; it would put them back at the next forward."""
+    for module in model.modules():
+        ask = getattr(module, "_get_fsdp_state", None)
+        groups: Any = [] if ask is None else getattr(ask(), "_fsdp_param_groups", None)
+        if groups is None:
+            groups = [getattr(ask(), "_fsdp_param_group", None)]  # type: ignore[misc]
+        for group in groups:
+            if group is not None:
+                group.fsdp_params = [
+                    p
+                    for p in group.fsdp_params
+                    if not (p._module_info.module is layer and p._module_info.param_name in names)
+                ]
+
+
+def _part(tensor: Any) -> tuple[Tensor, tuple[slice, ...]]:
+    """This process's part of a DTensor, and where it lies in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor._local_tensor, tuple(slice(start, start + size) for start, size in zip(starts, sizes))
+
+
+def _sum_over_shards(values: Tensor, tensor: Any) -> Tensor:
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group(dim))
+    return values
 
 
 def agreed_mean(losses: Tensor) -> float:

@@ -15,10 +15,18 @@ from torch import Tensor, nn
 from cola.adapters import AdaptedLayer, adapted_class, is_conv1d
 from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
 from cola.adapters.targets import find_peft_layers, find_targets, modules_by_name, named, unknown, unwrap
-from cola.distributed import shapes_are_free
+from cola.distributed import (
+    is_sharded,
+    obstacle_anywhere,
+    release,
+    require_supported,
+    shapes_are_free,
+    tie_anywhere,
+    whole,
+)
 from cola.extend import LinkConfig, draw
 from cola.link import Factor
-from cola.tie import ROUNDINGS, KnotError, Tie, key, obstacle, residual_like, tie_, tolerance
+from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
 
 logger = logging.getLogger("cola")
 
@@ -68,6 +76,8 @@ class LiveLink:
         self.residuals: dict[str, Tensor] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
+        weights = {path: module.weight for path, module in modules.items()}
+        require_supported(model, weights, own_layers=not tuned)  # type: ignore[arg-type]
         saved = self._modules_to_save(modules)
         ranks = config.known_ranks() or (config.rank_of(0),)
         for path, module in list(modules.items()):
@@ -151,7 +161,7 @@ class LiveLink:
     def is_zero(self) -> bool:
         """Whether the link changes nothing (it has not been trained)."""
         zero_first = "lora_A" if self.config.train == "A" else "lora_B"
-        return not any(getattr(layer, zero_first).any().item() for layer in self.layers.values())
+        return not any(whole(getattr(layer, zero_first)).any().item() for layer in self.layers.values())
 
     # a knot, in the order in which the optimizer calls
 
@@ -163,20 +173,26 @@ class LiveLink:
             KnotError: a factor, the weight or their sum is not finite in the weight's dtype; names the layer.
         """
         for path, layer in self.layers.items():
-            for name, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
+            A, B = whole(layer.lora_A), whole(layer.lora_B)
+            for name, factor in (("A", A), ("B", B)):
                 if not torch.isfinite(factor).all():
                     raise KnotError(
                         f"link {self.index} is not tied: lora_{name} of layer {path!r} has non-finite values. The "
                         "base weights are untouched: go back to a checkpoint, or drop the link by finish(merge=False)"
                     )
-            left, right = layer.factors(layer.lora_A, layer.lora_B)
-            reason = obstacle(layer.weight, left, right, layer.scaling)
+            left, right = layer.factors(A, B)
+            reason = obstacle_anywhere(layer.weight, left, right, layer.scaling)
             if reason is not None:
                 raise KnotError(
                     f"link {self.index} is not tied: layer {path!r} {reason}. Nothing has been changed: go back to a "
                     "checkpoint, drop the link by finish(merge=False), or use a smaller learning rate or a wider dtype"
                 )
             if self.rounding_of(path) == "compensated" and path not in self.residuals:
+                if is_sharded(layer.weight):
+                    raise KnotError(
+                        f"link {self.index} is not tied: rounding='compensated' keeps a buffer per weight, and layer "
+                        f"{path!r} is sharded: use rounding='stochastic'"
+                    )
                 device = self.config.residual_device or layer.weight.device
                 self.residuals[path] = residual_like(layer.weight, device)
 
@@ -184,7 +200,7 @@ class LiveLink:
     def snapshot(self) -> dict[str, Pair]:
         """Copies of the factors, cut to the link's rank, on their device."""
         return {
-            path: (layer.lora_A[: layer.rank].clone(), layer.lora_B[:, : layer.rank].clone())
+            path: (whole(layer.lora_A)[: layer.rank].clone(), whole(layer.lora_B)[:, : layer.rank].clone())
             for path, layer in self.layers.items()
         }
 
@@ -226,7 +242,9 @@ class LiveLink:
         self.index = index
         for path, layer in self.layers.items():
             mask = self._masks(layer.lora_A)
-            if mask or layer.lora_A.shape[0] == prepared.rank:
+            # a masked link that comes from a distributed run has zeros beyond its rank
+            masked = layer.lora_A.shape[0] > prepared.rank and not whole(layer.lora_A)[prepared.rank :].any()
+            if mask or masked or layer.lora_A.shape[0] == prepared.rank:
                 layer.rank, layer.scaling = prepared.rank, prepared.scaling
             else:
                 layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
@@ -251,7 +269,7 @@ class LiveLink:
             layer = self.layers[path]
             left, right = layer.factors(A, B)
             rounding = self.rounding_of(path)
-            ties[path] = tie_(
+            ties[path] = tie_anywhere(
                 layer.weight.detach(),
                 left,
                 right,
@@ -277,10 +295,10 @@ class LiveLink:
         zero, drawn = ("lora_A", "lora_B") if self.config.train == "A" else ("lora_B", "lora_A")
         for path, layer in self.layers.items():
             old = snapshot[path][1 if drawn == "lora_B" else 0]
-            new = getattr(layer, drawn)
+            new = whole(getattr(layer, drawn))
             # a selector that has gone round all coordinates is the old one by right
             again = new.shape == old.shape and torch.equal(new, old) and self.config.init != "selector"
-            if getattr(layer, zero).any() or again:
+            if whole(getattr(layer, zero)).any() or again:
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
 
     def detach(self, *, spent: bool = False) -> None:
@@ -290,6 +308,8 @@ class LiveLink:
             spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it once more.
         """
         for layer in self.layers.values():
+            if isinstance(layer, AdaptedLayer):
+                release(unwrap(self.model), layer, ("lora_A", "lora_B"))
             layer.detach(spent=spent)
         for name, parameter in unwrap(self.model).named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))

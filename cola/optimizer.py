@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from cola import counters, interrupts, probe
 from cola.adapters.targets import called
 from cola.chain import Chain
-from cola.distributed import agreed_mean
+from cola.distributed import agreed_mean, whole
 from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
@@ -99,6 +99,7 @@ class ChainOptimizer(Saves):
             self.live.detach()
             raise
         self.chain = Chain(keep=keep_links)
+        self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
         self.steps = 0
         self.finished = False
         self._knotting = False
@@ -115,6 +116,8 @@ class ChainOptimizer(Saves):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's. Group 0 holds the adapters, group 1 (if any) what is trained beside them."""
+        if self._bound is not None and self._bound[0] is not self.live.adapters()[0]:
+            self._rebind(self._bound)
         return self.base.param_groups
 
     @param_groups.setter
@@ -298,7 +301,20 @@ class ChainOptimizer(Saves):
     def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
         return self._factory(groups, **self._base_kwargs)
 
+    def _all_trained(self) -> list[nn.Parameter]:
+        return [*self.live.adapters(), *self.live.trained().values()]
+
+    def _rebind(self, old: list[nn.Parameter]) -> None:
+        """The model's Parameters were replaced before training began (FSDP2 does): train the new ones."""
+        self._bound = self._all_trained()
+        new = {id(before): after for before, after in zip(old, self._bound, strict=True)}
+        for group in self.base.param_groups:
+            group["params"] = [new.get(id(p), p) for p in group["params"]]
+        self.base.state.clear()
+        self._reset([p for group in self.base.param_groups for p in group["params"]])
+
     def _after_real_step(self, result: Any) -> None:
+        self._bound = None
         self.steps += 1
         self._probed = []
         self._loss = self._losses.take(result)
@@ -334,7 +350,7 @@ class ChainOptimizer(Saves):
             live.check()
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
             factors = live.factors(snapshot) if keep else {}
-            trained = {path: p.detach().cpu().clone() for path, p in live.trained().items()} if keep else {}
+            trained = {path: whole(p.detach()).cpu().clone() for path, p in live.trained().items()} if keep else {}
             base = self._weights() if index == 0 and keep else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
@@ -431,7 +447,8 @@ class ChainOptimizer(Saves):
                 if p.requires_grad and id(p) not in held:
                     raise KnotError(
                         f"param_groups do not hold {name} of layer {path!r}: the model's parameters were replaced "
-                        "after the ChainOptimizer was made, so this layer is not trained; make it after that"
+                        "after the ChainOptimizer had begun, or the optimizer keeps copies of its own (DeepSpeed ZeRO "
+                        "does: use DDP or FSDP2), so this layer is not trained"
                     )
 
 

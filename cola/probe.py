@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cola.distributed import whole
+
 
 def moves(groups: Sequence[dict[str, Any]]) -> bool:
     """Whether a step over ``groups`` is a real one: some gradient, and not all of learning rates and gradients zero.
@@ -20,7 +22,7 @@ def moves(groups: Sequence[dict[str, Any]]) -> bool:
         return False
     if any(not _is_zero(group.get("lr", 1.0)) for group in groups):
         return True
-    return any(bool(torch.count_nonzero(grad)) for grad in (first, *grads))
+    return any(bool(torch.count_nonzero(whole(grad))) for grad in (first, *grads))
 
 
 def stateless(base: Optimizer) -> list[int]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class, refusal
 from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, unwrap
+from cola.distributed import copy_whole, tie_anywhere
 from cola.fingerprint import Fingerprint, fingerprint
 from cola.link import Link
-from cola.tie import Tie, key, residual_like, tie_
+from cola.tie import Tie, key, residual_like
 
 Base = nn.Module | Mapping[str, Tensor]
 
@@ -104,7 +105,7 @@ def tie_links(
     for link in links:
         ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in link.factors})
         for path, value in link.trained.items():
-            values[path].copy_(value)
+            copy_whole(values[path], value)
     return ties
 
 
@@ -113,7 +114,7 @@ def untie(model: nn.Module, links: Sequence[Link], base: Base) -> None:
     """Put the base's values back wherever the links changed something. Call `check` first."""
     values, untouched = _values(model), _values(base)
     for name in dict.fromkeys((*map(_weight_of, paths(links)), *(path for link in links for path in link.trained))):
-        values[name].copy_(untouched[name])
+        copy_whole(values[name], untouched[name])
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:
@@ -123,7 +124,7 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
     compensated = factor.rounding == "compensated"
     if compensated and path not in residuals:
         residuals[path] = residual_like(weight, device or weight.device)
-    return tie_(
+    return tie_anywhere(
         weight,
         left,
         right,

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from cola import carry, checkpoint, counters, interrupts, replay
 from cola.chain import Chain
+from cola.distributed import is_sharded
 from cola.fingerprint import Fingerprint
 from cola.knots import KnotPolicy
 from cola.link import Link
@@ -49,7 +50,8 @@ class Saves(Optimizer):
             directory: made if need be; `Chain.load` reads the chain from it as well.
 
         Raises:
-            RuntimeError: after `finish`; or the links are not there (``keep_links=False``) to rebuild the weights from.
+            RuntimeError: after `finish`; the links are not there (``keep_links=False``) to rebuild the weights from; or
+                the model is sharded.
             TypeError: the base optimizer's state holds something that only pickling could keep.
             ValueError: the directory holds another program's files under our names.
             OSError: the disk is full, the directory read-only, …
@@ -74,6 +76,7 @@ class Saves(Optimizer):
         True
         """
         self._require_running("save()")
+        self._require_in_one_piece("save()")
         loss = None if self._loss is None else float(self._loss)
         ledger, state, weights = self.chain.ledger(), self._base_state(), self._weights()
         checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights)
@@ -95,6 +98,7 @@ class Saves(Optimizer):
             RuntimeError: this optimizer has tied a knot already, or is finished.
         """
         self._require_running("load()")
+        self._require_in_one_piece("load()")
         self._require_untouched("load()")
         saved = checkpoint.read(Path(directory))
         counted = counters.read(saved.state, self.live)
@@ -264,6 +268,13 @@ class Saves(Optimizer):
         self.steps, self._epoch = counted["steps"], counted["epoch"]
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
         self._expected = counted.get("weights")
+
+    def _require_in_one_piece(self, call: str) -> None:
+        if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
+            raise RuntimeError(
+                f"{call} is for models in one piece, and this one is sharded: save the model's and the optimizer's "
+                "state dicts by torch.distributed.checkpoint"
+            )
 
     def _require_untouched(self, call: str) -> None:
         if self.live.index or len(self.chain):

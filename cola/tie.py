@@ -83,7 +83,7 @@ def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str
         return None
     compute = _compute_dtype(weight)
     scaled, right = left.to(compute) * scaling, right.to(compute)
-    for block in _blocks(weight):
+    for block in _blocks((weight.shape[0], weight.shape[1]), weight.device):
         target = torch.addmm(weight[block].to(compute), scaled[block], right)
         if not target.abs().amax() <= limit:
             return f"would get a W + sBA beyond {limit:g}, the largest number of {weight.dtype}"
@@ -100,6 +100,8 @@ def tie_(
     rounding: str = "nearest",
     seed: int = 0,
     residual: Tensor | None = None,
+    part_of: tuple[int, int] | None = None,
+    offset: tuple[int, int] = (0, 0),
 ) -> Tie:
     """``W ← round(W + s·L R)`` in place.
 
@@ -112,6 +114,9 @@ def tie_(
             equal to the exact value; ``"compensated"``, to the nearest, keeping the remainder in ``residual``.
         seed: of the stochastic rounding; the draws depend on it and on the position in W only.
         residual: buffer from `residual_like`, on any device; needed when compensated, changed in place.
+        part_of: shape of the whole weight of which ``weight`` is a part; None if it is whole. A part is rounded as it
+            would be within the whole.
+        offset: where the part begins.
 
     Returns:
         The norms of the update and of what rounding did to it.
@@ -138,9 +143,17 @@ def tie_(
     right = right.to(device=weight.device, dtype=compute)
     exact_type = weight.dtype == compute
     squares = torch.zeros(3, dtype=torch.float64, device=weight.device)
-    for number, rows in enumerate(_blocks(weight)):
+    whole, top = part_of or (weight.shape[0], weight.shape[1]), offset[0]
+    columns = slice(offset[1], offset[1] + weight.shape[1])
+    for number, span in enumerate(_blocks(whole, weight.device)):
+        inside = slice(max(span.start, top) - span.start, min(span.stop, top + weight.shape[0]) - span.start)
+        if inside.start >= inside.stop:
+            continue
+        rows = slice(inside.start + span.start - top, inside.stop + span.start - top)
         block = weight[rows]
-        noise = _Noise(weight.device, key(seed, number)) if rounding == "stochastic" else None
+        noise = None
+        if rounding == "stochastic":
+            noise = _Noise(weight.device, key(seed, number), (span.stop - span.start, whole[1]), (inside, columns))
         kept = None if residual is None else residual[rows].to(device=weight.device, dtype=compute)
         if exact_type:
             new, error = _sum_in_own_precision(block, torch.mm(scaled[rows], right), kept, noise)
@@ -179,25 +192,27 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    rows, columns = weight.shape
-    elements = _CPU_BLOCK if weight.device.type == "cpu" else max(_CPU_BLOCK, weight.numel() // 64)
+def _blocks(shape: tuple[int, int], device: torch.device) -> Iterator[slice]:
+    rows, columns = shape
+    elements = _CPU_BLOCK if device.type == "cpu" else max(_CPU_BLOCK, rows * columns // 64)
     height = max(1, elements // max(1, columns))
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 
 class _Noise:
-    """Uniform draws of one block, reproducible from its seed on one device."""
+    """Uniform draws of one block (or a part of it), reproducible from its seed on one device."""
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, device: torch.device, seed: int, shape: tuple[int, int], part: tuple[slice, slice]) -> None:
         self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.shape, self.part = shape, part
 
     def integers(self, like: Tensor, bits: int) -> Tensor:
-        return torch.randint(0, 1 << bits, like.shape, generator=self.generator, dtype=torch.int32, device=like.device)
+        draws = torch.randint(0, 1 << bits, self.shape, generator=self.generator, dtype=torch.int32, device=like.device)
+        return draws[self.part]
 
     def uniform(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=self.generator, dtype=like.dtype, device=like.device)
+        return torch.rand(self.shape, generator=self.generator, dtype=like.dtype, device=like.device)[self.part]
 
 
 def _sum_in_own_precision(

@@ -25,6 +25,7 @@ FLOORS = [
     ["cola.saving"],
     ["cola.optimizer"],
     ["cola"],
+    ["cola.integrations", "cola.integrations.transformers", "cola.integrations.lightning"],
     ["cola.base_model", "cola.figure", "cola.cli"],
 ]
 ORDER = {name: i for i, name in enumerate(name for floor in FLOORS for name in floor)}
@@ -101,8 +102,10 @@ assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
 
 @pytest.mark.parametrize("name", [n for package in ("cola", "theory") for n, _ in modules(package)])
 def test_docstring_examples(name):
-    if name == "cola.adapters.conv1d":
+    if name in ("cola.adapters.conv1d", "cola.integrations.transformers"):
         pytest.importorskip("transformers")
+    if name == "cola.integrations.lightning":
+        pytest.importorskip("lightning")
     module = importlib.import_module(name)
     result = doctest.testmod(module)
     assert result.failed == 0

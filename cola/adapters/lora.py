@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cola.distributed import copy_whole
+
 
 class LowRankLinear(torch.autograd.Function):
     """``y = x Wᵀ + b + s·(x Aᵀ) Bᵀ`` with W frozen; x (…, in), W out×in, A r×in, B out×r.
@@ -180,10 +182,11 @@ def put_pair(lora_A: nn.Parameter, lora_B: nn.Parameter, A: Tensor, B: Tensor, *
     """Give two Parameters the values of a link; see `AdaptedLayer.put`."""
     for parameter, value, rank_dim in ((lora_A, A, 0), (lora_B, B, 1)):
         if parameter.shape == value.shape:
-            parameter.copy_(value)
+            copy_whole(parameter, value)
         elif mask:
-            parameter.zero_()
-            parameter.narrow(rank_dim, 0, value.shape[rank_dim]).copy_(value)
+            padded = value.new_zeros(parameter.shape)
+            padded.narrow(rank_dim, 0, value.shape[rank_dim]).copy_(value)
+            copy_whole(parameter, padded)
         else:
             _resize(parameter, value)
 

@@ -103,7 +103,7 @@ def attempt(case: str, directory: Path, out: Path, deadly_event: int | None, sec
             os.fsync, os.replace, os.unlink = (
                 counted(f, n) for f, n in ((os.fsync, "fsync"), (os.replace, "rename"), (os.unlink, "unlink"))
             )
-            cola.live.tie_ = counted(cola.live.tie_, "tie")
+            cola.live.tie_anywhere = counted(cola.live.tie_anywhere, "tie")
             weights = run(case, directory)
             out.write_text(json.dumps({"weights": weights.tolist(), "events": events}))
             status = 0

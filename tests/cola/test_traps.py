@@ -248,8 +248,10 @@ def test_a_learning_rate_that_is_a_tensor_of_zero_is_a_probe_too():
 # parameters
 
 
-def test_parameters_replaced_by_a_load_are_noticed_at_once():
-    model, opt = chained(policy=StepKnots(every=100))
+def test_parameters_replaced_before_the_first_step_are_trained_and_later_ones_noticed_at_once():
+    (model, opt), (twin, other) = (chained(policy=StepKnots(every=100)) for _ in range(2))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert train(opt, model, 3) == train(other, twin, 3)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     with pytest.raises(RuntimeError, match="param_groups do not hold lora_A of layer 'first'"):
         train(opt, model, 1)

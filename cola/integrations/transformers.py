@@ -1,0 +1,183 @@
+"""A chain in transformers' `Trainer`, and in what is made of it (TRL's `SFTTrainer`): `attach` it before `train()`.
+
+>>> import tempfile
+>>> from cola import EvenKnots, LinkConfig
+>>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+>>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+>>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+>>> with tempfile.TemporaryDirectory() as out:
+...     args = TrainingArguments(
+...         out, max_steps=4, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no"
+...     )
+...     trainer = Trainer(model, args, train_dataset=data)
+...     opt = attach(trainer, torch.optim.AdamW, EvenKnots(length=2, total_steps=4), link=LinkConfig(r=2))
+...     _ = trainer.train()
+...     trainer.save_model(out)  # the merged model
+>>> len(opt.chain)
+2
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback
+
+from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola.adapters.peft import is_peft_model
+
+#: where a checkpoint, and the output directory in the end, keep the chain
+CHAIN_DIR = "chain"
+# entry of the optimizer's state dict with the tied weights of a PEFT model, of which a checkpoint has the adapter alone
+_WEIGHTS = "cola_weights"
+
+
+def attach(
+    trainer: Trainer,
+    base: Callable[..., Optimizer],
+    policy: KnotPolicy,
+    *,
+    link: LinkConfig = LinkConfig(),  # noqa: B008 (frozen)
+    finish: bool = True,
+    save_chain: bool = True,
+    **kwargs: Any,
+) -> ChainOptimizer:
+    """Make a `ChainOptimizer` over ``trainer.model`` the trainer's optimizer.
+
+    Losses and epochs reach the policy, knots appear in the log history and wherever the trainer reports to (``knot``,
+    ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``), ``resume_from_checkpoint`` goes on bit for bit, and
+    ``load_best_model_at_end`` brings back the best weights with the chain that led there. After ``train()`` the model
+    is a plain one (a PeftModel is unloaded) with the chain in its weights, and ``trainer.save_model()`` writes that.
+
+    Args:
+        trainer: whose ``train()`` has not been called.
+        base: as for `ChainOptimizer`.
+        policy: as for `ChainOptimizer`.
+        link: as for `ChainOptimizer`; ``rank_change="auto"`` means ``"mask"`` here.
+        finish: tie the last link when training ends; False leaves that to ``opt.finish()``.
+        save_chain: write the links beside the weights: ``opt.save`` to ``checkpoint-N/chain``, ``opt.chain.save`` to
+            ``output_dir/chain`` in the end.
+        **kwargs: for `ChainOptimizer` and ``base``. The learning rate and the seed default to the trainer's arguments.
+
+    Returns:
+        The optimizer, e.g. for ``opt.chain`` and ``opt.on_knot``.
+
+    Raises:
+        TypeError: ``trainer`` is not a Trainer.
+        ValueError: the trainer is set up for something that a chain cannot do; the message says what to use instead.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer={trainer!r:.80} must be a transformers Trainer")
+    model = _chainable(trainer, finish)
+    if link.rank_change == "auto":
+        link = replace(link, rank_change="mask")  # a checkpoint's weights are loaded into the first link's shapes
+    kwargs = {"lr": trainer.args.learning_rate, "seed": trainer.args.seed, **kwargs}
+    opt = ChainOptimizer(base, model, policy, link=link, **kwargs)
+    if is_peft_model(model):
+        opt.register_state_dict_post_hook(_add_weights)
+        opt.register_load_state_dict_pre_hook(_take_weights)
+    trainer.optimizer = opt
+    trainer.add_callback(ChainCallback(trainer, opt, finish=finish, save_chain=save_chain))
+    return opt
+
+
+class ChainCallback(TrainerCallback):
+    """Passes a trainer's events on to a `ChainOptimizer`, and its knots to the trainer's log. `attach` makes it."""
+
+    def __init__(self, trainer: Trainer, opt: ChainOptimizer, *, finish: bool, save_chain: bool) -> None:
+        self.trainer, self.opt = trainer, opt
+        self.finish, self.save_chain = finish, save_chain and opt.chain.keep
+        self.reports: list[KnotReport] = []
+        opt.on_knot(self.reports.append)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the policy how many epochs the coming step completes."""
+        loader = kwargs.get("train_dataloader")
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            return  # a stream has no epochs
+        steps = math.ceil(batches / args.gradient_accumulation_steps)
+        self.opt.observe(epoch=(state.global_step + 1) / steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the knots of the step."""
+        self._log()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the chain into the checkpoint."""
+        if self.save_chain and not self.opt.finished and not self.opt.chain.missing:
+            self.opt.save(Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go back to the best checkpoint's chain if its weights were loaded, tie the last link, give the model back."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            path = os.path.join(state.best_model_checkpoint, "optimizer.pt")
+            self.opt.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not self.finish:
+            return
+        self.opt.finish()
+        self._log()
+        if self.save_chain and args.should_save and not self.opt.chain.missing:
+            self.opt.chain.save(os.path.join(args.output_dir, CHAIN_DIR))
+        if is_peft_model(self.opt.model):
+            plain = self.opt.model.unload()  # type: ignore[operator]
+            self.trainer.model = self.trainer.model_wrapped = self.trainer.callback_handler.model = plain
+
+    def _log(self) -> None:
+        for report in self.reports:
+            self.trainer.log(
+                {
+                    "knot": report.index,
+                    "knot_rank": report.rank,
+                    "knot_delta_norm": report.delta_norm,
+                    "knot_lost_norm": report.lost_norm,
+                }
+            )
+        self.reports.clear()
+
+
+def _chainable(trainer: Any, finish: bool) -> Any:
+    """The trainer's model, if a chain can be put on it here and now."""
+    if trainer.optimizer is not None:
+        raise ValueError(
+            "trainer has an optimizer already: leave optimizers= out, and call attach before train() and once"
+        )
+    if trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError("trainer has optimizer_cls_and_kwargs: give attach the optimizer class as base instead")
+    if trainer.model_init is not None:
+        raise ValueError("trainer has model_init, which would replace the chained model in train(): give it model=")
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "the trainer uses DeepSpeed, whose optimizer keeps its own copy of the parameters and would undo every "
+            "knot: use DDP, or FSDP2 in a loop of your own (experiments/examples)"
+        )
+    if trainer.is_fsdp_enabled:
+        raise ValueError("the trainer uses FSDP: use DDP, or FSDP2 in a loop of your own (experiments/examples)")
+    if trainer.args.load_best_model_at_end and trainer.args.save_only_model:
+        raise ValueError("load_best_model_at_end needs the optimizer's state of that step: set save_only_model=False")
+    model = trainer.model
+    if getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model):
+        raise ValueError(
+            "the model has an adapter from add_adapter, of which the trainer saves the adapter alone and loses what "
+            "was tied: use peft.get_peft_model, or the model without an adapter"
+        )
+    return model
+
+
+def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, _WEIGHTS: {path: layer.weight.detach() for path, layer in opt.live.layers.items()}}
+
+
+@torch.no_grad()
+def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
+    weights = state.get(_WEIGHTS, {})
+    for path, layer in opt.live.layers.items():
+        if path in weights:
+            layer.weight.copy_(weights[path])
+    return {name: value for name, value in state.items() if name != _WEIGHTS}

@@ -1,0 +1,94 @@
+"""Lightning with a chain: epochs, losses and knots, checkpoints and resuming."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from cola import ChainOptimizer, EpochKnots, LinkConfig, PlateauKnots, StepKnots
+from tests.models import BODY, Net, batch
+
+lightning = pytest.importorskip("lightning")
+
+from cola.integrations.lightning import ChainKnots  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Lit(lightning.LightningModule):
+    def __init__(self, policy, r=2):
+        super().__init__()
+        self.net = Net()
+        link = LinkConfig(r=r, lora_alpha=2, target_modules=BODY)
+        self.chain_optimizer = ChainOptimizer(torch.optim.AdamW, self.net, policy, link=link, lr=0.02)
+
+    def configure_optimizers(self):
+        return {
+            "optimizer": self.chain_optimizer,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.StepLR(self.chain_optimizer, 2),
+                "interval": "step",
+            },
+        }
+
+    def training_step(self, rows, index):
+        x, y = rows
+        return (self.net(x) - y).square().mean()
+
+    def train_dataloader(self):
+        x, y = batch(0, n=12)
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+
+
+def fit(module, tmp_path, ckpt=None, knots=True, **changes):
+    save = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1
+    )
+    arguments = {"max_steps": 10, "accelerator": "cpu", "devices": 1, "logger": False, "callbacks": [save], **changes}
+    arguments["callbacks"] = [*arguments["callbacks"], *([ChainKnots()] if knots else [])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, **arguments
+        )
+        trainer.fit(module, ckpt_path=ckpt)
+    return trainer
+
+
+def test_epochs_and_losses_reach_the_policy_and_knots_the_logger(tmp_path):
+    module = Lit(EpochKnots(at=[1, 2]))
+    losses = []
+    module.chain_optimizer.on_knot(lambda report: losses.append(report.loss))
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    fit(module, tmp_path, logger=logger)
+    assert [link.step for link in module.chain_optimizer.chain] == [3, 6, 10]  # 3 steps an epoch
+    assert all(loss > 0 for loss in losses)
+    assert type(module.net.first) is torch.nn.Linear
+    assert {"knot_rank", "knot_delta_norm"} <= set(logger.experiment.metrics_keys)
+
+
+@pytest.mark.parametrize("r", [2, (2, 1)], ids=str)
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_checkpoint_resumes_bit_for_bit(tmp_path, r, step):
+    policy = lambda: StepKnots(at=[3, 5]) | PlateauKnots(window=4)  # noqa: E731
+    whole = Lit(policy(), r)
+    fit(whole, tmp_path)
+    resumed = Lit(policy(), r)
+    fit(resumed, tmp_path / "again", ckpt=tmp_path / f"step={step}.ckpt")
+    ours, theirs = resumed.net.state_dict(), whole.net.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert [link.step for link in resumed.chain_optimizer.chain] == [3, 5, 10]
+
+
+def test_clipping_and_accumulation_count_optimizer_steps(tmp_path):
+    module = Lit(StepKnots(every=2))
+    fit(module, tmp_path, max_steps=4, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    assert [link.step for link in module.chain_optimizer.chain] == [2, 4]
+
+
+def test_the_module_copies_with_its_optimizer(tmp_path):
+    module = copy.deepcopy(Lit(StepKnots(every=2)))
+    fit(module, tmp_path, max_steps=4)
+    assert len(module.chain_optimizer.chain) == 2

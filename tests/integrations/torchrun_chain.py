@@ -1,0 +1,120 @@
+"""A training run as a process of a group sees it: started by torchrun in test_distributed.py, writes what it saw.
+
+Usage: torchrun --nproc-per-node N -m tests.integrations.torchrun_chain KIND OUT [--steps n] [--r 4,2] [--resume DIR] …
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from cola import ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
+from tests.models import BODY, Net, batch
+
+ROWS = 8
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["ddp", "fsdp2"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--knots", default="2,4,6")
+    parser.add_argument("--plateau", action="store_true")
+    parser.add_argument("--r", default="4")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--die-at", type=int)
+    args = parser.parse_args()
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = Net(dtype=getattr(torch, args.dtype))
+    policy = StepKnots(at=[int(k) for k in args.knots.split(",")])
+    if args.plateau:
+        policy = PlateauKnots(patience=0, window=2, threshold=0.2)
+    ranks = tuple(int(r) for r in args.r.split(","))
+    link = LinkConfig(r=ranks, lora_alpha=4, target_modules=BODY, dtype=getattr(torch, args.dtype))
+    opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, lr=0.02)
+    called = wrap(args.kind, model)
+    start = 0
+    if args.resume:
+        start = load(args.resume, model, opt)
+    share = ROWS // world
+    losses = []
+    for step in range(start, args.steps):
+        if step == args.die_at and rank == world - 1:
+            raise SystemExit(17)
+        opt.zero_grad()
+        x, y = batch(step, n=ROWS, dtype=model.head.weight.dtype)
+        mine = slice(rank * share, (rank + 1) * share)
+        loss = (called(x[mine]) - y[mine]).square().mean()
+        loss.backward()
+        opt.observe(loss)
+        opt.step()
+        mean = loss.detach().float()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+        if args.save and step + 1 in (3, 4):
+            save(args.save / f"{step + 1}", model, opt, rank)
+    drawn = {path: [t.tolist() for t in pair] for path, pair in opt.live.snapshot().items()}
+    lost = [entry.report.lost_norm for entry in opt.chain]
+    norms = [entry.report.delta_norm for entry in opt.chain]
+    opt.finish()
+    after = called(batch(0)[0].to(model.head.weight.dtype)).float()
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    seen = {
+        "rank": rank, "steps": [entry.step for entry in opt.chain], "losses": losses, "norms": norms, "lost": lost,
+        "links": [entry.rank for entry in opt.chain], "drawn": drawn, "after": after.tolist(),
+        "weights": {name: value.float().tolist() for name, value in weights.items()},
+    }  # fmt: skip
+    args.out.mkdir(exist_ok=True, parents=True)
+    (args.out / f"{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def wrap(kind, model):
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.first, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def save(directory, model, opt, rank):
+    """Whole states from whatever sharding, written by process 0 in the place of the former ones."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states = {
+        "model": get_model_state_dict(model, options=options),
+        "opt": get_optimizer_state_dict(model, opt, options=options),
+        "step": opt.steps,
+    }
+    if rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(states, directory / "state.tmp")
+        (directory / "state.tmp").rename(directory / "state.pt")
+    dist.barrier()
+
+
+def load(directory, model, opt):
+    states = torch.load(directory / "state.pt", weights_only=True)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, states["model"], options=options)
+    set_optimizer_state_dict(model, opt, states["opt"], options=options)
+    return states["step"]
+
+
+if __name__ == "__main__":
+    main()
