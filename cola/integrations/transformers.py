@@ -5,7 +5,7 @@
 >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
 >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
->>> with tempfile.TemporaryDirectory() as out:
+>>> with tempfile.TemporaryDirectory() as out:  # doctest: +ELLIPSIS
 ...     args = TrainingArguments(
 ...         out, max_steps=4, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no"
 ...     )
@@ -13,6 +13,7 @@
 ...     opt = attach(trainer, torch.optim.AdamW, EvenKnots(length=2, total_steps=4), link=LinkConfig(r=2))
 ...     _ = trainer.train()
 ...     trainer.save_model(out)  # the merged model
+{'knot': 0, ...
 >>> len(opt.chain)
 2
 """

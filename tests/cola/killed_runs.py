@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def attempt(case: str, directory: Path, out: Path, deadly_event: int | None, sec
             weights = run(case, directory)
             out.write_text(json.dumps({"weights": weights.tolist(), "events": events}))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(write)
