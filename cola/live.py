@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from cola.adapters import AdaptedLayer, adapted_class, is_conv1d
 from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
 from cola.adapters.targets import find_peft_layers, find_targets, modules_by_name, named, unknown, unwrap
-from cola.distributed import overflows_anywhere, release, require_supported, shapes_are_free, tie_anywhere, whole
+from cola.distributed import (
+    is_sharded,
+    overflows_anywhere,
+    release,
+    require_supported,
+    require_unwrapped,
+    shapes_are_free,
+    tie_anywhere,
+    whole,
+)
 from cola.extend import LinkConfig, draw
 from cola.link import Factor
 from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
@@ -57,6 +66,7 @@ class LiveLink:
             raise ValueError(f"rounding={rounding!r} is unknown: choose 'auto' or one of {', '.join(ROUNDINGS)}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be an integer")
+        require_supported(model)
         tuned = find_peft_layers(model)
         config = link_config(config, tuned) if tuned else config
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
@@ -64,8 +74,8 @@ class LiveLink:
         self.residuals: dict[str, Tensor] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
-        weights = {path: module.weight for path, module in modules.items()}
-        require_supported(model, weights, own_layers=not tuned)  # type: ignore[arg-type]
+        if not tuned:
+            require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
         saved = self._modules_to_save(modules)
         for path, module in modules.items():
             shape, ranks = adapted_class(module).shape(module), config.known_ranks() or (config.rank_of(0),)
@@ -142,8 +152,14 @@ class LiveLink:
 
         Raises:
             KnotError: a factor or the sum is not finite in the weight's dtype; names the layer.
+            ValueError: compensated rounding of sharded weights.
         """
         for path, layer in self.layers.items():
+            if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
+                raise ValueError(
+                    "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
+                    "'stochastic'"
+                )
             A, B = whole(layer.lora_A), whole(layer.lora_B)
             for name, factor in (("A", A), ("B", B)):
                 if not torch.isfinite(factor).all():
