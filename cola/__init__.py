@@ -5,6 +5,7 @@ from cola.extend import LinkConfig
 from cola.files import StoreError
 from cola.knots import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
 from cola.optimizer import ChainOptimizer
+from cola.schedule import restart, rewarm
 from cola.tie import KnotError
 from cola.version import __version__
 
@@ -26,4 +27,6 @@ __all__ = [
     "StepKnots",
     "StoreError",
     "__version__",
+    "restart",
+    "rewarm",
 ]

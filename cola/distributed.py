@@ -6,6 +6,7 @@ and rounds it as it would be rounded within the whole.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,14 +61,10 @@ def tie_anywhere(
 ) -> Tie:
     """`cola.tie.tie_` on a weight that may be sharded; ``left`` and ``right`` are in full.
 
-    Compensated rounding is for weights in one piece.
+    A sharded weight has no residual: `LiveLink.check` has refused it.
     """
     if not is_sharded(weight):
         return tie_(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
-    if residual is not None:
-        raise ValueError(
-            "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use 'stochastic'"
-        )
     local, (rows, columns) = _part(weight)
     shape = (weight.shape[0], weight.shape[1])
     part = tie_(
@@ -95,31 +92,34 @@ def obstacle_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: floa
     return mine or ("cannot hold W + sBA in another process's part" if somewhere else None)
 
 
-def require_supported(model: nn.Module, weights: dict[str, Tensor], *, own_layers: bool) -> None:
-    """Refuse what would undo or miss a knot.
-
-    Args:
-        model: as the user gave it.
-        weights: of the layers to be adapted, by path.
-        own_layers: whether the links are to be put on by us, as new Parameters.
+def require_supported(model: nn.Module) -> None:
+    """Refuse wrappers that would undo a knot.
 
     Raises:
-        ValueError: says what to do instead.
+        ValueError: says what to use instead.
     """
     kinds = {c.__name__ for module in model.modules() for c in type(module).__mro__}
-    if "DeepSpeedEngine" in kinds or any(hasattr(weight, "ds_id") for weight in weights.values()):
+    if "DeepSpeedEngine" in kinds or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "model: DeepSpeed ZeRO keeps its own flat copy of the parameters and would undo every knot: use DDP, or "
             "FSDP2 (torch.distributed.fsdp.fully_shard) under torchrun or Accelerate"
         )
     if "FullyShardedDataParallel" in kinds:
         raise ValueError("model: FSDP1 flattens its parameters: use FSDP2, torch.distributed.fsdp.fully_shard")
-    if not own_layers:
-        return
+
+
+def require_unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse wrappers that would not see new Parameters, whose gradients then are not averaged.
+
+    Args:
+        model: as the user gave it.
+        weights: of the layers that are to be given links, by path.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model: DDP would not see the links' parameters: make the ChainOptimizer first, then DDP(model)"
-        )
+        raise ValueError("model: DDP would not see the links' parameters: make the ChainOptimizer, then DDP(model)")
     for path, weight in weights.items():
         if is_sharded(weight):
             raise ValueError(

@@ -20,6 +20,7 @@ from cola.distributed import (
     obstacle_anywhere,
     release,
     require_supported,
+    require_unwrapped,
     shapes_are_free,
     tie_anywhere,
     whole,
@@ -69,6 +70,7 @@ class LiveLink:
             raise ValueError(f"rounding={rounding!r} is unknown: choose 'auto' or one of {', '.join(ROUNDINGS)}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be an integer")
+        require_supported(model)
         tuned = find_peft_layers(model)
         config = link_config(config, tuned) if tuned else config
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
@@ -76,8 +78,8 @@ class LiveLink:
         self.residuals: dict[str, Tensor] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
-        weights = {path: module.weight for path, module in modules.items()}
-        require_supported(model, weights, own_layers=not tuned)  # type: ignore[arg-type]
+        if not tuned:
+            require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
         saved = self._modules_to_save(modules)
         ranks = config.known_ranks() or (config.rank_of(0),)
         for path, module in list(modules.items()):
@@ -171,8 +173,14 @@ class LiveLink:
 
         Raises:
             KnotError: a factor, the weight or their sum is not finite in the weight's dtype; names the layer.
+            ValueError: compensated rounding of sharded weights.
         """
         for path, layer in self.layers.items():
+            if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
+                raise ValueError(
+                    "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
+                    "'stochastic'"
+                )
             A, B = whole(layer.lora_A), whole(layer.lora_B)
             for name, factor in (("A", A), ("B", B)):
                 if not torch.isfinite(factor).all():
@@ -188,11 +196,6 @@ class LiveLink:
                     "checkpoint, drop the link by finish(merge=False), or use a smaller learning rate or a wider dtype"
                 )
             if self.rounding_of(path) == "compensated" and path not in self.residuals:
-                if is_sharded(layer.weight):
-                    raise KnotError(
-                        f"link {self.index} is not tied: rounding='compensated' keeps a buffer per weight, and layer "
-                        f"{path!r} is sharded: use rounding='stochastic'"
-                    )
                 device = self.config.residual_device or layer.weight.device
                 self.residuals[path] = residual_like(layer.weight, device)
 

@@ -24,6 +24,7 @@ FLOORS = [
     ["cola.counters", "cola.carry", "cola.checkpoint"],
     ["cola.saving"],
     ["cola.optimizer"],
+    ["cola.schedule"],
     ["cola"],
     ["cola.integrations", "cola.integrations.transformers", "cola.integrations.lightning"],
     ["cola.base_model", "cola.figure", "cola.cli"],

@@ -1,10 +1,12 @@
-"""A training run as a process of a group sees it: started by torchrun in test_distributed.py, writes what it saw.
+"""Training runs as one process of a group sees them: started by torchrun in test_distributed.py, writes what it saw.
 
-Usage: torchrun --nproc-per-node N -m tests.integrations.torchrun_chain KIND OUT [--steps n] [--r 4,2] [--resume DIR] …
+Usage: torchrun --nproc-per-node N -m tests.integrations.torchrun_chain KIND OUT [options] [and KIND OUT [options]] …
 """
 
 import argparse
+import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -24,25 +26,32 @@ ROWS = 8
 
 
 def main():
+    dist.init_process_group("gloo")
+    for last, words in itertools.groupby(sys.argv[1:], lambda word: word == "and"):
+        if not last:
+            run(list(words))
+    dist.destroy_process_group()
+
+
+def run(words):
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=["ddp", "fsdp2"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--knots", default="2,4,6")
     parser.add_argument("--plateau", action="store_true")
-    parser.add_argument("--r", default="4")
+    parser.add_argument("--ranks", default="4")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--die-at", type=int)
-    args = parser.parse_args()
-    dist.init_process_group("gloo")
+    args = parser.parse_args(words)
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Net(dtype=getattr(torch, args.dtype))
     policy = StepKnots(at=[int(k) for k in args.knots.split(",")])
     if args.plateau:
         policy = PlateauKnots(patience=0, window=2, threshold=0.2)
-    ranks = tuple(int(r) for r in args.r.split(","))
+    ranks = tuple(int(r) for r in args.ranks.split(","))
     link = LinkConfig(r=ranks, lora_alpha=4, target_modules=BODY, dtype=getattr(torch, args.dtype))
     opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, lr=0.02)
     called = wrap(args.kind, model)
@@ -79,7 +88,6 @@ def main():
     }  # fmt: skip
     args.out.mkdir(exist_ok=True, parents=True)
     (args.out / f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
 
 
 def wrap(kind, model):
