@@ -47,7 +47,7 @@ def _demo(options: argparse.Namespace) -> Trained:
     model, text = tiny_opt.load(), setting.training_text(prose)
     total = setting.epochs * setting.steps_per_epoch(prose)
     lr = arm.recorded if options.lr is None else options.lr
-    optimizer = arm.optimizer(model, lr=lr, seed=options.seed, total_steps=total)
+    optimizer = arm.optimizer(model, setting.adapters, lr=lr, seed=options.seed, total_steps=total)
     assert isinstance(optimizer, ChainOptimizer)
     # the fixed loss: blocks spread evenly over the text, as many for the fresh pass from between them
     blocks = corpus.blocks(text, setting.context)
@@ -75,7 +75,8 @@ def _demo(options: argparse.Namespace) -> Trained:
         ties.append(report.step)
 
     optimizer.on_knot(note)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties))
+    factor = WarmDecay(total, setting.warmup, ties, setting.decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(options.seed)
     losses: list[float] = []
     model.train()
