@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import cola.live
-from cola import ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
+from cola import Chain, ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
 from tests.models import BODY, Net, loss_of
 
 STEPS, EVERY = 12, 2  # steps of the run, steps between checkpoints
@@ -37,7 +37,7 @@ CASES = {
 
 
 def run(case: str, directory: Path) -> torch.Tensor:
-    """The run from wherever its last checkpoint is; returns all weights as one tensor."""
+    """The run from wherever its last checkpoint is; returns all weights, and base plus chain, as one tensor."""
     about = CASES[case]
     dtype = about.get("dtype", torch.float32)
     torch.manual_seed(5)
@@ -59,7 +59,9 @@ def run(case: str, directory: Path) -> torch.Tensor:
             opt.save(directory)
     opt.finish()
     opt.chain.save(directory / "chain")
-    return torch.cat([p.detach().double().flatten() for p in model.state_dict().values()])
+    again = Net(dtype=dtype)
+    Chain.load(directory / "chain").apply(again)
+    return torch.cat([p.double().flatten() for end in (model, again) for p in end.state_dict().values()])
 
 
 # what dies when
