@@ -1,104 +1,17 @@
-"""When to tie a knot. A policy sees a `Signal` after every real optimizer step and answers yes or no."""
+"""When to tie a knot: after given steps or epochs, evenly, on a plateau of the loss, or never."""
 
 import itertools
-import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cola.arguments import integer
-from cola.distributed import agreed_mean
+from cola.policy import KnotPolicy, Signal
 
-
-@dataclass(frozen=True)
-class Signal:
-    """What a policy may know of a run, given right after an optimizer step.
-
-    Attributes:
-        step: optimizer steps taken since the run began, this one included (the first signal has step 1).
-        epoch: epochs completed, as told by `ChainOptimizer.observe` or by an integration; None when nobody told.
-        loss: the step's training loss (mean over its micro-batches), a 0-d tensor on the device that computed it,
-            or None. ``float(loss)`` waits for the device: gather several and ask `mean` once.
-        mean: turns a 1-d tensor of losses into one number, agreed by all processes of a distributed run. A policy that
-            decides from losses must go through it, at the same steps in every process.
-    """
-
-    step: int
-    epoch: float | None = None
-    loss: Tensor | None = None
-    mean: Callable[[Tensor], float] = agreed_mean
-
-
-class KnotPolicy(ABC):
-    """Decides when a link ends. Subclass it with one method.
-
-    >>> class EveryPowerOfTwo(KnotPolicy):
-    ...     def update(self, signal):
-    ...         return signal.step & (signal.step - 1) == 0
-    >>> [step for step in range(1, 10) if EveryPowerOfTwo().update(Signal(step))]
-    [1, 2, 4, 8]
-
-    All attributes are the policy's state: they are saved with a checkpoint as JSON and given back on resume. Policies
-    combine: ``a | b`` ties when either asks at a step, ``a & b`` when both ask at the same step.
-    """
-
-    @abstractmethod
-    def update(self, signal: Signal) -> bool:
-        """Called once after every real step, in order; True ties a knot now."""
-
-    def knotted(self, step: int) -> None:  # noqa: B027 (a hook, not a duty)
-        """Told after every knot, whoever asked for it."""
-
-    def unreached(self, step: int) -> str | None:
-        """What the policy still had planned when a run ends at ``step``, in words; None if nothing."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The policy's attributes as JSON values.
-
-        Raises:
-            TypeError: an attribute cannot be written as JSON.
-        """
-        state = {"policy": type(self).__name__, **vars(self)}
-        for name, value in state.items():
-            if not _is_json(value):
-                raise TypeError(
-                    f"{type(self).__name__}.{name}={value!r} cannot be saved as JSON: keep numbers, strings, lists and "
-                    "dicts with string keys as attributes, or override state_dict and load_state_dict"
-                )
-        return json.loads(json.dumps(state))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of an equal policy gave.
-
-        Raises:
-            ValueError: the state is another policy's.
-        """
-        self._check(state)
-        vars(self).update({name: value for name, value in state.items() if name != "policy"})
-
-    def _check(self, state: dict[str, Any]) -> None:
-        mine = {"policy", *vars(self)}
-        if state.get("policy") != type(self).__name__ or set(state) != mine:
-            raise ValueError(
-                f"the saved policy is {state.get('policy')} with {sorted(set(state) - {'policy'})}, this one is "
-                f"{type(self).__name__} with {sorted(mine - {'policy'})}: resume with the policy of the saved run"
-            )
-
-    def __or__(self, other: "KnotPolicy") -> "KnotPolicy":
-        return _Either(self, other)
-
-    def __and__(self, other: "KnotPolicy") -> "KnotPolicy":
-        return _Both(self, other)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
-        return f"{type(self).__name__}({shown})"
+__all__ = ["EpochKnots", "EvenKnots", "KnotPolicy", "NeverKnots", "PlateauKnots", "Signal", "StepKnots"]
 
 
 class NeverKnots(KnotPolicy):
@@ -316,75 +229,6 @@ class PlateauKnots(KnotPolicy):
             return True
         margin = self.threshold * abs(self.best)
         return loss < self.best - margin if self.mode == "min" else loss > self.best + margin
-
-
-class _Pair(KnotPolicy):
-    """Two policies asked at every step; both always see the signal, so both states advance."""
-
-    word = "?"
-
-    def __init__(self, first: KnotPolicy, second: KnotPolicy) -> None:
-        for policy in (first, second):
-            if not isinstance(policy, KnotPolicy):
-                raise TypeError(f"cannot combine a knot policy with {policy!r}: both sides must be KnotPolicy objects")
-        self.first, self.second = first, second
-
-    def knotted(self, step: int) -> None:
-        """Tell both."""
-        self.first.knotted(step)
-        self.second.knotted(step)
-
-    def unreached(self, step: int) -> str | None:
-        """What either still had planned."""
-        plans = [plan for plan in (self.first.unreached(step), self.second.unreached(step)) if plan]
-        return " and ".join(plans) or None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
-        return {
-            "policy": type(self).__name__,
-            "first": self.first.state_dict(),
-            "second": self.second.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give both their states back."""
-        self._check(state)
-        before = self.first.state_dict()
-        self.first.load_state_dict(state["first"])
-        try:
-            self.second.load_state_dict(state["second"])
-        except BaseException:
-            self.first.load_state_dict(before)
-            raise
-
-    def __repr__(self) -> str:
-        return f"({self.first!r} {self.word} {self.second!r})"
-
-
-class _Either(_Pair):
-    word = "|"
-
-    def update(self, signal: Signal) -> bool:
-        first, second = bool(self.first.update(signal)), bool(self.second.update(signal))
-        return first or second
-
-
-class _Both(_Pair):
-    word = "&"
-
-    def update(self, signal: Signal) -> bool:
-        first, second = bool(self.first.update(signal)), bool(self.second.update(signal))
-        return first and second
-
-
-def _is_json(value: Any) -> bool:
-    """Whether JSON gives ``value`` back (tuples as lists)."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_is_json(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _positive(policy: str, name: str, value: Any, least: int = 1) -> int:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 #: lower floors first; a module may import from its own floor's left and from lower floors, never upwards
 FLOORS = [
     ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
-    ["cola.arguments", "cola.extend", "cola.reset", "cola.probe", "cola.knots"],
+    ["cola.arguments", "cola.extend", "cola.reset", "cola.probe", "cola.policy", "cola.knots"],
     ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters.peft", "cola.adapters", "cola.adapters.targets"],
     ["cola.link", "cola.fingerprint", "cola.replay", "cola.subspace"],
     ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
