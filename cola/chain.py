@@ -52,9 +52,16 @@ class Chain:
 
     def append(self, link: Link) -> None:
         """Record a link. Its index must be the next one."""
-        if link.index != self.missing + len(self):
-            raise ValueError(f"link {link.index} cannot follow link {self.missing + len(self) - 1}: links go in order")
+        self.require_next(link.index)
         self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
+
+    def require_next(self, index: int) -> None:
+        """Raise ValueError if link ``index`` is not the one to come."""
+        if index != self.missing + len(self):
+            raise ValueError(
+                f"link {index} cannot follow a chain of {self.missing + len(self)} links: links go in order. (To take "
+                "a link off a running chain, use opt.undo.)"
+            )
 
     def resume(self, index: int) -> None:
         """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""

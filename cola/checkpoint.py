@@ -6,6 +6,7 @@ rename, so a process that dies while saving leaves the previous checkpoint.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,14 +124,17 @@ def read(directory: Path) -> Checkpoint:
             if colon and kind in named:
                 named[kind][layer] = tensor
         pairs: dict[str, Pair] = {layer: (A, named["live/B"][layer]) for layer, A in named["live/A"].items()}
+        loss, scaling = unpack(content["loss"], {}), content["scaling"]
+        if not isinstance(loss, (float, type(None))) or not isinstance(scaling, (int, float)):
+            raise ValueError(f"its loss is {loss!r:.40} and its scale {scaling!r:.40}")
         return Checkpoint(
             ledger,
             unpack(content["optimizer"], tensors),
             content["base_class"],
-            Prepared(pairs, content["scaling"], content["rank"]),
+            Prepared(pairs, scaling, content["rank"]),
             named["trained"],
             [tensors[f"other/{i}"] for i in range(sum(name.startswith("other/") for name in tensors))],
-            unpack(content["loss"], {}),
+            loss,
             Fingerprint.from_json(content["weights"]),
             {name.removeprefix("rng/"): tensor for name, tensor in tensors.items() if name.startswith("rng/")},
         )
@@ -159,7 +163,39 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.link.pairs.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
+    rank, scaling = live.config.rank_of(index), live.config.scaling_of(index)
+    for path, (out, inner) in live.shapes().items():
+        A, B = saved.link.pairs[path]
+        if A.shape != (rank, inner) or B.shape != (out, rank):
+            raise ValueError(
+                f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
+                f"({out}, {rank}) by ({rank}, {inner})"
+            )
+    if saved.link.rank != rank or not math.isclose(saved.link.scaling, scaling):
+        raise ValueError(
+            f"the saved live link has rank {saved.link.rank} and scale {saved.link.scaling}, here it would have rank "
+            f"{rank} and scale {scaling}"
+        )
     replay.check(live.model, saved.ledger.links, saved.ledger.base, live=True)
+
+
+def rehearse(saved: Checkpoint, scratch: Optimizer) -> None:
+    """Load the base's state and the random states into copies, so that what cannot be loaded is found in time.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        load_exactly(scratch, saved.state)
+        for device, state in saved.rng.items():
+            if device == "cpu":
+                torch.Generator().set_state(state)
+            elif not device.isdecimal():
+                raise ValueError(f"there is a random state of {device!r:.40}")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"the saved state of the base optimizer or of torch's generators is damaged: {error}"
+        ) from None
 
 
 @torch.no_grad()

@@ -67,6 +67,8 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
         version, theirs = saved["version"], saved["live"]
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
+    if not _well_formed(saved):
+        raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")
     if version != VERSION:
         raise ValueError(f"the state has format {version}, and this version of cola reads format {VERSION}")
     mine = describe(live)
@@ -85,8 +87,22 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     return saved
 
 
+def _well_formed(saved: dict[str, Any]) -> bool:
+    """Whether the entries are of the kinds that `write` gives."""
+    live = saved["live"]
+    integers = [saved.get("steps"), *([live.get("index"), live.get("rank")] if isinstance(live, dict) else [None])]
+    lists = [(saved.get("probed"), int), (saved.get("stepped"), str)]
+    return (
+        all(type(value) is int and value >= 0 for value in integers)
+        and all(isinstance(values, list) and all(type(v) is kind for v in values) for values, kind in lists)
+        and isinstance(saved.get("epoch"), (int, float, type(None)))
+        and isinstance(saved.get("policy"), dict)
+        and live.keys() >= {"layers", "seed", "rounding", "link"}
+    )
+
+
 def _difference(saved: Any, mine: Any) -> str:
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not isinstance(mine, dict):
         return f"saved {saved!r}, here {mine!r}"
     differ = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
     return "; ".join(f"{name}: saved {saved.get(name)!r}, here {mine.get(name)!r}" for name in differ[:3])

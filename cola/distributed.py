@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola.tie import Tie, delta_norm, overflows, tie_
+from cola.tie import Tie, delta_norm, obstacle, tie_
 
 
 def in_group() -> bool:
@@ -82,13 +82,14 @@ def tie_anywhere(
     return replace(part, delta=delta_norm(left, right, scaling), lost=lost, deviation=deviation, weight=norm)
 
 
-def overflows_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> bool:
-    """`cola.tie.overflows` on a weight that may be sharded: agreed by all that share it."""
+def obstacle_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
+    """`cola.tie.obstacle` on a weight that may be sharded: agreed by all that share it."""
     if not is_sharded(weight):
-        return overflows(weight, left, right, scaling)
+        return obstacle(weight, left, right, scaling)
     local, (rows, columns) = _part(weight)
-    bad = local.numel() > 0 and overflows(local, left[rows], right[:, columns], scaling)
-    return bool(_sum_over_shards(torch.full((1,), float(bad), device=local.device), weight).item())
+    mine = obstacle(local, left[rows], right[:, columns], scaling) if local.numel() else None
+    somewhere = _sum_over_shards(torch.full((1,), float(mine is not None), device=local.device), weight).item()
+    return mine or ("cannot hold W + sBA in another process's part" if somewhere else None)
 
 
 def require_supported(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Extend the chain: what a new link starts from. Ranks, scalings and seeded draws."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola.arguments import choice, integer, names
 from cola.tie import TIEABLE, key
 
 INITS = ("gaussian", "kaiming", "orthogonal", "selector")
@@ -59,11 +61,11 @@ class LinkConfig:
     residual_device: str | None = "cpu"
 
     def __post_init__(self) -> None:
-        _choice("bias", self.bias, ("none", "lora_only"))
-        _choice("init", self.init, INITS)
-        _choice("train", self.train, ("both", "A", "B"))
-        _choice("scaling", self.scaling, SCALINGS)
-        _choice("rank_change", self.rank_change, RANK_CHANGES)
+        choice("bias", self.bias, ("none", "lora_only"))
+        choice("init", self.init, INITS)
+        choice("train", self.train, ("both", "A", "B"))
+        choice("scaling", self.scaling, SCALINGS)
+        choice("rank_change", self.rank_change, RANK_CHANGES)
         if not callable(self.r):
             ranks = self.r if isinstance(self.r, Sequence) else (self.r,)
             if isinstance(ranks, str) or not len(ranks):
@@ -72,22 +74,26 @@ class LinkConfig:
                 )
             for rank in ranks:
                 _rank(rank)
-        if not isinstance(self.lora_alpha, (int, float)) or not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
+        if not _number(self.lora_alpha) or not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a positive number")
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+        if not _number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must be a probability in [0, 1)")
         if self.dtype is not None and self.dtype not in TIEABLE:
             raise ValueError(f"dtype={self.dtype} must be one of {', '.join(map(str, TIEABLE))}")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of names, not one string")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            names("target_modules", self.target_modules)
+        names("modules_to_save", self.modules_to_save)
+        if self.residual_device is not None:
+            try:
+                torch.device(self.residual_device)
+            except RuntimeError as error:
+                raise ValueError(f"residual_device={self.residual_device!r} is no device: {error}") from None
 
     def rank_of(self, link: int) -> int:
         """Rank of link ``link`` (from 0)."""
         if callable(self.r):
             return _rank(self.r(link))
-        if isinstance(self.r, int):
-            return self.r
-        return self.r[min(link, len(self.r) - 1)]
+        return _rank(self.r[min(link, len(self.r) - 1)] if isinstance(self.r, Sequence) else self.r)
 
     def scaling_of(self, link: int) -> float:
         """Scale s of link ``link``."""
@@ -99,7 +105,7 @@ class LinkConfig:
         """All ranks that links can have; None if a callable decides."""
         if callable(self.r):
             return None
-        return (self.r,) if isinstance(self.r, int) else tuple(self.r)
+        return tuple(map(_rank, self.r)) if isinstance(self.r, Sequence) else (_rank(self.r),)
 
     def describe(self) -> dict[str, Any]:
         """The arguments as JSON values, for a checkpoint to compare; a callable r is not described."""
@@ -156,11 +162,11 @@ def _drawn(config: LinkConfig, rank: int, width: int, link: int, generator: torc
 
 
 def _rank(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+    number = integer(rank)
+    if number is None or number <= 0:
         raise ValueError(f"r={rank!r} must be a positive integer")
-    return rank
+    return number
 
 
-def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -11,13 +11,13 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
-_TEMPORARY = re.compile(r"\.[A-Za-z0-9_.-]+\.[0-9a-f]{8}\.tmp")
+#: what an interrupted `write` leaves: the name it was to have, between these
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 class StoreError(ValueError):
@@ -128,13 +128,10 @@ def parse(data: bytes, path: Path) -> Any:
         raise StoreError(f"{path} is not readable as JSON ({str(error)[:100]})") from None
 
 
-def remove(directory: Path, names: Iterable[str]) -> None:
-    """Delete files that nothing refers to any more, and what interrupted writes left; never fails."""
-    with contextlib.suppress(OSError):
-        temporary = [p.name for p in directory.iterdir() if _TEMPORARY.fullmatch(p.name)]
-        for name in (*names, *temporary):
-            with contextlib.suppress(OSError):
-                (directory / name).unlink()
+def intended_name(name: str) -> str:
+    """The name that a file has, or was to have when its writing was interrupted."""
+    temporary = _TEMPORARY.fullmatch(name)
+    return temporary[1] if temporary else name
 
 
 def _sync(directory: Path) -> None:

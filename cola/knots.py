@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def _mean(losses: Tensor) -> float:
-    """Mean of the finite values, as a Python number (this waits for the device)."""
-    finite = losses[torch.isfinite(losses)]
-    return finite.mean().item() if finite.numel() else math.nan
+from cola.arguments import integer
+from cola.distributed import agreed_mean
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Signal:
     step: int
     epoch: float | None = None
     loss: Tensor | None = None
-    mean: Callable[[Tensor], float] = _mean
+    mean: Callable[[Tensor], float] = agreed_mean
 
 
 class KnotPolicy(ABC):
@@ -69,13 +66,11 @@ class KnotPolicy(ABC):
         """
         state = {"policy": type(self).__name__, **vars(self)}
         for name, value in state.items():
-            try:
-                json.dumps(value)
-            except TypeError as error:
+            if not _is_json(value):
                 raise TypeError(
-                    f"{type(self).__name__}.{name}={value!r} cannot be saved ({error}): keep numbers, strings, lists "
-                    "and dicts as attributes, or override state_dict and load_state_dict"
-                ) from None
+                    f"{type(self).__name__}.{name}={value!r} cannot be saved as JSON: keep numbers, strings, lists and "
+                    "dicts with string keys as attributes, or override state_dict and load_state_dict"
+                )
         return json.loads(json.dumps(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -267,20 +262,24 @@ class PlateauKnots(KnotPolicy):
         self.knots = 0
         self.steps_in_window = 0
         self.losses: list[Any] = []  # 0-d tensors, or numbers after a resume
+        self.deaf_steps = 0  # steps at the start of the run without any loss; -1 once one has come
 
     def update(self, signal: Signal) -> bool:
         """True at the end of the window that exhausts the patience."""
         self.steps_in_window += 1
         if signal.loss is not None:
             self.losses.append(signal.loss.detach())
+            self.deaf_steps = -1
+        elif self.deaf_steps >= 0:
+            self.deaf_steps += 1  # other policies' knots do not reset this count
+            if self.deaf_steps >= self.window:
+                raise RuntimeError(
+                    f"PlateauKnots has seen {self.deaf_steps} steps (a whole window) and no loss: let the model return "
+                    "an output with .loss, or call opt.observe(loss) before opt.step()"
+                )
         if self.steps_in_window < self.window:
             return False
-        if not self.losses:
-            raise RuntimeError(
-                f"PlateauKnots has seen {self.steps_in_window} steps (a whole window) and no loss: let the model "
-                "return an output with .loss, or call opt.observe(loss) before opt.step()"
-            )
-        loss = signal.mean(self._stacked())
+        loss = signal.mean(self._stacked()) if self.losses else math.nan
         self.losses, self.steps_in_window = [], 0
         if self.max_links is not None and self.knots >= self.max_links - 1:
             return False
@@ -379,10 +378,20 @@ class _Both(_Pair):
         return first and second
 
 
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives ``value`` back (tuples as lists)."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_json(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _positive(policy: str, name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    number = integer(value)
+    if number is None or number < least:
         raise ValueError(f"{policy}({name}={value!r}) must be an integer of at least {least}")
-    return value
+    return number
 
 
 def _increasing(policy: str, name: str, values: Sequence[int], total: int | None, unit: str) -> list[int]:

@@ -4,7 +4,9 @@ It holds modules, never Parameters: frameworks replace Parameters (FSDP2) and we
 each knot cannot be stale.
 """
 
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
 from cola.adapters.targets import find_peft_layers, find_targets, modules_by_name, named, unknown, unwrap
 from cola.distributed import (
     is_sharded,
-    overflows_anywhere,
+    obstacle_anywhere,
     release,
     require_supported,
     require_unwrapped,
@@ -26,6 +28,8 @@ from cola.distributed import (
 from cola.extend import LinkConfig, draw
 from cola.link import Factor
 from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
+
+logger = logging.getLogger("cola")
 
 #: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".
 AUTO_ROUNDING = {
@@ -77,9 +81,14 @@ class LiveLink:
         if not tuned:
             require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
         saved = self._modules_to_save(modules)
-        for path, module in modules.items():
-            shape, ranks = adapted_class(module).shape(module), config.known_ranks() or (config.rank_of(0),)
-            if max(ranks) > min(shape):
+        ranks = config.known_ranks() or (config.rank_of(0),)
+        for path, module in list(modules.items()):
+            shape = adapted_class(module).shape(module)
+            if max(ranks) > min(shape) and config.target_modules == "all-linear" and len(modules) > 1:
+                # a small classification head should not stand in the way of "all"
+                logger.warning("target_modules='all-linear' leaves out %s: r=%d is above its rank", path, max(ranks))
+                del modules[path]
+            elif max(ranks) > min(shape):
                 raise ValueError(
                     f"r={max(ranks)} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
                     f"choose r of at most {min(shape)}"
@@ -112,14 +121,26 @@ class LiveLink:
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters trained beside the adapters, by canonical path; they live through every knot."""
+        """Parameters trained beside the adapters, by canonical path; they live through every knot.
+
+        One that several modules share is listed under its first path.
+        """
         wanted = {(id(owner), name) for owner, name in self._trained}
-        return {
-            f"{path}.{name}" if path else name: parameter
-            for path, module in modules_by_name(self.model).items()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and (id(module), name) in wanted
-        }
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for path, module in modules_by_name(self.model).items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (id(module), name) in wanted:
+                    found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
+        return dict(found.values())
+
+    def train_too(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Count those of ``parameters`` that are the model's own among what is trained: unfrozen, recorded at knots."""
+        wanted = {id(p) for p in parameters} - {id(p) for p in self.adapters()}
+        for module in modules_by_name(self.model).values():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in wanted:
+                    self._trained.append((module, name))
+                    parameter.requires_grad_(True)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each layer."""
@@ -148,18 +169,12 @@ class LiveLink:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuse to tie what would damage the weights.
+        """Refuse to tie what would damage the weights, and make room for what the tie needs.
 
         Raises:
-            KnotError: a factor or the sum is not finite in the weight's dtype; names the layer.
-            ValueError: compensated rounding of sharded weights.
+            KnotError: a factor, the weight or their sum is not finite in the weight's dtype; names the layer.
         """
         for path, layer in self.layers.items():
-            if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
-                raise ValueError(
-                    "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
-                    "'stochastic'"
-                )
             A, B = whole(layer.lora_A), whole(layer.lora_B)
             for name, factor in (("A", A), ("B", B)):
                 if not torch.isfinite(factor).all():
@@ -168,11 +183,20 @@ class LiveLink:
                         "base weights are untouched: go back to a checkpoint, or drop the link by finish(merge=False)"
                     )
             left, right = layer.factors(A, B)
-            if overflows_anywhere(layer.weight, left, right, layer.scaling):
+            reason = obstacle_anywhere(layer.weight, left, right, layer.scaling)
+            if reason is not None:
                 raise KnotError(
-                    f"link {self.index} is not tied: W + sBA of layer {path!r} is not finite in {layer.weight.dtype}. "
-                    "The weights are untouched: use a smaller learning rate or a bf16 base"
+                    f"link {self.index} is not tied: layer {path!r} {reason}. Nothing has been changed: go back to a "
+                    "checkpoint, drop the link by finish(merge=False), or use a smaller learning rate or a wider dtype"
                 )
+            if self.rounding_of(path) == "compensated" and path not in self.residuals:
+                if is_sharded(layer.weight):
+                    raise KnotError(
+                        f"link {self.index} is not tied: rounding='compensated' keeps a buffer per weight, and layer "
+                        f"{path!r} is sharded: use rounding='stochastic'"
+                    )
+                device = self.config.residual_device or layer.weight.device
+                self.residuals[path] = residual_like(layer.weight, device)
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Pair]:
@@ -201,11 +225,11 @@ class LiveLink:
     def begin(self, index: int, prepared: Prepared) -> None:
         """Put link ``index`` in the place of the present one: same Parameters, new values, no gradients."""
         for path, layer in self.layers.items():
-            mask, room = self._masks(layer), layer.lora_A.shape[0]
+            mask, room = self._masks(layer.lora_A), layer.lora_A.shape[0]
             if mask and prepared.rank > room:
                 raise KnotError(
-                    f"link {index} has rank {prepared.rank}, above the {room} of the first link, and shapes may not "
-                    "change here: give the largest rank first"
+                    f"link {index} has rank {prepared.rank}, above the {room} that there is room for, and shapes "
+                    "may not change here: give r as a sequence, or the largest rank first"
                 )
             layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
             layer.lora_A.grad = layer.lora_B.grad = None
@@ -219,7 +243,7 @@ class LiveLink:
         prepared = self.prepare(index)
         self.index = index
         for path, layer in self.layers.items():
-            mask = self._masks(layer)
+            mask = self._masks(layer.lora_A)
             # a masked link that comes from a distributed run has zeros beyond its rank
             masked = layer.lora_A.shape[0] > prepared.rank and not whole(layer.lora_A)[prepared.rank :].any()
             if mask or masked or layer.lora_A.shape[0] == prepared.rank:
@@ -247,9 +271,6 @@ class LiveLink:
             layer = self.layers[path]
             left, right = layer.factors(A, B)
             rounding = self.rounding_of(path)
-            if rounding == "compensated" and path not in self.residuals:
-                device = self.config.residual_device or layer.weight.device
-                self.residuals[path] = residual_like(layer.weight, device)
             ties[path] = tie_anywhere(
                 layer.weight.detach(),
                 left,
@@ -260,10 +281,10 @@ class LiveLink:
                 residual=self.residuals.get(path) if rounding == "compensated" else None,
             )
             limit = tolerance(layer.weight, ties[path], A.shape[0])
-            if not ties[path].deviation <= limit:
+            if not (math.isfinite(limit) and ties[path].deviation <= limit):
                 raise KnotError(
                     f"link {index}: the tied weight of layer {path!r} is {ties[path].deviation:.3g} from W + sBA, and "
-                    f"rounding to {layer.weight.dtype} explains {limit:.3g}: were its weights finite before?"
+                    f"rounding to {layer.weight.dtype} explains {limit:.3g}: please report this"
                 )
         return ties
 
@@ -277,7 +298,9 @@ class LiveLink:
         for path, layer in self.layers.items():
             old = snapshot[path][1 if drawn == "lora_B" else 0]
             new = whole(getattr(layer, drawn))
-            if whole(getattr(layer, zero)).any() or (new.shape == old.shape and torch.equal(new, old)):
+            # a selector that has gone round all coordinates is the old one by right
+            again = new.shape == old.shape and torch.equal(new, old) and self.config.init != "selector"
+            if whole(getattr(layer, zero)).any() or again:
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
 
     def detach(self, *, spent: bool = False) -> None:
@@ -295,9 +318,9 @@ class LiveLink:
 
     # inside
 
-    def _masks(self, layer: Carrier) -> bool:
+    def _masks(self, tensor: Tensor) -> bool:
         change = self.config.rank_change
-        return change == "mask" or (change == "auto" and not shapes_are_free(layer.lora_A))
+        return change == "mask" or (change == "auto" and not shapes_are_free(tensor))
 
     def _adopt(self, tuned: Mapping[str, nn.Module]) -> None:
         """Take PEFT's layers as they are: the first link is what they hold, and what they train beside it stays so."""
@@ -317,8 +340,11 @@ class LiveLink:
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in prepared.pairs[path])
         module.__class__ = kind
         assert isinstance(module, AdaptedLayer)
-        module.attach(A, B, prepared.scaling, self.config.lora_dropout)
-        module.allowed_ranks = self.config.known_ranks()
+        known = self.config.known_ranks()
+        room = max(known or (prepared.rank,)) if self._masks(weight) else prepared.rank
+        module.attach(A.new_zeros(room, A.shape[1]), B.new_zeros(B.shape[0], room), prepared.scaling, 0.0)
+        module.put(A, B, prepared.scaling, mask=True)
+        module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
 
     def _draw(self, index: int, shapes: Mapping[str, tuple[int, int]]) -> Prepared:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cola import counters, interrupts
+from cola import counters, interrupts, probe
 from cola.adapters.targets import called
 from cola.chain import Chain
 from cola.distributed import agreed_mean, whole
@@ -19,7 +19,7 @@ from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
 from cola.replay import take_fingerprint
-from cola.reset import GroupWatch, adopt, fresh_instance, is_fresh
+from cola.reset import GroupWatch, adopt, fresh_instance, tensors_of
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
 from cola.watch import LossWatch
@@ -103,6 +103,7 @@ class ChainOptimizer(Saves):
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
         self.steps = 0
         self.finished = False
+        self._knotting = False
         self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
         self._groups = GroupWatch()
         self._losses = LossWatch(called(model))
@@ -148,8 +149,9 @@ class ChainOptimizer(Saves):
         return self.live.model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the caller's own to the base; no knot touches them."""
+        """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them."""
         self.base.add_param_group(param_group)
+        self.live.train_too(self.param_groups[-1]["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
@@ -189,16 +191,16 @@ class ChainOptimizer(Saves):
             if replaced is not None:
                 args, kwargs = replaced
         closure = args[0] if args else kwargs.get("closure")
-        probe = closure is None and not self._moves()
-        if probe:
-            self._probed = self._stateless_groups()
+        probing = closure is None and not probe.moves(self.param_groups)
+        if probing:
+            self._require_live_groups()
+            self._probed = probe.stateless(self.base)
         elif self._probed:
-            groups = [self.param_groups[i] for i in self._probed]
-            self._adopt(self._fresh(groups), groups)
+            self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
         groups = self._groups.before(self.param_groups)
         result = self.base.step() if closure is None else self.base.step(closure)
         self._groups.after(groups, self.param_groups)
-        if not probe:
+        if not probing:
             self._after_real_step(result)
         for after_step in list(self._optimizer_step_post_hooks.values()):
             after_step(self, args, kwargs)
@@ -211,6 +213,7 @@ class ChainOptimizer(Saves):
 
         Not needed for the loss where the model's output has ``.loss`` in training mode, or the step gets a closure.
         """
+        self._require_running("observe()")
         if epoch is not None:
             self._epoch = float(epoch)
         if loss is not None:
@@ -247,13 +250,17 @@ class ChainOptimizer(Saves):
             RuntimeError: called twice.
         """
         self._require_running("finish()")
-        report = self._knot(extend=False) if merge and not self.live.is_zero() else None
+        self._require_live_groups()
+        # what is trained beside an untrained link still has its values to record
+        worth = not self.live.is_zero() or (self.live.trained() and self.steps > self._tied_at())
+        if merge and worth:
+            report = self._knot(extend=False)
+        else:
+            report = None
+            self._leave()
         plan = self.policy.unreached(self.steps)
         if plan:
             logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
-        self._losses.remove()
-        self.live.detach(spent=True)
-        self.finished = True
         return report
 
     # saving: in Saves
@@ -303,7 +310,7 @@ class ChainOptimizer(Saves):
         for group in self.base.param_groups:
             group["params"] = [new.get(id(p), p) for p in group["params"]]
         self.base.state.clear()
-        self._adopt(self._fresh(self.base.param_groups), self.base.param_groups)
+        self._reset([p for group in self.base.param_groups for p in group["params"]])
 
     def _after_real_step(self, result: Any) -> None:
         self._bound = None
@@ -315,38 +322,58 @@ class ChainOptimizer(Saves):
             self._knot(extend=True)
 
     def _knot(self, *, extend: bool) -> KnotReport:
-        """All that can fail comes first, on copies; then the weights change."""
+        """Prepare, commit, announce: all that can fail comes first, on copies; then the weights change, whole."""
+        if self._knotting:
+            raise RuntimeError("a knot inside a knot: policies and on_knot listeners must not call tie() or finish()")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
+        self._knotting = True
+        try:
+            report = self._tie(extend)
+            logger.info("%s", report)
+            self.policy.knotted(self.steps)
+            for listener in self._listeners:
+                listener(report)
+        finally:
+            self._knotting = False
+        return report
+
+    def _tie(self, extend: bool) -> KnotReport:
         started = time.perf_counter()
         self._require_live_groups()
-        live, index = self.live, self.live.index
-        modes = self._leave_training_mode()
+        live, index, keep = self.live, self.live.index, self.chain.keep
+        self.chain.require_next(index)
+        mode = self._leave_training_mode()
         try:
             live.check()
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
-            factors = live.factors(snapshot) if self.chain.keep else {}
-            trained = {path: whole(p.detach()).cpu().clone() for path, p in live.trained().items()}
-            base = take_fingerprint(live.model, live.layers) if index == 0 and self.chain.keep else self.chain.base
+            factors = live.factors(snapshot) if keep else {}
+            trained = {path: whole(p.detach()).cpu().clone() for path, p in live.trained().items()} if keep else {}
+            base = take_fingerprint(live.model, live.layers) if index == 0 and keep else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
-            self._mode(modes)
+            self._mode(mode)
             raise
         with interrupts.deferred():
             ties = live.tie(index, snapshot, scaling)
-            if fresh is not None:
-                self._adopt(fresh, self._adapter_groups())
-                self._mode(modes)
+            if fresh is None:
+                self._leave()
+            else:
+                self._adopt(fresh, live.adapters())
+                self._mode(mode)
             report = self._report(index, rank, ties, started)
             self.chain.base = base
             self.chain.append(Link(index, live.seed, factors, trained, report))
-            self.policy.knotted(self.steps)
-        if fresh is not None:
-            live.require_extended(snapshot)
-            if not is_fresh(self.base, fresh, live.adapters()):
-                raise KnotError(f"link {index + 1}: the base optimizer kept state of link {index}: please report this")
-        logger.info("%s", report)
-        for listener in self._listeners:
-            listener(report)
         return report
+
+    def _leave(self) -> None:
+        """Give the model back; the live link has been tied or dropped."""
+        self._losses.remove()
+        self.live.detach(spent=True)
+        self.finished = True
+
+    def _tied_at(self) -> int:
+        return self.chain[-1].step if len(self.chain) else 0
 
     def _extend(self, index: int, snapshot: Any) -> Optimizer:
         """Begin link ``index`` and make its fresh base state; on failure the present link is put back as it was."""
@@ -355,6 +382,8 @@ class ChainOptimizer(Saves):
         grads = [p.grad for p in live.adapters()]
         try:
             live.begin(index, prepared)
+            if index != before:
+                live.require_extended(snapshot)
             return self._fresh(self._adapter_groups())
         except BaseException:
             live.begin(before, present)
@@ -365,12 +394,17 @@ class ChainOptimizer(Saves):
     def _fresh(self, groups: list[dict[str, Any]]) -> Optimizer:
         return fresh_instance(self._new_base, groups, self._groups.changed, drop=(counters.GROUP_KEY,))
 
-    def _adopt(self, fresh: Optimizer, groups: list[dict[str, Any]]) -> None:
-        adopt(self.base, fresh, groups, self._groups.changed)
+    def _adopt(self, fresh: Optimizer, parameters: list[nn.Parameter]) -> None:
+        old = tensors_of(self.base, parameters)
+        adopt(self.base, fresh, parameters, self._groups.changed)
+        kept = {id(t) for t in old} & {id(t) for t in tensors_of(self.base, parameters)}
+        if kept:
+            raise KnotError(f"link {self.live.index}: {type(self.base).__name__} kept state of the link before")
 
-    def _stateless_groups(self) -> list[int]:
-        state = self.base.state
-        return [i for i, group in enumerate(self.param_groups) if not any(state.get(p) for p in group["params"])]
+    def _reset(self, parameters: list[nn.Parameter]) -> None:
+        mine = {id(p) for p in parameters}
+        groups = [group for group in self.param_groups if any(id(p) in mine for p in group["params"])]
+        self._adopt(self._fresh(groups), parameters)
 
     def _adapter_groups(self) -> list[dict[str, Any]]:
         mine = {id(p) for p in self.live.adapters()}
@@ -387,16 +421,6 @@ class ChainOptimizer(Saves):
             seconds=time.perf_counter() - started,
             layers={path: LayerReport(t.delta, t.lost, self.live.rounding_of(path)) for path, t in ties.items()},
         )
-
-    def _moves(self) -> bool:
-        """Whether the coming step is a real one: some gradient, and not all of learning rates and gradients zero."""
-        groups = self.param_groups
-        if all(p.grad is None for group in groups for p in group["params"]):
-            return False
-        if any(not _is_zero(group.get("lr", 1.0)) for group in groups):
-            return True
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return any(bool(torch.count_nonzero(whole(grad))) for grad in grads)
 
     def _leave_training_mode(self) -> str:
         """Let a base with modes put the parameters that evaluation sees in place; returns the mode to go back to."""
@@ -435,9 +459,3 @@ def _require_base(base: Any) -> None:
         )
     if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
         raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")
-
-
-def _is_zero(lr: Any) -> bool:
-    if isinstance(lr, Tensor):
-        return lr.device.type == "cpu" and bool((lr == 0).all())  # reading it elsewhere would wait for the device
-    return lr == 0

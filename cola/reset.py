@@ -1,45 +1,55 @@
 """Fresh state for any base optimizer, without knowing which one it is.
 
-No key is named here. A second instance of the base, made on the same parameters, knows what fresh state is; and
-the group entries that are state rather than settings (schedule-free's ``k``, Prodigy's ``d``) are those that the base's
-own ``step`` was seen to change, whereas what the user or a scheduler sets (``lr``) is left alone.
+A second instance of the base, made on the same parameters, knows what fresh state is, wherever the base keeps it: per
+parameter, in dicts of its own, in an inner optimizer. Entries of the groups that are state rather than settings
+(schedule-free's ``k``, Prodigy's ``d``) are those that the base's own ``step`` was seen to change; what users and
+schedulers set is left alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Factory = Callable[[list[dict[str, Any]]], Optimizer]
 
 
+#: what users and schedulers set, even if it happens inside a step (in a closure or a hook)
+SETTINGS = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay", "max_lr", "min_lr"}
+
+
 class GroupWatch:
     """Finds the param-group entries that a base's own ``step`` changes.
 
-    Python scalars and tuples of them are compared by value, everything else by identity, so nothing waits for a device.
+    Python scalars and tuples of them are compared by value, tensors by identity and version, everything else by
+    identity: nothing waits for a device.
     """
 
     def __init__(self) -> None:
         self.changed: set[str] = set()
 
     def before(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A shallow copy of the groups, to hand to `after`."""
-        return [dict(group) for group in groups]
+        """What the groups hold now, to hand to `after`."""
+        return [{name: _seen(value) for name, value in group.items() if name not in SETTINGS} for group in groups]
 
     def after(self, before: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
         """Note the entries that differ."""
         for old, new in zip(before, groups):
             for name, value in new.items():
-                if name == "params" or name in self.changed:
+                if name in SETTINGS or name in self.changed:
                     continue
-                known = old.get(name, _MISSING)
-                if known is not value and not (_plain(known) and _plain(value) and known == value):
+                known, seen = old.get(name, _MISSING), _seen(value)
+                if known is not seen and not (_plain(known) and _plain(seen) and known == seen):
                     self.changed.add(name)
 
 
 _MISSING = object()
+
+
+def _seen(value: Any) -> Any:
+    """A tensor as numbers that change when it is replaced or changed in place."""
+    return (id(value), value._version) if isinstance(value, Tensor) else value
 
 
 def _plain(value: Any) -> bool:
@@ -63,37 +73,50 @@ def fresh_instance(
     return factory([{name: value for name, value in group.items() if name not in leave} for group in groups])
 
 
-def adopt(base: Optimizer, fresh: Optimizer, groups: Sequence[dict[str, Any]], stepped: set[str]) -> None:
-    """Give the parameters of ``groups`` in ``base`` the state that ``fresh`` has for them.
+def adopt(base: Optimizer, fresh: Optimizer, parameters: Iterable[nn.Parameter], stepped: set[str]) -> None:
+    """Give ``parameters`` in ``base`` the state that ``fresh`` has for them.
 
     Args:
-        base: changed in place: per-parameter state, and the ``stepped`` entries of ``groups``.
-        fresh: from `fresh_instance` over the same groups, in order; give it up afterwards.
-        groups: the groups of ``base`` to reset. If they are all it has, its own scalar attributes (LBFGS caches the
-            number of elements) become fresh as well.
+        base: changed in place: the state of ``parameters``, the ``stepped`` entries of the groups that hold them, and
+            likewise in optimizers and dicts that it keeps as attributes. If it trains nothing else, all its other
+            attributes become fresh as well (LBFGS caches the number of elements); else those are shared and stay.
+        fresh: from `fresh_instance`, over the same groups in the same order; give it up afterwards.
+        parameters: to reset; others keep their state.
         stepped: group entries that are state.
     """
+    mine = {id(p): p for p in parameters}
+    groups = [group for group in base.param_groups if any(id(p) in mine for p in group["params"])]
     for group, new in zip(groups, fresh.param_groups):
-        for parameter in group["params"]:
-            base.state.pop(parameter, None)
-            if parameter in fresh.state:
-                base.state[parameter] = fresh.state[parameter]
         for name in stepped & new.keys():
             group[name] = new[name]
-    if len(groups) == len(base.param_groups):
-        for name, value in vars(fresh).items():
-            if value is None or isinstance(value, (bool, int, float)):
-                setattr(base, name, value)
+    _adopt_entries(base.state, fresh.state, mine)
+    alone = all(id(p) in mine for group in base.param_groups for p in group["params"])
+    for name, value in vars(fresh).items():
+        if name in ("state", "param_groups", "defaults", "step") or name.startswith("_optimizer_"):
+            continue
+        held = getattr(base, name, None)
+        if isinstance(held, Optimizer) and isinstance(value, Optimizer):
+            adopt(held, value, mine.values(), stepped)
+        elif isinstance(held, dict) and isinstance(value, dict) and any(id(key) in mine for key in (*held, *value)):
+            _adopt_entries(held, value, mine)
+        elif alone:
+            setattr(base, name, value)
 
 
-def is_fresh(base: Optimizer, fresh: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ``base`` holds exactly the state of ``fresh`` for ``parameters`` (the invariant after a knot)."""
-    return all(_equal(base.state.get(p), fresh.state.get(p)) for p in parameters)
+def _adopt_entries(held: dict[Any, Any], fresh: dict[Any, Any], mine: dict[int, nn.Parameter]) -> None:
+    for parameter in mine.values():
+        held.pop(parameter, None)
+        if parameter in fresh:
+            held[parameter] = fresh[parameter]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and torch.equal(a, b))
-    return a is b or (not a and not b) or a == b
+def tensors_of(base: Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The state tensors that ``base`` holds for ``parameters``: after a reset none of them may still be there."""
+    return [leaf for p in parameters for leaf in _leaves(base.state.get(p))]
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [leaf for item in inside for leaf in _leaves(item)]

@@ -5,7 +5,7 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
@@ -96,6 +96,7 @@ class Saves(Optimizer):
         counted = counters.read(saved.state, self.live)
         index = counted["live"]["index"]
         checkpoint.check(saved, index, self.live, self.base)
+        checkpoint.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
         with interrupts.deferred():
             checkpoint.rebuild(saved, index, self.live, self.base)
@@ -220,7 +221,7 @@ class Saves(Optimizer):
             with interrupts.deferred():
                 fresh = self._extend(index, self.live.snapshot())
                 yield
-                self._adopt(fresh, self._adapter_groups())
+                self._adopt(fresh, self.live.adapters())
         finally:
             self._mode(modes)
         self._loss = None
@@ -245,20 +246,16 @@ class Saves(Optimizer):
 
     # of the optimizer that inherits
 
-    def _require_running(self, call: str) -> None:
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def _leave_training_mode(self) -> str:
-        raise NotImplementedError
+        def _require_running(self, call: str) -> None: ...
 
-    def _mode(self, mode: str) -> None:
-        raise NotImplementedError
+        def _leave_training_mode(self) -> str: ...
 
-    def _extend(self, index: int, snapshot: Any) -> Optimizer:
-        raise NotImplementedError
+        def _mode(self, mode: str) -> None: ...
 
-    def _adopt(self, fresh: Optimizer, groups: list[dict[str, Any]]) -> None:
-        raise NotImplementedError
+        def _extend(self, index: int, snapshot: Any) -> Optimizer: ...
 
-    def _adapter_groups(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer: ...
+
+        def _adopt(self, fresh: Optimizer, parameters: list[torch.nn.Parameter]) -> None: ...

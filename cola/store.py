@@ -4,6 +4,7 @@ A link's file is named by its content and never written again; the manifest is r
 is anything deleted. So whatever moment a process dies at, the directory holds the chain as it was before or after.
 """
 
+import contextlib
 import platform
 import re
 import weakref
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cola import tensorfile
-from cola.files import MAX_JSON, StoreError, parse, read, read_checked, remove, seal, sha256, unseal, write
+from cola.distributed import writes
+from cola.files import MAX_JSON, StoreError, intended_name, parse, read, read_checked, seal, sha256, unseal, write
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 from cola.packing import pack, unpack
@@ -64,11 +66,15 @@ _known: "weakref.WeakKeyDictionary[Link, tuple[Entry, tuple[int, ...]]]" = weakr
 def save(directory: Path, ledger: Ledger) -> None:
     """Make ``directory`` hold exactly this chain. Links that are there already are not written again.
 
+    In a distributed run process 0 writes.
+
     Raises:
         StoreError: the directory's manifest is another program's.
         ValueError: a layer's name cannot be kept.
         OSError: writing failed; the directory holds what it held before.
     """
+    if not writes():
+        return
     require_ours(directory, CHAIN)
     manifest = {"format": CHAIN[1], "version": VERSION, **write_links(directory, ledger)}
     write(directory / CHAIN[0], seal(manifest))
@@ -145,21 +151,22 @@ def write_content(directory: Path, stem: str, data: bytes) -> Entry:
 
 
 def clean(directory: Path) -> None:
-    """Delete files of ours that no manifest in the directory lists any more. Never fails."""
-    listed = set()
-    for name, kind in (CHAIN, CHECKPOINT):
-        path = directory / name
-        try:
+    """Delete files of ours that no manifest in the directory lists, and what interrupted writes left. Never fails."""
+    listed: set[str | None] = {CHAIN[0], CHECKPOINT[0]}
+    with contextlib.suppress(StoreError, OSError):  # if a manifest cannot be read, what it lists cannot be known
+        for name, kind in (CHAIN, CHECKPOINT):
+            path = directory / name
             manifest = unseal(path, kind, VERSION) if path.exists() else {}
-        except (StoreError, OSError):
-            return  # what it lists cannot be known
-        for item in (*manifest.get("links", ()), *manifest.get("chain", {}).get("links", ()), manifest.get("state")):
-            listed.add((item or {}).get("file"))
-    try:
-        stale = [p.name for p in directory.iterdir() if _OURS.fullmatch(p.name) and p.name not in listed]
-    except OSError:
-        return
-    remove(directory, stale)
+            for item in (
+                *manifest.get("links", ()),
+                *manifest.get("chain", {}).get("links", ()),
+                manifest.get("state"),
+            ):
+                listed.add((item or {}).get("file"))
+        for path in directory.iterdir():
+            name = intended_name(path.name)
+            if (name in listed or _OURS.fullmatch(name)) and path.name not in listed:
+                path.unlink()
 
 
 def require_ours(directory: Path, manifest: tuple[str, str]) -> None:

@@ -66,27 +66,28 @@ def residual_like(weight: Tensor, device: torch.device | str = "cpu") -> Tensor:
     return torch.zeros(weight.shape, dtype=torch.bfloat16 if half else weight.dtype, device=device)
 
 
-def overflows(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> bool:
-    """Whether tying would leave a value that ``weight.dtype`` cannot hold. Reads the weight, writes nothing."""
+@torch.no_grad()
+def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
+    """Why tying would leave a value that is not finite, as the rest of a sentence on the layer; None if it would not.
+
+    Reads the weight, writes nothing. The sum must not exceed the dtype's largest number: then both of its neighbours
+    are finite, whichever the rounding takes.
+    """
     limit = torch.finfo(weight.dtype).max
-    with torch.no_grad():
-        rows = torch.linalg.vector_norm(left.double(), dim=1).max().item()
-        columns = torch.linalg.vector_norm(right.double(), dim=0).max().item()
-        bound = abs(scaling) * rows * columns  # |(L R)_ij| ≤ ‖L_i‖‖R_j‖
-        if weight.dtype != torch.float16 and bound < limit * 1e-6:
-            return False  # no trained weight comes near this limit: spare the read
-        low, high = (value.item() for value in torch.aminmax(weight))
-        if not math.isfinite(low) or not math.isfinite(high):
-            return True
-        if max(-low, high) + bound < limit:
-            return False
-        compute = _compute_dtype(weight)
-        scaled, right = left.to(compute) * scaling, right.to(compute)
-        for rows_ in _blocks((weight.shape[0], weight.shape[1]), weight.device):
-            target = torch.addmm(weight[rows_].to(compute), scaled[rows_], right)
-            if not torch.isfinite(target.to(weight.dtype)).all():
-                return True
-    return False
+    low, high = (value.item() for value in torch.aminmax(weight))
+    if not math.isfinite(low) or not math.isfinite(high):
+        return f"has a weight with non-finite values ({low:g} to {high:g})"
+    rows = torch.linalg.vector_norm(left.double(), dim=1).max().item()
+    columns = torch.linalg.vector_norm(right.double(), dim=0).max().item()
+    if max(-low, high) + abs(scaling) * rows * columns <= limit:  # |(L R)_ij| ≤ ‖L_i‖‖R_j‖
+        return None
+    compute = _compute_dtype(weight)
+    scaled, right = left.to(compute) * scaling, right.to(compute)
+    for block in _blocks((weight.shape[0], weight.shape[1]), weight.device):
+        target = torch.addmm(weight[block].to(compute), scaled[block], right)
+        if not target.abs().amax() <= limit:
+            return f"would get a W + sBA beyond {limit:g}, the largest number of {weight.dtype}"
+    return None
 
 
 @torch.no_grad()

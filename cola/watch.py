@@ -1,5 +1,6 @@
 """Sees a model's training losses go by, without waiting for the device and without holding the optimizer."""
 
+import numbers
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ class LossWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.total: Tensor | float | None = None
-        self.count = 0
+        self.seen, self.told = _Mean(), _Mean()
         self._handle = model.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -27,30 +27,54 @@ class LossWatch:
         if loss is None and isinstance(output, dict):
             loss = output.get("loss")
         if module.training and isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-            self.tell(loss)
+            self.seen.add(loss)
 
     def tell(self, loss: Tensor | float) -> None:
-        """Add one loss. Tensors stay on their device."""
+        """Add one loss that the caller gives; it counts in place of what was seen. Tensors stay on their device.
+
+        Raises:
+            TypeError, ValueError: it is not one number.
+        """
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(
                     f"observe(loss) needs one number, got a tensor of shape {tuple(loss.shape)}: reduce it"
                 )
-            loss = loss.detach().reshape(())
-        self.total = loss if self.total is None else self.total + loss
-        self.count += 1
+        elif not isinstance(loss, numbers.Real):
+            raise TypeError(f"observe(loss={loss!r}) needs a number or a tensor with one element")
+        self.told.add(loss)
 
     def take(self, result: Any = None) -> Tensor | None:
-        """Mean of the losses since the last call as a 0-d tensor, else the closure's ``result``, else None."""
-        total, count = self.total, self.count
-        self.total, self.count = None, 0
-        if total is None:
-            total, count = result, 1
-        if total is None:
-            return None
-        value = total if isinstance(total, Tensor) else torch.tensor(float(total))
-        return value.detach().reshape(()) / count
+        """The step's loss as a 0-d tensor: the mean of what was told, else a closure's result, else the mean seen.
+
+        A closure may run the model many times in one step (LBFGS); what it returns is the loss of the first.
+        """
+        told, seen = self.told.take(), self.seen.take()
+        if told is not None:
+            return told
+        if isinstance(result, numbers.Real) or (isinstance(result, Tensor) and result.numel() == 1):
+            return torch.as_tensor(result).detach().reshape(())
+        return seen
 
     def remove(self) -> None:
         """Stop watching."""
         self._handle.remove()
+
+
+class _Mean:
+    """A mean that grows; the sum stays on its device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float | None = None
+        self.count = 0
+
+    def add(self, value: Tensor | float) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().reshape(())
+        self.total = value if self.total is None else self.total + value
+        self.count += 1
+
+    def take(self) -> Tensor | None:
+        total, count = self.total, self.count
+        self.total, self.count = None, 0
+        return None if total is None else torch.as_tensor(total) / count

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 #: lower floors first; a module may import from its own floor's left and from lower floors, never upwards
 FLOORS = [
     ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
-    ["cola.extend", "cola.reset", "cola.knots"],
+    ["cola.arguments", "cola.extend", "cola.reset", "cola.probe", "cola.knots"],
     ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters.peft", "cola.adapters", "cola.adapters.targets"],
     ["cola.link", "cola.fingerprint", "cola.replay", "cola.subspace"],
     ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
@@ -70,7 +70,8 @@ def test_theory_stands_alone(name, path):
 
 @pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("experiments")])
 def test_experiments_use_the_public_api_only(name, path):
-    assert {i for i in imports(path) if i.split(".")[0] == "cola"} <= {"cola"}
+    public = {"cola", "cola.integrations.transformers", "cola.integrations.lightning"}
+    assert {i for i in imports(path) if i.split(".")[0] == "cola"} <= public
 
 
 def test_top_level_holds_what_was_agreed():

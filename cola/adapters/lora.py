@@ -93,6 +93,13 @@ class AdaptedLayer(nn.Module):
             cls._made[cls, plain] = made
         return made
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class made by `over` has no name to be pickled under: say how it was made
+        made = next((kind for kind in type(self).__mro__ if (kind, type(self).plain_class) in self._made), None)
+        if made is None:
+            return super().__reduce_ex__(protocol)
+        return _empty, (made, self.plain_class), self.__dict__
+
     def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         """Give a layer whose class has just become this one its link."""
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
@@ -164,6 +171,10 @@ class LoRALinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with a link."""
 
     plain_class = nn.Linear
+
+
+def _empty(kind: type[AdaptedLayer], plain: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(kind.over(plain))
 
 
 @torch.no_grad()

@@ -98,8 +98,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
         found = _all_linear(model, modules) if target_modules == "all-linear" else _by_regex(modules, target_modules)
     else:
         found = _by_names(modules, target_modules)
-    shared = _shared_weights(model)
+    shared, read = _shared_weights(model), _read_directly(modules)
     for path, module in found.items():
+        if id(module) in read:
+            raise ValueError(f"target_modules: layer {path!r} {_UNCALLED}")
         _require_tieable(path, module, shared)
     return found
 
@@ -162,11 +164,11 @@ def _query_value(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     ask = getattr(unwrap(model), "get_output_embeddings", None)
     head = ask() if callable(ask) else None
-    found = {}
+    found, read = {}, _read_directly(modules)
     for path, module in modules.items():
         if not is_linear_map(module) or module is head:
             continue
-        reason = refusal(module)
+        reason = _UNCALLED if id(module) in read else refusal(module)
         if reason is None or isinstance(module, AdaptedLayer):
             found[path] = module  # an adapted layer goes on to the error that explains it
         else:
@@ -207,11 +209,36 @@ def _has_weight(module: nn.Module) -> bool:
     return "weight" in module._parameters or isinstance(getattr(module, "weight", None), torch.Tensor)
 
 
+_UNCALLED = (
+    "belongs to an nn.TransformerEncoderLayer, whose fast path in evaluation reads the weight without calling the "
+    "layer, so a link would not be seen there"
+)
+
+
+def _read_directly(modules: dict[str, nn.Module]) -> set[int]:
+    """Layers (by id) whose weights their parent reads instead of calling them."""
+    parents = [module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
+
+
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
+    """Names of the parameters that share memory with each parameter (by id), where there are several."""
+    spans: dict[int, list[tuple[int, int, int, str]]] = {}  # storage to (first byte, end, id, name)
     for name, parameter in parameters_by_name(model).items():
-        owners.setdefault(id(parameter), []).append(name)
-    return {identity: names for identity, names in owners.items() if len(names) > 1}
+        if parameter.is_meta or not parameter.numel():
+            spans.setdefault(id(parameter), []).append((0, 1, id(parameter), name))
+            continue
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        start = local.data_ptr()
+        end = start + local.numel() * local.element_size()
+        spans.setdefault(local.untyped_storage().data_ptr(), []).append((start, end, id(parameter), name))
+    shared: dict[int, list[str]] = {}
+    for group in spans.values():
+        for start, end, identity, _ in group if len(group) > 1 else ():
+            together = sorted(name for a, b, _, name in group if a < end and start < b)
+            if len(together) > 1:
+                shared[identity] = together
+    return shared
 
 
 def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]]) -> None:

@@ -452,3 +452,56 @@ def test_packing_round_trips_through_json(value):
 def test_packing_names_what_it_cannot_keep():
     with pytest.raises(TypeError, match=r"state/3/hook is a function"):
         pack({3: {"hook": lambda: 0}}, "state", {})
+
+
+def test_what_distributed_checkpointing_gives_back_goes_on():
+    """torch's own functions, flattened names and probe step included."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, opt, _ = undisturbed("fp32", KNOT)
+    weights = copy.deepcopy(get_model_state_dict(model))
+    state = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    train(opt, model, 4, start=KNOT)
+    resumed = Net()
+    again = wrap(resumed, "fp32")
+    set_model_state_dict(resumed, weights)
+    set_optimizer_state_dict(resumed, again, state)
+    assert again.steps == KNOT
+    train(again, resumed, 4, start=KNOT)
+    assert same(model.state_dict(), resumed.state_dict())
+    assert len(opt.chain) == 2
+    assert (again.chain.missing, len(again.chain)) == (1, 1)
+
+
+def test_a_model_with_pefts_own_layers_is_resumed(tmp_path, restored_rng):
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(24).view(2, 12)
+
+    def new(seed):
+        torch.manual_seed(seed)  # PEFT draws the first link from the global generator
+        config = peft.LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=["c_attn"], fan_in_fan_out=True)
+        model = peft.get_peft_model(tiny_gpt2(), config)
+        return model, ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=3), lr=0.05)
+
+    def run(model, opt, steps):
+        for _ in range(steps):
+            opt.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            opt.step()
+
+    model, opt = new(0)
+    run(model, opt, 2)
+    opt.save(tmp_path / "early")
+    run(model, opt, 3)
+    opt.save(tmp_path / "late")
+    run(model, opt, 3)
+    for name, steps in (("early", 6), ("late", 3)):
+        resumed, again = new(1)
+        again.load(tmp_path / name)
+        run(resumed, again, steps)
+        assert same(model.state_dict(), resumed.state_dict())

@@ -113,7 +113,7 @@ def test_verify_passes_on_the_right_base(run, tmp_path, capsys):
         assert main(["verify", str(run / kind), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
         text = capsys.readouterr().out
         assert "FAIL" not in text
-        assert text.count("ok ") == 5
+        assert text.count("ok ") == (6 if kind == "checkpoint" else 5)
     assert json.loads((tmp_path / "verify.json").read_text())["ok"]
 
 
@@ -129,6 +129,10 @@ def test_verify_fails_on_another_base_and_on_damage(made, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert not result["ok"]
     assert "link-00001" in result["checks"][0]["problem"]
+    shutil.copytree(made / "fp32" / "checkpoint", tmp_path / "checkpoint")
+    next((tmp_path / "checkpoint").glob("state-*")).write_bytes(b"")
+    assert main(["verify", str(tmp_path / "checkpoint"), "--base", str(made / "fp32" / "base")]) == 1
+    assert "FAIL  the run's state is whole" in capsys.readouterr().out
     bad = Chain.load(chain)
     bad[0].factors[bad.layers()[0]].B[0, 0] = float("nan")
     bad.save(tmp_path / "nan")

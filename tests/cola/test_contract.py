@@ -78,9 +78,9 @@ def test_losses_seen_in_evaluation_or_without_gradients_do_not_count():
     with torch.no_grad():
         model(input_ids=ids, labels=ids)
     model(input_ids=ids)
-    assert opt._losses.count == 0
+    assert opt._losses.seen.count == 0
     model(input_ids=ids, labels=ids)
-    assert opt._losses.count == 1
+    assert opt._losses.seen.count == 1
     opt.finish()
     assert not model._forward_hooks
 

@@ -167,6 +167,20 @@ def test_saving_replaces_a_chain_and_leaves_other_files(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_saving_clears_what_interrupted_saves_left_and_nothing_else(tmp_path):
+    _, chain = trained()
+    chain.save(tmp_path)
+    good = set(os.listdir(tmp_path))
+    link = next(tmp_path.glob("link-*")).name
+    ours = [f".{link}.0123abcd.tmp", ".chain.json.0123abcd.tmp", f"link-00007-{'0' * 16}.safetensors"]
+    others = [".notes.0123abcd.tmp", "link-1.safetensors", ".chain.json.swp", "state-0.safetensors"]
+    for name in (*ours, *others):
+        (tmp_path / name).write_bytes(b"x")
+    chain.save(tmp_path)
+    assert set(os.listdir(tmp_path)) == good | set(others)
+    assert same_links(Chain.load(tmp_path), chain)
+
+
 def test_a_link_that_was_changed_in_place_is_written_again(tmp_path):
     _, chain = trained()
     chain.save(tmp_path)

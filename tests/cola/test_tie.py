@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cola.tie import delta_norm, key, overflows, residual_like, tie_, tolerance
+from cola.tie import delta_norm, key, obstacle, residual_like, tie_, tolerance
 from tests.reference import stochastic_neighbours
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -161,7 +161,7 @@ def test_no_temporary_of_the_weights_size(dtype, rounding):
     residual = residual_like(W) if rounding == "compensated" else None
     with LargestResult() as seen:
         tie_(W, L, R, 1.0, rounding=rounding, residual=residual)
-        overflows(W, L, R, 1.0)
+        obstacle(W, L, R, 1.0)
     assert seen.largest <= 1 << 16  # one block; the weight is eight of them
 
 
@@ -173,22 +173,26 @@ def test_the_norm_of_an_update_needs_no_full_matrix():
 @pytest.mark.parametrize(
     ("weight", "size", "dtype", "expected"),
     [
-        (60000.0, 1e4, torch.float16, True),
-        (60000.0, 1e3, torch.float16, False),
-        (1.0, 1.0, torch.float16, False),
-        (1.0, 1e38, torch.float32, False),
-        (3e38, 1e38, torch.float32, True),
-        (3e38, 1e38, torch.bfloat16, True),
-        (1.0, 1e30, torch.bfloat16, False),
-        (math.inf, 1.0, torch.float16, True),
+        (60000.0, 1e4, torch.float16, "beyond 65504, the largest number of torch.float16"),
+        (65504.0, 10.0, torch.float16, "beyond 65504"),  # nearest would round it down, but a draw could round it up
+        (60000.0, 1e3, torch.float16, None),
+        (60000.0, -1e4, torch.float16, None),
+        (1.0, 1.0, torch.float16, None),
+        (1.0, 1e38, torch.float32, None),
+        (3e38, 1e38, torch.float32, "beyond 3.40282e"),
+        (3e38, 1e38, torch.bfloat16, "the largest number of torch.bfloat16"),
+        (1.0, 1e30, torch.bfloat16, None),
+        (math.inf, 1.0, torch.float16, "has a weight with non-finite values"),
+        (math.nan, 1.0, torch.float32, "has a weight with non-finite values"),
     ],
 )
 def test_overflow_is_seen_before_anything_is_written(weight, size, dtype, expected):
     W = torch.full((3, 4), weight).to(dtype)
     before = W.clone()
     L = torch.tensor([[size], [0.0], [0.0]])
-    assert overflows(W, L, torch.ones(1, 4), 1.0) is expected
-    assert torch.equal(W, before)
+    reason = obstacle(W, L, torch.ones(1, 4), 1.0)
+    assert (reason is None) if expected is None else (expected in reason)
+    assert torch.equal(W.nan_to_num(), before.nan_to_num())
 
 
 def test_keys_are_stable_and_distinct():

@@ -1,5 +1,6 @@
 """A knot happens whole or not at all."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -74,7 +75,9 @@ def test_a_sum_that_overflows_fp16_is_refused():
     with torch.no_grad():
         model.first.lora_A.fill_(1000.0), model.first.lora_B.fill_(100.0)
     before = state_of(model, opt)
-    with pytest.raises(KnotError, match=r"W \+ sBA of layer 'first' is not finite in torch.float16"):
+    with pytest.raises(
+        KnotError, match=r"layer 'first' would get a W \+ sBA beyond 65504, the largest number of torch.float16"
+    ):
         opt.tie()
     assert same(before, state_of(model, opt))
 
@@ -157,13 +160,114 @@ def test_after_a_knot_the_new_link_is_new():
     assert all(p.grad is None for p in opt.live.adapters())
 
 
-def test_weights_that_were_broken_before_are_named():
+def test_weights_that_were_broken_before_are_named_and_nothing_is_tied():
     model = Net()
-    with torch.no_grad():
-        model.second.weight[0, 0] = float("nan")
     opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
-    with pytest.raises(KnotError, match="tied weight of layer 'second' is nan from"):
+    train(opt, model, 2)
+    with torch.no_grad():
+        good, model.second.weight[0, 0] = model.second.weight[0, 0].item(), float("nan")
+    before = state_of(model, opt)
+    for call in (opt.tie, opt.finish):
+        with pytest.raises(KnotError, match="link 0 is not tied: layer 'second' has a weight with non-finite values"):
+            call()
+    assert same(before, state_of(model, opt))
+    with torch.no_grad():
+        model.second.weight[0, 0] = good
+    opt.tie()
+    assert len(opt.chain) == 1
+
+
+def test_fp16_weights_at_the_limit_are_refused_rather_than_rounded_up_to_infinity():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.fill_(65504.0)
+    link = LinkConfig(r=1, lora_alpha=1, target_modules="all-linear")
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.1)
+    with torch.no_grad():
+        model[0].lora_A.fill_(1.0), model[0].lora_B.fill_(10.0)
+    with pytest.raises(KnotError, match="largest number"):
         opt.tie()
+    assert model[0].weight.isfinite().all()
+
+
+def raising(*args):
+    raise RuntimeError("disk full")
+
+
+@pytest.mark.parametrize("how", ["listener", "policy", "interrupt", "finish inside", "tie inside"])
+def test_a_finish_that_is_disturbed_has_tied_once(how, monkeypatch):
+    model, twin = Net(), Net()
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
+    other = ChainOptimizer(torch.optim.AdamW, twin, NeverKnots(), link=LINK, lr=0.02)
+    train(opt, model, 5), train(other, twin, 5)
+    other.finish()
+    error, match = RuntimeError, "disk full"
+    if how == "listener":
+        opt.on_knot(raising)
+    elif how == "policy":
+        opt.policy.knotted = raising
+    elif how == "interrupt":
+        error, match = KeyboardInterrupt, None
+        monkeypatch.setattr(live, "tie_anywhere", interrupted(live.tie_anywhere))
+    else:
+        opt.on_knot(lambda report: opt.finish() if how == "finish inside" else opt.tie())
+        match = "after finish"
+    with default_interrupts(), pytest.raises(error, match=match):
+        opt.finish()
+    with pytest.raises(RuntimeError, match=r"finish\(\) after finish\(\)"):
+        opt.finish()
+    assert len(opt.chain) == 1
+    assert type(model.first) is nn.Linear
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_a_knot_inside_a_knot_is_refused():
+    model = Net()
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
+    train(opt, model, 2)
+    opt.on_knot(lambda report: opt.tie())
+    with pytest.raises(RuntimeError, match="a knot inside a knot"):
+        opt.tie()
+    assert len(opt.chain) == 1
+
+
+def test_a_ledger_that_was_changed_is_noticed_before_the_weights_are():
+    model = Net()
+    opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LINK, lr=0.02)
+    train(opt, model, 5)
+    opt.chain.undo()
+    before = state_of(model, opt)
+    with pytest.raises(ValueError, match=r"link 2 cannot follow a chain of 1 links.*opt\.undo"):
+        opt.tie()
+    assert same(before, state_of(model, opt))
+
+
+def test_a_knot_under_inference_mode_is_refused():
+    model = Net()
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
+    train(opt, model, 2)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"under torch\.inference_mode"):
+        opt.tie()
+    with torch.no_grad():
+        opt.tie()
+
+
+@contextlib.contextmanager
+def default_interrupts():
+    """Where the tests run in the background, SIGINT may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted(real):
+    def tie_(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    return tie_
 
 
 def test_an_interrupt_in_the_middle_of_a_tie_waits_for_the_knot(monkeypatch):
@@ -171,17 +275,11 @@ def test_an_interrupt_in_the_middle_of_a_tie_waits_for_the_knot(monkeypatch):
     opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LINK, lr=0.02)
     undisturbed = ChainOptimizer(torch.optim.AdamW, twin, NeverKnots(), link=LINK, lr=0.02)
     train(opt, model, 3), train(undisturbed, twin, 3)
-    real = live.tie_anywhere
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(live, "tie_anywhere", interrupted)
+    with monkeypatch.context() as patch, default_interrupts():
+        patch.setattr(live, "tie_anywhere", interrupted(live.tie_anywhere))
         with pytest.raises(KeyboardInterrupt):
             opt.tie()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     undisturbed.tie()
     assert len(opt.chain) == 1
     assert train(opt, model, 3, start=3) == train(undisturbed, twin, 3, start=3)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,37 @@
+"""Checks of arguments that several modules make."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+
+def integer(value: object) -> int | None:
+    """``value`` as a Python int if it is an integer of any library (bools are none), else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Require ``value`` to be one of ``choices``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def names(name: str, value: Any) -> list[str]:
+    """``value`` as a list of names.
+
+    Raises:
+        TypeError: it is not a sequence of strings.
+    """
+    if isinstance(value, str) or not isinstance(value, (Sequence, set, frozenset)):
+        raise TypeError(f"{name}={value!r} must be a list of names")
+    for item in value:
+        if not isinstance(item, str):
+            raise TypeError(f"{name}={value!r} must hold names, and {item!r} is not a string")
+    return list(value)
