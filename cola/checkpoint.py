@@ -55,7 +55,13 @@ class Checkpoint:
 
 
 def save(
-    directory: Path, ledger: Ledger, live: LiveLink, base: Optimizer, state: dict[str, Any], loss: float | None
+    directory: Path,
+    ledger: Ledger,
+    live: LiveLink,
+    base: Optimizer,
+    state: dict[str, Any],
+    loss: float | None,
+    weights: Fingerprint,
 ) -> None:
     """Write a checkpoint in the place of the directory's former one.
 
@@ -66,6 +72,7 @@ def save(
         base: the base optimizer.
         state: its state dict, with the chain's counters in it.
         loss: of the last step.
+        weights: fingerprint of the adapted layers as they are.
 
     Raises:
         RuntimeError: the links were not kept, or were lost, so that the weights could not be rebuilt.
@@ -78,7 +85,6 @@ def save(
             "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "
             "opt.state_dict() instead"
         )
-    weights = replay.take_fingerprint(live.model, live.layers)
     if not writes():
         return
     require_ours(directory, CHECKPOINT)

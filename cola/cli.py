@@ -164,16 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], Answer], directory: str) -> argparse.ArgumentParser:
         summary = (run.__doc__ or "").strip()
         sub = commands.add_parser(name, help=summary, description=summary)
-        sub.set_defaults(run=run, base=None, seed=0)
+        sub.set_defaults(run=run, base=None)
         sub.add_argument("directory", type=Path, metavar="DIR", help=directory)
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        sub.add_argument("--seed", type=int, default=0, help="of parts that a base's files lack; else nothing is drawn")
         return sub
 
     def base(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--base", required=True, metavar="MODEL", help="model directory or hub name of the untouched base"
         )
-        sub.add_argument("--seed", type=int, default=0, help="of parts that the base's files lack (default: 0)")
         sub.add_argument(
             "--trust-remote-code", action="store_true", help="run code that comes with the base (default: off)"
         )

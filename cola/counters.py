@@ -17,7 +17,13 @@ VERSION = 1
 
 
 def write(
-    steps: int, epoch: float | None, probed: list[int], stepped: Iterable[str], policy: KnotPolicy, live: LiveLink
+    steps: int,
+    epoch: float | None,
+    probed: list[int],
+    stepped: Iterable[str],
+    policy: KnotPolicy,
+    live: LiveLink,
+    weights: str | None,
 ) -> str:
     """The counters of a running chain.
 
@@ -26,6 +32,7 @@ def write(
         probed: groups whose state a probe step made.
         stepped: group entries that are the base's state.
         policy, live: described in full, so that `read` can tell another chain's state.
+        weights: digest of the tied weights that the state belongs to; None before the first knot.
     """
     return json.dumps(
         {
@@ -36,6 +43,7 @@ def write(
             "stepped": sorted(stepped),
             "policy": policy.state_dict(),
             "live": describe(live),
+            "weights": weights,
         }
     )
 
@@ -97,6 +105,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and all(isinstance(values, list) and all(type(v) is kind for v in values) for values, kind in lists)
         and isinstance(saved.get("epoch"), (int, float, type(None)))
         and isinstance(saved.get("policy"), dict)
+        and isinstance(saved.get("weights"), (str, type(None)))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

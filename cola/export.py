@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cola import subspace, tensorfile
@@ -36,7 +37,7 @@ def to_peft(
     for path in paths:
         require_plain_name(path)
         factors = [link.factors[path] for link in links if path in link.factors]
-        dtype = factors[0].A.dtype
+        dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B would not fit half precision
         if r is None or r >= sum(f.rank for f in factors):
             (B, A), errors[path] = subspace.stack(factors), 0.0
         else:
@@ -49,7 +50,7 @@ def to_peft(
     tensors.update(biases)
     tensors.update(saved)
     name = base_model or (base.name if base is not None else None)
-    config = _config(ranks, base, name, bool(biases), sorted({_owner(key) for key in saved}))
+    config = _config(ranks, base, name, _bias(biases), sorted({_owner(key) for key in saved}))
     account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
     write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
     write(directory / CONFIG, json.dumps(config, indent=2).encode())
@@ -58,7 +59,7 @@ def to_peft(
 
 
 def _config(
-    ranks: dict[str, int], base: Fingerprint | None, name: str | None, biases: bool, saved: list[str]
+    ranks: dict[str, int], base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
 ) -> dict[str, Any]:
     """``adapter_config.json``. Layers whose rank is not the usual one are listed; alpha = r everywhere, so s = 1."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
@@ -75,7 +76,7 @@ def _config(
         "alpha_pattern": other,
         "use_rslora": False,
         "lora_dropout": 0.0,
-        "bias": "lora_only" if biases else "none",
+        "bias": bias,
         # an expression, because PEFT takes listed names for ends of paths as well, and adapts (or trips over) others
         "target_modules": "|".join(re.escape(path) for path in ranks),
         "modules_to_save": saved or None,
@@ -85,17 +86,29 @@ def _config(
     }
 
 
+def _bias(biases: dict[str, Tensor]) -> str:
+    """PEFT's word for which biases the file holds."""
+    if not biases:
+        return "none"
+    return "lora_only" if all(name.endswith(".base_layer.bias") for name in biases) else "all"
+
+
 def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Last values of what was trained beside the links: biases of adapted layers, and whole modules."""
+    """Last values of what was trained beside the links: lone biases, and modules that PEFT is to replace whole."""
     values = {path: value for link in links for path, value in link.trained.items()}
-    biases = {f"{path}.bias" for path in paths}
-    for name in values:
+    adapted = {f"{path}.bias" for path in paths}
+    whole = {_owner(name) for name in values if not name.endswith("bias")}
+    biases, saved = {}, {}
+    for name, value in values.items():
         require_plain_name(name)
-    return (
-        {f"{PREFIX}{n.removesuffix('bias')}base_layer.bias": v for n, v in values.items() if n in biases},
-        {f"{PREFIX}{n}": v for n, v in values.items() if n not in biases},
-    )
+        if name in adapted:  # PEFT wraps an adapted layer, and the bias stays inside
+            biases[f"{PREFIX}{name.removesuffix('bias')}base_layer.bias"] = value
+        elif name.endswith("bias") and _owner(name) not in whole:
+            biases[f"{PREFIX}{name}"] = value
+        else:
+            saved[f"{PREFIX}{name}"] = value
+    return biases, saved
 
 
-def _owner(key: str) -> str:
-    return key.removeprefix(PREFIX).rpartition(".")[0]
+def _owner(name: str) -> str:
+    return name.removeprefix(PREFIX).rpartition(".")[0]

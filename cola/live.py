@@ -173,8 +173,14 @@ class LiveLink:
 
         Raises:
             KnotError: a factor, the weight or their sum is not finite in the weight's dtype; names the layer.
+            ValueError: compensated rounding of sharded weights.
         """
         for path, layer in self.layers.items():
+            if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
+                raise ValueError(
+                    "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
+                    "'stochastic'"
+                )
             A, B = whole(layer.lora_A), whole(layer.lora_B)
             for name, factor in (("A", A), ("B", B)):
                 if not torch.isfinite(factor).all():
@@ -190,11 +196,6 @@ class LiveLink:
                     "checkpoint, drop the link by finish(merge=False), or use a smaller learning rate or a wider dtype"
                 )
             if self.rounding_of(path) == "compensated" and path not in self.residuals:
-                if is_sharded(layer.weight):
-                    raise KnotError(
-                        f"link {self.index} is not tied: rounding='compensated' keeps a buffer per weight, and layer "
-                        f"{path!r} is sharded: use rounding='stochastic'"
-                    )
                 device = self.config.residual_device or layer.weight.device
                 self.residuals[path] = residual_like(layer.weight, device)
 

@@ -18,7 +18,6 @@ from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
-from cola.replay import take_fingerprint
 from cola.reset import GroupWatch, adopt, fresh_instance, tensors_of
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
@@ -181,7 +180,7 @@ class ChainOptimizer(Saves):
 
         Raises:
             KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
-            RuntimeError: after `finish`.
+            RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
         """
         self._require_running("step()")
         args: tuple[Any, ...] = (closure,)
@@ -195,8 +194,10 @@ class ChainOptimizer(Saves):
         if probing:
             self._require_live_groups()
             self._probed = probe.stateless(self.base)
-        elif self._probed:
-            self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
+        else:
+            self._require_weights()
+            if self._probed:
+                self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
         groups = self._groups.before(self.param_groups)
         result = self.base.step() if closure is None else self.base.step(closure)
         self._groups.after(groups, self.param_groups)
@@ -343,13 +344,14 @@ class ChainOptimizer(Saves):
         self._require_live_groups()
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
+        self._require_weights()
         mode = self._leave_training_mode()
         try:
             live.check()
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
             factors = live.factors(snapshot) if keep else {}
             trained = {path: whole(p.detach()).cpu().clone() for path, p in live.trained().items()} if keep else {}
-            base = take_fingerprint(live.model, live.layers) if index == 0 and keep else self.chain.base
+            base = self._weights() if index == 0 and keep else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
             self._mode(mode)

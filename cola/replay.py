@@ -114,7 +114,7 @@ def untie(model: nn.Module, links: Sequence[Link], base: Base) -> None:
     """Put the base's values back wherever the links changed something. Call `check` first."""
     values, untouched = _values(model), _values(base)
     for name in dict.fromkeys((*map(_weight_of, paths(links)), *(path for link in links for path in link.trained))):
-        values[name].copy_(untouched[name])
+        copy_whole(values[name], untouched[name])
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:

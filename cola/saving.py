@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from cola import carry, checkpoint, counters, interrupts, replay
 from cola.chain import Chain
+from cola.distributed import is_sharded
+from cola.fingerprint import Fingerprint
 from cola.knots import KnotPolicy
 from cola.link import Link
 from cola.live import LiveLink
@@ -31,6 +33,8 @@ class Saves(Optimizer):
     _loss: torch.Tensor | None
     _probed: list[int]
     _groups: GroupWatch
+    _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
+    _printed: tuple[list[Any], Fingerprint] | None = None
 
     # in a directory of our own
 
@@ -46,7 +50,8 @@ class Saves(Optimizer):
             directory: made if need be; `Chain.load` reads the chain from it as well.
 
         Raises:
-            RuntimeError: after `finish`; or the links are not there (``keep_links=False``) to rebuild the weights from.
+            RuntimeError: after `finish`; the links are not there (``keep_links=False``) to rebuild the weights from; or
+                the model is sharded.
             TypeError: the base optimizer's state holds something that only pickling could keep.
             ValueError: the directory holds another program's files under our names.
             OSError: the disk is full, the directory read-only, …
@@ -71,8 +76,10 @@ class Saves(Optimizer):
         True
         """
         self._require_running("save()")
+        self._require_in_one_piece("save()")
         loss = None if self._loss is None else float(self._loss)
-        checkpoint.save(Path(directory), self.chain.ledger(), self.live, self.base, self._base_state(), loss)
+        ledger, state, weights = self.chain.ledger(), self._base_state(), self._weights()
+        checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights)
 
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
         """Continue where `save` was called, bit for bit, on the same device and library versions.
@@ -91,6 +98,7 @@ class Saves(Optimizer):
             RuntimeError: this optimizer has tied a knot already, or is finished.
         """
         self._require_running("load()")
+        self._require_in_one_piece("load()")
         self._require_untouched("load()")
         saved = checkpoint.read(Path(directory))
         counted = counters.read(saved.state, self.live)
@@ -102,6 +110,7 @@ class Saves(Optimizer):
             checkpoint.rebuild(saved, index, self.live, self.base)
             checkpoint.load_exactly(self.base, saved.state)
             self._continue(counted)
+            self._expected = None  # `rebuild` has compared
             self.chain.restore(saved.ledger)
             self._loss = None if saved.loss is None else torch.tensor(saved.loss)
         if rng:
@@ -130,6 +139,9 @@ class Saves(Optimizer):
 
         A framework may have dropped the top-level key ``"cola"`` (distributed checkpointing does). Training then goes
         on exactly, and the chain knows that its first links are missing. Only compensated rounding cannot go on.
+
+        The first step compares the model's weights with those that the state was saved with, and raises where the
+        model's own state dict was not loaded: the state alone would go on from a wrong model in silence.
 
         Raises:
             ValueError: the state is not a chain's, or of another chain (seed, ranks, layers), a link is missing, or
@@ -227,15 +239,42 @@ class Saves(Optimizer):
         self._loss = None
 
     def _base_state(self) -> dict[str, Any]:
+        weights = self._weights().digest if self.live.index else None
         self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
-            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live
+            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live, weights
         )
         return self.base.state_dict()
+
+    def _weights(self) -> Fingerprint:
+        """Fingerprint of the adapted layers' weights, taken again only when they have changed: they do at knots."""
+        weights = [layer.weight for layer in self.live.layers.values()]
+        state = [(id(weight), weight._version, weight.dtype, weight.device) for weight in weights]
+        if self._printed is None or self._printed[0] != state:
+            self._printed = state, replay.take_fingerprint(self.live.model, self.live.layers)
+        return self._printed[1]
+
+    def _require_weights(self) -> None:
+        """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
+        expected, self._expected = self._expected, None
+        if expected is not None and self._weights().digest != expected:
+            self._expected = expected
+            raise RuntimeError(
+                f"the model's weights are not those that the optimizer's state was saved with, after {self.live.index} "
+                "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
+            )
 
     def _continue(self, counted: dict[str, Any]) -> None:
         self.policy.load_state_dict(counted["policy"])
         self.steps, self._epoch = counted["steps"], counted["epoch"]
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
+        self._expected = counted.get("weights")
+
+    def _require_in_one_piece(self, call: str) -> None:
+        if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
+            raise RuntimeError(
+                f"{call} is for models in one piece, and this one is sharded: save the model's and the optimizer's "
+                "state dicts by torch.distributed.checkpoint"
+            )
 
     def _require_untouched(self, call: str) -> None:
         if self.live.index or len(self.chain):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 
+from cola import Chain
 from experiments import corpus, tiny_opt
 from experiments.arms import ARMS
 from experiments.evaluation import bits_per_byte
@@ -94,7 +95,7 @@ class Results:
         untouched: the loss of the model before fine-tuning, on the test split.
         rebuilt: chosen run of a chain -> largest difference between the weights it left and the untouched
         model
-            with its saved chain applied; empty when chains cannot be saved.
+            with its saved chain applied.
     """
 
     outcomes: Mapping[Run, Outcome]
@@ -174,7 +175,7 @@ def _train_all(
         for future in finished:
             run = waiting.pop(future)
             outcomes[run] = future.result()
-            tick(f"{ARMS[run.arm].label}, lr {run.lr:g}, seed {run.seed}")
+            tick(f"{ARMS[run.arm].title(plan.setting.adapters)}, lr {run.lr:g}, seed {run.seed}")
             if run.arm not in chosen and all(search in outcomes for search in plan.search(run.arm)):
                 chosen[run.arm] = choose(outcomes[search] for search in plan.search(run.arm))
                 submit(plan.final(run.arm, chosen[run.arm]))
@@ -200,10 +201,8 @@ def _untouched(plan: Plan) -> float:
 
 def _rebuild(run: Run, plan: Plan) -> float | None:
     folder = run.folder(plan.scratch) / "chain"
-    if not folder.exists():
+    if not folder.exists():  # the arm has no chain
         return None
-    from cola import Chain
-
     rebuilt = tiny_opt.load(plan.model)
     Chain.load(folder).apply(rebuilt)
     left = dict(_tuned(run, plan).named_parameters())

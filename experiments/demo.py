@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from cola import KnotError
 from experiments import corpus, tiny_opt
-from experiments.arms import ARMS, REFERENCE
+from experiments.arms import ARMS, REFERENCE, Adapters, Arm
 from experiments.compare import Plan, Results, Run, compare
 from experiments.plots import draw
 from experiments.report import checks, record, rows, statements, table
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments demo`."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 8)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 5)")
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="all learning rates of the grid, each on two seeds, all arms, 8 seeds; "
+        help="all learning rates of the grid, each on two seeds, all arms, 5 seeds; "
         f"a default run tries the {NEARBY} rates nearest to the recorded best on one seed",
     )
     parser.add_argument(
@@ -58,6 +59,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--smoke", action="store_true", help="a few steps of a random, smaller model: does everything run?"
+    )
+
+    default = Setting()
+    other = parser.add_argument_group("another setting", "the defaults are what the recorded rates belong to")
+    other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
+    other.add_argument("--rank", type=int, default=default.adapters.rank, help="of the adapters (default: %(default)s)")
+    other.add_argument(
+        "--targets",
+        nargs="+",
+        default=list(default.adapters.targets),
+        metavar="NAME",
+        help="layers, or all-linear (default: query and value)",
+    )
+    other.add_argument("--init", default=default.adapters.init, help="how A is drawn (default: %(default)s)")
+    other.add_argument("--epochs", type=int, default=default.epochs, help="passes over the text (default: %(default)s)")
+    other.add_argument("--bytes", type=int, default=default.train_bytes, help="of prose (default: %(default)s)")
+    other.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
+    other.add_argument("--warmup", type=int, default=default.warmup, help="steps, of every link (default: %(default)s)")
+    other.add_argument(
+        "--decay",
+        type=float,
+        default=default.decay,
+        help="share of the run, at its end (default: %(default)s)",
     )
 
 
@@ -79,12 +103,17 @@ def main(arguments: argparse.Namespace) -> int:
                 progress.set_postfix_str(done, refresh=False)
                 progress.update()
 
-            results = compare(plan, tick)
+            try:
+                results = compare(plan, tick)
+            except (FloatingPointError, KnotError, ValueError) as error:
+                progress.close()
+                print(f"demo: {error}", file=sys.stderr)
+                return 1
         _keep_chains(plan, results, arguments.out / "chains")
-        found = rows(results)
+        found = rows(results, plan.setting.adapters)
         verdicts = checks(plan, results, found, learned=not arguments.smoke)
-        minutes = (time.perf_counter() - started) / 60
-        written = record(plan, results, found, verdicts, round(minutes, 2), _command(arguments))
+        minutes, cpu_minutes = (time.perf_counter() - started) / 60, sum(os.times()[:4]) / 60
+        written = record(plan, results, found, verdicts, minutes, cpu_minutes, _command(arguments))
     (arguments.out / "results.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     (arguments.out / "table.txt").write_text(table(found) + "\n")
     draw(results, found, arguments.out / "curves.png")
@@ -95,7 +124,8 @@ def main(arguments: argparse.Namespace) -> int:
     print("\nChecks:")
     for check in verdicts:
         print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")
-    print(f"\n{arguments.out}/: results.json, table.txt, curves.png, chains/   {minutes:.1f} minutes")
+    print(f"\n{arguments.out}/: results.json, table.txt, curves.png, chains/")
+    print(f"{minutes:.1f} minutes; {cpu_minutes:.1f} minutes of one core")
     return 0 if all(check.holds for check in verdicts) else 1
 
 
@@ -103,30 +133,32 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
     """What the arguments ask for.
 
     Raises:
-        ValueError: a number of seeds or processes below one.
+        ValueError: a number of seeds or processes below one, a setting that cannot be.
         FileNotFoundError: the model is missing.
     """
-    count = arguments.seeds if arguments.seeds is not None else 8 if arguments.full else 2 if arguments.smoke else 3
+    count = arguments.seeds if arguments.seeds is not None else 5 if arguments.full else 2 if arguments.smoke else 3
     for name, value in (("--seeds", count), ("--workers", arguments.workers)):
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")
     seeds = tuple(range(arguments.seed, arguments.seed + count))
     arms = arguments.arms or [name for name, arm in ARMS.items() if arguments.full or not arm.control]
-    nearby = {name: ARMS[name].rates if arguments.full else ARMS[name].nearby(NEARBY) for name in arms}
+    rates = {name: _rates(ARMS[name], arguments) for name in arms}
     search = seeds[: 2 if arguments.full else 1]
     if arguments.smoke:
         model = scratch / "model"
         tiny_opt.save(tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {})
         setting = Setting(epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
     else:
-        model, setting = arguments.model, Setting()
+        model, setting = arguments.model, _setting(arguments)
         tiny_opt.load(model)
-    return Plan(nearby, search, seeds, setting, model, scratch, arguments.workers)
+    return Plan(rates, search, seeds, setting, model, scratch, arguments.workers)
 
 
 def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
     prose = corpus.prose()
     rates = "the whole grid of rates" if arguments.full else f"the {NEARBY} rates nearest to the recorded best"
+    if arguments.rates:
+        rates = f"the rates {', '.join(f'{rate:g}' for rate in sorted(arguments.rates))}"
     return (
         f"{len(plan.rates)} arms, seeds {', '.join(map(str, plan.seeds))}, {plan.setting.epochs} epochs of "
         f"{len(plan.setting.training_text(prose)):,} bytes of prose; "
@@ -134,6 +166,30 @@ def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
         f"Learning rate: per arm, from {rates}, by validation loss over {len(plan.search_seeds)} seed(s)"
         f"{'' if arguments.full else '; --full searches the whole grid'}."
     )
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    adapters = Adapters(arguments.rank, tuple(arguments.targets), arguments.init)
+    adapters.link((1.0,))  # refuses what no link can be
+    for name in ("epochs", "bytes", "batch"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}={getattr(arguments, name)}: at least 1 is needed")
+    if not 0 < arguments.decay <= 1:
+        raise ValueError(f"--decay={arguments.decay}: a share of the run, above 0 and at most 1")
+    return Setting(
+        epochs=arguments.epochs,
+        train_bytes=arguments.bytes,
+        batch_size=arguments.batch,
+        warmup=arguments.warmup,
+        decay=arguments.decay,
+        adapters=adapters,
+    )
+
+
+def _rates(arm: Arm, arguments: argparse.Namespace) -> tuple[float, ...]:
+    if arguments.rates:
+        return tuple(sorted(arguments.rates))
+    return arm.rates if arguments.full else arm.nearby(NEARBY)
 
 
 def _keep_chains(plan: Plan, results: Results, target: Path) -> None:
@@ -145,12 +201,17 @@ def _keep_chains(plan: Plan, results: Results, target: Path) -> None:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    parts = ["python -m experiments demo", f"--seed {arguments.seed}"]
-    if arguments.seeds is not None:
-        parts.append(f"--seeds {arguments.seeds}")
-    if arguments.arms:
-        parts.append("--arms " + " ".join(arguments.arms))
-    parts += [flag for flag, given in (("--full", arguments.full), ("--smoke", arguments.smoke)) if given]
+    """The command line that repeats this run, without what is at its default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parts = ["python -m experiments demo"]
+    for name, value in vars(parser.parse_args([])).items():
+        given = getattr(arguments, name)
+        if name in ("out", "workers") or given == value:
+            continue
+        parts.append(f"--{name}")
+        if given is not True:
+            parts += map(str, given if isinstance(given, list) else [given])
     return " ".join(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ _STYLES = {
     "cola-2": ("#0072B2", "-", "s"),
     "cola-3": ("#D55E00", "-", "^"),
     "cola-plateau": ("#009E73", "--", "D"),
-    "cola-8-4": ("#CC79A7", "-.", "v"),
-    "lora-24": ("#56B4E9", ":", "P"),
+    "cola-stepdown": ("#CC79A7", "-.", "v"),
+    "lora-wide": ("#56B4E9", ":", "P"),
     "full": ("#7F7F7F", "--", "X"),
 }
 
@@ -28,22 +28,24 @@ _STYLES = {
 def draw(results: Results, rows: Sequence[Row], path: Path) -> None:
     """Write the figure as a PNG to `path`.
 
-    Left: bits per byte on the training text, averaged over seeds and smoothed, as the difference from LoRA at
-    the same step; every arm sees the same text at the same step, so the difference is free of the text's own
-    ups and downs. Without the LoRA arm the losses themselves are shown. Right: the table's held-out losses.
+    Left: bits per byte on the training text, averaged over seeds and smoothed. Middle: the same as the difference from
+    LoRA at the same step; every arm sees the same text at the same step, so the text's own ups and downs cancel. It is
+    scaled to the adapters' arms; without LoRA it is left out. Right: the table's held-out losses.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    labels = {row.arm: row.label for row in rows}
+    compared = REFERENCE in results.chosen and len(results.chosen) > 1
     with pyplot.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (curves, held_out) = pyplot.subplots(
-            1, 2, figsize=(11, 4.6), width_ratios=(1.45, 1), layout="constrained"
-        )
-        _curves(curves, results)
-        _held_out(held_out, results, rows)
-        figure.savefig(path, dpi=140)
+        figure, panels = pyplot.subplots(1, 2 + compared, figsize=(9.5 + 4.5 * compared, 4.6), layout="constrained")
+        _curves(panels[0], results, labels, None)
+        if compared:
+            _curves(panels[1], results, labels, REFERENCE)
+        _held_out(panels[-1], results, rows)
+        figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
 
@@ -55,32 +57,35 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def _curves(axes: Any, results: Results) -> None:
+def _curves(axes: Any, results: Results, labels: Mapping[str, str], reference: str | None) -> None:
     losses = {
         arm: np.mean([outcome.losses for outcome in results.final(arm)], axis=0)
         for arm in ARMS
         if arm in results.chosen
     }
-    reference = losses.get(REFERENCE)
     steps = len(next(iter(losses.values())))
     width = max(1, steps // 10)
+    shown = []
     for arm, values in losses.items():
         color, line, marker = _STYLES[arm]
-        curve = smooth(values if reference is None else values - reference, width)
-        axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=ARMS[arm].label)
+        curve = smooth(values if reference is None else values - losses[reference], width)
+        axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=labels[arm])
         ties = sorted({knot.step for outcome in results.final(arm) for knot in inside(outcome)})
         axes.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white")
-    if reference is not None and len(losses) > 1:
-        # the first steps swing more than everything after them
-        tail = [smooth(values - reference, width)[steps // 12 :] for values in losses.values()]
-        low, high = min(map(np.min, tail)), max(map(np.max, tail))
+        if reference is None or arm != CEILING or len(losses) == 2:
+            shown.append(curve[width:])
+    if width < steps:  # means over a full window only: the first steps swing more than everything after them
+        low, high = min(map(np.min, shown)), max(map(np.max, shown))
         margin = 0.08 * (high - low) or 0.01
         axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("optimizer step")
-    what = "training loss" if reference is None else "training loss minus LoRA's"
-    axes.set_ylabel(f"{what}, bits per byte")
-    axes.set_title(f"While training (mean of {width} steps; markers are knots)", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8.5, ncols=2)
+    if reference is None:
+        axes.set_ylabel("bits per byte")
+        axes.set_title(f"Training loss (mean of {width} steps; markers: knots)", loc="left", fontsize=10)
+        axes.legend(frameon=False, fontsize=8.5)
+    else:
+        axes.set_ylabel("bits per byte")
+        axes.set_title(f"Training loss minus {labels[reference]}'s", loc="left", fontsize=10)
 
 
 def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
@@ -98,7 +103,7 @@ def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
             capsize=4,
             elinewidth=1.4,
         )
-        axes.plot(results.losses(row.arm), [place + 0.2] * len(results.losses(row.arm)), ".", color=color, alpha=0.5)
+        axes.plot(results.losses(row.arm), [place - 0.22] * len(results.losses(row.arm)), ".", color=color, alpha=0.5)
         axes.annotate(
             f"{row.test.mean:.3f}", (row.test.mean, place), xytext=(0, -14), textcoords="offset points",
             ha="center", fontsize=8, color="#333333",
@@ -107,8 +112,8 @@ def _held_out(axes: Any, results: Results, rows: Sequence[Row]) -> None:
         for row in rows:
             if row.arm == arm:
                 axes.axvline(row.test.mean, color=_STYLES[arm][0], linestyle=line, linewidth=0.8, alpha=0.5, zorder=0)
-    axes.set_yticks(list(places), [ARMS[row.arm].label for row in rows])
+    axes.set_yticks(list(places), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("held-out bits per byte")
-    axes.set_title("On unseen topics (95 % t interval; dots are seeds)", loc="left", fontsize=10)
+    axes.set_title("Unseen topics (95 % t interval; dots: seeds)", loc="left", fontsize=10)

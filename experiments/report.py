@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from experiments import corpus
-from experiments.arms import ARMS, CEILING, REFERENCE
+from experiments.arms import ARMS, CEILING, REFERENCE, Adapters
 from experiments.compare import Plan, Results
 from experiments.hardware import describe_processor
 from experiments.stats import Interval, Paired, gap_closed, paired, t_interval
@@ -29,6 +29,7 @@ class Row:
 
     Attributes:
         arm: its name.
+        label: as shown.
         lr: the chosen peak learning rate.
         test: held-out bits per byte, mean and 95 % t interval over seeds.
         against: the paired difference from the reference; None for the reference, or without one.
@@ -39,6 +40,7 @@ class Row:
     """
 
     arm: str
+    label: str
     lr: float
     test: Interval
     against: Paired | None
@@ -57,8 +59,8 @@ class Check:
     found: str
 
 
-def rows(results: Results) -> list[Row]:
-    """The table, one row per arm in the order of `ARMS`."""
+def rows(results: Results, adapters: Adapters = Adapters()) -> list[Row]:  # noqa: B008 (frozen)
+    """The table, one row per arm in the order of `ARMS`; `adapters` are those of the runs."""
     arms = [arm for arm in ARMS if arm in results.chosen]
     losses = {arm: results.losses(arm) for arm in arms}
     means = {arm: math.fsum(values) / len(values) for arm, values in losses.items()}
@@ -70,6 +72,7 @@ def rows(results: Results) -> list[Row]:
         table.append(
             Row(
                 arm=arm,
+                label=ARMS[arm].title(adapters),
                 lr=results.chosen[arm],
                 test=t_interval(losses[arm]),
                 against=against.get(arm),
@@ -105,7 +108,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         lines.append(
             (
-                ARMS[row.arm].label,
+                row.label,
                 f"{row.lr:g}",
                 f"{row.knots:.3g}",
                 _mean(row.test),
@@ -130,7 +133,7 @@ def statements(rows: list[Row]) -> list[str]:
     for row in rows:
         if row.against is None:
             continue
-        label, difference = ARMS[row.arm].label, row.against.difference.mean
+        label, difference = row.label, row.against.difference.mean
         size = f"{abs(difference):.4f} bits per byte {'below' if difference < 0 else 'above'} LoRA"
         if math.isnan(row.against.p):
             said.append(f"{label}: {size}; one seed, no test possible")
@@ -191,9 +194,25 @@ def plan_steps(plan: Plan) -> int:
 
 
 def record(
-    plan: Plan, results: Results, rows: list[Row], checks: list[Check], minutes: float, command: str
+    plan: Plan,
+    results: Results,
+    rows: list[Row],
+    checks: list[Check],
+    minutes: float,
+    cpu_minutes: float,
+    command: str,
 ) -> dict[str, Any]:
-    """Everything as JSON values; NaN becomes null."""
+    """Everything as JSON values; NaN becomes null.
+
+    Args:
+        plan: what was asked for.
+        results: what came out.
+        rows: `rows(results)`.
+        checks: `checks(plan, results, rows)`.
+        minutes: the command took.
+        cpu_minutes: of one core, over all processes; unlike `minutes` they hardly depend on what else runs.
+        command: as typed.
+    """
     text = corpus.prose()
     return _jsonable(
         {
@@ -201,6 +220,7 @@ def record(
             "commit": _commit(),
             "hardware": describe_processor(),
             "minutes": minutes,
+            "cpu_minutes": cpu_minutes,
             "processes": plan.workers,
             "versions": {
                 "python": platform.python_version(),
@@ -218,7 +238,7 @@ def record(
             "search_seeds": plan.search_seeds,
             "untouched": results.untouched,
             "level": LEVEL,
-            "rows": [{"label": ARMS[row.arm].label, **asdict(row)} for row in rows],
+            "rows": [asdict(row) for row in rows],
             "statements": statements(rows),
             "checks": [asdict(check) for check in checks],
             "runs": [

@@ -13,7 +13,7 @@ from torch import nn
 
 from cola import ChainOptimizer, KnotReport
 from experiments import corpus
-from experiments.arms import Arm
+from experiments.arms import Adapters, Arm
 from experiments.evaluation import bits_per_byte
 
 
@@ -27,13 +27,17 @@ class Setting:
         context: bytes per block.
         batch_size: blocks per optimizer step.
         warmup: steps over which the rate rises, at the start and again after every knot.
+        decay: share of the run, at its end, over which the rate falls to zero.
+        adapters: their rank, layers and draws.
     """
 
     epochs: int = 3
-    train_bytes: int = 98_304
+    train_bytes: int = 36_864
     context: int = 256
-    batch_size: int = 4
-    warmup: int = 5
+    batch_size: int = 2
+    warmup: int = 15
+    decay: float = 0.5
+    adapters: Adapters = Adapters()  # noqa: RUF009 (frozen)
 
     def training_text(self, prose: corpus.Prose) -> bytes:
         """The part of the training split that is used."""
@@ -70,24 +74,26 @@ class Outcome:
 
 
 class WarmDecay:
-    """The factor on the learning rate: linear decay to zero over the run, a linear rise after every knot.
+    """The factor on the learning rate: flat, then linear decay to zero, with a linear rise after every knot.
 
-    A link starts like a LoRA of its own, with B = 0 and an optimizer that has seen nothing, so it gets the
-    same warm-up as the first; the decay belongs to the run. Without knots this is the usual linear schedule.
+    A link starts like a LoRA of its own, with B = 0 and an optimizer that has seen nothing, so it gets the same warm-up
+    as the first one. The decay belongs to the run; it starts late, so that later links are not left without a rate.
 
     Args:
         total: steps in the run.
         warmup: steps of every rise.
         ties: the steps after which knots were tied so far, oldest first; read anew on every call.
+        decay: share of the run, at its end, over which the factor falls to zero; 1 is the usual linear schedule.
     """
 
-    def __init__(self, total: int, warmup: int, ties: Sequence[int]) -> None:
-        self.total, self.warmup, self.ties = total, warmup, ties
+    def __init__(self, total: int, warmup: int, ties: Sequence[int], decay: float = 1.0) -> None:
+        self.total, self.warmup, self.ties, self.decay = total, warmup, ties, decay
 
     def __call__(self, step: int) -> float:
         """The factor for the update after `step` updates."""
         since = step - (self.ties[-1] if self.ties else 0)
-        return max(0.0, 1 - step / self.total) * min(1.0, (since + 1) / (self.warmup + 1))
+        left = max(0.0, 1 - step / self.total)
+        return min(1.0, left / self.decay) * min(1.0, (since + 1) / (self.warmup + 1))
 
 
 def fine_tune(
@@ -119,7 +125,7 @@ def fine_tune(
     total = setting.epochs * setting.steps_per_epoch(prose)
     started, cpu_started = time.perf_counter(), time.process_time()
     model.train()
-    optimizer = arm.optimizer(model, lr=lr, seed=seed, total_steps=total)
+    optimizer = arm.optimizer(model, setting.adapters, lr=lr, seed=seed, total_steps=total)
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     knots: list[Knot] = []
     ties: list[int] = []
@@ -130,7 +136,7 @@ def fine_tune(
 
     if isinstance(optimizer, ChainOptimizer):
         optimizer.on_knot(note)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties, setting.decay))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     for _ in range(setting.epochs):
@@ -146,7 +152,7 @@ def fine_tune(
     if isinstance(optimizer, ChainOptimizer):
         optimizer.finish()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    if chain_folder is not None and isinstance(optimizer, ChainOptimizer) and hasattr(optimizer.chain, "save"):
+    if chain_folder is not None and isinstance(optimizer, ChainOptimizer):
         optimizer.chain.save(chain_folder)
     validation = bits_per_byte(model, prose.text["validation"], setting.context)
     return Outcome(arm.name, lr, seed, validation, tuple(losses), tuple(knots), parameters, seconds, cpu_seconds)

@@ -13,13 +13,14 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import torch
 
 import cola.live
-from cola import ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
+from cola import Chain, ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
 from tests.models import BODY, Net, loss_of
 
 STEPS, EVERY = 12, 2  # steps of the run, steps between checkpoints
@@ -36,7 +37,7 @@ CASES = {
 
 
 def run(case: str, directory: Path) -> torch.Tensor:
-    """The run from wherever its last checkpoint is; returns all weights as one tensor."""
+    """The run from wherever its last checkpoint is; returns all weights, and base plus chain, as one tensor."""
     about = CASES[case]
     dtype = about.get("dtype", torch.float32)
     torch.manual_seed(5)
@@ -58,7 +59,9 @@ def run(case: str, directory: Path) -> torch.Tensor:
             opt.save(directory)
     opt.finish()
     opt.chain.save(directory / "chain")
-    return torch.cat([p.detach().double().flatten() for p in model.state_dict().values()])
+    again = Net(dtype=dtype)
+    Chain.load(directory / "chain").apply(again)
+    return torch.cat([p.double().flatten() for end in (model, again) for p in end.state_dict().values()])
 
 
 # what dies when
@@ -101,10 +104,12 @@ def attempt(case: str, directory: Path, out: Path, deadly_event: int | None, sec
             os.fsync, os.replace, os.unlink = (
                 counted(f, n) for f, n in ((os.fsync, "fsync"), (os.replace, "rename"), (os.unlink, "unlink"))
             )
-            cola.live.tie_ = counted(cola.live.tie_, "tie")
+            cola.live.tie_anywhere = counted(cola.live.tie_anywhere, "tie")
             weights = run(case, directory)
             out.write_text(json.dumps({"weights": weights.tolist(), "events": events}))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(write)

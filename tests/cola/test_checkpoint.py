@@ -377,6 +377,37 @@ def test_a_state_without_its_links_trains_on_and_refuses_export(tmp_path):
     assert Chain.load(tmp_path / "chain").missing == 1
 
 
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_state_on_weights_without_the_links_is_found_at_the_first_step(dropped):
+    """What every peer lets pass: the optimizer is resumed, the tied weights are not."""
+    model, opt, _ = undisturbed("fp32", KNOT + 1)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    if dropped:
+        del state["cola"]
+    resumed = Net()
+    again = wrap(resumed, "fp32")
+    again.load_state_dict(state)
+    live_alone = {name: value for name, value in weights.items() if "lora_" in name}
+    resumed.load_state_dict(live_alone, strict=False)
+    before = copy.deepcopy(resumed.state_dict())
+    for refused in (lambda: train(again, resumed, 1), again.tie, again.finish):
+        with pytest.raises(RuntimeError, match="load the model's own state dict too"):
+            refused()
+    assert same(before, resumed.state_dict())
+    resumed.load_state_dict(weights)
+    train(opt, model, 5, start=KNOT + 1), train(again, resumed, 5, start=KNOT + 1)
+    assert same(model.state_dict(), resumed.state_dict())
+
+
+def test_a_state_of_the_first_link_takes_any_base():
+    """Before the first knot nothing is tied, and a framework may load and save before the weights arrive."""
+    _, opt, _ = undisturbed("fp32", KNOT - 2)
+    resumed = Net(seed=4)
+    again = wrap(resumed, "fp32")
+    again.load_state_dict(opt.state_dict())
+    train(again, resumed, 5)
+
+
 def test_compensated_rounding_without_its_residuals_is_refused():
     _model, opt, _ = undisturbed("bf16 compensated", KNOT + 1)
     state = copy.deepcopy(opt.state_dict())

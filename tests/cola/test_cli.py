@@ -122,6 +122,10 @@ def test_verify_fails_on_another_base_and_on_damage(made, tmp_path, capsys):
     tiny_opt(seed=1).save_pretrained(tmp_path / "other")
     assert main(["verify", str(chain), "--base", str(tmp_path / "other")]) == 1
     assert "FAIL  base is the one that the chain was trained on: wrong base" in capsys.readouterr().out
+    command = ["merge", str(chain), "--base", str(tmp_path / "other"), "--out", str(tmp_path / "merged")]
+    assert main(command) == 1
+    assert "wrong base" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
     broken = tmp_path / "broken"
     shutil.copytree(chain, broken)
     next(broken.glob("link-00001-*")).unlink()
@@ -229,8 +233,7 @@ def test_help_and_version(capsys):
         assert left.value.code == 0
         text = capsys.readouterr().out
         if arguments:
-            assert "--json" in text
-            assert "--out" in text
+            assert all(option in text for option in ("--json", "--out", "--seed"))
     with pytest.raises(SystemExit) as left:
         main(["export"])
     assert left.value.code == 2

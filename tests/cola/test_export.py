@@ -81,6 +81,7 @@ MODELS = {
     "biases without dots": (Net, {"target_modules": BODY, "bias": "lora_only"}),
     "head": (Net, {"target_modules": BODY, "modules_to_save": ["head"]}),
     "head and biases": (Net, {"target_modules": BODY, "modules_to_save": ["head"], "bias": "lora_only"}),
+    "half-precision factors": (tiny_opt, {"lora_alpha": 3, "dtype": torch.bfloat16}),
     "scale": (tiny_opt, {"lora_alpha": 3, "r": (3, 2), "scaling": "rslora"}),
     "all linear": (tiny_gpt2, {"target_modules": "all-linear"}),
 }
@@ -212,6 +213,8 @@ IMPORTS = {
         },
     ),
     "all linear": (tiny_opt, {"target_modules": "all-linear"}),
+    "biases": (tiny_opt, {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "all biases": (tiny_opt, {"target_modules": ["q_proj"], "bias": "all"}),
     "modules to save": (Net, {"target_modules": BODY, "modules_to_save": ["head"]}),
 }
 

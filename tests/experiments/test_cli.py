@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from cola import Chain
+from experiments import demo
 from experiments.__main__ import COMMANDS, main
+from experiments.report import Check
 
 
 def test_without_a_command_there_is_help(capsys):
@@ -43,10 +46,12 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert all(check["holds"] for check in written["checks"])
     tested = [run for run in written["runs"] if run["test"] is not None]
     assert len(tested) == len(arms) * 2 < len(written["runs"])
-    assert written["command"].startswith("python -m experiments demo --seed 5")
+    assert written["command"] == f"python -m experiments demo --seed 5 --arms {' '.join(arms)} --smoke"
     assert (tmp_path / "table.txt").read_text().strip() in shown.out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("scratch-*"))
+    assert any("rebuild" in check["what"] for check in written["checks"])
+    assert [len(Chain.load(tmp_path / "chains" / arm)) for arm in arms[:2]] == [1, 2]
 
 
 def test_the_demo_says_what_is_wrong(tmp_path, capsys):
@@ -54,3 +59,16 @@ def test_the_demo_says_what_is_wrong(tmp_path, capsys):
     assert "has no model.safetensors" in capsys.readouterr().err
     assert main(["demo", "--smoke", "--seeds", "0", "--out", str(tmp_path)]) == 2
     assert "--seeds=0" in capsys.readouterr().err
+    for flag, value, message in (
+        ("--rank", "0", "r=0"),
+        ("--init", "zero", "init='zero'"),
+        ("--decay", "2", "--decay=2.0"),
+    ):
+        assert main(["demo", "--out", str(tmp_path), flag, value]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_check_that_fails_is_the_exit_status(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "checks", lambda *args, **kwargs: [Check("it is as it should be", False, "it is not")])
+    assert main(["demo", "--smoke", "--workers", "1", "--seeds", "1", "--arms", "lora", "--out", str(tmp_path)]) == 1
+    assert "FAIL it is as it should be (it is not)" in capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_a_search_uses_the_first_seeds_of_the_comparison(plan):
 def test_rates_near_the_recorded_one():
     arm = dataclasses.replace(ARMS["lora"], rates=(1.0, 2.0, 4.0, 8.0), recorded=2.0)
     assert arm.nearby(1) == (2.0,)
-    assert arm.nearby(2) == (1.0, 2.0)
+    assert arm.nearby(2) == (2.0, 4.0)
     assert arm.nearby(3) == (1.0, 2.0, 4.0)
     assert dataclasses.replace(arm, recorded=1.0).nearby(3) == (1.0, 2.0, 4.0)
     with pytest.raises(ValueError, match=r"recorded=3.0 is not among"):

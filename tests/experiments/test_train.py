@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import corpus, tiny_opt
-from experiments.arms import ARMS, SCALING
+from experiments.arms import ARMS, SCALING, Adapters
 from experiments.evaluation import bits_per_byte
 from experiments.train import Setting, WarmDecay, fine_tune
 
@@ -33,6 +33,11 @@ def test_the_rate_decays_over_the_run_and_rises_after_every_knot():
     assert factor(6) == pytest.approx(0.4)
 
 
+def test_the_decay_may_start_late():
+    factor = WarmDecay(total=10, warmup=0, ties=[], decay=0.4)
+    assert [factor(step) for step in (0, 5, 6, 8, 10)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0])
+
+
 @pytest.mark.parametrize("name", list(ARMS))
 def test_every_arm_trains_and_leaves_a_plain_model(name, model, prose):
     keys, before = list(model.state_dict()), {n: p.clone() for n, p in model.named_parameters()}
@@ -47,23 +52,23 @@ def test_every_arm_trains_and_leaves_a_plain_model(name, model, prose):
         assert outcome.parameters == sum(p.numel() for p in before.values())
     else:
         assert {n.split(".")[-2] for n in changed} == {"q_proj", "v_proj"}
-        first = ARMS[name].rank if isinstance(ARMS[name].rank, int) else ARMS[name].rank[0]
+        first = Adapters().ranks(ARMS[name].shares)[0]
         assert outcome.parameters == 2 * first * (32 + 32)
         assert outcome.knots[-1].step == steps
 
 
 @pytest.mark.parametrize(
-    "name, ranks", [("lora", [8]), ("cola-2", [8, 8]), ("cola-3", [8, 8, 8]), ("cola-8-4", [8, 4])]
+    "name, ranks", [("lora", [8]), ("cola-2", [8, 8]), ("cola-3", [8, 8, 8]), ("cola-stepdown", [8, 4])]
 )
 def test_planned_chains_have_their_links(name, ranks, model, prose):
     outcome = fine_tune(model, ARMS[name], 1e-2, 0, SETTING, prose)
     assert [knot.rank for knot in outcome.knots] == ranks
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-24", "cola-8-4"])
+@pytest.mark.parametrize("name", ["lora", "lora-wide", "cola-stepdown"])
 def test_the_scaling_is_the_papers_at_every_rank(name, prose):
     model = tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seed=0)
-    optimizer = ARMS[name].optimizer(model, lr=1e-2, seed=0, total_steps=2)
+    optimizer = ARMS[name].optimizer(model, Adapters(), lr=1e-2, seed=0, total_steps=2)
     ids = next(corpus.epoch(prose.text["train"], 32, 4, torch.Generator()))
     for _ in range(2):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -125,3 +130,11 @@ def test_making_a_model_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seed=0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranks_keep_their_ratio_and_labels_say_them():
+    assert ARMS["cola-stepdown"].title(Adapters()) == "COLA, ranks 8, 4"
+    assert ARMS["cola-stepdown"].title(Adapters(rank=2)) == "COLA, ranks 2, 1"
+    assert ARMS["lora-wide"].title(Adapters()) == "LoRA, rank 24"
+    link = Adapters(rank=4, targets=("all-linear",), init="kaiming").link((1.0, 0.5))
+    assert (link.r, link.lora_alpha, link.target_modules, link.init) == ((4, 2), 8.0, "all-linear", "kaiming")

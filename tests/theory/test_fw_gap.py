@@ -1,0 +1,128 @@
+"""The command: options, exit status, files, and what a failing check does to them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.theory import mutations
+from theory import fw_gap, suite
+from theory.audit import audit
+from theory.instances import INSTANCES
+from theory.suite import Task
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_list_names_every_instance(capsys):
+    assert fw_gap.main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in INSTANCES)
+
+
+def test_one_instance_writes_table_json_and_pictures(tmp_path, capsys):
+    horizons = ["50", "100", "200", "400"]
+    assert fw_gap.main(["--instance", "A", "F", "--T", *horizons, "--out", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "A rate" in table
+    assert "0 FAIL" in table
+    rows = lines(tmp_path)
+    assert [row["label"] for row in rows] == ["A"] * 4 + ["A rate"] + ["F"] * 4 + ["F rate"]
+    assert {row["verdict"] for row in rows} == {"PASS"}
+    assert rows[0]["average_over_s"] == pytest.approx(rows[0]["average"] / rows[0]["s"])
+    for picture in ("average_gap.png", "gap_along_a_run.png", "tightness.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options, label",
+    [
+        (["--step", "short"], "F short"),
+        (["--oracle", "lanczos"], "F lanczos"),
+        (["--oracle", "additive", "--epsilon", "0.05"], "F eps=0.05"),
+        (["--epsilon", "0.1"], "F eps=0.1"),
+        (["--oracle", "multiplicative", "--rho", "0.5"], "F rho=0.5"),
+        (["--batch", "16", "--seeds", "2"], "F b=16"),
+    ],
+)
+def test_settings_reach_the_run(options, label, tmp_path):
+    arguments = ["--instance", "F", "--T", "100", "--no-plots", "--out", str(tmp_path), *options]
+    assert fw_gap.main(arguments) == 0
+    rows = lines(tmp_path)
+    assert {row["label"] for row in rows} == {label}
+    assert len(rows) == (2 if "--seeds" in options else 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--instance", "Z"], "--instance 'Z' is not known: choose from A, A-ray"),
+        (["--step", "exact"], "--step 'exact' is not known: choose from theorem"),
+        (["--T", "0"], "--T must be at least 1, got 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--oracle", "additive"], "--oracle additive needs --epsilon"),
+        (["--oracle", "multiplicative"], "--oracle multiplicative needs --rho"),
+        (
+            ["--instance", "B", "--oracle", "lanczos", "--T", "5"],
+            "--oracle lanczos needs a trace ball, got Simplex",
+        ),
+        (["--instance", "F", "--epsilon", "-1", "--T", "5"], "epsilon must be a finite number of at least 0"),
+        (
+            ["--instance", "F", "--batch", "-4", "--T", "5"],
+            "batch must be a whole number of at least 1, got -4",
+        ),
+    ],
+)
+def test_bad_options_end_with_status_two(options, message, tmp_path, capsys):
+    assert fw_gap.main([*options, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failing_check_sets_the_exit_status_and_is_named(tmp_path, capsys, monkeypatch):
+    run = mutations.quarter_beta()
+    broken = Task("broken", lambda: [suite.run_record("broken", run, 0.0, audit(run))])
+    monkeypatch.setattr(suite, "standard", lambda *args: [broken])
+    assert fw_gap.main(["--no-plots", "--out", str(tmp_path)]) == 1
+    assert "FAIL broken (T = 400): curvature <= beta: 4 against 1" in capsys.readouterr().out
+    assert lines(tmp_path)[0]["verdict"] == "FAIL"
+
+
+def test_module_entry_point_and_help():
+    done = subprocess.run([sys.executable, "-m", "theory.fw_gap", "--help"], capture_output=True, text=True, check=True)
+    assert "Check Theorem 4.1" in done.stdout
+    for flag in (
+        "--instance",
+        "--step",
+        "--oracle",
+        "--T",
+        "--seeds",
+        "--seed",
+        "--epsilon",
+        "--batch",
+        "--out",
+    ):
+        assert flag in done.stdout
+
+
+def test_importing_the_package_touches_nothing():
+    """No matplotlib, no torch, no cola, and no change of the global generator on import."""
+    code = """
+import sys, numpy
+before = numpy.random.get_state()[1].copy()
+import theory.fw_gap, theory.bounds, theory.lanczos
+assert (before == numpy.random.get_state()[1]).all()
+print(sorted({m.split('.')[0] for m in sys.modules} & {'matplotlib', 'torch', 'cola', 'tqdm', 'copt'}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.long
+def test_standard_suite_passes(tmp_path):
+    assert fw_gap.main(["--out", str(tmp_path)]) == 0
+    rows = lines(tmp_path)
+    assert len(rows) > 100
+    assert len(list(tmp_path.glob("*.png"))) == 5

@@ -1,0 +1,242 @@
+"""Side by side with copt: the same problem, the same steps, the same gap, and the ratio of the times.
+
+``python -m theory.bench`` (needs the extra ``bench``). Both sides run Algorithm 2 with the theorem's step
+for the same T on ``problem(m, n, seed)``; rounds alternate between the two, so that a busy machine slows
+both, and every ratio is taken within one round. Times are per iteration of a whole run. At the end both
+final points are certified by the same Lanczos run to a residual of 1e-8, and the gaps must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from theory import bounds
+from theory.frank_wolfe import frank_wolfe
+from theory.lanczos import top_singular
+from theory.points import ObservedMatrix
+from theory.recovery import (
+    DenseCompletion,
+    ObservedCompletion,
+    low_rank_data,
+    observed_completion,
+    robust,
+)
+
+# dense m, n, T and observed m, n, entries, T: the sizes of the comparison
+DENSE = ((200, 200, 500), (1000, 1000, 100), (3000, 2000, 12))
+OBSERVED = ((3000, 2000, 292_686, 15),)
+Loss = Callable[[np.ndarray], tuple[float, np.ndarray]]
+
+
+@dataclass
+class Row:
+    """One comparison: medians over rounds, milliseconds per iteration, and where both ended.
+
+    Attributes:
+        ratio: copt's time over ours, the median of the rounds' ratios; low, high: the extremes.
+        average, copt_average: average gap of the run, which the theorem is about and which both must share.
+        gap, copt_gap: certified gap of the final points; one iterate's gap moves by percents with the
+            tolerance of the oracle, so these are shown and not compared.
+    """
+
+    name: str
+    T: int
+    rounds: int
+    ours_ms: float
+    copt_ms: float
+    ratio: float
+    low: float
+    high: float
+    average: float
+    copt_average: float
+    gap: float
+    copt_gap: float
+
+
+def problem(m: int, n: int, seed: int = 0) -> DenseCompletion:
+    """The comparison's problem: rank 5 plus noise and outliers, ``delta = |X|_*``, ``W_1 = 0``, ``M = L(W_1)``."""
+    data = low_rank_data(m, n, seed)
+    return DenseCompletion(data.Y, data.delta)
+
+
+def certified_gap(G: np.ndarray | ObservedMatrix, pairing: float, delta: float) -> float:
+    """``delta sigma_1(G) + <G, W>``, with the singular value converged to a relative residual of 1e-8."""
+    pairs = top_singular(G, rng=np.random.default_rng(99), tol=1e-8, max_steps=400)
+    return delta * float(pairs.sigma[0]) + pairing
+
+
+def _copt() -> tuple[Any, Any]:
+    try:
+        from copt import minimize_frank_wolfe
+        from copt.constraint import TraceBall
+    except ImportError as error:
+        raise SystemExit(
+            'copt is not installed: pip install "chain-of-lora[bench]" adds it for this comparison'
+        ) from error
+    return minimize_frank_wolfe, TraceBall
+
+
+def run_copt(loss: Loss, shape: tuple[int, int], delta: float, eta: float, T: int) -> tuple[np.ndarray, float]:
+    """copt's Frank-Wolfe on the trace ball with a constant step; returns the final matrix and the average gap."""
+    minimize, ball = _copt()
+    gaps: list[float] = []
+
+    def step(state: dict[str, Any]) -> float:
+        gaps.append(float(state["certificate"]))
+        return eta
+
+    def flat(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, G = loss(x.reshape(shape))
+        return value, G.ravel()
+
+    result = minimize(
+        flat,
+        np.zeros(shape[0] * shape[1]),
+        ball(delta, shape).lmo,
+        jac=True,
+        step=step,
+        lipschitz=1.0,  # unused by a constant step, but without it copt evaluates and prints an estimate
+        max_iter=T,
+        tol=0,
+    )
+    return result.x.reshape(shape), float(np.mean(gaps))
+
+
+def plain_loss(Y: np.ndarray) -> Loss:
+    """The robust loss in whole-array NumPy, as a user of copt would write it."""
+
+    def loss(W: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = robust(W - Y)
+        return float(value.mean()), slope / slope.size
+
+    return loss
+
+
+def blocked_loss(p: DenseCompletion) -> Loss:
+    """Our cache-blocked loss handed to copt, which leaves only the two algorithms to compare."""
+
+    def loss(W: np.ndarray) -> tuple[float, np.ndarray]:
+        G = np.empty_like(W)
+        return p.loss_into(W, G), G
+
+    return loss
+
+
+def observed_loss(p: ObservedCompletion) -> Loss:
+    """The loss over observed entries with a dense gradient, which is what copt's oracle takes."""
+    rows, cols, y = p.pattern.rows, p.pattern.cols, p.y
+
+    def loss(W: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = robust(W[rows, cols] - y)
+        G = np.zeros_like(W)
+        G[rows, cols] = slope / y.size
+        return float(value.mean()), G
+
+    return loss
+
+
+def compare(
+    name: str,
+    p: DenseCompletion | ObservedCompletion,
+    loss: Loss,
+    T: int,
+    rounds: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Row:
+    """Alternate ours and copt for some rounds, then certify both final points."""
+    delta, shape = float(p.oracle.circumradius), (p.oracle.shape[0], p.oracle.shape[1])
+    eta = bounds.theorem_step(p.M, p.beta, p.oracle.diameter, T)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run = frank_wolfe(p, T, snapshots=0)
+        middle = time.perf_counter()
+        W, average = run_copt(loss, shape, delta, eta, T)
+        ours.append((middle - started) / T * 1e3)
+        theirs.append((time.perf_counter() - middle) / T * 1e3)
+        progress()
+    ratios = np.array(theirs) / np.array(ours)
+    G, copt_G = p.gradient(run.final), loss(W)[1]
+    return Row(
+        name,
+        T,
+        rounds,
+        float(np.median(ours)),
+        float(np.median(theirs)),
+        float(np.median(ratios)),
+        float(ratios.min()),
+        float(ratios.max()),
+        run.average,
+        average,
+        certified_gap(G, run.final.inner(G), delta),
+        certified_gap(copt_G, float(np.sum(copt_G * W)), delta),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    # two numbers in one column are ours / copt's
+    head = (
+        f"{'problem':34} {'T':>4} {'ours ms':>8} {'copt ms':>8} {'ratio':>6} {'spread':>13}"
+        f" {'average gap':>19} {'last gap':>19}"
+    )
+    lines = [head, "-" * len(head)]
+    for r in rows:
+        lines.append(
+            f"{r.name:34} {r.T:>4} {r.ours_ms:>8.2f} {r.copt_ms:>8.2f} {r.ratio:>6.1f}"
+            f" {r.low:>5.1f}..{r.high:<6.1f} {r.average:>9.5f}/{r.copt_average:>9.5f}"
+            f" {r.gap:>9.5f}/{r.copt_gap:>9.5f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; returns 1 if the two runs have different average gaps."""
+    parser = argparse.ArgumentParser(
+        prog="python -m theory.bench", description="Compare with copt on the same problems in one run."
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (default 5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the data (default 0)")
+    parser.add_argument("--quick", action="store_true", help="the smallest dense problem only")
+    parser.add_argument("--out", type=Path, default=Path("runs/fw_bench"), metavar="DIR", help="where results go")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}: give the number of interleaved rounds")
+    from tqdm import tqdm
+
+    rows = []
+    cases = [("dense", *size) for size in (DENSE[:1] if options.quick else DENSE)]
+    total = options.rounds * (2 * len(cases) + (0 if options.quick else len(OBSERVED)))
+    with tqdm(total=total, unit="round", file=sys.stderr, disable=None) as bar:
+        for _, m, n, T in cases:
+            p = problem(m, n, options.seed)
+            for kind, loss in (("plain loss", plain_loss(p.Y)), ("our loss in both", blocked_loss(p))):
+                name = f"dense {m}x{n}, {kind}"
+                rows.append(compare(name, p, loss, T, options.rounds, lambda: bar.update() and None))
+        for m, n, entries, T in () if options.quick else OBSERVED:
+            q = observed_completion(m, n, entries, options.seed)
+            name = f"observed {m}x{n}, {entries} entries"
+            rows.append(compare(name, q, observed_loss(q), T, options.rounds, lambda: bar.update() and None))
+    print(table(rows))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    print(f"results: {options.out / 'results.jsonl'}")
+    # the oracles stop at a residual, so that trajectories differ a little; one percent is far above that
+    apart = [row for row in rows if abs(row.average - row.copt_average) > 0.01 * row.copt_average]
+    for row in apart:
+        print(f"FAIL {row.name}: average gaps {row.average:.6g} and {row.copt_average:.6g} differ by over 1 %")
+    return 1 if apart else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

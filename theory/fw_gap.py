@@ -1,0 +1,253 @@
+"""Check Theorem 4.1 of Chain of LoRA so hard that it could fail: ``python -m theory.fw_gap``.
+
+Without options it runs the standard suite (about a minute), prints one table, and writes ``results.jsonl``
+and pictures under ``--out``. With ``--instance``, ``--step``, ``--oracle``, ``--T``, ``--epsilon`` or
+``--batch`` it runs what those name. The exit status is 1 if any check FAILs and 2 for a bad argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from theory import bounds, plots, suite
+from theory.checks import FAIL, PASS, STRUCTURAL, VACUOUS, Check
+from theory.frank_wolfe import Run
+from theory.gradients import Minibatch
+from theory.instances import INSTANCES, TIGHT
+from theory.steps import STEPS, Step, TheoremStep
+from theory.suite import Record, Task
+
+ORACLES = ("own", "lanczos", "additive", "multiplicative")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m theory.fw_gap",
+        description=__doc__.split("\n\n")[0] if __doc__ else None,
+        epilog="The exit status is 0 if no check fails, 1 if one does, 2 for a bad argument.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    out.add_argument("--instance", nargs="+", metavar="NAME", help="instances to run; see --list")
+    out.add_argument("--step", nargs="+", metavar="RULE", help=f"step rules: {', '.join(STEPS)}")
+    out.add_argument(
+        "--oracle", choices=ORACLES, help="oracle: the set's own, by Lanczos, or erring by --epsilon/--rho"
+    )
+    out.add_argument("--T", nargs="+", type=int, metavar="T", help="horizons, each a separate run")
+    out.add_argument("--seeds", type=int, default=8, metavar="N", help="runs per rung of a ladder")
+    out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive oracle errors")
+    out.add_argument("--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps")
+    out.add_argument("--batch", nargs="+", type=int, metavar="B", help="batch sizes of the gradient")
+    out.add_argument("--sigma", type=float, default=2.0, help="noise for --batch where the problem draws no batches")
+    out.add_argument("--out", type=Path, default=Path("runs/fw_gap"), metavar="DIR", help="results and pictures")
+    out.add_argument("--list", action="store_true", help="list instances and step rules, and stop")
+    out.add_argument("--no-plots", action="store_true", help="write no pictures (matplotlib is then not needed)")
+    return out
+
+
+def listing() -> str:
+    """What ``--list`` prints."""
+    width = max(map(len, INSTANCES))
+    lines = ["instances (with their standard horizons):"]
+    for name, instance in INSTANCES.items():
+        lines.append(f"  {name:{width}}  {instance.about} [{', '.join(map(str, instance.horizons))}]")
+    lines += ["step rules:", "  " + ", ".join(STEPS), "oracles:", "  " + ", ".join(ORACLES)]
+    return "\n".join(lines)
+
+
+def chosen(options: argparse.Namespace) -> list[Task]:
+    """The tasks that the options name, or the standard suite.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {options.seeds}: give the number of runs per rung")
+    custom = (
+        options.instance,
+        options.step,
+        options.oracle,
+        options.T,
+        options.epsilon,
+        options.rho,
+        options.batch,
+    )
+    if all(value is None for value in custom):
+        return list(suite.standard(options.seeds, options.seed))
+    for name in options.instance or []:
+        if name not in INSTANCES:
+            raise ValueError(f"--instance {name!r} is not known: choose from {', '.join(INSTANCES)}")
+    for name in options.step or []:
+        if name not in STEPS:
+            raise ValueError(f"--step {name!r} is not known: choose from {', '.join(STEPS)}")
+    for T in options.T or []:
+        if T < 1:
+            raise ValueError(f"--T must be at least 1, got {T}: give the number of steps")
+    return list(grid(options))
+
+
+def grid(options: argparse.Namespace) -> Iterator[Task]:
+    """One task per instance, step and setting."""
+    kind = options.oracle or ("additive" if options.epsilon else "multiplicative" if options.rho else "own")
+    if kind == "additive" and not options.epsilon:
+        raise ValueError("--oracle additive needs --epsilon: give one or several additive errors")
+    if kind == "multiplicative" and not options.rho:
+        raise ValueError("--oracle multiplicative needs --rho: give one or several fractions in (0, 1]")
+    errors = [(e, 1.0) for e in options.epsilon or []] if kind == "additive" else [(0.0, 1.0)]
+    if kind == "multiplicative":
+        errors = [(0.0, rho) for rho in options.rho]
+    random = bool(options.batch)
+    seeds = range(options.seed, options.seed + options.seeds) if random else [options.seed]
+    for name in options.instance or TIGHT:
+        horizons = options.T or INSTANCES[name].horizons
+        for rule, (epsilon, rho), batch in itertools.product(
+            options.step or ["theorem"], errors, options.batch or [None]
+        ):
+            shown = {
+                f" {rule}": rule != "theorem",
+                " lanczos": kind == "lanczos",
+                f" eps={epsilon:g}": kind == "additive",
+                f" rho={rho:g}": kind == "multiplicative",
+                f" b={batch}": batch is not None,
+            }
+            tag = "".join(part for part, told in shown.items() if told)
+            oracle = suite.oracle_maker(kind, epsilon, rho)
+            gradient = None if batch is None else Minibatch(batch)
+            cell = partial(suite.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag)
+            yield Task(name + tag, partial(_cell, cell, name if not tag else None, STEPS[rule], horizons, seeds))
+
+
+def _cell(
+    run: Callable[..., Record], rated: str | None, step: Step, horizons: Sequence[int], seeds: Sequence[int]
+) -> list[Record]:
+    """The runs of one setting; for the plain algorithm on a near-tight instance also the record of its rate."""
+    out = [run(T=T, step=step, seed=seed) for T in horizons for seed in seeds]
+    if rated in TIGHT and len(horizons) >= 4:
+        out.append(suite.rate_record(rated, out))
+    return out
+
+
+def _prominence(check: Check) -> tuple[int, float]:
+    """Failures first, then bounds that say something, then the rest; within each the smallest margin."""
+    if check.verdict == FAIL:
+        rank = 0
+    elif check.name in STRUCTURAL:
+        rank = 3
+    else:
+        rank = 1 if check.verdict == PASS else 2
+    return rank, check.margin
+
+
+def table(records: Sequence[Record]) -> str:
+    """One row per record: ratios to ``s``, the tightest margin, and the count of verdicts."""
+    width = max(24, *(len(record.label) for record in records))
+    head = (
+        f"{'instance':{width}} {'T':>6} {'avg gap':>10} {'avg/s':>7} {'min/s':>7}"
+        f"  {'tightest bound (slack left)':<42}"
+        f" {'P/F/V':>9}  verdict"
+    )
+    lines = [head, "-" * len(head)]
+    for r in records:
+        nearest = min(r.checks, key=_prominence)
+        tight = f"{nearest.name[:32]} ({nearest.margin:+.1%})"
+        counts = f"{r.count(PASS)}/{r.count(FAIL)}/{r.count(VACUOUS)}"
+        lines.append(
+            f"{r.label:{width}} {r.T:>6} {r.average:>10.4g}"
+            f" {r.average / r.scale:>7.3f} {r.smallest / r.scale:>7.3f}"
+            f"  {tight:<42} {counts:>9}  {r.verdict}"
+        )
+    return "\n".join(lines)
+
+
+def draw(records: Sequence[Record], out: Path) -> list[Path]:
+    """Every picture for which there is something to show."""
+    paths = []
+    rates = {r.label.removesuffix(" rate"): r.runs for r in records if r.kind == "rate" and r.runs}
+    if rates:
+        paths.append(plots.average_gap(rates, out / "average_gap.png"))
+    by_instance: dict[tuple[str, int], list] = {}
+    for r in records:
+        if r.kind == "run" and r.runs[0].oracle is r.runs[0].problem.oracle and not r.runs[0].estimator.noisy:
+            by_instance.setdefault((r.runs[0].problem.name, r.T), []).append(r.runs[0])
+    several = {key: runs for key, runs in by_instance.items() if len(runs) > 1}
+    longest = [runs for key, runs in several.items() if key[0].startswith("F:")] or list(several.values())
+    if longest:
+        paths.append(plots.along_a_run(max(longest, key=len), out / "gap_along_a_run.png"))
+    elif by_instance:
+        paths.append(plots.along_a_run(list(by_instance.values())[-1], out / "gap_along_a_run.png"))
+    ladders: dict[str, dict[str, list]] = {"epsilon": {}, "rho": {}, "batch": {}}
+    for r in records:
+        if r.kind in ladders:
+            ladders[r.kind].setdefault(r.label.split()[2] if r.kind != "batch" else "batch", []).extend(r.rungs)
+    if ladders["epsilon"] or ladders["rho"]:
+        paths.append(plots.oracle_ladders(ladders["epsilon"], ladders["rho"], out / "epsilon_ladder.png"))
+    if ladders["batch"]:
+        paths.append(plots.batch_ladder(ladders["batch"]["batch"], out / "batch_ladder.png"))
+    rows = []
+    last: dict[str, Run] = {}
+    for r in records:
+        run = r.runs[0] if r.kind == "run" else None
+        if run is None or r.label.startswith(("|L|", "one step")) or not isinstance(run.step, TheoremStep):
+            continue
+        if run.oracle is run.problem.oracle and not run.estimator.noisy:
+            last[r.label] = run  # of several horizons, the largest
+    for label, run in last.items():
+        p, eta = run.problem, float(run.eta[0])
+        sharp = bounds.sharp_bound(run.drop, p.beta, run.oracle.circumradius, run.T, eta)
+        rows.append((label, run.average / run.scale, run.smallest / run.scale, sharp / run.scale))
+    if rows:
+        rows.sort(key=lambda row: -row[1])
+        paths.append(plots.tightness(rows[:40], out / "tightness.png"))
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    command = parser()
+    options = command.parse_args(arguments)
+    if options.list:
+        print(listing())
+        return 0
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    records: list[Record] = []
+    try:
+        tasks = chosen(options)
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (
+            (options.out / "results.jsonl").open("w", encoding="utf-8") as lines,
+            tqdm(tasks, unit="task", file=sys.stderr, disable=None) as progress,
+        ):
+            for task in progress:
+                progress.set_description(task.name)
+                for record in task.run():
+                    records.append(record)
+                    lines.write(record.as_json() + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(records))
+    failed = [(r, c) for r in records for c in r.checks if c.verdict == FAIL]
+    for record, check in failed:
+        sides = f"{check.measured:.6g} against {check.bound:.6g}"
+        print(f"FAIL {record.label} (T = {record.T}): {check.name}: {sides}; {check.detail}")
+    counts = {v: sum(r.count(v) for r in records) for v in (PASS, FAIL, VACUOUS)}
+    print(f"\n{len(records)} rows, checks: " + ", ".join(f"{n} {v}" for v, n in counts.items()))
+    print(f"results: {options.out / 'results.jsonl'}")
+    if not options.no_plots:
+        for path in draw(records, options.out):
+            print(f"picture: {path}")
+    print(f"{time.perf_counter() - started:.1f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
