@@ -75,7 +75,8 @@ def _demo(options: argparse.Namespace) -> Trained:
         ties.append(report.step)
 
     optimizer.on_knot(note)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmDecay(total, setting.warmup, ties))
+    factor = WarmDecay(total, setting.warmup, ties, setting.decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(options.seed)
     losses: list[float] = []
     model.train()
