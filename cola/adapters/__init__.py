@@ -38,6 +38,11 @@ def refusal(module: nn.Module) -> str | None:
         return f"is a {type(module).__name__}: links go on nn.Linear and transformers' Conv1D"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "is the output projection of nn.MultiheadAttention, which reads its weight without calling it"
+    if any(c.__module__.split(".")[0] == "bitsandbytes" for c in type(module).__mro__):
+        return (
+            f"is a {type(module).__name__}, whose weight is quantised and would lose a small update: load the model in "
+            "bf16, or dequantise it first"
+        )
     kind = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
     if type(module).forward is not kind.forward:  # type: ignore[union-attr]
         return f"is a {type(module).__name__} with a forward of its own, which a link could not follow"

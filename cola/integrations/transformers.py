@@ -1,21 +1,12 @@
 """A chain in transformers' `Trainer`, and in what is made of it (TRL's `SFTTrainer`): `attach` it before `train()`.
 
->>> import tempfile
->>> from cola import EvenKnots, LinkConfig
->>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
->>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
->>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
->>> with tempfile.TemporaryDirectory() as out:  # doctest: +ELLIPSIS
-...     args = TrainingArguments(
-...         out, max_steps=4, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no"
-...     )
-...     trainer = Trainer(model, args, train_dataset=data)
-...     opt = attach(trainer, torch.optim.AdamW, EvenKnots(length=2, total_steps=4), link=LinkConfig(r=2))
-...     _ = trainer.train()
-...     trainer.save_model(out)  # the merged model
-{'knot': 0, ...
->>> len(opt.chain)
-2
+    trainer = Trainer(model, args, train_dataset=data)
+    opt = attach(trainer, torch.optim.AdamW, PlateauKnots())
+    trainer.train()
+    trainer.save_model("merged")  # the plain model, with the chain in its weights
+    opt.chain.save("chain")       # the links alone
+
+The same lines run in README.md beside this file.
 """
 
 import math

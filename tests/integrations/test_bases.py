@@ -1,0 +1,122 @@
+"""Bases from other packages, and quantised models: what works is exact, what cannot is refused with the reason."""
+
+import pytest
+import torch
+from torch import nn
+
+from cola import ChainOptimizer, LinkConfig, StepKnots
+from tests.models import BODY, Net, loss_of, train
+
+LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
+
+
+def prodigy():
+    return pytest.importorskip("prodigyopt").Prodigy, {"lr": 1.0}
+
+
+def adam8bit():
+    bnb = pytest.importorskip("bitsandbytes")
+    return bnb.optim.Adam8bit, {"lr": 0.02, "min_8bit_size": 1}
+
+
+def adafactor():
+    from transformers.optimization import Adafactor
+
+    return Adafactor, {"lr": 0.02, "scale_parameter": False, "relative_step": False}
+
+
+def adafactor_relative():
+    from transformers.optimization import Adafactor
+
+    return Adafactor, {"lr": None, "warmup_init": True}
+
+
+def muon():
+    return torch.optim.Muon, {"lr": 0.02}
+
+
+def schedule_free():
+    return pytest.importorskip("schedulefree").AdamWScheduleFree, {"lr": 0.02}
+
+
+BASES = [prodigy, adam8bit, adafactor, adafactor_relative, muon, schedule_free]
+
+
+def start(make):
+    base, kwargs = make()
+    model = Net()
+    opt = ChainOptimizer(base, model, StepKnots(at=[3]), link=LINK, **kwargs)
+    try:
+        loss_of(model, 0).backward()
+        opt.base.step() if make is adam8bit else None
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        pytest.skip(f"{base.__name__} does not run on this machine: {error}")
+    if make is adam8bit:
+        model = Net()
+        opt = ChainOptimizer(base, model, StepKnots(at=[3]), link=LINK, **kwargs)
+    return model, opt, base, kwargs
+
+
+@pytest.mark.parametrize("make", BASES, ids=lambda make: make.__name__)
+def test_after_a_knot_the_base_is_as_new(make):
+    """The link after a knot trains exactly as in a run that begins with its weights and its factors."""
+    model, opt, base, kwargs = start(make)
+    opt.train()
+    train(opt, model, 3)
+    assert len(opt.chain) == 1
+    twin = Net()
+    other = ChainOptimizer(base, twin, StepKnots(at=[99]), link=LINK, **kwargs)
+    other.train()
+    twin.load_state_dict(model.state_dict())
+    assert train(opt, model, 4, start=3) == train(other, twin, 4, start=3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_under_schedule_free_the_evaluation_loss_is_continuous_through_a_knot():
+    model, opt, *_ = start(schedule_free)
+    opt.train()
+    train(opt, model, 2)
+    opt.eval()
+    before = loss_of(model, 0).item()
+    opt.train()
+    opt.tie()
+    opt.eval()
+    # W x + sBA x and (W + sBA) x in fp32
+    assert loss_of(model, 0).item() == pytest.approx(before, rel=1e-6)
+
+
+class Quantised(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.first, self.second, self.head = make(8, 8), make(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+def four_bit(bnb):
+    return lambda m, n: bnb.nn.Linear4bit(m, n, compute_dtype=torch.float32).to("cpu")
+
+
+def eight_bit(bnb):
+    return lambda m, n: bnb.nn.Linear8bitLt(m, n, has_fp16_weights=False).to("cpu")
+
+
+@pytest.mark.parametrize("make", [four_bit, eight_bit], ids=lambda make: make.__name__)
+def test_a_quantised_base_is_refused_and_left_alone(make):
+    """Its weights cannot take a small update: tying would lose it, or train against another function."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = Quantised(make(bnb))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'first' is a Linear.*quantised.*: load the model in bf16"):
+        ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LINK)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("make", [four_bit, eight_bit], ids=lambda make: make.__name__)
+def test_a_quantised_base_under_peft_is_refused(make):
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    model = peft.get_peft_model(Quantised(make(bnb)), peft.LoraConfig(r=2, target_modules=BODY))
+    with pytest.raises(ValueError, match=r"'first' is a Linear.*quantised and would lose a small update"):
+        ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2))

@@ -1,0 +1,67 @@
+"""The scripts a user would copy run as they stand, and so do the snippets of "which way in"."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny_opt
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "experiments" / "examples"
+PAGE = (ROOT / "cola" / "integrations" / "README.md").read_text()
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+SCRIPTS = {
+    "plain_loop.py": [["tiny", "6"]],
+    "trainer.py": [["tiny", "6"]],
+    "sft_chat.py": [["tiny", "6"]],
+    "sharded.py": [["ddp", "6"], ["fsdp2", "6"]],
+}
+RUNS = [(name, args) for name, several in SCRIPTS.items() for args in several]
+
+
+def test_every_example_is_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "args"), RUNS, ids=lambda value: str(value))
+def test_example(name, args, tmp_path):
+    launcher = [sys.executable]
+    if name == "sharded.py":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, str(EXAMPLES / name), *args],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert "Chain(" in result.stdout or "knot 1" in result.stdout
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages_snippets_run(tmp_path, monkeypatch):
+    """`make_model`, `loader` and `dataset` stand for the reader's own."""
+    for package in ("peft", "accelerate", "lightning"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(24).view(2, 12) % 32
+    loader = torch.utils.data.DataLoader([{"input_ids": ids, "labels": ids}] * 9, batch_size=None)
+    names = {
+        "make_model": tiny_opt, "loader": loader, "dataset": [{"input_ids": ids[0], "labels": ids[0]}] * 8,
+        "quiet": {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"},
+    }  # fmt: skip
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(names["opt"].chain) == 3
