@@ -18,7 +18,7 @@ from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
-from cola.reset import GroupWatch, adopt, fresh_instance, tensors_of
+from cola.reset import GroupWatch
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
 from cola.watch import LossWatch
@@ -68,6 +68,8 @@ class ChainOptimizer(Saves):
     (3, 'Linear')
     """
 
+    own_entries = (counters.GROUP_KEY,)
+
     def __init__(
         self,
         base: Callable[..., Optimizer],
@@ -111,37 +113,6 @@ class ChainOptimizer(Saves):
         self._epoch: float | None = None
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
-    # the base's groups and state are ours
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's. Group 0 holds the adapters, group 1 (if any) what is trained beside them."""
-        if self._bound is not None and self._bound[0] is not self.live.adapters()[0]:
-            self._rebind(self._bound)
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
     @property
     def model(self) -> nn.Module:
         """The model as it was given."""
@@ -151,18 +122,6 @@ class ChainOptimizer(Saves):
         """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them."""
         self.base.add_param_group(param_group)
         self.live.train_too(self.param_groups[-1]["params"])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base's."""
-        self.base.zero_grad(set_to_none=set_to_none)
-
-    def train(self) -> None:
-        """Pass on to bases that have modes (schedule-free)."""
-        self._mode("train")
-
-    def eval(self) -> None:
-        """Pass on to bases that have modes (schedule-free)."""
-        self._mode("eval")
 
     # training
 
@@ -183,12 +142,7 @@ class ChainOptimizer(Saves):
             RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
         """
         self._require_running("step()")
-        args: tuple[Any, ...] = (closure,)
-        kwargs: dict[str, Any] = {}
-        for before_step in list(self._optimizer_step_pre_hooks.values()):
-            replaced = before_step(self, args, kwargs)
-            if replaced is not None:
-                args, kwargs = replaced
+        args, kwargs = self._before_step(closure)
         closure = args[0] if args else kwargs.get("closure")
         probing = closure is None and not probe.moves(self.param_groups)
         if probing:
@@ -203,11 +157,10 @@ class ChainOptimizer(Saves):
         self._groups.after(groups, self.param_groups)
         if not probing:
             self._after_real_step(result)
-        for after_step in list(self._optimizer_step_post_hooks.values()):
-            after_step(self, args, kwargs)
+        self._after_step(args, kwargs)
         return result
 
-    step.hooked = True  # type: ignore[attr-defined]  # runs its own hooks; global ones run once, in the base's step
+    step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it: it runs its hooks itself
 
     def observe(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
         """Tell the policy of the coming step's loss (several calls are averaged) or of the epochs completed.
@@ -266,19 +219,6 @@ class ChainOptimizer(Saves):
 
     # saving: in Saves
 
-    def __getstate__(self) -> dict[str, Any]:
-        # like torch's optimizers: hooks, and the wrapper that a scheduler puts around step, stay behind
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name != "step" and name != "_listeners" and not name.startswith("_optimizer_")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._listeners = []
-        super().__setstate__({})
-
     def __repr__(self) -> str:
         return f"ChainOptimizer(link {self.live.index}, r={self.live.rank}, {self.policy!r}, base={self.base!r})"
 
@@ -298,11 +238,12 @@ class ChainOptimizer(Saves):
         base.param_groups[0][counters.GROUP_KEY] = ""
         return base
 
-    def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return self._factory(groups, **self._base_kwargs)
-
     def _all_trained(self) -> list[nn.Parameter]:
         return [*self.live.adapters(), *self.live.trained().values()]
+
+    def _settle(self) -> None:
+        if self._bound is not None and self._bound[0] is not self.live.adapters()[0]:
+            self._rebind(self._bound)
 
     def _rebind(self, old: list[nn.Parameter]) -> None:
         """The model's Parameters were replaced before training began (FSDP2 does): train the new ones."""
@@ -393,21 +334,6 @@ class ChainOptimizer(Saves):
                 parameter.grad = grad
             raise
 
-    def _fresh(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return fresh_instance(self._new_base, groups, self._groups.changed, drop=(counters.GROUP_KEY,))
-
-    def _adopt(self, fresh: Optimizer, parameters: list[nn.Parameter]) -> None:
-        old = tensors_of(self.base, parameters)
-        adopt(self.base, fresh, parameters, self._groups.changed)
-        kept = {id(t) for t in old} & {id(t) for t in tensors_of(self.base, parameters)}
-        if kept:
-            raise KnotError(f"link {self.live.index}: {type(self.base).__name__} kept state of the link before")
-
-    def _reset(self, parameters: list[nn.Parameter]) -> None:
-        mine = {id(p) for p in parameters}
-        groups = [group for group in self.param_groups if any(id(p) in mine for p in group["params"])]
-        self._adopt(self._fresh(groups), parameters)
-
     def _adapter_groups(self) -> list[dict[str, Any]]:
         mine = {id(p) for p in self.live.adapters()}
         return [group for group in self.param_groups if any(id(p) in mine for p in group["params"])]
@@ -423,17 +349,6 @@ class ChainOptimizer(Saves):
             seconds=time.perf_counter() - started,
             layers={path: LayerReport(t.delta, t.lost, self.live.rounding_of(path)) for path, t in ties.items()},
         )
-
-    def _leave_training_mode(self) -> str:
-        """Let a base with modes put the parameters that evaluation sees in place; returns the mode to go back to."""
-        training = self.param_groups[0].get("train_mode", True)
-        self._mode("eval")
-        return "train" if training else "eval"
-
-    def _mode(self, mode: str) -> None:
-        switch = getattr(self.base, mode, None)
-        if callable(switch):
-            switch()
 
     def _require_running(self, call: str) -> None:
         if self.finished:

@@ -12,19 +12,18 @@ from torch.optim import Optimizer
 
 from cola import carry, checkpoint, counters, interrupts, replay
 from cola.chain import Chain
+from cola.composed import Composed
 from cola.distributed import is_sharded
 from cola.fingerprint import Fingerprint
 from cola.knots import KnotPolicy
 from cola.link import Link
 from cola.live import LiveLink
-from cola.reset import GroupWatch
 from cola.store import Ledger
 
 
-class Saves(Optimizer):
+class Saves(Composed):
     """Saving and loading, for `ChainOptimizer` to inherit."""
 
-    base: Optimizer
     chain: Chain
     policy: KnotPolicy
     live: LiveLink
@@ -32,7 +31,6 @@ class Saves(Optimizer):
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
-    _groups: GroupWatch
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
     _printed: tuple[list[Any], Fingerprint] | None = None
 
@@ -289,12 +287,4 @@ class Saves(Optimizer):
 
         def _require_running(self, call: str) -> None: ...
 
-        def _leave_training_mode(self) -> str: ...
-
-        def _mode(self, mode: str) -> None: ...
-
         def _extend(self, index: int, snapshot: Any) -> Optimizer: ...
-
-        def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer: ...
-
-        def _adopt(self, fresh: Optimizer, parameters: list[torch.nn.Parameter]) -> None: ...

@@ -22,7 +22,7 @@ FLOORS = [
     ["cola.chain"],
     ["cola.live"],
     ["cola.counters", "cola.carry", "cola.checkpoint"],
-    ["cola.saving"],
+    ["cola.composed", "cola.saving"],
     ["cola.optimizer"],
     ["cola.schedule"],
     ["cola"],
