@@ -1,6 +1,5 @@
 """Load the base of a chain for the command line, from a directory or the hub. Imports transformers when called."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,18 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
         raise ImportError("this command loads models by transformers: pip install transformers") from None
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ValueError(f"--base {name}: there is no such directory")
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
     kind = _class_of(config, name, trust_remote_code, transformers)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": _dtype(chain)}
     if trust_remote_code:
         options["trust_remote_code"] = True
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return kind.from_pretrained(name, use_safetensors=True, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind.from_pretrained(name, use_safetensors=True, **options)
 
 
 def save_merged(model: Any, directory: Path, name: str) -> None:
@@ -63,8 +65,8 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
     architecture = next(iter(getattr(config, "architectures", None) or []), None)
     if architecture is None:
         raise ValueError(f"--base {name}: its config.json names no architecture, so its class is not known")
-    kind = getattr(transformers, architecture, None)
-    if kind is None:
+    kind = getattr(transformers, str(architecture), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
             f"--base {name}: transformers has no class {architecture!r}; if the model brings its own code and you "
             "trust it, pass --trust-remote-code"

@@ -14,7 +14,7 @@ from cola.base_model import load_base, save_merged
 from cola.chain import Chain
 from cola.figure import draw
 from cola.files import write
-from cola.store import CHECKPOINT
+from cola.store import CHAIN, CHECKPOINT
 from cola.version import __version__
 
 
@@ -123,6 +123,10 @@ def verify(arguments: argparse.Namespace) -> Answer:
 
 def merge(arguments: argparse.Namespace) -> Answer:
     """Tie a chain into its base and save the model, ready for from_pretrained."""
+    if arguments.out.exists() and Path(arguments.base).exists() and arguments.out.samefile(arguments.base):
+        raise ValueError(
+            f"--out {arguments.out} is the base itself: the chain needs the untouched base, so save elsewhere"
+        )
     chain = Chain.load(arguments.directory)
     model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
     chain.apply(model, upto=arguments.upto)
@@ -149,6 +153,9 @@ def export(arguments: argparse.Namespace) -> Answer:
 
 def import_(arguments: argparse.Namespace) -> Answer:
     """Make a PEFT LoRA adapter the first link of a new chain."""
+    taken = [name for name in (CHAIN[0], CHECKPOINT[0]) if (arguments.out / name).exists()]
+    if taken and not arguments.force:
+        raise ValueError(f"--out {arguments.out} holds {taken[0]}: give another directory, or --force to replace it")
     chain = Chain.from_peft(arguments.directory, rounding=arguments.rounding)
     chain.save(arguments.out)
     ranks = sorted({factor.rank for factor in chain[0].factors.values()})
@@ -200,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--rounding", default="nearest", choices=["nearest", "stochastic", "compensated"], help="when it is tied"
     )
+    sub.add_argument("--force", action="store_true", help="replace a chain that is there already")
     return parser
 
 

@@ -27,6 +27,7 @@ from cola.distributed import (
 )
 from cola.extend import LinkConfig, draw
 from cola.link import Factor
+from cola.store import require_plain_name
 from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
 
 logger = logging.getLogger("cola")
@@ -82,6 +83,8 @@ class LiveLink:
             require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
         saved = self._modules_to_save(modules)
         ranks = config.known_ranks() or (config.rank_of(0),)
+        for path in modules:
+            require_plain_name(path)  # what could not be saved under its name is refused before it is trained
         for path, module in list(modules.items()):
             shape = adapted_class(module).shape(module)
             if max(ranks) > min(shape) and config.target_modules == "all-linear" and len(modules) > 1:

@@ -29,8 +29,12 @@ def pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Tensor):
-        tensors[where] = value
-        return {"tensor": where}
+        name, again = where, 0
+        while name in tensors:  # keys such as 0 and "0", or "a/b" and "b" within "a", read alike
+            again += 1
+            name = f"{where}~{again}"
+        tensors[name] = value
+        return {"tensor": name}
     if isinstance(value, (list, tuple)):
         items = [pack(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}

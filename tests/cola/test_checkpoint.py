@@ -480,6 +480,14 @@ def test_packing_round_trips_through_json(value):
     assert equal(unpack(json.loads(text), tensors), value)
 
 
+@pytest.mark.parametrize("keys", [(0, "0"), ("a/b", "a"), ("x~1", "x")], ids=str)
+def test_packing_keeps_tensors_apart_whose_keys_read_alike(keys):
+    one, two = torch.zeros(1), torch.ones(1)
+    value = {keys[0]: one, keys[1]: {"b": two} if keys[1] == "a" else two}
+    tensors = {}
+    assert equal(unpack(json.loads(json.dumps(pack(value, "s", tensors))), tensors), value)
+
+
 def test_packing_names_what_it_cannot_keep():
     with pytest.raises(TypeError, match=r"state/3/hook is a function"):
         pack({3: {"hook": lambda: 0}}, "state", {})

@@ -181,6 +181,10 @@ BAD = {
     "rank 0": (["export", "{run}/chain", "--out", "{tmp}/x", "--rank", "0"], "r=0 must be a positive integer"),
     "upto": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{tmp}/x", "--upto", "9"], "upto=9 is outside"),
     "no adapter": (["import", "{run}/chain", "--out", "{tmp}/x"], "adapter_config.json is missing"),
+    "the base as out": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{run}/base"], "is the base itself"),
+    "a chain as out": (["import", "{run}/adapter", "--out", "{run}/chain"], "holds chain.json: give another directory"),
+    "no model class": (["merge", "{run}/chain", "--base", "{run}/odd", "--out", "{tmp}/x"], "has no class 'logging'"),
+    "unknown model": (["merge", "{run}/chain", "--base", "nope", "--out", "{tmp}/x"], "--base nope: "),
     "out is a file": (["import", "{run}/adapter", "--out", "{run}/adapter/adapter_config.json"], "is a file"),
 }
 
@@ -188,6 +192,9 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_errors_are_one_message_without_traceback(what, made, tmp_path, capsys):
     Chain.load(made / "fp32" / "chain").to_peft(made / "fp32" / "adapter")
+    shutil.copytree(made / "fp32" / "base", made / "fp32" / "odd", dirs_exist_ok=True)
+    config = json.loads((made / "fp32" / "base" / "config.json").read_text())
+    (made / "fp32" / "odd" / "config.json").write_text(json.dumps({**config, "architectures": ["logging"]}))
     arguments, message = BAD[what]
     assert main([a.format(tmp=tmp_path, run=made / "fp32") for a in arguments]) == 1
     captured = capsys.readouterr()

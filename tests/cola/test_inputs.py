@@ -52,6 +52,12 @@ def attention():
     return nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
 
 
+def slashed():
+    model = nn.Sequential()
+    model.add_module("a/b", nn.Linear(4, 4))
+    return model
+
+
 def twice():
     model = Net()
     make(model)
@@ -85,6 +91,7 @@ TABLE = [
     (lambda: make(quantised(torch.float8_e4m3fn)), ValueError, "float8_e4m3fn weight"),
     (lambda: make(quantised(torch.complex64)), ValueError, "complex64 weight"),
     (lambda: make(Net().to("meta")), ValueError, "'first' has its weight on the meta device: load the weights"),
+    (lambda: make(slashed(), target_modules="all-linear"), ValueError, "layer name 'a/b' is not a module path"),
     (lambda: make(twice()), ValueError, "already carries a link: another ChainOptimizer owns this model"),
     # ranks and links
     (lambda: make(r=0), ValueError, "r=0 must be a positive integer"),
