@@ -247,7 +247,9 @@ class Saves(Composed):
         """Fingerprint of the adapted layers' weights, taken again only when they have changed: they do at knots."""
         weights = [layer.weight for layer in self.live.layers.values()]
         state = [(id(weight), weight._version, weight.dtype, weight.device) for weight in weights]
-        if self._printed is None or self._printed[0] != state:
+        # a shard that is changed does not raise the version of the whole
+        sharded = any(is_sharded(weight) for weight in weights)
+        if self._printed is None or self._printed[0] != state or sharded:
             self._printed = state, replay.take_fingerprint(self.live.model, self.live.layers)
         return self._printed[1]
 
