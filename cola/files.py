@@ -7,6 +7,7 @@ What is read has its kind and size checked first; nothing is unpickled, here or 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -121,9 +122,12 @@ def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def parse(data: bytes, path: Path) -> Any:
-    """JSON, or a `StoreError` that names ``path``. Names that occur twice in one object are refused."""
+    """JSON, or a `StoreError` that names ``path``.
+
+    Refused as well: names that occur twice in one object, and numbers that are not finite (NaN, Infinity, 1e400).
+    """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object)
+        return json.loads(data.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not readable as JSON ({str(error)[:100]})") from None
 
@@ -158,3 +162,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a name occurs twice in one object")
     return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
