@@ -17,6 +17,8 @@ from typing import Any
 
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
+#: levels of lists and objects; what this package writes has a dozen, and each may cost its readers some calls
+MAX_DEPTH = 100
 #: what an interrupted `write` leaves: the name it was to have, between these
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -124,10 +126,13 @@ def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
 def parse(data: bytes, path: Path) -> Any:
     """JSON, or a `StoreError` that names ``path``.
 
-    Refused as well: names that occur twice in one object, and numbers that are not finite (NaN, Infinity, 1e400).
+    Refused as well: names that occur twice in one object, numbers that are not finite (NaN, Infinity, 1e400), and
+    more than `MAX_DEPTH` levels.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(data.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        _require_shallow(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not readable as JSON ({str(error)[:100]})") from None
 
@@ -169,3 +174,17 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:40]} is not a finite number")
     return number
+
+
+def _require_shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for parent in level
+            if isinstance(parent, (list, dict))
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")

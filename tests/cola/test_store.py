@@ -567,6 +567,24 @@ def test_numbers_that_are_none_are_refused(number):
             files.parse(f'{{"a": [{number}]}}'.encode(), path)
 
 
+@pytest.mark.parametrize("depth", [90, 150, 950, 100_000])
+@pytest.mark.parametrize("ends", [("[", "]"), ('{"dict": [[', ", 1]]}"), ('{"tuple": [', "]}")])
+def test_depth_is_no_way_out(depth, ends):
+    """What is nested far deeper than anything that is written here is refused, not followed."""
+    bomb = ends[0] * depth + "1" + ends[1] * depth
+    with pytest.raises(StoreError, match="here"):
+        store.link_from_bytes(link_with(DELTA=bomb), files.Path("here"))
+
+
+def test_depth_is_bounded():
+    def nested(depth):
+        return ("[" * depth + "]" * depth).encode()
+
+    assert files.parse(nested(files.MAX_DEPTH), files.Path("here")) is not None
+    with pytest.raises(StoreError, match=r"here is not readable as JSON .*more than 100 levels"):
+        files.parse(nested(files.MAX_DEPTH + 2), files.Path("here"))
+
+
 def test_a_file_larger_than_its_manifest_says_is_not_read(saved):
     path = link(saved, 0)
     with open(path, "r+b") as file:
