@@ -1,5 +1,6 @@
 """Checks of arguments that several modules make."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,14 @@ def integer(value: object) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a number that a float can hold: no bool, no inf or nan, no integer of 400 digits."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:

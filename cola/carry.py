@@ -67,7 +67,7 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
     else:
         try:
             carried = _read(entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"the state's {KEY!r} entry, which holds the tied links, is damaged: {error}") from None
     ledger = carried.ledger
     if ledger is not None and ledger.missing + len(ledger.links) != index:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import replay, tensorfile
+from cola.arguments import is_finite
 from cola.distributed import writes
 from cola.files import StoreError, read_checked, seal, unseal, write
 from cola.fingerprint import Fingerprint
@@ -131,7 +132,7 @@ def read(directory: Path) -> Checkpoint:
                 named[kind][layer] = tensor
         pairs: dict[str, Pair] = {layer: (A, named["live/B"][layer]) for layer, A in named["live/A"].items()}
         loss, scaling = unpack(content["loss"], {}), content["scaling"]
-        if not isinstance(loss, (float, type(None))) or not isinstance(scaling, (int, float)):
+        if not isinstance(loss, (float, type(None))) or not is_finite(scaling):
             raise ValueError(f"its loss is {loss!r:.40} and its scale {scaling!r:.40}")
         return Checkpoint(
             ledger,

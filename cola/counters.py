@@ -73,7 +73,7 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     try:
         saved = json.loads(text)
         version, theirs = saved["version"], saved["live"]
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
     if not _well_formed(saved):
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")

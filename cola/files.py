@@ -7,6 +7,7 @@ What is read has its kind and size checked first; nothing is unpickled, here or 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -16,6 +17,8 @@ from typing import Any
 
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
+#: levels of lists and objects; what this package writes has a dozen, and each may cost its readers some calls
+MAX_DEPTH = 100
 #: what an interrupted `write` leaves: the name it was to have, between these
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
@@ -121,9 +124,15 @@ def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def parse(data: bytes, path: Path) -> Any:
-    """JSON, or a `StoreError` that names ``path``. Names that occur twice in one object are refused."""
+    """JSON, or a `StoreError` that names ``path``.
+
+    Refused as well: names that occur twice in one object, numbers that are not finite (NaN, Infinity, 1e400), and
+    more than `MAX_DEPTH` levels.
+    """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object)
+        value = json.loads(data.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        _require_shallow(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not readable as JSON ({str(error)[:100]})") from None
 
@@ -158,3 +167,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a name occurs twice in one object")
     return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def _require_shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for parent in level
+            if isinstance(parent, (list, dict))
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")

@@ -89,7 +89,7 @@ class Link:
         seed: of the run; the link's draws and its stochastic rounding follow from (seed, index, layer).
         factors: per layer path.
         trained: values, at the knot, of the parameters that were trained beside the adapters (biases,
-            ``modules_to_save``), by path.
+            ``modules_to_save``), by path; one that several modules share under each of its paths.
         report: what the knot reported.
     """
 

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class, is_conv1d
 from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
-from cola.adapters.targets import find_peft_layers, find_targets, modules_by_name, named, unknown, unwrap
+from cola.adapters.targets import (
+    find_peft_layers,
+    find_targets,
+    modules_by_name,
+    named,
+    parameters_by_name,
+    shared_weights,
+    unknown,
+    unwrap,
+)
 from cola.distributed import (
     is_sharded,
     obstacle_anywhere,
@@ -135,6 +144,21 @@ class LiveLink:
                 if parameter is not None and (id(module), name) in wanted:
                     found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
         return dict(found.values())
+
+    def trained_values(self) -> dict[str, Tensor]:
+        """Copies of what is trained beside the adapters, on the CPU, as a link records them.
+
+        One that several modules share is listed under every path: elsewhere they may not be tied.
+        """
+        shared, parameters = shared_weights(self.model), parameters_by_name(self.model)
+        values: dict[str, Tensor] = {}
+        for path, parameter in self.trained().items():
+            values[path] = whole(parameter.detach()).cpu().clone()
+            for other in shared.get(id(parameter), ()):
+                if other != path:
+                    same = parameters[other] is parameter
+                    values[other] = values[path] if same else whole(parameters[other].detach()).cpu().clone()
+        return values
 
     def train_too(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count those of ``parameters`` that are the model's own among what is trained: unfrozen, recorded at knots."""

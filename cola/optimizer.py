@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from cola import counters, interrupts, probe
 from cola.adapters.targets import called
 from cola.chain import Chain
-from cola.distributed import agreed_mean, whole
+from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
@@ -291,7 +291,7 @@ class ChainOptimizer(Saves):
             live.check()
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
             factors = live.factors(snapshot) if keep else {}
-            trained = {path: whole(p.detach()).cpu().clone() for path, p in live.trained().items()} if keep else {}
+            trained = live.trained_values() if keep else {}
             base = self._weights() if index == 0 and keep else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cola import tensorfile
+from cola.arguments import is_finite
 from cola.export import CONFIG, PREFIX, WEIGHTS
 from cola.files import MAX_JSON, StoreError, parse, read
 from cola.link import Factor, KnotReport, LayerReport, Link
@@ -125,6 +126,6 @@ def _by_pattern(patterns: Any, layer: str, default: Any, path: Path) -> float:
         if matches:
             value = candidate
             break
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_finite(value):
         raise StoreError(f"{config} gives layer {layer!r:.120} the rank or alpha {value!r:.40}")
     return value

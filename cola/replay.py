@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class, refusal
-from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, unwrap
+from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, shared_weights, unwrap
 from cola.distributed import copy_whole, tie_anywhere
 from cola.fingerprint import Fingerprint, fingerprint
 from cola.link import Link
@@ -66,13 +66,18 @@ def check(
         ValueError: a layer is missing, of another shape, cannot be tied, or has other weights.
     """
     modules, values = modules_by_name(model), _values(model if base is None else base)
+    together = {name: names for names in shared_weights(model).values() for name in names}
     for link in links:
         for path, factor in link.factors.items():
             _require_layer(path, (factor.B.shape[0], factor.A.shape[1]), modules, live)
             if _weight_of(path) not in values:
                 raise ValueError(f"base has no {_weight_of(path)!r}: give the untouched model or its state dict")
         for path, value in link.trained.items():
-            if path not in values or values[path].shape != value.shape:
+            tied = together.get(path, ())
+            _require_trained_together(path, tied, link)
+            # a file of weights may hold a tied one once
+            stored = next((values[name] for name in (path, *tied) if name in values), None)
+            if stored is None or stored.shape != value.shape:
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
     if recorded is not None:
         layers = [path for path in recorded.layers if path in modules and _weight_of(path) in values]
@@ -114,7 +119,8 @@ def untie(model: nn.Module, links: Sequence[Link], base: Base) -> None:
     """Put the base's values back wherever the links changed something. Call `check` first."""
     values, untouched = _values(model), _values(base)
     for name in dict.fromkeys((*map(_weight_of, paths(links)), *(path for link in links for path in link.trained))):
-        copy_whole(values[name], untouched[name])
+        if name in untouched:  # check() has seen to it that it is there under one of its names
+            copy_whole(values[name], untouched[name])
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:
@@ -155,3 +161,14 @@ def _require_layer(path: str, wanted: tuple[int, int], modules: dict[str, nn.Mod
     shape = layer_class(module).shape(module)
     if shape != wanted:
         raise ValueError(f"the chain's link on {path!r} is {wanted}, the layer is {shape}: is it the right base?")
+
+
+def _require_trained_together(path: str, tied: Iterable[str], link: Link) -> None:
+    """A tensor that several modules of the model share must have been one when it was trained."""
+    for other in tied:
+        value = link.trained.get(other)
+        if value is None or (value is not link.trained[path] and not torch.equal(value, link.trained[path])):
+            raise ValueError(
+                f"the chain trained {path!r} apart from {other!r}, and in this model they are one tensor (tied "
+                "weights): untie them first (in transformers: tie_word_embeddings=False and a copy of the weight)"
+            )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cola import tensorfile
+from cola.arguments import is_finite
 from cola.distributed import writes
 from cola.files import MAX_JSON, StoreError, intended_name, parse, read, read_checked, seal, sha256, unseal, write
 from cola.fingerprint import Fingerprint
@@ -252,7 +253,7 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
         A, B, scaling, rounding = tensors[f"A:{path}"], tensors[f"B:{path}"], about["scaling"], about["rounding"]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or {A.dtype, B.dtype} - set(TIEABLE):
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
-        if not isinstance(scaling, (int, float)) or rounding not in ROUNDINGS:
+        if not is_finite(scaling) or rounding not in ROUNDINGS:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
         factors[path] = Factor(A, B, scaling, rounding)
     trained = {}
@@ -271,8 +272,11 @@ def _report(values: dict[str, Any]) -> KnotReport:
     """What a later version adds to the reports is left out."""
     layers = {path: LayerReport(**_known_fields(LayerReport, x)) for path, x in values["layers"].items()}
     report = KnotReport(**{**_known_fields(KnotReport, values), "layers": layers})
-    numbers = (report.index, report.step, report.rank, report.delta_norm, report.lost_norm)
-    if not all(isinstance(number, (int, float)) for number in numbers):
+    norms = (norm for layer in layers.values() for norm in (layer.delta_norm, layer.lost_norm))
+    loss = 0.0 if report.loss is None else report.loss
+    own = (report.index, report.step, report.rank, report.delta_norm, report.lost_norm, report.seconds, loss)
+    # norms may be infinite, as a run has met them
+    if not all(isinstance(number, float) or is_finite(number) for number in (*own, *norms)):
         raise ValueError(f"its report is not one: {values!r:.80}")
     return report
 

@@ -98,7 +98,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
         found = _all_linear(model, modules) if target_modules == "all-linear" else _by_regex(modules, target_modules)
     else:
         found = _by_names(modules, target_modules)
-    shared, read = _shared_weights(model), _read_directly(modules)
+    shared, read = shared_weights(model), _read_directly(modules)
     for path, module in found.items():
         if id(module) in read:
             raise ValueError(f"target_modules: layer {path!r} {_UNCALLED}")
@@ -124,7 +124,7 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
             )
         return {}
     paths = {id(module): path for path, module in modules.items()}
-    shared, found = _shared_weights(model), {}
+    shared, found = shared_weights(model), {}
     for layer in layers:
         base: nn.Module = layer.base_layer  # type: ignore[assignment]
         path = paths.get(id(base), type(base).__name__)
@@ -221,7 +221,7 @@ def _read_directly(modules: dict[str, nn.Module]) -> set[int]:
     return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """Names of the parameters that share memory with each parameter (by id), where there are several."""
     spans: dict[int, list[tuple[int, int, int, str]]] = {}  # storage to (first byte, end, id, name)
     for name, parameter in parameters_by_name(model).items():
@@ -271,6 +271,7 @@ __all__ = [
     "modules_by_name",
     "named",
     "parameters_by_name",
+    "shared_weights",
     "unknown",
     "unwrap",
 ]

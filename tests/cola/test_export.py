@@ -81,6 +81,12 @@ MODELS = {
     "biases without dots": (Net, {"target_modules": BODY, "bias": "lora_only"}),
     "head": (Net, {"target_modules": BODY, "modules_to_save": ["head"]}),
     "head and biases": (Net, {"target_modules": BODY, "modules_to_save": ["head"], "bias": "lora_only"}),
+    "tied head": (tiny_opt, {"modules_to_save": ["lm_head"]}),
+    "tied embeddings": (tiny_opt, {"modules_to_save": ["embed_tokens"]}),
+    "tied, both": (tiny_opt, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "untied head": (lambda: tiny_opt(tie_word_embeddings=False), {"modules_to_save": ["lm_head"]}),
+    "untied embeddings": (lambda: tiny_opt(tie_word_embeddings=False), {"modules_to_save": ["embed_tokens"]}),
+    "two modules": (lambda: tiny_opt(tie_word_embeddings=False), {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "half-precision factors": (tiny_opt, {"lora_alpha": 3, "dtype": torch.bfloat16}),
     "scale": (tiny_opt, {"lora_alpha": 3, "r": (3, 2), "scaling": "rslora"}),
     "all linear": (tiny_gpt2, {"target_modules": "all-linear"}),
@@ -244,6 +250,57 @@ def test_a_peft_adapter_becomes_a_first_link(case, tmp_path):
     assert close(output(peft.PeftModel.from_pretrained(make(), tmp_path / "again")), output(expected))
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_is_recorded_under_each_name(name, tmp_path):
+    """PEFT replaces a module, not the tensor that it shares: both have to be in the adapter, and in the chain."""
+    merged, chain = fit(tiny_opt(), modules_to_save=[name])
+    assert set(chain[-1].trained) == {"lm_head.weight", "model.decoder.embed_tokens.weight"}
+    chain.save(tmp_path / "chain")
+    again = tiny_opt()
+    Chain.load(tmp_path / "chain").apply(again)
+    assert torch.equal(output(merged), output(again))
+    chain.to_peft(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head", "model.decoder.embed_tokens"]
+    # and through the adapter back, on a tied model and on an untied one
+    for base in (tiny_opt(), untied()):
+        Chain.from_peft(tmp_path / "adapter").apply(base)
+        assert close(output(merged), output(base))
+
+
+def untied():
+    """The same values as `tiny_opt`'s, with a head of its own."""
+    model = tiny_opt(tie_word_embeddings=False)
+    model.load_state_dict(tiny_opt().state_dict())
+    return model
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_weight_that_was_trained_alone_is_not_applied_to_a_tied_model(name, tmp_path):
+    model = peft.get_peft_model(
+        untied(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=[name])
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    model.save_pretrained(tmp_path)
+    chain, tied, base = Chain.from_peft(tmp_path), tiny_opt(), untied()
+    with pytest.raises(ValueError, match=r"apart from .* are one tensor .*: untie them first"):
+        chain.apply(tied)
+    assert torch.equal(output(tied), output(tiny_opt()))
+    chain.apply(base)
+    assert close(output(base), output(model))
+
+
+def test_undo_of_a_tied_weight_from_weights_that_hold_it_once():
+    model, chain = fit(tiny_opt(), links=1, modules_to_save=["lm_head"])
+    weights = tiny_opt().state_dict()
+    del weights["lm_head.weight"]
+    chain.undo(model, weights)
+    assert torch.equal(output(model), output(tiny_opt()))
+
+
 def test_training_goes_on_after_an_imported_link(tmp_path):
     make, expected = adapter("linear", tmp_path / "adapter")
     model = make()
@@ -272,7 +329,9 @@ REFUSED = {
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "rank": ({"r": 7}, "has rank 3, and adapter_config.json says otherwise"),
     "alpha": ({"lora_alpha": None}, "gives layer .* the rank or alpha None"),
-    "infinite": ({"lora_alpha": 1e999}, "the rank or alpha inf"),
+    "infinite": ({"lora_alpha": 1e999}, "Infinity is not a finite number"),
+    "huge": ({"lora_alpha": 10**400}, "the rank or alpha 10000"),
+    "a truth": ({"lora_alpha": True}, "the rank or alpha True"),
     "pattern": ({"rank_pattern": {"(": 3}}, "bad pattern"),
     "slow pattern": ({"alpha_pattern": {"(a+)+": 3}}, "too intricate"),
     "patterns": ({"alpha_pattern": [1]}, "not an object"),

@@ -536,6 +536,55 @@ def test_headers_are_checked_before_memory_is_taken(data, tmp_path):
         tensorfile.load(data, files.Path("here"))
 
 
+def link_with(**changes):
+    """The bytes of a link whose JSON text has other values, as text, than a link's."""
+    content = {
+        "index": 0, "seed": 0, "layers": {"x": {"scaling": "SCALING", "rounding": "nearest"}}, "trained": [],
+        "report": "REPORT",
+    }  # fmt: skip
+    report = '{"dict": [["index", 0], ["step", 1], ["rank", 1], ["delta_norm", DELTA], ["lost_norm", 0.0], '
+    report += '["loss", null], ["seconds", 0.0], ["layers", {"dict": []}]]}'
+    values = {"DELTA": "1.0", "SCALING": "1.0", **changes}
+    text = json.dumps(content).replace('"REPORT"', report).replace('"SCALING"', values["SCALING"])
+    text = text.replace("DELTA", values["DELTA"])
+    entries = {
+        "__metadata__": {"cola": text},
+        "A:x": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
+        "B:x": {"dtype": "F32", "shape": [2, 1], "data_offsets": [8, 16]},
+    }
+    return header(entries, bytes(16))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "true", "1" * 400, "null", '"1"', "[]"])
+def test_numbers_that_are_none_are_refused(number):
+    path = files.Path("here")
+    assert store.link_from_bytes(link_with(SCALING="2"), path).factors["x"].scaling == 2
+    for place in ("SCALING", "DELTA"):
+        with pytest.raises(StoreError, match="here"):
+            store.link_from_bytes(link_with(**{place: number}), path)
+    if number in ("NaN", "Infinity", "-Infinity", "1e400"):
+        with pytest.raises(StoreError, match=r"here is not readable as JSON .*is not a finite number"):
+            files.parse(f'{{"a": [{number}]}}'.encode(), path)
+
+
+@pytest.mark.parametrize("depth", [90, 150, 950, 100_000])
+@pytest.mark.parametrize("ends", [("[", "]"), ('{"dict": [[', ", 1]]}"), ('{"tuple": [', "]}")])
+def test_depth_is_no_way_out(depth, ends):
+    """What is nested far deeper than anything that is written here is refused, not followed."""
+    bomb = ends[0] * depth + "1" + ends[1] * depth
+    with pytest.raises(StoreError, match="here"):
+        store.link_from_bytes(link_with(DELTA=bomb), files.Path("here"))
+
+
+def test_depth_is_bounded():
+    def nested(depth):
+        return ("[" * depth + "]" * depth).encode()
+
+    assert files.parse(nested(files.MAX_DEPTH), files.Path("here")) is not None
+    with pytest.raises(StoreError, match=r"here is not readable as JSON .*more than 100 levels"):
+        files.parse(nested(files.MAX_DEPTH + 2), files.Path("here"))
+
+
 def test_a_file_larger_than_its_manifest_says_is_not_read(saved):
     path = link(saved, 0)
     with open(path, "r+b") as file:
