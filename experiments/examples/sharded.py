@@ -43,4 +43,5 @@ if dist.get_rank() == 0:
     model.save_pretrained("merged", state_dict=weights)
     opt.chain.save("chain")
     print(opt.chain)
+dist.barrier()  # nobody leaves while others still talk
 dist.destroy_process_group()
