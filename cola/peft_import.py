@@ -4,6 +4,7 @@ Only what is a plain ``s·B A`` on linear layers can be a link. Everything else 
 that is half understood would give wrong weights in silence.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +32,10 @@ _HARMLESS = {
 _UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 #: initialisations that also change the base, so that the adapter fits another base than the original one
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+#: what a pattern may be made of: characters, classes of them, repeated or not, and alternatives of these
+_ATOM = r"(?:[^\\()\[\]{}*+?|^$]|\\[\W_dw]|\[\^?[\w.-]+\])[*+]?"
+_GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"
+_SAFE = re.compile(rf"\^?(?:{_ATOM}|{_GROUP}|\|)*\$?")
 
 
 def from_peft(directory: Path, rounding: str) -> Link:
@@ -110,20 +115,34 @@ def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], 
     return Factor(A, B, alpha / (math.sqrt(r) if config.get("use_rslora") else r), rounding)
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _expression(pattern: str, config: Path) -> re.Pattern[str]:
+    """``pattern`` for the end of a path, if no path can keep the matcher busy for long.
+
+    An expression with nested or many repetitions or alternatives could do so for years.
+    """
+    try:
+        found = re.compile(rf"(.*\.)?({pattern})$") if len(pattern) <= 512 else None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise StoreError(f"{config} has a bad pattern {pattern!r:.60}: {error}") from None
+    bare = re.sub(r"\\.|\[[^\]]*\]", "", pattern[:513])  # no repetition and no alternative is written in these
+    groups = (re.sub(r"\([^()]*\)", "", bare), *re.findall(r"\([^()]*\)", bare))
+    ways = math.prod(group.count("|") + 1 for group in groups)
+    if found is None or not _SAFE.fullmatch(pattern) or len(re.findall(r"[*+]", bare)) > 2 or ways > 32:
+        raise StoreError(
+            f"{config} has a pattern that is too intricate to be safe: {pattern!r:.60} (two repetitions of a "
+            "character, groups of up to 32 alternatives in all, nothing nested): write the layers' paths"
+        )
+    return found
+
+
 def _by_pattern(patterns: Any, layer: str, default: Any, path: Path) -> float:
     """The value for ``layer``: that of the first pattern that matches the end of its path, else the default."""
     value, config = default, path.with_name(CONFIG)
     if not isinstance(patterns or {}, dict):
         raise StoreError(f"{config} has patterns that are not an object: {patterns!r:.60}")
     for pattern, candidate in (patterns or {}).items():
-        # an expression with nested or many repetitions can keep the matcher busy for years
-        if len(pattern) > 512 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):
-            raise StoreError(f"{config} has a pattern that is too intricate to be safe: {pattern!r:.60}")
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", layer)
-        except re.error as error:
-            raise StoreError(f"{config} has a bad pattern {pattern!r:.60}: {error}") from None
-        if matches:
+        if _expression(pattern, config).match(layer):
             value = candidate
             break
     if not is_finite(value):

@@ -15,6 +15,7 @@ _ITEMSIZE = {
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIMS, _MAX_SIZE = 64, 1 << 63  # of torch; products of more and larger numbers could take for ever
 _KEY = "cola"
 
 
@@ -76,10 +77,12 @@ def _check_header(data: bytes, path: Path) -> Any:
         try:
             itemsize, shape, (start, stop) = _ITEMSIZE[entry["dtype"]], entry["shape"], entry["data_offsets"]
             sizes = [*shape, start, stop]
+            if len(shape) > _MAX_DIMS:
+                raise ValueError(f"{len(shape)} dimensions")
         except (TypeError, KeyError, ValueError):
             raise StoreError(f"{path}: its header does not describe tensor {name!r:.80}") from None
         if any(type(size) is not int or not 0 <= size <= len(data) for size in (start, stop)) or any(
-            type(size) is not int or size < 0 for size in sizes
+            type(size) is not int or not 0 <= size < _MAX_SIZE for size in sizes
         ):
             raise StoreError(f"{path}: its header gives tensor {name!r:.80} impossible sizes")
         if math.prod(shape) * itemsize != stop - start:

@@ -218,6 +218,14 @@ IMPORTS = {
             "alpha_pattern": {"layers.1.self_attn.v_proj": 7},
         },
     ),
+    "expressions": (
+        tiny_opt,
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {r".*layers\.\d+\.self_attn.(q|k)_proj": 2},
+            "alpha_pattern": {r"^model\.decoder\.layers\.[01]\..*v_proj$": 7},
+        },
+    ),
     "all linear": (tiny_opt, {"target_modules": "all-linear"}),
     "biases": (tiny_opt, {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "all biases": (tiny_opt, {"target_modules": ["q_proj"], "bias": "all"}),
@@ -334,6 +342,16 @@ REFUSED = {
     "a truth": ({"lora_alpha": True}, "the rank or alpha True"),
     "pattern": ({"rank_pattern": {"(": 3}}, "bad pattern"),
     "slow pattern": ({"alpha_pattern": {"(a+)+": 3}}, "too intricate"),
+    "alternatives": ({"alpha_pattern": {"(a|a|aa)" * 60: 3}}, "too intricate"),
+    "options": ({"alpha_pattern": {"a?" * 60: 3}}, "too intricate"),
+    "groups in groups": ({"alpha_pattern": {"((a|b)c)": 3}}, "too intricate"),
+    "repeated": ({"alpha_pattern": {".*.*.*x": 3}}, "too intricate"),
+    "repeated group": ({"alpha_pattern": {"(?:a+){9}": 3}}, "too intricate"),
+    "reference": ({"alpha_pattern": {r"(a+)\1+": 3}}, "too intricate"),
+    "look ahead": ({"alpha_pattern": {"(?=a)": 3}}, "too intricate"),
+    "long": ({"alpha_pattern": {"a" * 600: 3}}, "too intricate"),
+    "deep groups": ({"alpha_pattern": {"(" * 250 + ")" * 250: 3}}, "bad pattern|too intricate"),
+    "huge count": ({"alpha_pattern": {"a{99999999999999999999}": 3}}, "bad pattern"),
     "patterns": ({"alpha_pattern": [1]}, "not an object"),
 }
 
