@@ -21,12 +21,10 @@ from theory.checks import FAIL, PASS, VACUOUS, Check
 from theory.corrupted import AdditiveError, MultiplicativeError
 from theory.frank_wolfe import Run, frank_wolfe
 from theory.gradients import Estimate, Estimator, FullGradient, Minibatch
+from theory.noise import CONFIDENCE, gaussian_noise
 from theory.points import Gradient, Point, as_array, inner
 from theory.problems import NoisyProblem, Problem
 from theory.steps import Step, TheoremStep
-
-# one wrong FAIL in a thousand statements that hold; a planted error is many standard errors away
-CONFIDENCE = 0.999
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,8 @@ def batch_ladder(
     """Minibatch gradients: the expected bound, the bias of the minibatch gap, and an estimate without that
     bias.
 
-    At each batch size b, over seeds: ``E avg eps <= min(D sigma/sqrt(b), D E|xi|_op)``; ``E avg g <= 1.5 s`` plus
+    At each batch size b, over seeds: the recorded noise is ``sigma/sqrt(b)``, from both sides;
+    ``E avg eps <= min(D sigma/sqrt(b), D E|xi|_op)``; ``E avg g <= 1.5 s`` plus
     the same; the gap of the minibatch gradient is at least the gap in expectation (Jensen: a maximum of noise); and
     ``<G_B, W - V_A>`` with V from batch A and the score from an independent batch B has expectation ``g - eps``.
     """
@@ -223,6 +222,7 @@ def batch_ladder(
         # one seed has no interval; then the statement is only that the estimate is below the reported gap
         checks = [check for run in runs for check in audit(run)]
         checks += [
+            gaussian_noise(runs, b),
             expected_at_most(f"E eps <= noise (b = {b})", [float(run.error.mean()) for run in runs], noise),
             expected_at_most(f"E avg g <= 1.5 s + noise (b = {b})", averages, 1.5 * runs[0].scale + noise),
             expected_at_most(f"minibatch gap biased upward (b = {b})", [-x for x in bias], 0.0),
