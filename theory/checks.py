@@ -103,6 +103,9 @@ def identity(run: Run) -> Check:
 
     Gap and error are measured by the reference oracle, ``c`` from losses and the descent, so that a gap of
     the wrong sign or of another gradient, or an error left out, breaks it. Only rounding is allowed for.
+
+    As ``c`` takes up whatever the losses leave, a wrong loss or a wrong iterate does not:
+    descent, curvature and gradient are there for those.
     """
     total = float(run.eta.sum())
     if total == 0:
