@@ -17,13 +17,16 @@ import numpy as np
 
 from theory import bounds
 from theory.frank_wolfe import Run
-from theory.matrix_oracles import TraceBall
+from theory.matrix_oracles import RankBall, SpectralBall, TraceBall
+from theory.oracles import Box, FrobeniusBall, L1Ball, Oracle, Product, Simplex
 from theory.points import DensePoint, Gradient, ObservedMatrix, ObservedPoint, as_array, inner
 from theory.steps import TheoremStep
 
 PASS, FAIL, VACUOUS = "PASS", "FAIL", "VACUOUS"
 # above this size a dense SVD per snapshot would cost more than the run
 DENSE_SVD_LIMIT = 512
+# sets of which opposite vertices are D apart
+ATTAINING = (L1Ball, Simplex, Box, FrobeniusBall, TraceBall, SpectralBall, RankBall)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def identity(run: Run) -> Check:
 
     Gap and error are measured by the reference oracle, ``c`` from losses and the descent, so that a gap of
     the wrong sign or of another gradient, or an error left out, breaks it. Only rounding is allowed for.
+
+    As ``c`` takes up whatever the losses leave, a wrong loss or a wrong iterate does not:
+    descent, curvature and gradient are there for those.
     """
     total = float(run.eta.sum())
     if total == 0:
@@ -156,20 +162,59 @@ def value_range(run: Run) -> Check:
     return at_most("range <= M", seen, run.problem.M, 2 * value_rounding(run))
 
 
+def _opposite(run: Run, oracle: Oracle) -> float:
+    """How far apart an oracle's vertices for a random gradient and its negative are."""
+    probe, W, rng = _probe(run, np.random.default_rng(0)), run.problem.start(), np.random.default_rng(0)
+    first, second = (oracle(X, at=W, rng=rng).vertex for X in (probe, _negative(probe)))
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return float(np.linalg.norm(first - second))
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return 0.0
+    # left and right factors are those of opposite matrices, up to the sign of a singular pair
+    cross = float(((first.left.T @ second.left) * (first.right @ second.right.T)).sum())
+    return math.sqrt(max(0.0, first.norm2 + second.norm2 - 2 * cross))
+
+
 def distances(run: Run) -> Check:
     """``|V_t - W_t| <= D``, and the vertices for a gradient and its opposite are no further apart either."""
-    probe = _probe(run, np.random.default_rng(0))
-    W, rng = run.problem.start(), np.random.default_rng(0)
-    first, second = (run.problem.oracle(X, at=W, rng=rng).vertex for X in (probe, _negative(probe)))
-    apart = 0.0
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        apart = float(np.linalg.norm(first - second))
-    elif not isinstance(first, np.ndarray) and not isinstance(second, np.ndarray):
-        # left and right factors are those of opposite matrices, up to the sign of a singular pair
-        cross = float(((first.left.T @ second.left) * (first.right @ second.right.T)).sum())
-        apart = math.sqrt(max(0.0, first.norm2 + second.norm2 - 2 * cross))
-    seen = max(apart, math.sqrt(float(run.distance2.max())))
+    seen = max(_opposite(run, run.oracle), math.sqrt(float(run.distance2.max())))
     return at_most("distance <= D", seen, run.oracle.diameter, 64 * run.T * unit(run) * run.oracle.diameter)
+
+
+def _attains(oracle: Oracle) -> bool:
+    """Whether opposite gradients have vertices at distance D, as on norm balls, the box and the simplex."""
+    if isinstance(oracle, Product):
+        return all(map(_attains, oracle.parts))
+    return oracle.exact and isinstance(oracle, ATTAINING)
+
+
+def diameter(run: Run) -> Check:
+    """``D`` is attained: the set's own vertices for a gradient and its opposite are no nearer than ``D``."""
+    own, name = run.problem.oracle, "D is attained"
+    if not _attains(own):
+        return Check(name, VACUOUS, 0.0, math.nan, own.diameter, "not known to be attained by opposite vertices")
+    seen, tolerance = _opposite(run, own), 64 * max(own.shape) * unit(run) * own.diameter
+    return at_most(name, own.diameter, seen, tolerance, detail=f"opposite vertices are {seen:.6g} apart")
+
+
+def vertices(run: Run) -> Check:
+    """``V_t`` lies in ``K``, asked again at the snapshots of the oracle that the run used."""
+    name, set_ = "vertex in K", run.problem.oracle
+    points = [W for _, W in run.snapshots]
+    if not points or not _small(run) or not all(isinstance(W, DensePoint) for W in points):
+        return Check(name, VACUOUS, 0.0, math.nan, 1.0, "no dense snapshots")
+    rng, worst = np.random.default_rng(2), 0.0
+    for W in points:
+        V = run.oracle(run.problem.gradient(W), at=W, rng=rng).vertex
+        worst = max(worst, set_.gauge(V if isinstance(V, np.ndarray) else V.dense()))
+    return at_most(name, worst, 1.0, 32 * max(set_.shape) * unit(run))
+
+
+def error_sign(run: Run) -> Check:
+    """``eps_t >= 0`` up to the width of the reference: no point of ``K`` pairs below the minimum over ``K``."""
+    below = -run.error - (run.gap_upper - run.gap)
+    worst = int(np.argmax(below))
+    return at_most("error >= 0", float(below[worst]), 0.0, pairing_rounding(run), detail=f"tightest at t = {worst + 1}")
 
 
 def step_size(run: Run) -> Check:
@@ -297,6 +342,9 @@ ALWAYS: tuple[Callable[[Run], Check], ...] = (
     curvature,
     value_range,
     distances,
+    diameter,
+    vertices,
+    error_sign,
     feasible,
     gap_sign,
     dense_gap,
@@ -311,6 +359,9 @@ STRUCTURAL = frozenset(
         "curvature <= beta",
         "range <= M",
         "distance <= D",
+        "D is attained",
+        "vertex in K",
+        "error >= 0",
         "feasible",
         "gap >= 0",
         "gap = dense SVD",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,12 +41,12 @@ def parser() -> argparse.ArgumentParser:
         "--oracle", choices=ORACLES, help="oracle: the set's own, by Lanczos, or erring by --epsilon/--rho"
     )
     out.add_argument("--T", nargs="+", type=int, metavar="T", help="horizons, each a separate run")
-    out.add_argument("--seeds", type=int, default=8, metavar="N", help="runs per rung of a ladder")
+    out.add_argument("--seeds", type=int, metavar="N", help="runs per rung of a ladder (default: 8)")
     out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
     out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive oracle errors")
     out.add_argument("--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps")
     out.add_argument("--batch", nargs="+", type=int, metavar="B", help="batch sizes of the gradient")
-    out.add_argument("--sigma", type=float, default=2.0, help="noise for --batch where the problem draws no batches")
+    out.add_argument("--sigma", type=float, help="noise for --batch where a problem draws no batches (default: 2)")
     out.add_argument("--out", type=Path, default=Path("runs/fw_gap"), metavar="DIR", help="results and pictures")
     out.add_argument("--list", action="store_true", help="list instances and step rules, and stop")
     out.add_argument("--no-plots", action="store_true", help="write no pictures (matplotlib is then not needed)")
@@ -68,8 +69,10 @@ def chosen(options: argparse.Namespace) -> list[Task]:
     Raises:
         ValueError: for a name that is not known.
     """
-    if options.seeds < 1:
+    if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}: give the number of runs per rung")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}: give the first seed")
     custom = (
         options.instance,
         options.step,
@@ -78,9 +81,10 @@ def chosen(options: argparse.Namespace) -> list[Task]:
         options.epsilon,
         options.rho,
         options.batch,
+        options.sigma,
     )
     if all(value is None for value in custom):
-        return list(suite.standard(options.seeds, options.seed))
+        return list(suite.standard(_seeds(options), options.seed))
     for name in options.instance or []:
         if name not in INSTANCES:
             raise ValueError(f"--instance {name!r} is not known: choose from {', '.join(INSTANCES)}")
@@ -93,8 +97,26 @@ def chosen(options: argparse.Namespace) -> list[Task]:
     return list(grid(options))
 
 
+def _seeds(options: argparse.Namespace) -> int:
+    return 8 if options.seeds is None else options.seeds
+
+
+def _consistent(options: argparse.Namespace) -> None:
+    """Refuse options that another one would leave without effect."""
+    if options.epsilon is not None and options.rho is not None:
+        raise ValueError("--epsilon and --rho name different oracles: give one of them")
+    for flag, kind in (("epsilon", "additive"), ("rho", "multiplicative")):
+        if getattr(options, flag) is not None and options.oracle not in (None, kind):
+            raise ValueError(f"--{flag} has no effect on --oracle {options.oracle}: leave one of them out")
+    if options.sigma is not None and options.batch is None:
+        raise ValueError("--sigma has no effect without --batch: give batch sizes, or leave it out")
+    if options.seeds is not None and options.batch is None:
+        raise ValueError("--seeds has no effect on named runs without --batch: leave it out")
+
+
 def grid(options: argparse.Namespace) -> Iterator[Task]:
     """One task per instance, step and setting."""
+    _consistent(options)
     kind = options.oracle or ("additive" if options.epsilon else "multiplicative" if options.rho else "own")
     if kind == "additive" and not options.epsilon:
         raise ValueError("--oracle additive needs --epsilon: give one or several additive errors")
@@ -104,7 +126,7 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
     if kind == "multiplicative":
         errors = [(0.0, rho) for rho in options.rho]
     random = bool(options.batch)
-    seeds = range(options.seed, options.seed + options.seeds) if random else [options.seed]
+    seeds = range(options.seed, options.seed + _seeds(options)) if random else [options.seed]
     for name in options.instance or TIGHT:
         horizons = options.T or INSTANCES[name].horizons
         for rule, (epsilon, rho), batch in itertools.product(
@@ -249,5 +271,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _entry() -> int:
+    """`main`, which ends quietly where the reader of its output stops reading (``| head``)."""
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # the interpreter flushes standard output once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_entry())

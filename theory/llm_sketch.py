@@ -104,6 +104,15 @@ def _tapped(layers: Mapping[str, nn.Module], taps: Mapping[str, Tap], anchors: l
 
 
 @contextmanager
+def _same_draws() -> Iterator[None]:
+    """Whatever a loss draws is the same in every pass, and the caller's generators stand as before afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode (dropout off, one fixed loss), each module's own mode restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
@@ -133,7 +142,7 @@ def sweep(
         ValueError: the loss does not depend on any of the layers, or is not finite.
     """
     total = 0.0
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), _same_draws(), torch.enable_grad():
         for batch in batches:
             anchors: list[Tensor] = []
             with _tapped(layers, taps, anchors):
@@ -151,7 +160,7 @@ def mean_loss(
 ) -> float:
     """The mean loss at the stored weights plus the taps' offsets, one forward pass."""
     values = []
-    with evaluating(model), _tapped(layers, taps, None):
+    with evaluating(model), _same_draws(), _tapped(layers, taps, None):
         for batch in batches:
             values.append(_finite(loss(model, batch)))
     return math.fsum(values) / len(values)

@@ -1,4 +1,4 @@
-"""The eight planted errors: each is a way in which an implementation of Theorem 4.1 has gone, or could go,
+"""The planted errors: each is a way in which an implementation of Theorem 4.1 has gone, or could go,
 wrong.
 
 Every mutation takes no argument and returns a run whose record or problem carries exactly one error,
@@ -177,6 +177,33 @@ def minibatch_gap() -> Run:
     return replace(run, gap=gap, gap_upper=gap)
 
 
+class _Outside(TraceBall):
+    """Its vertices are 1.3 times too long."""
+
+    def __call__(self, G, *, at, rng):
+        answer = super().__call__(G, at=at, rng=rng)
+        V = answer.vertex if isinstance(answer.vertex, np.ndarray) else answer.vertex.dense()
+        return replace(answer, vertex=1.3 * V)
+
+
+def vertex_outside() -> Run:
+    problem = trace_quadratic()
+    return frank_wolfe(problem, T, oracle=_Outside(1.0, problem.oracle.shape))
+
+
+class _TwiceDiameter(TraceBall):
+    def __init__(self, delta: float, shape: tuple[int, int]):
+        super().__init__(delta, shape)
+        self.diameter = 4 * delta
+
+
+def double_diameter() -> Run:
+    """``D = 4 delta`` in place of ``2 delta``."""
+    problem = trace_quadratic()
+    problem.oracle = _TwiceDiameter(1.0, problem.oracle.shape)
+    return frank_wolfe(problem, T)
+
+
 SOUND = [sound, sound_with_error, sound_with_noise, sound_cosine]
 MUTATIONS = [
     flipped_sign,
@@ -190,4 +217,6 @@ MUTATIONS = [
     double_step_rule,
     double_step_taken,
     minibatch_gap,
+    vertex_outside,
+    double_diameter,
 ]

@@ -9,6 +9,7 @@ import pytest
 from tests.theory import mutations
 from theory import fw_gap, suite
 from theory.audit import audit
+from theory.frank_wolfe import frank_wolfe
 from theory.instances import INSTANCES
 from theory.suite import Task
 
@@ -63,6 +64,12 @@ def test_settings_reach_the_run(options, label, tmp_path):
         (["--step", "exact"], "--step 'exact' is not known: choose from theorem"),
         (["--T", "0"], "--T must be at least 1, got 0"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--epsilon", "0.1", "--rho", "0.5"], "--epsilon and --rho name different oracles"),
+        (["--oracle", "lanczos", "--epsilon", "0.1"], "--epsilon has no effect on --oracle lanczos"),
+        (["--oracle", "own", "--rho", "0.5"], "--rho has no effect on --oracle own"),
+        (["--instance", "F", "--seeds", "3"], "--seeds has no effect on named runs without --batch"),
+        (["--instance", "F", "--sigma", "3"], "--sigma has no effect without --batch"),
         (["--oracle", "additive"], "--oracle additive needs --epsilon"),
         (["--oracle", "multiplicative"], "--oracle multiplicative needs --rho"),
         (
@@ -79,6 +86,20 @@ def test_settings_reach_the_run(options, label, tmp_path):
 def test_bad_options_end_with_status_two(options, message, tmp_path, capsys):
     assert fw_gap.main([*options, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_noise_is_no_noise(tmp_path):
+    options = ["--instance", "F", "--T", "50", "--batch", "1", "--seeds", "1", "--sigma", "0", "--no-plots"]
+    assert fw_gap.main([*options, "--out", str(tmp_path)]) == 0
+    plain = frank_wolfe(INSTANCES["F"].build(50, 0), 50)
+    assert lines(tmp_path)[0]["average"] == plain.average
+
+
+def test_a_closed_pipe_ends_without_a_traceback():
+    command = [sys.executable, "-u", "-m", "theory.fw_gap", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_failing_check_sets_the_exit_status_and_is_named(tmp_path, capsys, monkeypatch):

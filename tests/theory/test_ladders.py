@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from theory import bounds, ladders
+from theory.audit import audit
 from theory.checks import FAIL, PASS, VACUOUS
 from theory.frank_wolfe import frank_wolfe
 from theory.gradients import Minibatch
+from theory.learning import Regression
 from theory.oracles import L1Ball
 from theory.problems import NoisyProblem, quadratic
 from theory.steps import ShortStep
@@ -95,3 +97,18 @@ def test_expectations_are_judged_by_the_whole_interval():
     # t quantile 3.1824 at three degrees of freedom
     assert half == pytest.approx(3.1824 * np.std(samples, ddof=1) / 2, rel=1e-4)
     assert math.isclose(ladders.interval([3.0]).half, 0.0)
+
+
+def test_a_bound_above_every_gap_says_nothing():
+    assert ladders.expected_at_most("x", [1.0, 1.1, 0.9, 1.05], 2.0, largest=1.5).verdict == VACUOUS
+    assert ladders.expected_at_most("x", [1.0, 1.1, 0.9, 1.05], 0.3, largest=0.2).verdict == FAIL
+    rung = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.01,), range(3))[0]
+    assert rung.checks[-1].verdict == VACUOUS
+    noisy = ladders.batch_ladder(NoisyProblem(trace_quadratic(), 2.0), 300, (1,), range(3))[0]
+    check = next(check for check in noisy.checks if check.name.startswith("E avg g <= 1.5 s + noise"))
+    assert check.verdict == VACUOUS
+
+
+def test_the_two_sided_law_is_vacuous_where_neither_end_says_anything():
+    law = {check.name: check for check in audit(frank_wolfe(Regression("tanh"), 10))}["two-sided law"]
+    assert law.verdict == VACUOUS

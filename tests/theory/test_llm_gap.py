@@ -348,6 +348,24 @@ def test_half_precision_runs_and_stays_near_float32():
         assert layer.sigma[0] == pytest.approx(full.layers[path].sigma[0], rel=0.05)
 
 
+def test_a_loss_that_draws_sees_the_same_draws_in_every_pass_and_leaves_the_generator():
+    drawn = []
+
+    def loss(model, batch):
+        drawn.append(torch.rand(3))
+        return mlp_loss(model, batch)
+
+    model, _, opt, _ = train("mlp", probed=False)
+    before = torch.get_rng_state()
+    probe = GapProbe(model, opt.chain, mlp_batches(), loss)
+    probe.measure(0)
+    probe.loss_now()
+    assert torch.equal(before, torch.get_rng_state())
+    passes = torch.stack(drawn).reshape(3, 4, 3)
+    assert torch.equal(passes[0], passes[1])
+    assert torch.equal(passes[0], passes[2])
+
+
 BAD = {
     "opt": (lambda m, o: GapProbe(m, torch.optim.SGD(m.parameters(), 0.1), [1]), TypeError, "must be a ChainOptimizer"),
     "batches": (lambda m, o: GapProbe(m, o, []), ValueError, "batches must hold at least one"),
@@ -416,6 +434,11 @@ def test_command_fails_where_the_decomposition_does(tmp_path, capsys, monkeypatc
     [
         (["--model", "random", "--epochs", "0"], "--epochs must be a whole number of at least 1, got 0"),
         (["--model", "random", "--epochs", "1", "--delta", "0.01"], "delta must be at least"),
+        (["--lr", "-1"], "--lr must be a finite number above 0, got -1.0"),
+        (["--delta", "-1"], "--delta must be a finite number above 0, got -1.0"),
+        (["--eta", "0"], "--eta must be a finite number above 0, got 0.0"),
+        (["--seed", "-1"], "--seed must be a whole number of at least 0, got -1"),
+        (["--model", "random", "--arm", "cola-3"], "--arm names an arm of the demo: leave it out with --model random"),
         (["--arm", "full"], "--arm 'full' is not a chain: choose from lora"),
     ],
 )

@@ -18,6 +18,8 @@ CAUGHT_BY = {
     "stale_problem": {"gradient", "curvature <= beta"},
     "double_step_rule": {"step"},
     "double_step_taken": {"reverse descent", "curvature <= beta"},
+    "vertex_outside": {"vertex in K", "error >= 0", "distance <= D"},
+    "double_diameter": {"D is attained"},
     "minibatch_gap": {"gap = dense SVD", "identity"},
 }
 
