@@ -90,11 +90,27 @@ def load(directory: Path) -> Ledger:
     """
     if not directory.is_dir():
         raise StoreError(f"{directory} is not a directory: give the one that Chain.save or opt.save wrote")
-    if not (directory / CHAIN[0]).exists() and (directory / CHECKPOINT[0]).exists():
-        path = directory / CHECKPOINT[0]
-        return read_links(directory, unseal(path, CHECKPOINT[1], VERSION).get("chain"), path)
-    path = directory / CHAIN[0]
-    return read_links(directory, unseal(path, CHAIN[1], VERSION), path)
+    chain, checkpoint = directory / CHAIN[0], directory / CHECKPOINT[0]
+    if not checkpoint.exists():
+        return read_links(directory, unseal(chain, CHAIN[1], VERSION), chain)
+    inside = read_links(directory, unseal(checkpoint, CHECKPOINT[1], VERSION).get("chain"), checkpoint)
+    if not chain.exists():
+        return inside
+    # both were saved here: the run has gone on after one of them, or they are of different runs
+    saved = read_links(directory, unseal(chain, CHAIN[1], VERSION), chain)
+    shorter, longer = sorted((inside, saved), key=lambda ledger: ledger.missing + len(ledger.links))
+    if not _begins_with(longer, shorter):
+        raise StoreError(f"{chain} and {checkpoint} hold different chains: move one of them to another directory")
+    return longer
+
+
+def _begins_with(longer: Ledger, shorter: Ledger) -> bool:
+    """Whether two ledgers agree on the links that both hold."""
+    start = max(longer.missing, shorter.missing)
+    return all(
+        link_to_bytes(a) == link_to_bytes(b)
+        for a, b in zip(longer.links[start - longer.missing :], shorter.links[start - shorter.missing :])
+    )
 
 
 def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
