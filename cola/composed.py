@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from cola.reset import GroupWatch, adopt, fresh_instance, tensors_of
+from cola.reset import GroupWatch, adopt, fresh_instance, groups_with, tensors_of
 from cola.tie import KnotError
 
 
@@ -99,7 +99,9 @@ class Composed(Optimizer):
     def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
         return self._factory(groups, **self._base_kwargs)
 
-    def _fresh(self, groups: list[dict[str, Any]]) -> Optimizer:
+    def _fresh(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """A new base over the groups that hold ``parameters``."""
+        groups = groups_with(self.param_groups, parameters)
         return fresh_instance(self._new_base, groups, self._groups.changed, drop=self.own_entries)
 
     def _adopt(self, fresh: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -110,9 +112,7 @@ class Composed(Optimizer):
             raise KnotError(f"{type(self.base).__name__} kept state that it had before the reset: please report it")
 
     def _reset(self, parameters: list[nn.Parameter]) -> None:
-        mine = {id(p) for p in parameters}
-        groups = [group for group in self.param_groups if any(id(p) in mine for p in group["params"])]
-        self._adopt(self._fresh(groups), parameters)
+        self._adopt(self._fresh(parameters), parameters)
 
     # modes
 

@@ -327,16 +327,12 @@ class ChainOptimizer(Saves):
             live.begin(index, prepared)
             if index != before:
                 live.require_extended(snapshot)
-            return self._fresh(self._adapter_groups())
+            return self._fresh(live.adapters())
         except BaseException:
             live.begin(before, present)
             for parameter, grad in zip(live.adapters(), grads):
                 parameter.grad = grad
             raise
-
-    def _adapter_groups(self) -> list[dict[str, Any]]:
-        mine = {id(p) for p in self.live.adapters()}
-        return [group for group in self.param_groups if any(id(p) in mine for p in group["params"])]
 
     def _report(self, index: int, rank: int, ties: dict[str, Tie], started: float) -> KnotReport:
         return KnotReport(

@@ -58,6 +58,12 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str))
 
 
+def groups_with(groups: Iterable[dict[str, Any]], parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Those of ``groups`` that hold any of ``parameters``, in their order."""
+    mine = {id(p) for p in parameters}
+    return [group for group in groups if any(id(p) in mine for p in group["params"])]
+
+
 def fresh_instance(
     factory: Factory, groups: Iterable[dict[str, Any]], stepped: set[str], drop: Iterable[str] = ()
 ) -> Optimizer:
@@ -85,8 +91,7 @@ def adopt(base: Optimizer, fresh: Optimizer, parameters: Iterable[nn.Parameter],
         stepped: group entries that are state.
     """
     mine = {id(p): p for p in parameters}
-    groups = [group for group in base.param_groups if any(id(p) in mine for p in group["params"])]
-    for group, new in zip(groups, fresh.param_groups):
+    for group, new in zip(groups_with(base.param_groups, mine.values()), fresh.param_groups):
         for name in stepped & new.keys():
             group[name] = new[name]
     _adopt_entries(base.state, fresh.state, mine)

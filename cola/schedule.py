@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from cola.optimizer import ChainOptimizer
+from cola.reset import groups_with
 
 _REWARM, _RESTART = "cola_rewarm", "cola_restart"
 
@@ -45,7 +46,7 @@ def rewarm(opt: ChainOptimizer, steps: int) -> None:
             first[_REWARM], tied = 0, False
         done, taken = first.get(_REWARM, steps), opt.steps
         if done < steps:
-            for group in opt._adapter_groups():
+            for group in groups_with(opt.param_groups, opt.live.adapters()):
                 full.append((group, group["lr"]))
                 group["lr"] = group["lr"] * ((done + 1) / (steps + 1))
 

@@ -52,6 +52,21 @@ def train(opt, model: nn.Module, steps: int, start: int = 0, dtype: torch.dtype 
     return losses
 
 
+def closure_steps(opt, model: nn.Module, steps: int, start: int = 0) -> list[float]:
+    """Steps with a closure, which every base takes, LBFGS included; returns what they return."""
+    losses = []
+    for step in range(start, start + steps):
+
+        def closure(step=step):
+            opt.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        losses.append(opt.step(closure).item())
+    return losses
+
+
 def tiny_opt(seed: int = 0, **changes):
     """A random OPT with untied head."""
     from transformers import OPTConfig, OPTForCausalLM

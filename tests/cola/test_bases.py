@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from tests.models import BODY, Net, loss_of, train
+from tests.models import BODY, Net, closure_steps, loss_of, train
 
 LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
 
@@ -42,19 +42,6 @@ CASES = [
     for kwargs in variants
     if hasattr(torch.optim, name)  # Muon and Adafactor are younger than the oldest torch that is supported
 ]
-
-
-def closure_steps(opt, model, steps, start=0):
-    """Works for every base, LBFGS included."""
-    for step in range(start, start + steps):
-
-        def closure(step=step):
-            opt.zero_grad()
-            loss = loss_of(model, step)
-            loss.backward()
-            return loss
-
-        opt.step(closure)
 
 
 def test_the_table_holds_every_optimizer_class_of_torch():

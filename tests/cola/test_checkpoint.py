@@ -12,7 +12,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, EpochKnots, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.packing import pack, unpack
-from tests.models import BODY, Net, loss_of, tiny_gpt2, train
+from tests.models import BODY, Net, closure_steps, loss_of, tiny_gpt2, train
 
 KNOT, TOTAL = 4, 11  # knots after steps 4 and 8, the last link tied at the end
 
@@ -132,17 +132,6 @@ def test_state_dicts_go_on_bit_for_bit(case, stop, tmp_path, restored_rng):
 
 
 def test_lbfgs_state_with_lists_and_none_is_saved(tmp_path):
-    def run(model, opt, start, steps):
-        for step in range(start, start + steps):
-
-            def closure(step=step):
-                opt.zero_grad()
-                loss = loss_of(model, step)
-                loss.backward()
-                return loss
-
-            opt.step(closure)
-
     def new():
         model = Net()
         link = LinkConfig(r=2, target_modules=BODY)
@@ -151,12 +140,12 @@ def test_lbfgs_state_with_lists_and_none_is_saved(tmp_path):
         )
 
     model, opt = new()
-    run(model, opt, 0, 3)
+    closure_steps(opt, model, 3)
     opt.save(tmp_path)
-    run(model, opt, 3, 4)
+    closure_steps(opt, model, 4, start=3)
     resumed, again = new()
     again.load(tmp_path)
-    run(resumed, again, 3, 4)
+    closure_steps(again, resumed, 4, start=3)
     assert same(model.state_dict(), resumed.state_dict())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from tests.models import BODY, Net, loss_of
+from tests.models import BODY, Net, closure_steps
 
 if importlib.util.find_spec("expecttest") is None:
     # torch's table shares a file with its test classes, whose parent comes from this package; the table needs none
@@ -28,20 +28,6 @@ CASES = [
 ]
 
 
-def run(opt, model, steps, start=0):
-    losses = []
-    for step in range(start, start + steps):
-
-        def closure(step=step):
-            opt.zero_grad()
-            loss = loss_of(model, step)
-            loss.backward()
-            return loss
-
-        losses.append(opt.step(closure).item())
-    return losses
-
-
 def same(one, two):
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
 
@@ -53,12 +39,12 @@ def test_without_knots_it_is_the_base_and_after_one_the_base_is_as_new(base, kwa
     opt = ChainOptimizer(base, model, NeverKnots(), link=LINK, **kwargs)
     ChainOptimizer(torch.optim.SGD, bare, NeverKnots(), link=LINK, lr=0.1)
     plain = base([p for p in bare.parameters() if p.requires_grad], **kwargs)
-    assert run(opt, model, 3) == run(plain, bare, 3)
+    assert closure_steps(opt, model, 3) == closure_steps(plain, bare, 3)
     assert same(model, bare)
 
     opt.tie()
     twin = Net()
     other = ChainOptimizer(base, twin, StepKnots(at=[99]), link=LINK, **kwargs)
     twin.load_state_dict(model.state_dict())
-    assert run(opt, model, 3, start=3) == run(other, twin, 3, start=3)
+    assert closure_steps(opt, model, 3, start=3) == closure_steps(other, twin, 3, start=3)
     assert same(model, twin)
