@@ -1,4 +1,4 @@
-"""One cell of the paper's experiments: a model, a task, a method, a learning rate, a seed, and the protocol's numbers."""
+"""One cell of the paper's experiments: model, task, method, learning rate, seed, and the numbers of the protocol."""
 
 from __future__ import annotations
 
