@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,25 +106,26 @@ def log_probs(model: nn.Module, batch: Batch, last: int) -> Tensor:
 
     Computed in fp32, or in the model's own type if that is wider. Positions of padding hold no meaning.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    takes = _arguments(model)
-    if "position_ids" in takes:
-        inputs["position_ids"] = batch["position_ids"]
+    takes = inspect.signature(type(unwrapped(model)).forward).parameters
     # the head's logits are most of the memory of a long text, and only the option's are read
-    logits = model(**inputs, **({"logits_to_keep": last + 1} if "logits_to_keep" in takes else {})).logits
-    logits = logits[:, -last - 1 : -1]
+    extras = {"position_ids": batch["position_ids"], "logits_to_keep": last + 1, "use_cache": False}
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        **{name: value for name, value in extras.items() if name in takes},
+    )
+    logits = output.logits[:, -last - 1 : -1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     tokens = batch["input_ids"][:, -last:].to(logits.device).unsqueeze(-1)
     return (logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
 
 
-def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the forward of transformers' model inside `model`."""
-    if isinstance(inner := getattr(model, "module", None), nn.Module):  # DDP, FSDP
-        return _arguments(inner)
-    if callable(get := getattr(model, "get_base_model", None)):  # PEFT
-        return _arguments(get())
-    return inspect.signature(type(model).forward).parameters
+def unwrapped(model: nn.Module) -> Any:
+    """The model of transformers inside DDP's and PEFT's wrappers, or `model` itself."""
+    if isinstance(inner := getattr(model, "module", None), nn.Module):
+        return unwrapped(inner)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
 
 
 def option_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

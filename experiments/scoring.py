@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from experiments.encoding import NEW_TOKENS, Encoded, Encoder, Tokenizer, window
-from experiments.objectives import TERMS, Collator, Example, Objective, examples, objective_of, option_scores
+from experiments.objectives import TERMS, Collator, Example, Objective, examples, objective_of, option_scores, unwrapped
 from experiments.tasks import Sample, Task
 
 Calibration = Literal["sfc", "icl_sfc"]
 """Scores relative to the null prompt, without or with the demonstrations in front of it."""
+
+
+DEMONSTRATIONS = 32
+"""How many solved samples the protocol's in-context learning shows."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def evaluate(
         samples: one or more.
         batch_size: texts per forward pass; every candidate is a text.
         demonstrations: solved samples shown in front of every text; what does not fit is cut from the left. The
-            protocol shows 32, `split(task, seed, train=32, dev=0).train`.
+            protocol shows 32, `split(task, seed, train=DEMONSTRATIONS, dev=0).train`.
         calibrate: False, or rank by sum log p(option | prompt) - sum log p(option | null prompt).
         max_length: tokens per text; by default what the model has positions for, 2048 at most.
         max_new_tokens: tokens per generated answer.
@@ -82,7 +86,7 @@ def evaluate(
         raise ValueError(f"calibrate={calibrate!r} must be False, 'sfc' or 'icl_sfc'")
     if calibrate and task.kind == "generation":
         raise ValueError(f"calibrate={calibrate!r}: {task.name}'s answers are generated, not ranked; use False")
-    encoder = Encoder(tokenizer, window(model.config) if max_length is None else max_length, max_new_tokens)
+    encoder = Encoder(tokenizer, window(unwrapped(model).config) if max_length is None else max_length, max_new_tokens)
     with _evaluating(model):
         if task.kind == "generation":
             prompts = [encoder.prompt(task, sample, demonstrations) for sample in samples]
@@ -130,7 +134,7 @@ def dev_loss(
     """
     if not samples:
         raise ValueError("samples: there are none to score")
-    encoder = Encoder(tokenizer, window(model.config) if max_length is None else max_length)
+    encoder = Encoder(tokenizer, window(unwrapped(model).config) if max_length is None else max_length)
     objective = objective_of(task) if objective is None else objective
     items = examples(task, samples, encoder, objective)
     collate = _collator(encoder)
@@ -155,7 +159,7 @@ def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Encoded], bat
     for chosen in _by_length([len(prompt.ids) for prompt in prompts], batch_size):
         batch = _on_device(model, collate([Example((prompts[index],)) for index in chosen]))
         width = batch["input_ids"].shape[1]
-        tokens = model.generate(  # type: ignore[operator]
+        tokens = unwrapped(model).generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             generation_config=_greedy(encoder),
