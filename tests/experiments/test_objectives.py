@@ -41,12 +41,12 @@ def twin(model, objective, items):
     for item in items:
         if objective == "classification":
             scores = []
-            for row in item.rows:
+            for row in item.texts:
                 option = log_probs(model, row.ids)[-row.option_len :]
                 scores.append(sum(option) / row.option_len)
             terms.append(math.log(sum(math.exp(score) for score in scores)) - scores[item.gold])
         else:
-            (row,) = item.rows
+            (row,) = item.texts
             values = log_probs(model, row.ids)
             terms += [-value for value in (values[-row.option_len :] if objective == "option" else values)]
     return terms
@@ -101,18 +101,34 @@ def test_the_loss_falls_on_the_gold_candidate():
 
 
 def test_a_batch_is_padded_on_the_left_to_a_multiple():
-    rows = Encoded((256, 7, 8, 9), 2), Encoded((256, 7, 5), 1), Encoded((256, 1), 1)
-    batch = Collator(pad_token_id=3, multiple_of=8)([Example(rows[:2], gold=1), Example(rows[2:])])
+    texts = Encoded((256, 7, 8, 9), 2), Encoded((256, 7, 5), 1), Encoded((256, 7, 1), 1)
+    items = [Example(texts[:1]), Example(texts[1:], gold=1)]
+    batch = Collator(pad_token_id=3, multiple_of=4)(items)
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(batch, torch.int64)
-    assert batch["input_ids"].tolist() == [
-        [3, 3, 3, 3, 256, 7, 8, 9],
-        [3, 3, 3, 3, 3, 256, 7, 5],
-        [3, 3, 3, 3, 3, 3, 256, 1],
-    ]
-    assert batch["attention_mask"].tolist() == [[0] * 4 + [1] * 4, [0] * 5 + [1] * 3, [0] * 6 + [1] * 2]
-    assert batch["position_ids"][0].tolist() == [0, 0, 0, 0, 0, 1, 2, 3]
-    assert [batch[name].tolist() for name in ("option_len", "num_options", "gold")] == [[2, 1, 1], [2, 1], [1, 0]]
-    assert Collator(3, multiple_of=1)([Example(rows[:1])])["input_ids"].shape == (1, 4)
+    assert batch["input_ids"].tolist() == [[3, 256, 7, 8], [3, 3, 256, 7], [3, 3, 256, 7]]
+    assert batch["targets"].tolist() == [[3, 7, 8, 9], [3, 3, 7, 5], [3, 3, 7, 1]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 2], [0, 0, 0, 1], [0, 0, 0, 1]]
+    of_texts = ("context", "option_len", "num_options", "gold")
+    assert [batch[name].tolist() for name in of_texts] == [[0, 1, 2], [2, 1, 1], [1, 2], [0, 1]]
+    assert Collator(3, multiple_of=1)(items)["input_ids"].shape == (3, 3)
+    shared = Collator(3, multiple_of=4, share=True)(items)
+    assert shared["context"].tolist() == [0, 1, 1]
+    assert all(torch.equal(shared[name], batch[name][:2]) for name in ("input_ids", "attention_mask", "position_ids"))
+    assert all(torch.equal(shared[name], batch[name]) for name in ("targets", "option_len", "num_options", "gold"))
+
+
+@pytest.mark.parametrize("name", ["CB", "ReCoRD"])
+def test_a_context_that_is_shared_gives_the_same_loss_and_gradients(name):
+    items, batch = batch_of(name, "classification")
+    shared = Collator(1, share=True)(items)
+    # two of CB's three words are one token each with this tokenizer
+    assert len(shared["input_ids"]) == {"CB": 2 * len(items), "ReCoRD": len(batch["input_ids"])}[name]
+    apart, together = small.model("opt"), small.model("opt")
+    LOSSES["classification"](apart, batch).backward()
+    LOSSES["classification"](together, shared).backward()
+    for a, b in zip(apart.parameters(), together.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("objective", ["classification", "option", "text"])

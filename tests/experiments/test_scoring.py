@@ -172,7 +172,7 @@ def test_the_dev_loss_does_not_depend_on_the_batches(kind, name):
             terms = [-of.log_softmax(0)[item.gold].item() for of, item in zip(scores, items)]
         else:
             terms = [-option_scores(model, collate([item]))[0].item() for item in items]
-    count = len(items) if task.kind == "classification" else sum(item.rows[0].option_len for item in items)
+    count = len(items) if task.kind == "classification" else sum(item.texts[0].option_len for item in items)
     for size in (1, 2, 8):
         assert dev_loss(model, tokenizer, task, samples, batch_size=size) == pytest.approx(
             sum(terms) / count, rel=1e-11
