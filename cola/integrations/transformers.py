@@ -102,7 +102,9 @@ class ChainCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the knots of the step."""
+        wanted = control.should_log
         self._log()
+        control.should_log = wanted  # logging a knot is not what was asked for: the loss
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the chain into the checkpoint."""
