@@ -13,7 +13,6 @@ from cola import export, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 
-
 #: of `Chain.state_dict`
 VERSION = 1
 

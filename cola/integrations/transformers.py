@@ -152,7 +152,7 @@ def _chainable(trainer: Any, finish: bool) -> Any:
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "the trainer uses DeepSpeed, whose optimizer keeps its own copy of the parameters and would undo every "
-            "knot: use DDP, or FSDP2 in a loop of your own (experiments/examples)"
+            "knot: use DDP or FSDP2 (fsdp=True)"
         )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError(
@@ -163,8 +163,8 @@ def _chainable(trainer: Any, finish: bool) -> Any:
     model = trainer.model
     if trainer.is_fsdp_enabled and is_peft_model(model):
         raise ValueError(
-            "the model is a PeftModel, of which the trainer's FSDP checkpoints have the adapter alone and lose what was "
-            "tied: give it the model without PEFT (link= says what peft_config would), or use DDP"
+            "the model is a PeftModel, of which the trainer's FSDP checkpoints have the adapter alone and lose what "
+            "was tied: give it the model without PEFT (link= says what peft_config would), or use DDP"
         )
     if getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model):
         raise ValueError(

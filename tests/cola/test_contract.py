@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cola import ChainOptimizer, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from tests.models import BODY, Net, loss_of, tiny_opt, train
 
 LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
@@ -165,6 +165,92 @@ def test_distributed_checkpointing_at_a_knot():
     for p, q, r in zip(model.parameters(), resumed.parameters(), plain.parameters()):
         assert torch.equal(p, r)
         assert torch.equal(q, r)
+
+
+@pytest.mark.parametrize("chain_first", [True, False])
+def test_links_that_a_framework_drops_come_back_by_the_chains_own_state(tmp_path, chain_first):
+    """As torch.distributed.checkpoint loads it: into place, whatever number of links was there before."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, opt = chained()
+    train(opt, model, 7)
+    states = {"optimizer": get_optimizer_state_dict(model, opt), "model": model.state_dict(), "chain": opt.chain}
+    dcp.save(states, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    resumed, again = chained()
+    states = {"optimizer": get_optimizer_state_dict(resumed, again), "model": resumed.state_dict()}
+    if chain_first:
+        states["chain"] = again.chain
+    dcp.load(states, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    resumed.load_state_dict(states["model"])
+    set_optimizer_state_dict(resumed, again, states["optimizer"])
+    if not chain_first:
+        assert again.chain.missing == 2
+        with pytest.raises(RuntimeError, match=r"lacks its first 2: .*\(save opt\.chain beside the optimizer's state"):
+            again.chain.to_peft(tmp_path / "adapter")
+        dcp.load({"chain": again.chain}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert again.chain.missing == 0
+    train(opt, model, 4, start=7), train(again, resumed, 4, start=7)
+    for one, two in zip(opt.chain, again.chain, strict=True):
+        assert (one.index, one.step, one.seed) == (two.index, two.step, two.seed)
+        for path, factor in one.factors.items():
+            assert torch.equal(factor.A, two.factors[path].A)
+            assert torch.equal(factor.B, two.factors[path].B)
+    again.finish()
+    base = Net()
+    again.chain.apply(base)  # the fingerprint came along
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_a_chains_state_survives_files_and_is_empty_without_links(steps):
+    file = io.BytesIO()
+    model, opt = chained(policy=StepKnots(every=3), keep_links=steps == 7)
+    train(opt, model, steps)
+    torch.save(opt.chain.state_dict(), file)
+    file.seek(0)
+    again = Chain()
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert (len(again), again.missing, again.keep, again.base) == (len(opt.chain), 0, opt.chain.keep, opt.chain.base)
+    again.load_state_dict(Chain().state_dict())
+    assert len(again) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: {}, "'about'"),
+        (lambda state: {**state, "about": state["about"].replace('"version": 1', '"version": 2')}, "reads format 1"),
+        (lambda state: {**state, "links": state["links"][1:]}, "a link is missing"),
+        (lambda state: {**state, "links": [state["links"][0][:100], state["links"][1]]}, "links/0"),
+        (lambda state: {**state, "links": 3}, "not iterable"),
+    ],
+)
+def test_a_damaged_chains_state_is_refused_before_anything_changes(spoil, message):
+    model, opt = chained()
+    train(opt, model, 7)
+    links = list(opt.chain)
+    with pytest.raises(ValueError, match=message):
+        opt.chain.load_state_dict(spoil(opt.chain.state_dict()))
+    assert list(opt.chain) == links
+
+
+def test_the_links_of_another_run_are_noticed_at_the_next_step():
+    model, opt = chained()
+    train(opt, model, 7)
+    states = copy.deepcopy((model.state_dict(), opt.state_dict(), opt.chain.state_dict()))
+    states[1].pop("cola")  # as torch.distributed.checkpoint does
+    for changes in ({"seed": 1}, {"policy": StepKnots(at=[2, 6])}, {"lr": 0.01}, {"policy": StepKnots(at=[2])}):
+        stranger, other = chained(**changes)
+        train(other, stranger, 7)
+        resumed, again = chained()
+        resumed.load_state_dict(states[0])
+        again.load_state_dict(states[1])
+        again.chain.load_state_dict(other.chain.state_dict())
+        with pytest.raises(RuntimeError, match="load the chain that was saved with it"):
+            train(again, resumed, 1, start=7)
+        again.chain.load_state_dict(states[2])
+        train(again, resumed, 1, start=7)
 
 
 def test_loss_scaling_with_a_fused_base_neither_breaks_nor_counts_skipped_steps():

@@ -14,6 +14,7 @@ from torch import nn
 
 from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.tie import tie_
+from tests.integrations.torchrun_chain import deltas
 from tests.models import BODY, Net, loss_of, train
 
 # fp32 sums in another order (per shard, then over the processes), carried through 8 steps; asked for by the design
@@ -36,7 +37,7 @@ def one_process(policy, r=(4,), steps=8):
     weights = {name: value.tolist() for name, value in model.state_dict().items()}
     return {
         "losses": losses, "weights": weights, "drawn": drawn, "steps": [link.step for link in opt.chain],
-        "links": [link.rank for link in opt.chain],
+        "links": [link.rank for link in opt.chain], "deltas": deltas(opt.chain),
     }  # fmt: skip
 
 
@@ -110,6 +111,33 @@ def test_checkpoints_of_two_processes_go_on_in_one_and_in_four(tmp_path):
         )
         for (name, step), out in resumed.items():
             require_equal(out, n, wanted[name], start=step)
+
+
+@pytest.mark.long
+def test_links_go_with_a_sharded_checkpoint_from_two_processes_to_one_and_to_four(tmp_path):
+    """The optimizer's state drops them there, nested or flattened: the chain is saved as an entry of its own."""
+
+    def run(n, step=None, source=None):
+        runs = []
+        for form in ("nested", "flat"):
+            saved = () if source is None else ("--resume", tmp_path / f"{form}-{source}" / str(step))
+            directory = tmp_path / f"{form}-{n}"
+            runs.append(("fsdp2", directory / "out", "--dcp", form, "--save", directory, "--ranks", "4,2,1", *saved))
+        torchrun(n, *runs)
+
+    run(2)
+    run(1, step=3, source=2)  # in the middle of a link
+    run(4, step=4, source=1)  # right after a knot
+    wanted = one_process(StepKnots(at=[2, 4, 6]), (4, 2, 1))
+    for n, start in ((2, 0), (1, 3), (4, 4)):
+        for form in ("nested", "flat"):
+            out = tmp_path / f"{form}-{n}" / "out"
+            require_equal(out, n, wanted, start)
+            for rank in range(n):
+                seen = json.loads((out / f"{rank}.json").read_text())
+                assert seen["missing"] == 0
+                for layer, delta in wanted["deltas"].items():
+                    assert torch.allclose(torch.tensor(seen["deltas"][layer]), torch.tensor(delta), atol=CLOSE, rtol=0)
 
 
 @pytest.mark.long

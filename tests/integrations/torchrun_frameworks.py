@@ -26,6 +26,7 @@ from cola import ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
 from cola.integrations.transformers import attach
 from tests.models import BODY, Net, batch, tiny_opt
 
+KINDS = ["trainer-ddp", "trainer-fsdp2", "accelerate-ddp", "accelerate-fsdp2", "refused-fsdp"]
 ROWS = 4
 PLATEAU = {"patience": 1, "window": 1, "threshold": 0.01}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -45,7 +46,9 @@ def main():
 
 def run(words):
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["trainer-ddp", "trainer-fsdp2", "accelerate-ddp", "accelerate-fsdp2"])
+    parser.add_argument(
+        "kind", choices=["trainer-ddp", "trainer-fsdp2", "accelerate-ddp", "accelerate-fsdp2", "refused-fsdp"]
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--plateau", action="store_true")
     parser.add_argument("--resume", type=Path)
@@ -57,7 +60,7 @@ def run(words):
     args = parser.parse_args(words)
     fresh_state()
     framework, args.wrapper = args.kind.split("-")
-    seen = (train_by_trainer if framework == "trainer" else train_by_accelerate)(args)
+    seen = {"trainer": train_by_trainer, "accelerate": train_by_accelerate, "refused": refusals}[framework](args)
     args.out.mkdir(exist_ok=True, parents=True)
     (args.out / f"seen-{RANK}.json").write_text(json.dumps(seen))
     if dist.is_initialized():
@@ -103,7 +106,7 @@ def examples(n=16):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer_of(out, **changes):
+def trainer_of(out, model=None, **changes):
     arguments = {
         "max_steps": 8, "per_device_train_batch_size": ROWS // WORLD, "learning_rate": 0.02, "save_steps": 3,
         "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 0,
@@ -113,7 +116,7 @@ def trainer_of(out, **changes):
     assert str(args.device).startswith("cpu")  # reading it makes Accelerate's state
     if args.fsdp:
         sharding_on_cpus()
-    return transformers.Trainer(tiny_opt(), args, train_dataset=examples(), eval_dataset=examples(4))
+    return transformers.Trainer(model or tiny_opt(), args, train_dataset=examples(), eval_dataset=examples(4))
 
 
 def train_by_trainer(args):
@@ -146,6 +149,23 @@ def best_is_step(trainer, step):
     )
 
 
+def refusals(args):
+    """What a trainer that shards may not be given."""
+    import peft
+
+    messages = {}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    old, new = {"version": 1, "sync_module_states": "false"}, {"version": 2}
+    for name, model, fsdp in (("FSDP1", tiny_opt(), old), ("PEFT", peft.get_peft_model(tiny_opt(), config), new)):
+        trainer = trainer_of(args.out, model, fsdp=True, fsdp_config=fsdp)
+        try:
+            attach(trainer, torch.optim.AdamW, policy_of(args), link=LinkConfig(r=2))
+        except ValueError as error:
+            messages[name] = str(error)
+        fresh_state()
+    return messages
+
+
 # Accelerate
 
 
@@ -157,11 +177,14 @@ def train_by_accelerate(args):
         )
         accelerate.PartialState(cpu=True)
         sharding_on_cpus()
-    accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision=args.mixed)
+    once = accelerate.DataLoaderConfiguration(split_batches=True)  # the scheduler steps once, whatever the number
+    accelerator = accelerate.Accelerator(
+        cpu=True, fsdp_plugin=plugin, mixed_precision=args.mixed, dataloader_config=once
+    )
     module = Net()
     link = LinkConfig(r=ranks_of(args), lora_alpha=2, target_modules=BODY)
     opt = ChainOptimizer(torch.optim.AdamW, module, policy_of(args), link=link, lr=0.02)
-    scheduler = torch.optim.lr_scheduler.StepLR(opt, 4 * WORLD)  # prepared, it goes as many steps at once as there are processes
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 4)
     model, wrapped, scheduler = accelerator.prepare(module, opt, scheduler)
     accelerator.register_for_checkpointing(opt.chain)
     start = 0
