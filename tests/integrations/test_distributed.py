@@ -200,6 +200,26 @@ def test_fsdp2_over_a_chain_follows_the_new_parameters(group, base):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_fp32_factors_on_half_precision_weights_may_share_a_group(group, cast):
+    """Older versions of torch want one dtype in a group that FSDP2 gathers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, plain = Net(dtype=torch.bfloat16), Net(dtype=torch.bfloat16)
+    link = LinkConfig(r=4, lora_alpha=4, target_modules=BODY)
+    opt, other = (ChainOptimizer(torch.optim.SGD, m, StepKnots(every=2), link=link, lr=0.02) for m in (model, plain))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if cast else MixedPrecisionPolicy()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    losses = train(opt, model, 5, dtype=torch.bfloat16)
+    # cast, the factors are rounded to bf16 (eps 2⁻⁸) in the pass; three layers
+    assert losses == pytest.approx(train(other, plain, 5, dtype=torch.bfloat16), rel=6 * 2**-8 if cast else CLOSE)
+    opt.finish()
+    assert [link.step for link in opt.chain] == [2, 4, 5]
+    assert {factor.A.dtype for entry in opt.chain for factor in entry.factors.values()} == {torch.float32}
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 def test_what_would_miss_or_undo_a_knot_is_refused(group):
     with pytest.raises(ValueError, match=r"make the ChainOptimizer, then DDP\(model\)"):
         chained(nn.parallel.DistributedDataParallel(Net()), NeverKnots())
