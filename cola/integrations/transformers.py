@@ -45,6 +45,7 @@ def attach(
     ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``), ``resume_from_checkpoint`` goes on bit for bit, and
     ``load_best_model_at_end`` brings back the best weights with the chain that led there. After ``train()`` the model
     is a plain one (a PeftModel is unloaded) with the chain in its weights, and ``trainer.save_model()`` writes that.
+    In several processes, under DDP or FSDP2 (``fsdp=True``), all that is the same.
 
     Args:
         trainer: whose ``train()`` has not been called.
@@ -154,7 +155,7 @@ def _chainable(trainer: Any, finish: bool) -> Any:
             "the trainer uses DeepSpeed, whose optimizer keeps its own copy of the parameters and would undo every "
             "knot: use DDP or FSDP2 (fsdp=True)"
         )
-    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+    if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise ValueError(
             "the trainer uses FSDP1, which flattens the parameters: use FSDP2, fsdp_config={'version': 2}, or DDP"
         )
