@@ -1,8 +1,10 @@
 """The ledger of a chain: every link that was tied, as it was tied. It knows names and tensors, never optimizers."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from cola import export, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
+
+#: of `Chain.state_dict`
+VERSION = 1
 
 
 class Chain:
@@ -65,7 +70,7 @@ class Chain:
 
     def resume(self, index: int) -> None:
         """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""
-        if index >= self.missing:
+        if self.missing <= index <= self.missing + len(self):
             del self._links[index - self.missing :]
         else:
             self._links.clear()
@@ -94,9 +99,53 @@ class Chain:
         if self.missing:
             raise RuntimeError(
                 f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
-                "was resumed from had dropped them. The model's own weights are complete: save those"
+                "was resumed from had dropped them. The model's own weights are complete: save those, or load the "
+                "links too (save opt.chain beside the optimizer's state: it has state_dict and load_state_dict)"
             )
         return tuple(self._links)
+
+    # beside an optimizer's state that leaves the links out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chain as plain data, for what saves objects by their ``state_dict``.
+
+        A `ChainOptimizer`'s own state dict has the links already. `torch.distributed.checkpoint` drops them from it;
+        there, save the chain as one entry more, ``{"model": …, "optimizer": …, "chain": opt.chain}``, or in Accelerate
+        by ``accelerator.register_for_checkpointing(opt.chain)``. It is the same on every process, so it moves between
+        numbers of processes, and its two entries are there however many links there are, as a checkpoint that is
+        loaded into place needs.
+
+        Returns:
+            ``about``, a JSON text, and ``links``, a list of the bytes of one safetensors file each.
+        """
+        ledger = self.ledger()
+        base = None if ledger.base is None else ledger.base.to_json()
+        about = json.dumps({"version": VERSION, "missing": ledger.missing, "keep": ledger.keep, "base": base})
+        return {"about": about, "links": [store.link_to_bytes(link) for link in ledger.links]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Become the chain that `state_dict` was taken of; before or after the optimizer's own state.
+
+        On a running ChainOptimizer the next step compares its knots with those that the optimizer's state tells of.
+
+        Raises:
+            ValueError: this is not a chain's state, or damaged; nothing is changed then.
+
+        >>> chain = Chain()
+        >>> chain.load_state_dict(Chain().state_dict())
+        """
+        try:
+            about = json.loads(state_dict["about"])
+            if about["version"] != VERSION:
+                raise ValueError(f"it has format {about['version']}, and this version of cola reads format {VERSION}")
+            links = [store.link_from_bytes(data, Path("links") / str(i)) for i, data in enumerate(state_dict["links"])]
+            base = None if about["base"] is None else Fingerprint.from_json(about["base"])
+            missing, keep = about["missing"], about["keep"]
+            if type(keep) is not bool or [link.index for link in links] != list(range(missing, missing + len(links))):
+                raise ValueError("a link is missing")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"this is not the state of a chain, or it is damaged: {error}") from None
+        self.restore(store.Ledger(links, missing, keep, base))
 
     # on disk
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cola.knots import KnotPolicy
+from cola.link import Link
 from cola.live import LiveLink
 
 #: the param-group entry
@@ -24,6 +25,7 @@ def write(
     policy: KnotPolicy,
     live: LiveLink,
     weights: str | None,
+    knots: list[list[Any]],
 ) -> str:
     """The counters of a running chain.
 
@@ -33,6 +35,7 @@ def write(
         stepped: group entries that are the base's state.
         policy, live: described in full, so that `read` can tell another chain's state.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
+        knots: of the tied links that the chain holds, as `knots_of` gives them.
     """
     return json.dumps(
         {
@@ -44,8 +47,17 @@ def write(
             "policy": policy.state_dict(),
             "live": describe(live),
             "weights": weights,
+            "knots": knots,
         }
     )
+
+
+def knots_of(links: Iterable[Link]) -> list[list[Any]]:
+    """What tells one run's links from another's: index, step, rank and ‖ΔW‖ of each.
+
+    The norm is given to four digits: processes may differ in its last bits.
+    """
+    return [[link.index, link.step, link.rank, f"{link.report.delta_norm:.4g}"] for link in links]
 
 
 def describe(live: LiveLink) -> dict[str, Any]:
@@ -106,6 +118,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("epoch"), (int, float, type(None)))
         and isinstance(saved.get("policy"), dict)
         and isinstance(saved.get("weights"), (str, type(None)))
+        and all(isinstance(knot, list) and len(knot) == 4 for knot in saved.get("knots", ()))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

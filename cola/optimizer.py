@@ -150,6 +150,8 @@ class ChainOptimizer(Saves):
             self._probed = probe.stateless(self.base)
         else:
             self._require_weights()
+            if self._bound is not None:
+                self._require_live_groups()
             if self._probed:
                 self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
         groups = self._groups.before(self.param_groups)
@@ -242,13 +244,19 @@ class ChainOptimizer(Saves):
         return [*self.live.adapters(), *self.live.trained().values()]
 
     def _settle(self) -> None:
-        if self._bound is not None and self._bound[0] is not self.live.adapters()[0]:
-            self._rebind(self._bound)
+        """Before the first step, follow frameworks that replace the model's Parameters.
 
-    def _rebind(self, old: list[nn.Parameter]) -> None:
-        """The model's Parameters were replaced before training began (FSDP2 does): train the new ones."""
-        self._bound = self._all_trained()
-        new = {id(before): after for before, after in zip(old, self._bound, strict=True)}
+        FSDP2 leaves the old ones in the groups; Accelerate puts placeholders there, which are none of ours and stay,
+        and then the new ones itself.
+        """
+        if self._bound is None or self._bound[0] is self.live.adapters()[0]:
+            return
+        fresh = self._all_trained()
+        held = {id(p) for group in self.base.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, (*self._bound, *fresh))):
+            return
+        new = {id(before): after for before, after in zip(self._bound, fresh, strict=True)}
+        self._bound = fresh
         for group in self.base.param_groups:
             group["params"] = [new.get(id(p), p) for p in group["params"]]
         self.base.state.clear()

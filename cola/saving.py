@@ -32,6 +32,7 @@ class Saves(Composed):
     _loss: torch.Tensor | None
     _probed: list[int]
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
+    _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
     _printed: tuple[list[Any], Fingerprint] | None = None
 
     # in a directory of our own
@@ -239,7 +240,14 @@ class Saves(Composed):
     def _base_state(self) -> dict[str, Any]:
         weights = self._weights().digest if self.live.index else None
         self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
-            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live, weights
+            self.steps,
+            self._epoch,
+            self._probed,
+            self._groups.changed,
+            self.policy,
+            self.live,
+            weights,
+            counters.knots_of(self.chain),
         )
         return self.base.state_dict()
 
@@ -262,12 +270,21 @@ class Saves(Composed):
                 f"the model's weights are not those that the optimizer's state was saved with, after {self.live.index} "
                 "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
             )
+        told, self._knots = self._knots, None
+        held = counters.knots_of(self.chain)
+        # links that one of them lacks were lost on one way, and are there again by another
+        if told is not None and (self.chain.missing + len(self.chain) != self.live.index or not _agree(told, held)):
+            self._knots = told
+            raise RuntimeError(
+                f"the chain's links are not those of the optimizer's state (index, step, rank, ‖ΔW‖: the chain has "
+                f"{held}, the state tells of {told}): load the chain that was saved with it"
+            )
 
     def _continue(self, counted: dict[str, Any]) -> None:
         self.policy.load_state_dict(counted["policy"])
         self.steps, self._epoch = counted["steps"], counted["epoch"]
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
-        self._expected = counted.get("weights")
+        self._expected, self._knots = counted.get("weights"), counted.get("knots")
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
@@ -290,3 +307,9 @@ class Saves(Composed):
         def _require_running(self, call: str) -> None: ...
 
         def _extend(self, index: int, snapshot: Any) -> Optimizer: ...
+
+
+def _agree(told: list[Any], held: list[Any]) -> bool:
+    """Whether two lists of knots say the same of the links that both have."""
+    known = {knot[0]: knot for knot in told}
+    return all(knot == known.get(knot[0], knot) for knot in held)
