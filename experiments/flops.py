@@ -224,14 +224,15 @@ class Flops:
         )
 
 
-def batch_flops(config: Any, rows: int, length: int, trained: Trained) -> Flops:
-    """One forward and backward of a batch, without gradient checkpointing; logits are computed for every token.
+def batch_flops(config: Any, rows: int, length: int, trained: Trained, *, kept: int | None = None) -> Flops:
+    """One forward and backward of a batch, without gradient checkpointing.
 
     Args:
         config: a transformers configuration (`Architecture.of`), or an `Architecture`.
         rows: sequences in the batch. A classification example of K candidates makes K of them.
         length: tokens in each, padding included: padding is computed like any token.
         trained: what is trained; nothing means forward only.
+        kept: positions of each row that logits are computed for (transformers' `logits_to_keep`); None for all.
 
     Raises:
         ValueError: no rows or tokens, a model that is not known, targets that it has not.
@@ -247,6 +248,8 @@ def batch_flops(config: Any, rows: int, length: int, trained: Trained) -> Flops:
     """
     if rows < 1 or length < 1:
         raise ValueError(f"rows={rows}, length={length}: a batch has at least one row of one token")
+    if kept is not None and not 1 <= kept <= length:
+        raise ValueError(f"kept={kept}: from 1 to length={length} positions of a row have logits")
     model = config if isinstance(config, Architecture) else Architecture.of(config)
     walk = _Walk(rows * length, trained.rank, trained.names(model), trained.weights)
     #: one head's product of queries and keys; that of probabilities and values is as large
@@ -264,8 +267,11 @@ def batch_flops(config: Any, rows: int, length: int, trained: Trained) -> Flops:
         stream = walk.linear(out, context) or stream
         inner = [walk.linear(layer, stream) for layer in readers]
         stream = walk.linear(writer, any(inner)) or stream
-    for layer in model.after:
+    *projections, head = model.after
+    for layer in projections:
         stream = walk.linear(layer, stream)
+    walk.tokens = rows * (kept or length)
+    walk.linear(head, stream)
     return Flops(walk.forward, walk.backward, walk.adapter_forward, walk.adapter_backward)
 
 

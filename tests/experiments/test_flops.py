@@ -118,6 +118,17 @@ def test_what_torchs_counter_misses_in_our_layer_is_the_product_with_B():
     assert expected.backward == backward
 
 
+@pytest.mark.parametrize("name", ["opt, projected embeddings", "llama, grouped queries"])
+@pytest.mark.parametrize("trained", [Trained(2), FULL])
+def test_logits_of_the_last_positions_only(name, trained):
+    config, ids = CONFIGS[name], torch.randint(3, 51, (ROWS, LENGTH))
+    model = ours(config, trained)
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        model(input_ids=ids, logits_to_keep=3, use_cache=False).logits.sum().backward()
+    assert counter.get_total_flops() == batch_flops(config, ROWS, LENGTH, trained, kept=3).total
+    assert batch_flops(config, ROWS, LENGTH, trained, kept=LENGTH) == batch_flops(config, ROWS, LENGTH, trained)
+
+
 def test_training_an_adapted_layers_bias_costs_no_product():
     config = CONFIGS["opt"]
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -175,6 +186,7 @@ def test_the_paper_models_cost_per_token_and_rank():
         (lambda: batch_flops(transformers.GPT2Config(), 1, 1, FULL), "config.model_type='gpt2'"),
         (lambda: batch_flops(CONFIGS["opt"], 0, 1, FULL), "rows=0"),
         (lambda: batch_flops(CONFIGS["opt"], 1, 0, FULL), "length=0"),
+        (lambda: batch_flops(CONFIGS["opt"], 1, 4, FULL, kept=5), "kept=5"),
         (lambda: batch_flops(CONFIGS["opt"], 1, 1, Trained(1, ("up_proj",))), r"\('up_proj',\).*q_proj"),
         (lambda: batch_flops(CONFIGS["opt"], 1, 1, Trained(1, ())), "targets=()"),
         (lambda: batch_flops(CONFIGS["opt"], 1, 1, Trained(1, ("lm_head",))), "lm_head"),
