@@ -173,12 +173,14 @@ class _Pool:
         self.executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Pool:
-        if self.workers != 1:
+        if self.workers == 1:
+            settle()
+        else:
             most = self.workers or hardware.most_workers()
             # a forked copy of a process that has used torch's thread pool may hang
             context = multiprocessing.get_context("spawn")
             threads = max(1, hardware.cores() // most)
-            self.executor = ProcessPoolExecutor(most, context, initializer=_quiet_start, initargs=(threads,))
+            self.executor = ProcessPoolExecutor(most, context, initializer=_start, initargs=(threads,))
             self.most = most
         return self
 
@@ -280,11 +282,18 @@ def digest(cell: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _quiet_start(threads: int) -> None:
+def settle() -> None:
+    """Settings of every process that runs cells, so that an outcome does not depend on which one ran it."""
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(threads)
     # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
     torch.set_flush_denormal(True)
     logging.disable_progress_bar()
+
+
+def _start(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    settle()
