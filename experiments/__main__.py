@@ -11,6 +11,8 @@ COMMANDS = {
     "demo": "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes",
     "pretrain": "make the tiny model that the demo fine-tunes",
     "study": "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
+    "table": "reproduce one of the paper's eight tables",
+    "figure": "reproduce the paper's figure 2 or 3",
     "rounding": "measure what each rounding of a tie costs a half-precision run",
 }
 """Name -> one line of help. Each is a module here with `add_arguments(parser)` and `main(arguments)`."""

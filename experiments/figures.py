@@ -7,7 +7,7 @@ second link and the training FLOPs that it saves. What is missing leaves a gap a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +22,56 @@ _SHIFT = 0.06  # of a step, so that the two error bars of a point stand beside e
 _WIDE = 3  # panels in a line
 
 
-def chain_lengths(table: Table, stem: Path) -> list[Path]:
+def chain_lengths(table: Table, stem: Path, **about: Any) -> list[Path]:
     """Figure 2: a panel per task, the score (mean ± standard deviation over seeds) against the length of the chain.
 
     Args:
         table: Table 3, a row per length in rising order.
         stem: the files are stem.png, stem.pdf and stem.json.
+        about: what else to write into the JSON.
 
     Returns:
         The paths written.
     """
-    ticks = [str(place + 1) for place in range(len(table.rows))]
-    return _draw(table, stem, table.columns, lambda column: ticks, "chain length", reference=None)
+    ticks = [row.short or row.label for row in table.rows]
+    return _draw(table, stem, about, table.columns, lambda column: ticks, "chain length", reference=None)
 
 
-def rank_step_down(table: Table, stem: Path) -> list[Path]:
+def rank_step_down(table: Table, stem: Path, **about: Any) -> list[Path]:
     """Figure 3: a panel per task, the score against the second link's rank, with the FLOPs it saves below.
 
     Args:
-        table: Table 4: LoRA first, then a row per rank of the second link; columns of FLOPs are not scores and have a
-            task's key with `:flops` behind it.
+        table: Table 4: LoRA, which becomes a line across, then a row per rank of the second link; columns of FLOPs
+            are no scores and have a task's key with `:flops` behind it.
         stem: the files are stem.png, stem.pdf and stem.json.
+        about: what else to write into the JSON.
 
     Returns:
         The paths written.
     """
+    referred = {row.reference for row in table.rows}
+    reference = next((row for row in table.rows if row.key in referred), None)
     tasks = [column for column in table.columns if column.higher_is_better is not None]
 
     def ticks(column: Column) -> list[str]:
         lines = []
-        for row in table.rows[1:]:
+        for row in (row for row in table.rows if row is not reference):
             saved = table.entries.get((row.key, f"{column.key}:flops"), Entry()).mean
-            lines.append(f"{row.label}\n{'' if saved is None else _short(saved)}")
+            lines.append(f"{row.short or row.label}\n{'' if saved is None else _short(saved)}")
         return lines
 
-    return _draw(table, stem, tasks, ticks, "ranks of the two links; FLOPs saved (ours)", reference=table.rows[0])
+    xlabel = "ranks of the two links; FLOPs saved (ours)"
+    return _draw(table, stem, about, tasks, ticks, xlabel, reference=reference)
 
 
 def _draw(
-    table: Table, stem: Path, columns: Sequence[Column], ticks: Any, xlabel: str, reference: Row | None
+    table: Table,
+    stem: Path,
+    about: Mapping[str, Any],
+    columns: Sequence[Column],
+    ticks: Callable[[Column], list[str]],
+    xlabel: str,
+    reference: Row | None,
 ) -> list[Path]:
     import matplotlib
 
@@ -92,7 +103,7 @@ def _draw(
         figure.savefig(paths[0], dpi=150, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"CreationDate": None})
         pyplot.close(figure)
-    paths[2].write_text(json.dumps(points(table), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    paths[2].write_text(json.dumps({**about, **points(table)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return paths
 
 
@@ -149,7 +160,7 @@ def _panel(
             if value is not None:
                 line = axes.axhline(value, color=style["color"], linestyle=":", linewidth=1.3, zorder=0)
                 handles[f"{reference.label}, {style['label']}"] = line
-    absent = [row.label for row, entry in zip(rows, entries) if len(entry.finite) < len(table.seeds)]
+    absent = [row.short or row.label for row, entry in zip(rows, entries) if len(entry.finite) < len(table.seeds)]
     for place, entry in enumerate(entries):
         if entry.mean is not None and len(entry.finite) < len(table.seeds):  # some seeds only: an open marker
             edge = {"markeredgecolor": OURS["color"], "markersize": _LINE["markersize"]}

@@ -18,6 +18,7 @@ from experiments import formats, stats
 from experiments.formats import Grid, Text
 
 MISSING = "–"
+_NO_SPREAD = 1e-9  # of scores in percent; rounding alone gives about 1e-13
 _TERMINAL = 120  # characters: a wider matrix is shown with a line per column if that is narrower
 LEVEL = 0.05
 """The level of significance, after Holm's correction over all comparisons of a table."""
@@ -53,12 +54,14 @@ class Row:
         label: as shown.
         reference: key of the row it is compared with, seed by seed; None for none.
         group: rows of one group stand together.
+        short: as a figure shows it; empty for the label.
     """
 
     key: str
     label: str
     reference: str | None = None
     group: str = ""
+    short: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` if significant at `LEVEL` after Holm's correction, else `no evidence`."""
+        """`better` or `worse` if significant at `LEVEL` after Holm's correction, else `no evidence`.
+
+        `no test` for a single seed, or for a difference that is the same for every seed.
+        """
         if math.isnan(self.found.p):
             return "no test"
         if not self.found.significant(LEVEL):
@@ -169,8 +175,9 @@ class Table:
                 continue
             seeds = tuple(seed for seed in entry.finite if seed in base.finite)
             if seeds:
-                arms = {"this": [entry.finite[s] for s in seeds], "reference": [base.finite[s] for s in seeds]}
-                pairs.append((row, column, seeds, stats.paired(arms, "reference")["this"]))
+                pairs.append(
+                    (row, column, seeds, _compare([entry.finite[s] for s in seeds], [base.finite[s] for s in seeds]))
+                )
         adjusted = stats.holm([pair[-1].p for pair in pairs])
         return [
             Comparison(row, column, seeds, stats.Paired(found.difference, found.p, p))
@@ -400,6 +407,14 @@ def _comparison(row: Row, found: Comparison | None) -> dict[str, Any]:
         "p_holm": _number(found.found.p_holm),
         "verdict": found.verdict,
     }
+
+
+def _compare(values: list[float], base: list[float]) -> stats.Paired:
+    """Without p where the differences do not vary: t is undefined then, and scores of few examples often agree so."""
+    differences = [value - other for value, other in zip(values, base)]
+    if max(differences) - min(differences) <= _NO_SPREAD:
+        return stats.Paired(stats.t_interval(differences), math.nan, math.nan)
+    return stats.paired({"this": values, "reference": base}, "reference")["this"]
 
 
 def _number(value: float) -> float | None:

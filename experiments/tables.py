@@ -22,9 +22,7 @@ from experiments.methods import Method
 from experiments.search import RateSearch
 from experiments.sweep import Outcome
 
-HUB: Mapping[str, str] = MappingProxyType(
-    {"OPT-1.3B": "facebook/opt-1.3b", "Llama-2-7B": "meta-llama/Llama-2-7b-hf"}
-)
+HUB: Mapping[str, str] = MappingProxyType({"OPT-1.3B": "facebook/opt-1.3b", "Llama-2-7B": "meta-llama/Llama-2-7b-hf"})
 """The paper's models and where they are."""
 
 FIGURES: Mapping[int, int] = MappingProxyType({2: 3, 3: 4})
@@ -170,7 +168,7 @@ def fill(
         if table.saves:
             columns.append(layout.Column(f"{name}:flops", "FLOPs saved", ".2e", None))
         for line in lines:
-            entries[line.label, name] = _entry(table, line, name, found[line.label, name], done)
+            entries[line.label, name] = entry(found[line.label, name], done, table.published.score(line.label, name))
             if table.saves and (saved := _saved(table, line, name, found[line.label, name], done, config)):
                 entries[line.label, f"{name}:flops"] = saved
     labels = {line.label for line in lines}
@@ -178,7 +176,9 @@ def fill(
         title=_title(table, setting),
         columns=tuple(columns),
         rows=tuple(
-            layout.Row(line.label, line.label, line.reference if line.reference in labels else None, line.group)
+            layout.Row(
+                line.label, line.label, line.reference if line.reference in labels else None, line.group, line.short
+            )
             for line in lines
         ),
         entries=entries,
@@ -241,10 +241,14 @@ def _rates(line: Line, setting: Setting) -> tuple[float, ...]:
     return line.rates[-setting.rates :]
 
 
-def _entry(
-    table: PaperTable, line: Line, name: str, search: RateSearch[Cell], done: Mapping[Cell, Outcome]
-) -> layout.Entry:
-    printed = table.published.score(line.label, name)
+def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: paper.Score | None = None) -> layout.Entry:
+    """Test scores of the runs at the chosen rate, in percent; a run that diverged is NaN.
+
+    Args:
+        search: of the entry.
+        done: cell -> outcome.
+        printed: the paper's.
+    """
     rate = search.chosen(done)
     values: dict[int, float] = {}
     if rate is not None:
@@ -257,6 +261,29 @@ def _entry(
         paper_std=None if printed is None else printed.std,
         note=f"lr {rate:g}" if rate else "",
     )
+
+
+def _saved(
+    table: PaperTable,
+    line: Line,
+    name: str,
+    search: RateSearch[Cell],
+    done: Mapping[Cell, Outcome],
+    config: object | None,
+) -> layout.Entry | None:
+    """FLOPs saved per run against rank 8 throughout; None for a line whose links all have it."""
+    reference, last = line.method.ranks[0], line.method.ranks[-1]
+    if last == reference:
+        return None
+    values: dict[int, float] = {}
+    if config is not None and search.chosen(done) is not None:
+        for run in search.results(done):
+            tokens = done.get(run, {}).get("tokens_by_link")
+            if tokens is not None and len(tokens) == line.method.links:
+                targets = run.targets or flops.QUERY_AND_VALUE
+                values[run.seed] = float(flops.saved_by_rank(config, sum(tokens[1:]), last, reference, targets))
+    printed = table.published.score(line.label, name)
+    return layout.Entry(values, None if printed is None else printed.flops_saved)
 
 
 def _title(table: PaperTable, setting: Setting) -> str:

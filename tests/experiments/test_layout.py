@@ -112,6 +112,15 @@ def test_holms_family_is_the_whole_table():
     assert {found.verdict for found in compared if found.row.key == "full"} == {"no evidence"}
 
 
+def test_a_difference_that_does_not_vary_is_not_tested():
+    """Sixths of a hundred: the differences are equal but for rounding, which a t test would find overwhelming."""
+    lora, cola = {0: 100 / 6, 1: 200 / 6, 2: 500 / 6}, {0: 200 / 6, 1: 300 / 6, 2: 600 / 6}
+    assert len({cola[seed] - lora[seed] for seed in lora}) > 1
+    compared = table(entries={("lora", "wsc"): Entry(lora), ("cola", "wsc"): Entry(cola)}).comparisons()
+    assert [found.verdict for found in compared] == ["no test"]
+    assert math.isnan(compared[0].found.p_holm)
+
+
 @pytest.mark.parametrize("higher, verdict, bold", [(True, "better", "54.17 ± 1.04"), (False, "worse", "51.00 ± 1.00")])
 def test_which_way_is_better(higher, verdict, bold):
     compared = table(
