@@ -27,8 +27,8 @@ The cost is linear in r. A second link of rank r₂ instead of r₁ therefore sa
 FLOPs, the "FLOPs saved" of the paper's Table 4. Its figures are proportional to 8 − r₂ and imply, with OPT-1.3B's c of
 1,171,456, some 153,700 (CB), 18,300 (WSC) and 222,400 (WiC) tokens. Two epochs of the protocol's batches, a row per
 candidate, padded to a multiple of 8, WSC with the 54 examples that the protocol leaves it, have 151,100 ± 6,600,
-18,400 ± 1,700 and 226,200 ± 700 (mean ± standard deviation over draws). So the figures agree with those of one run, within
-2 %, and not with a sum over five.
+18,400 ± 1,700 and 226,200 ± 700 (mean ± standard deviation over draws). So the figures agree with those of one run,
+within 2 %, and not with a sum over five.
 """
 
 from __future__ import annotations

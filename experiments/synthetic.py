@@ -43,8 +43,14 @@ def write(folder: Path, tasks: Iterable[str], train: int, validation: int, seed:
         for split, count in zip(_SPLITS, (train, validation)):
             draw = random.Random(f"{task}-{split}-{seed}")
             lines = [json.dumps({**ROWS[task](draw, index), "idx": index}) for index in range(count)]
-            (place / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / NOTICE).write_text("Made-up rows, to try commands with. Scores on them mean nothing.\n")
+            _write(place / f"{split}.jsonl", "\n".join(lines) + "\n")
+    _write(folder / NOTICE, "Made-up rows, to try commands with. Scores on them mean nothing.\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Unless it is there already, and perhaps being read."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def _sst2(draw: random.Random, index: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--epochs", type=int, help="passes over the training examples (default: the paper's 5)")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=cells.DTYPES, default=default.dtype, help="of the weights (%(default)s)")
+    how.add_argument("--dtype", choices=cells.DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
     how.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
     how.add_argument("--bias", action=argparse.BooleanOptionalAction, help="train their biases (as the paper does)")
     how.add_argument("--max-length", type=int, help=f"tokens of a prompt with its answer ({default.max_length})")
@@ -169,7 +169,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
         search_seeds=seeds[:search] if search else None,
         tasks=tuple(arguments.tasks) if arguments.tasks else None,
         labels=tuple(arguments.lines) if arguments.lines else None,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or _dtype(),
         targets=tuple(arguments.targets),
         gradient_checkpointing=arguments.gradient_checkpointing,
         **given,
@@ -190,6 +190,12 @@ def _smoke(setting: Setting, table: PaperTable, out: Path) -> Setting:
         synthetic.write(data, table.tasks, train=24, validation=12)
         setting = replace(setting, data_dir=str(data))
     return setting
+
+
+def _dtype() -> str:
+    import torch
+
+    return "float16" if torch.cuda.is_available() else "float32"
 
 
 def _sweep(out: Path) -> Sweep[Cell]:
