@@ -174,7 +174,7 @@ class Encoder:
 def _joined(task: Task, demonstrations: Sequence[Sample], text: str) -> str:
     """`text` behind the demonstrations, as the model sees it."""
     shown = SEPARATOR.join(task.full(sample, sample.target).strip() for sample in demonstrations).strip()
-    return (shown + SEPARATOR + text).lstrip().strip(" ")
+    return (shown + SEPARATOR + text.strip(" ")).lstrip()
 
 
 def window(configuration: Any) -> int:

@@ -136,7 +136,7 @@ class Method:
     def link(self, targets: str | Sequence[str] | None, *, bias: bool = False) -> LinkConfig:
         """What a link is, on the layers ``targets`` (as for `cola.LinkConfig`); ``bias``: train their biases too."""
         return LinkConfig(
-            r=self.ranks if len(self.ranks) > 1 else self.ranks[0],
+            r=self.ranks[0] if len(self.ranks) == 1 else self.ranks,
             lora_alpha=self.alpha,
             target_modules=targets,
             bias="lora_only" if bias else "none",

@@ -51,17 +51,27 @@ def load(
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
     if device is not None and device_map is not None:
         raise ValueError(f"device={str(device)!r} and device_map={device_map!r}: give one of the two")
+    tiny_opt.quiet()
     folder = tiny_opt.COMMITTED if name == "tiny" else Path(name)
+    model: Any
+    tokenizer: Tokenizer
     if _over_bytes(folder):
-        model, tokenizer = tiny_opt.load(folder).to(DTYPES[dtype]), ByteTokenizer()
+        # too small to spread over devices
+        model, tokenizer, device_map = tiny_opt.load(folder).to(DTYPES[dtype]), ByteTokenizer(), None
     else:
         model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
     if device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if gradient_checkpointing:
-        model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(model)
     return model.eval(), tokenizer
+
+
+def _checkpoint_layers(model: Any) -> None:
+    model.config.use_cache = False
+    # called activation checkpointing since transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _over_bytes(folder: Path) -> bool:
@@ -74,15 +84,16 @@ def _pretrained(
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tiny_opt.quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if Path(name).is_dir():
-            raise OSError(f"model={name!r} is a directory, but not one of a causal language model: {error}") from error
+            raise OSError(
+                f"model={name!r} is a directory, but not of a causal language model and its tokenizer: {error}"
+            ) from error
         raise OSError(
             f"model={name!r} is no directory here, and the hub did not give it: {error}\n"
             f"Download it once where there is a network (`hf download {name}`; a gated model needs `hf auth login` "

@@ -7,7 +7,8 @@ Every objective is a mean of terms, so the loss of a whole set does not depend o
 * option: one term per token of the right option, -log p;
 * text: one term per token of the whole text.
 
-Rows are padded on the left, so options end together and only the last positions need logits. To train with
+A text's last token is predicted but never read, so a model is given the text without it: the context. Contexts are
+padded on the left, so options end together and only the last positions need logits. To train with
 transformers' `Trainer`, use a `Collator` as `data_collator` and return `loss(model, inputs)` from `compute_loss`,
 with `TrainingArguments(remove_unused_columns=False, label_names=["option_len"])`.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,18 @@ from experiments.encoding import Encoded, Encoder
 from experiments.tasks import Sample, Task
 
 Batch = dict[str, Tensor]
-"""int64 tensors. Of R rows and a width of T: `input_ids`, `attention_mask` and `position_ids`, R x T;
-`option_len`, R. Of B examples: `num_options` and `gold`, B; the rows of an example are adjacent."""
+"""int64 tensors. Of C contexts and a width of T: `input_ids`, `attention_mask` and `position_ids`, C x T. Of R texts:
+`context`, R, the index of each one's context; `targets`, R x T, the token that follows every position of it;
+`option_len`, R. Of B examples: `num_options` and `gold`, B; the texts of an example are adjacent."""
 
 Objective = Literal["classification", "option", "text"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """What one sample gives to training: a row per candidate and which one is right, or the right one alone."""
+    """What one sample gives to training: a text per candidate and which one is right, or the right one alone."""
 
-    rows: tuple[Encoded, ...]
+    texts: tuple[Encoded, ...]
     gold: int = 0
 
 
@@ -70,61 +72,78 @@ def examples(
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of examples, padded on the left.
+    """Makes a batch of examples.
 
     Args:
         pad_token_id: any token; padding is never attended to, predicted or scored.
         multiple_of: the width is rounded up to a multiple of this; the protocol's 8 suits the hardware.
+        share: run a context that several texts have in common once, as all candidates of one token each do. Loss and
+            gradients are the same up to rounding, at 1/K of the work; the protocol runs every candidate by itself.
     """
 
     pad_token_id: int
     multiple_of: int = 8
+    share: bool = False
 
     def __call__(self, batch: Sequence[Example]) -> Batch:
         """The batch of these examples."""
-        rows = [row for example in batch for row in example.rows]
-        longest = max(len(row.ids) for row in rows)
-        width = -(-longest // self.multiple_of) * self.multiple_of
-        ids = torch.full((len(rows), width), self.pad_token_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            ids[index, width - len(row.ids) :] = torch.tensor(row.ids)
-            mask[index, width - len(row.ids) :] = 1
+        texts = [text for example in batch for text in example.texts]
+        keys = [text.ids[:-1] if self.share else index for index, text in enumerate(texts)]
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        contexts = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        inputs, mask = padded([texts[first[key]].ids[:-1] for key in contexts], self.pad_token_id, self.multiple_of)
+        targets = padded([text.ids[1:] for text in texts], self.pad_token_id, self.multiple_of)[0]
         return {
-            "input_ids": ids,
+            "input_ids": inputs,
             "attention_mask": mask,
             # a text has its positions from 0 on wherever it stands in its row
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-            "option_len": torch.tensor([row.option_len for row in rows]),
-            "num_options": torch.tensor([len(example.rows) for example in batch]),
+            "context": torch.tensor([contexts[key] for key in keys]),
+            "targets": targets,
+            "option_len": torch.tensor([text.option_len for text in texts]),
+            "num_options": torch.tensor([len(example.texts) for example in batch]),
             "gold": torch.tensor([example.gold for example in batch]),
         }
 
 
+def padded(rows: Sequence[Sequence[int]], pad_token_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """`rows` padded on the left to one width, and a mask that is 1 where they are: int64, both R x T."""
+    width = -(-max(map(len, rows)) // multiple_of) * multiple_of
+    ids = torch.full((len(rows), width), pad_token_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return ids, mask
+
+
 def log_probs(model: nn.Module, batch: Batch, last: int) -> Tensor:
-    """log p(token | what is before it in its row) of the `last` tokens of every row: R x `last`.
+    """log p(token | what is before it) of the `last` tokens of every text: R x `last`.
 
     Computed in fp32, or in the model's own type if that is wider. Positions of padding hold no meaning.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    takes = _arguments(model)
-    if "position_ids" in takes:
-        inputs["position_ids"] = batch["position_ids"]
+    takes = inspect.signature(type(unwrapped(model)).forward).parameters
     # the head's logits are most of the memory of a long text, and only the option's are read
-    logits = model(**inputs, **({"logits_to_keep": last + 1} if "logits_to_keep" in takes else {})).logits
-    logits = logits[:, -last - 1 : -1]
+    extras = {"position_ids": batch["position_ids"], "logits_to_keep": last, "use_cache": False}
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        **{name: value for name, value in extras.items() if name in takes},
+    )
+    logits = output.logits[:, -last:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    tokens = batch["input_ids"][:, -last:].to(logits.device).unsqueeze(-1)
-    return (logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+    context = batch["context"].to(logits.device)
+    targets = batch["targets"][:, -last:].to(logits.device)
+    places = torch.arange(last, device=logits.device)
+    return logits[context.unsqueeze(1), places, targets] - logits.logsumexp(-1)[context]
 
 
-def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the forward of transformers' model inside `model`."""
-    if isinstance(inner := getattr(model, "module", None), nn.Module):  # DDP, FSDP
-        return _arguments(inner)
-    if callable(get := getattr(model, "get_base_model", None)):  # PEFT
-        return _arguments(get())
-    return inspect.signature(type(model).forward).parameters
+def unwrapped(model: nn.Module) -> Any:
+    """The model of transformers inside DDP's and PEFT's wrappers, or `model` itself."""
+    if isinstance(inner := getattr(model, "module", None), nn.Module):
+        return unwrapped(inner)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
 
 
 def option_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -136,7 +155,7 @@ def option_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def option_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sum and mean of the log-probabilities of every row's option tokens, R each."""
+    """Sum and mean of the log-probabilities of every text's option tokens, R each."""
     values, belongs = option_log_probs(model, batch)
     total = values.masked_fill(~belongs, 0).sum(1)
     return total, total / belongs.sum(1)
@@ -157,11 +176,9 @@ def option_terms(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def text_terms(model: nn.Module, batch: Batch) -> Tensor:
-    """-log p of every token but the first of every row, in one dimension."""
-    width = batch["input_ids"].shape[1]
-    values = log_probs(model, batch, width - 1)
-    # a token counts if the one before it is there as well
-    return -values[batch["attention_mask"][:, :-1].to(values.device) == 1]
+    """-log p of every token but the first of every text, in one dimension."""
+    values = log_probs(model, batch, batch["targets"].shape[1])
+    return -values[batch["attention_mask"][batch["context"]].to(values.device) == 1]
 
 
 TERMS: Mapping[Objective, Callable[[nn.Module, Batch], Tensor]] = {

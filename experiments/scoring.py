@@ -1,7 +1,8 @@
 """A model's score on samples: ranked candidates, generated answers, and the loss on a dev set.
 
-Rows are sorted by length and run `batch_size` at a time; that changes the speed and, by rounding, the last digits of
-a score, nothing else. One at a time is the protocol's own evaluation.
+Contexts are sorted by length and run `batch_size` at a time, and a context that candidates have in common is run once.
+That changes the speed and, by rounding, the last digits of a score, nothing else; the protocol's own evaluation runs
+every text by itself.
 """
 
 from __future__ import annotations
@@ -18,11 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from experiments.encoding import NEW_TOKENS, Encoded, Encoder, Tokenizer, window
-from experiments.objectives import TERMS, Collator, Example, Objective, examples, objective_of, option_scores
+from experiments.objectives import (
+    TERMS,
+    Collator,
+    Example,
+    Objective,
+    examples,
+    objective_of,
+    option_scores,
+    padded,
+    unwrapped,
+)
 from experiments.tasks import Sample, Task
 
 Calibration = Literal["sfc", "icl_sfc"]
 """Scores relative to the null prompt, without or with the demonstrations in front of it."""
+
+
+DEMONSTRATIONS = 32
+"""How many solved samples the protocol's in-context learning shows."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +80,10 @@ def evaluate(
         tokenizer: the model's.
         task: the samples' task.
         samples: one or more.
-        batch_size: texts per forward pass; every candidate is a text.
+        batch_size: contexts per forward pass: one per sample where all candidates are single tokens, else one per
+            candidate.
         demonstrations: solved samples shown in front of every text; what does not fit is cut from the left. The
-            protocol shows 32, `split(task, seed, train=32, dev=0).train`.
+            protocol shows 32, `split(task, seed, train=DEMONSTRATIONS, dev=0).train`.
         calibrate: False, or rank by sum log p(option | prompt) - sum log p(option | null prompt).
         max_length: tokens per text; by default what the model has positions for, 2048 at most.
         max_new_tokens: tokens per generated answer.
@@ -82,7 +98,7 @@ def evaluate(
         raise ValueError(f"calibrate={calibrate!r} must be False, 'sfc' or 'icl_sfc'")
     if calibrate and task.kind == "generation":
         raise ValueError(f"calibrate={calibrate!r}: {task.name}'s answers are generated, not ranked; use False")
-    encoder = Encoder(tokenizer, window(model.config) if max_length is None else max_length, max_new_tokens)
+    encoder = Encoder(tokenizer, window(unwrapped(model).config) if max_length is None else max_length, max_new_tokens)
     with _evaluating(model):
         if task.kind == "generation":
             prompts = [encoder.prompt(task, sample, demonstrations) for sample in samples]
@@ -90,13 +106,13 @@ def evaluate(
             per_sample = tuple(f1(answer, sample.answers) for answer, sample in zip(answers, samples, strict=True))
             exact = [exact_match(answer, sample.answers) for answer, sample in zip(answers, samples, strict=True)]
             return Score(task.metric, _per_cent(per_sample), per_sample, tuple(answers), {"em": _per_cent(exact)})
-        rows = [encoder.options(task, sample, demonstrations) for sample in samples]
-        totals, means = _scores(model, encoder, rows, batch_size)
+        texts = [encoder.options(task, sample, demonstrations) for sample in samples]
+        totals, means = _scores(model, encoder, texts, batch_size)
         scores = means
         if calibrate:
             shown = demonstrations if calibrate == "icl_sfc" else ()
-            null_rows = [encoder.null_options(task, sample, shown) for sample in samples]
-            nulls, _ = _scores(model, encoder, null_rows, batch_size)
+            null_texts = [encoder.null_options(task, sample, shown) for sample in samples]
+            nulls, _ = _scores(model, encoder, null_texts, batch_size)
             scores = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(totals, nulls, strict=True)]
     # max returns the first of equals
     predictions = tuple(max(range(len(of)), key=of.__getitem__) for of in scores)
@@ -130,13 +146,13 @@ def dev_loss(
     """
     if not samples:
         raise ValueError("samples: there are none to score")
-    encoder = Encoder(tokenizer, window(model.config) if max_length is None else max_length)
+    encoder = Encoder(tokenizer, window(unwrapped(model).config) if max_length is None else max_length)
     objective = objective_of(task) if objective is None else objective
     items = examples(task, samples, encoder, objective)
     collate = _collator(encoder)
     total, count = 0.0, 0
     with _evaluating(model):
-        lengths = [max(len(row.ids) for row in item.rows) for item in items]
+        lengths = [max(len(text.ids) for text in item.texts) for item in items]
         for chosen in _by_length(lengths, batch_size):
             batch = _on_device(model, collate([items[index] for index in chosen]))
             terms = TERMS[objective](model, batch)
@@ -151,16 +167,11 @@ def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Encoded], bat
     An answer ends at a newline, at the end of text, or after `encoder.max_new_tokens` tokens.
     """
     answers = [""] * len(prompts)
-    collate = _collator(encoder)
     for chosen in _by_length([len(prompt.ids) for prompt in prompts], batch_size):
-        batch = _on_device(model, collate([Example((prompts[index],)) for index in chosen]))
-        width = batch["input_ids"].shape[1]
-        tokens = model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            generation_config=_greedy(encoder),
-        )
-        for index, new in zip(chosen, tokens[:, width:].tolist(), strict=True):
+        ids, mask = padded([prompts[index].ids for index in chosen], _pad(encoder))
+        batch = _on_device(model, {"input_ids": ids, "attention_mask": mask})
+        tokens = unwrapped(model).generate(**batch, generation_config=_greedy(encoder))
+        for index, new in zip(chosen, tokens[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(new) if token in encoder.stops), len(new))
             answers[index] = encoder.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
     return answers
@@ -205,13 +216,18 @@ def _scores(
     model: nn.Module, encoder: Encoder, samples: Sequence[Sequence[Encoded]], batch_size: int
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Sum and mean of the log-probabilities of every option of every sample."""
-    rows = [row for sample in samples for row in sample]
-    totals, means = [0.0] * len(rows), [0.0] * len(rows)
+    texts = [text for sample in samples for text in sample]
+    totals, means = [0.0] * len(texts), [0.0] * len(texts)
+    having: dict[tuple[int, ...], list[int]] = {}
+    for index, text in enumerate(texts):
+        having.setdefault(text.ids[:-1], []).append(index)
+    groups = list(having.values())
     collate = _collator(encoder)
-    for chosen in _by_length([len(row.ids) for row in rows], batch_size):
-        batch = _on_device(model, collate([Example((rows[index],)) for index in chosen]))
+    for chosen in _by_length([len(context) for context in having], batch_size):
+        indices = [index for group in chosen for index in groups[group]]
+        batch = _on_device(model, collate([Example((texts[index],)) for index in indices]))
         total, mean = option_scores(model, batch)
-        for index, one, other in zip(chosen, total.tolist(), mean.tolist(), strict=True):
+        for index, one, other in zip(indices, total.tolist(), mean.tolist(), strict=True):
             totals[index], means[index] = one, other
     ends = [sum(map(len, samples[: index + 1])) for index in range(len(samples))]
     cuts = list(zip([0, *ends], ends, strict=False))
@@ -228,9 +244,12 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def _collator(encoder: Encoder) -> Collator:
-    pad = encoder.tokenizer.pad_token_id
     # no multiple of eight here: one text at a time is not padded at all
-    return Collator(0 if pad is None else pad, multiple_of=1)
+    return Collator(_pad(encoder), multiple_of=1, share=True)
+
+
+def _pad(encoder: Encoder) -> int:
+    return encoder.tokenizer.pad_token_id or 0
 
 
 def _greedy(encoder: Encoder) -> Any:
@@ -242,7 +261,7 @@ def _greedy(encoder: Encoder) -> Any:
         max_new_tokens=encoder.max_new_tokens,
         bos_token_id=encoder.tokenizer.bos_token_id,
         eos_token_id=list(encoder.stops),
-        pad_token_id=_collator(encoder).pad_token_id,
+        pad_token_id=_pad(encoder),
         use_cache=True,
     )
 

@@ -98,6 +98,7 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
         (training, per step), ``knots`` (step, rank, norm), ``parameters``; or ``diverged``, the reason. For ``"test"``:
         ``test``.
     """
+    tiny_opt.quiet()
     model = load(cell.setting.model)
     if cell.split == "test":
         trained = Sweep(folder.parent.parent, run, name).place(replace(cell, split="dev"))

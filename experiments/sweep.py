@@ -146,8 +146,9 @@ class Sweep(Generic[C]):
                     found = self.read(cell)
                     if found is not None:
                         done[cell] = found
-                        bar.initial += 1  # found, not run: the rate is that of runs
-                        bar.update()
+                        if not bar.disable:
+                            bar.initial += 1  # found, not run: the rate is that of runs
+                            bar.update()
                         finished(cell, found)
                 open_ = [cell for cell in wanted if cell not in done]
                 if not open_:
@@ -285,11 +286,9 @@ def digest(cell: Any) -> str:
 def settle() -> None:
     """Settings of every process that runs cells, so that an outcome does not depend on which one ran it."""
     import torch
-    from transformers.utils import logging
 
     # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
     torch.set_flush_denormal(True)
-    logging.disable_progress_bar()
 
 
 def _start(threads: int) -> None:
