@@ -181,7 +181,7 @@ def _smoke(setting: Setting, table: PaperTable, out: Path) -> Setting:
     if setting.model is None:
         model = out / "smoke-model"
         if not (model / "provenance.json").exists():
-            shape = tiny_opt.config(width=16, layers=1, heads=2, context=setting.max_length)
+            shape = tiny_opt.config(width=64, layers=1, heads=2, context=setting.max_length)
             tiny_opt.save(tiny_opt.fresh(shape, seed=0), model, {"made_by": "--smoke", "weights": "random"})
         setting = replace(setting, model=str(model))
     if setting.data_dir is None:

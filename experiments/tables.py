@@ -301,8 +301,9 @@ def _notes(table: PaperTable, setting: Setting) -> Iterable[str]:
         yield f"The paper: {printed.note}"
     if table.saves:
         yield (
-            "FLOPs saved, ours: of one run, (8 − r) × tokens of the second link × FLOPs per token and rank, exact; the "
-            "paper's figures agree with one run, not with five."
+            "FLOPs saved, ours: of one run against rank 8 throughout, (8 − r) × tokens of the second link × FLOPs per "
+            "token and rank; a text that candidates share is read once, and padding is not counted. The paper's figures "
+            "agree with one run (a row per candidate, with padding) and not with five."
         )
 
 
