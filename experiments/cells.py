@@ -11,8 +11,6 @@ from experiments.search import RateSearch
 from experiments.sweep import Outcome
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEMONSTRATIONS = 32
-"""Demonstrations in the prompt of in-context learning, as in the protocol."""
 
 
 @dataclass(frozen=True)
