@@ -288,12 +288,17 @@ def _saved(
 
 def _title(table: PaperTable, setting: Setting) -> str:
     model = setting.model or table.published.model
-    return f"Table {table.number}. {table.published.title} ({model})"
+    made_up = ", made-up data" if _made_up(setting) else ""
+    return f"Table {table.number}. {table.published.title} ({model}{made_up})"
+
+
+def _made_up(setting: Setting) -> bool:
+    return setting.data_dir is not None and (Path(setting.data_dir) / synthetic.NOTICE).exists()
 
 
 def _notes(table: PaperTable, setting: Setting) -> Iterable[str]:
     printed = table.published
-    if setting.data_dir is not None and (Path(setting.data_dir) / synthetic.NOTICE).exists():
+    if _made_up(setting):
         yield "Made-up data: these scores mean nothing."
     if setting.model is not None and setting.model != table.model:
         yield f"The paper's numbers are those of {printed.model}."
@@ -302,8 +307,8 @@ def _notes(table: PaperTable, setting: Setting) -> Iterable[str]:
     if table.saves:
         yield (
             "FLOPs saved, ours: of one run against rank 8 throughout, (8 − r) × tokens of the second link × FLOPs per "
-            "token and rank; a text that candidates share is read once, and padding is not counted. The paper's figures "
-            "agree with one run (a row per candidate, with padding) and not with five."
+            "token and rank; a text that candidates share is read once, and padding is not counted. The paper's agree "
+            "with those of one run (a row per candidate, with padding) and not of five."
         )
 
 
