@@ -26,6 +26,8 @@ def main(arguments: argparse.Namespace) -> int:
     result = reproduce(TABLES[FIGURES[number]], arguments, f"figure {number}")
     if isinstance(result, int):
         return result
+    if not result.shown:
+        return result.status
     draw = {2: figures.chain_lengths, 3: figures.rank_step_down}[number]
     paths = draw(result.table, arguments.out / f"figure{number}", **result.about)
     print(result.table.text())

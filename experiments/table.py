@@ -3,6 +3,7 @@
     python -m experiments table 1                      the paper's: OPT-1.3B, data from the hub, five seeds
     python -m experiments table 4 --tasks cb --seeds 2 a part of it
     python -m experiments table 1 --smoke              does everything run? made-up data, minutes on two cores
+    torchrun --nproc-per-node 4 -m experiments table 2 --fsdp
 
 All tables share one folder of runs, so what two tables have in common is run once, and a command that was stopped goes
 on where it was.
@@ -11,10 +12,11 @@ on where it was.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-length", type=int, help=f"tokens of a prompt with its answer ({default.max_length})")
     how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
     how.add_argument("--device-map", help="as for transformers, such as auto")
+    how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -76,6 +79,8 @@ def main(arguments: argparse.Namespace) -> int:
     result = reproduce(TABLES[arguments.number], arguments, f"table {arguments.number}")
     if isinstance(result, int):
         return result
+    if not result.shown:
+        return result.status
     paths = result.table.write(arguments.out / f"table{arguments.number}", **result.about)
     print(result.table.text())
     return result.end(paths)
@@ -89,18 +94,25 @@ class Result:
         table: with whatever there is.
         lacking: phrases for what should be there, being this shard's, and is not.
         about: command, setting and hardware, for the files.
+        shown: False in all of `torchrun`'s processes but the first: what they have is the same.
     """
 
     table: layout.Table
     lacking: tuple[str, ...]
     about: Mapping[str, Any]
+    shown: bool = True
+
+    @property
+    def status(self) -> int:
+        """Of the command: 1 if anything is lacking."""
+        return 1 if self.lacking else 0
 
     def end(self, paths: list[Path]) -> int:
         """Say what was written and what is wrong; the exit status."""
         print(f"\n{', '.join(map(str, paths))}\n{self.about['minutes']:.1f} minutes")
         for phrase in self.lacking:
             print(f"FAIL {phrase}", file=sys.stderr)
-        return 1 if self.lacking else 0
+        return self.status
 
 
 def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) -> Result | int:
@@ -113,6 +125,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
     """
     started = time.perf_counter()
     tiny_opt.quiet()
+    first = int(os.environ.get("RANK", "0")) == 0
     try:
         setting = make_setting(table, arguments)
         shard = Shard.parse(arguments.shard)
@@ -120,12 +133,14 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         sweep = _sweep(arguments.out)
         board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
         mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
-        print(f"{command}: {sum(map(_size, mine.values()))} runs, in {arguments.out / 'cells'}")
+        if first:
+            print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
         sweep.carry_out(
             lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
-            workers=arguments.workers,
-            expected=sum(map(_size, mine.values())),
-            finished=board or (lambda cell, outcome: None),
+            workers=1 if arguments.fsdp else arguments.workers,
+            expected=_size(mine.values()),
+            progress=first,
+            finished=board if board and first else (lambda cell, outcome: None),
         )
         done = gather(sweep.read, found.values())
     except (ModuleNotFoundError, OSError, ValueError) as error:
@@ -142,7 +157,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         "minutes": minutes,
         **hardware.provenance(),
     }
-    return Result(filled, tuple(_lacking(mine, done)), about)
+    return Result(filled, tuple(_lacking(mine, done)), about, first)
 
 
 def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
@@ -172,6 +187,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
         dtype=arguments.dtype or _dtype(),
         targets=tuple(arguments.targets),
         gradient_checkpointing=arguments.gradient_checkpointing,
+        fsdp=arguments.fsdp,
         **given,
     )
     return _smoke(setting, table, arguments.out) if arguments.smoke else setting
@@ -204,11 +220,16 @@ def _sweep(out: Path) -> Sweep[Cell]:
     return Sweep(out, run, cells.name)
 
 
-def _size(search: RateSearch[Cell]) -> int:
-    """Runs of an entry: every rate on the seeds of the search, the best on the other seeds."""
-    if len(search.rates) == 1:
-        return len(search.seeds)
-    return len(search.rates) * len(search.search_seeds) + len(set(search.seeds) - set(search.search_seeds))
+def _size(searches: Iterable[RateSearch[Cell]]) -> int:
+    """Runs in all: of an entry every rate on the seeds of its search, the best on the others; entries may be alike."""
+    sizes = {}
+    for search in searches:
+        grid = frozenset(search.cell(lr, seed) for lr in search.rates for seed in search.seeds)
+        others = len(set(search.seeds) - set(search.search_seeds))
+        sizes[grid] = len(search.rates) * len(search.search_seeds) + others
+        if len(search.rates) == 1:
+            sizes[grid] = len(search.seeds)
+    return sum(sizes.values())
 
 
 def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome]) -> list[str]:
