@@ -4,6 +4,7 @@ import gc
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -15,11 +16,12 @@ from experiments.tables import FIGURES, TABLES
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_objects():
-    """Every run collects garbage; what is loaded by now need not be searched each time."""
+def process():
+    """Runs in this process flush denormal numbers, which other tests must not see, and collect garbage every time."""
     gc.freeze()
     yield
     gc.unfreeze()
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
