@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import cells, hardware, layout, synthetic, tables, tiny_opt
+from experiments import cells, flops, hardware, layout, synthetic, tables, tiny_opt
 from experiments.board import Board
 from experiments.cells import Cell
 from experiments.search import RateSearch, gather
@@ -130,6 +130,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         setting = make_setting(table, arguments)
         shard = Shard.parse(arguments.shard)
         found = tables.searches(table, setting)
+        config = _configuration(table, setting)
         sweep = _sweep(arguments.out)
         board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
         mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
@@ -149,7 +150,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
     except SweepError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1
-    filled = tables.fill(table, setting, done, found, _configuration(table, setting))
+    filled = tables.fill(table, setting, done, found, config)
     minutes = (time.perf_counter() - started) / 60
     about = {
         "command": _typed(command, arguments),
@@ -244,13 +245,19 @@ def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome
 
 
 def _configuration(table: PaperTable, setting: Setting) -> Any:
-    """The model's, for FLOPs; None where no column needs it."""
+    """The model's, for FLOPs; None where no column needs it or they cannot be counted, which is said."""
     if not table.saves:
         return None
     from transformers import AutoConfig
 
     model = setting.model or table.model
-    return AutoConfig.from_pretrained(tiny_opt.COMMITTED if model == "tiny" else model)
+    config = AutoConfig.from_pretrained(tiny_opt.COMMITTED if model == "tiny" else model)
+    try:
+        flops.per_token_and_rank(config, setting.targets or flops.QUERY_AND_VALUE)
+    except ValueError as error:
+        print(f"FLOPs saved will be missing: {error}", file=sys.stderr)
+        return None
+    return config
 
 
 def _typed(command: str, arguments: argparse.Namespace) -> str:

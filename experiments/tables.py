@@ -190,7 +190,7 @@ def fill(
 def _chosen(table: PaperTable, setting: Setting) -> tuple[list[Line], list[str]]:
     names = list(table.tasks)
     if setting.tasks is not None:
-        names = [tasks.key(tasks.task(name).name) for name in setting.tasks]
+        names = list(dict.fromkeys(tasks.key(tasks.task(name).name) for name in setting.tasks))
         unknown = [name for name in names if name not in table.tasks]
         if unknown or not names:
             raise ValueError(f"tasks={setting.tasks}: Table {table.number} has {', '.join(table.tasks)}")

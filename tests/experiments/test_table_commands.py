@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+import transformers
 
-pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from experiments import synthetic
+from experiments import synthetic, table, tables
 from experiments.__main__ import main
 from experiments.paper import published
 from experiments.tables import FIGURES, TABLES
@@ -120,6 +120,16 @@ def test_ones_own_data_and_model(tmp_path, capsys):
     assert typed(options, tmp_path / "out") == 0
     assert "Made-up" not in capsys.readouterr().out
     assert not (tmp_path / "out" / "smoke-data").exists()
+
+
+def test_flops_that_cannot_be_counted_are_missing_and_the_scores_are_not(tmp_path, capsys):
+    model = tmp_path / "model"
+    transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=300).save_pretrained(model)
+    setting = tables.Setting(model=str(model))
+    assert table._configuration(TABLES[4], setting) is None
+    assert "FLOPs saved will be missing: config.model_type='gpt2'" in capsys.readouterr().err
+    assert table._configuration(TABLES[1], setting) is None
+    assert table._configuration(TABLES[4], tables.Setting(model="tiny")).model_type == "opt"
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_figures_are_of_tables():
 
 
 def test_a_part_of_a_table():
-    setting = replace(SETTING, tasks=("CB", "sst-2"), labels=("COLA",), rates=2, train=10, test=5, epochs=3)
+    setting = replace(SETTING, tasks=("CB", "sst-2", "cb"), labels=("COLA",), rates=2, train=10, test=5, epochs=3)
     found = searches(TABLES[1], setting)
     assert list(found) == [("COLA", "cb"), ("COLA", "sst2")]
     assert found["COLA", "cb"].rates == (8e-4, 1e-3)
