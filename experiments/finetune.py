@@ -1,8 +1,8 @@
 """Run one cell of the paper's experiments: fine-tune with transformers' `Trainer`, keep the best epoch, score it.
 
-The protocol's: shuffled epochs, the learning rate falling linearly to zero without a warm-up, gradients clipped at norm 1,
-no weight decay; after every epoch the loss on the development set, and in the end the weights of the epoch where it was
-lowest. In-context learning and zero-shot prompting train nothing and are scored alike.
+The protocol's: shuffled epochs, the learning rate falling linearly to zero without a warm-up, gradients clipped at norm
+1, no weight decay; after every epoch the loss on the development set, and in the end the weights of the epoch where it
+was lowest. In-context learning and zero-shot prompting train nothing and are scored alike.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class TaskTrainer(Trainer):
             raise FloatingPointError(f"the development loss is {loss} after {self.state.global_step} steps")
         metrics = {"eval_loss": loss}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
 

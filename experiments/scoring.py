@@ -102,22 +102,30 @@ def evaluate(
     with _evaluating(model):
         if task.kind == "generation":
             prompts = [encoder.prompt(task, sample, demonstrations) for sample in samples]
-            answers = generate(model, encoder, prompts, batch_size)
-            per_sample = tuple(f1(answer, sample.answers) for answer, sample in zip(answers, samples, strict=True))
-            exact = [exact_match(answer, sample.answers) for answer, sample in zip(answers, samples, strict=True)]
-            return Score(task.metric, _per_cent(per_sample), per_sample, tuple(answers), {"em": _per_cent(exact)})
+            return _of_answers(generate(model, encoder, prompts, batch_size), samples)
         texts = [encoder.options(task, sample, demonstrations) for sample in samples]
         totals, means = _scores(model, encoder, texts, batch_size)
-        scores = means
-        if calibrate:
-            shown = demonstrations if calibrate == "icl_sfc" else ()
-            null_texts = [encoder.null_options(task, sample, shown) for sample in samples]
-            nulls, _ = _scores(model, encoder, null_texts, batch_size)
-            scores = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(totals, nulls, strict=True)]
+        if not calibrate:
+            return _of_ranks(means, samples)
+        shown = demonstrations if calibrate == "icl_sfc" else ()
+        null_texts = [encoder.null_options(task, sample, shown) for sample in samples]
+        nulls, _ = _scores(model, encoder, null_texts, batch_size)
+        gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(totals, nulls, strict=True)]
+        return _of_ranks(gains, samples)
+
+
+def _of_ranks(scores: Sequence[Sequence[float]], samples: Sequence[Sample]) -> Score:
     # max returns the first of equals
     predictions = tuple(max(range(len(of)), key=of.__getitem__) for of in scores)
     right = tuple(float(chosen in sample.gold) for chosen, sample in zip(predictions, samples, strict=True))
-    return Score(task.metric, _per_cent(right), right, predictions, {}, tuple(map(tuple, scores)))
+    return Score("accuracy", _per_cent(right), right, predictions, {}, tuple(map(tuple, scores)))
+
+
+def _of_answers(answers: Sequence[str], samples: Sequence[Sample]) -> Score:
+    pairs = [(answer, sample.answers) for answer, sample in zip(answers, samples, strict=True)]
+    overlaps = tuple(f1(*pair) for pair in pairs)
+    exact = _per_cent([exact_match(*pair) for pair in pairs])
+    return Score("f1", _per_cent(overlaps), overlaps, tuple(answers), {"em": exact})
 
 
 def dev_loss(

@@ -45,7 +45,7 @@ _SGD = _doubling(0.0125, 12)
 _FULL = _doubling(6.25e-5, 8)
 
 
-def _adam(label: str, method: Method, start: float = 4e-3) -> Arm:
+def _adam(label: str, method: Method, start: float = 8e-3) -> Arm:
     return Arm(label, method, _ADAM, start)
 
 

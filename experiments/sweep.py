@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -218,14 +218,20 @@ class _Pool:
 
 
 def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak]:
-    """Run one cell under its lock, unless another process has by the time the lock is free; keep its outcome."""
+    """Run one cell under its lock, unless another process has by the time the lock is free; keep its outcome.
+
+    The processes of one `torchrun` run the cell together: the first of them holds the lock and writes.
+    """
     place.mkdir(parents=True, exist_ok=True)
-    with locked(place / "lock"):
-        found = _read(place / OUTCOME, cell)
+    first, told = _together()
+    with locked(place / "lock") if first else nullcontext():
+        found = told(_read(place / OUTCOME, cell) if first else None)
         if found is not None:
             return found, hardware.Peak.now()
         started, cpu = time.perf_counter(), time.process_time()
         outcome = run(cell, place)
+        if not first:
+            return outcome, hardware.Peak.now()
         made = {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
@@ -235,6 +241,23 @@ def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak
             place / OUTCOME, json.dumps({"cell": as_json(cell), "outcome": outcome, "made": made}, indent=1)
         )
         return json.loads(json.dumps(outcome)), hardware.Peak.now()
+
+
+def _together() -> tuple[bool, Callable[[Any], Any]]:
+    """Whether this is the first process of its `torchrun`, and a function that tells all what the first knows."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True, lambda value: value
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    PartialState()  # joins the processes, as the Trainer would a moment later
+
+    def told(value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    return dist.get_rank() == 0, told
 
 
 def _read(path: Path, cell: Any) -> Outcome | None:

@@ -16,10 +16,10 @@ transformers = pytest.importorskip("transformers")
 def saved(tmp_path):
     """A function that saves a random model with its tokenizer and returns the folder."""
 
-    def save(kind):
+    def save(kind, opening=True):
         folder = tmp_path / kind
         small.model(kind, torch.float32).save_pretrained(folder)
-        small.tokenizer().save_pretrained(folder)
+        small.tokenizer(opening).save_pretrained(folder)
         return str(folder)
 
     return save
@@ -48,6 +48,11 @@ def test_opt_opens_its_texts_as_in_the_protocol(saved):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 2, 1)
     assert Encoder(tokenizer).ids("It")[0] == 0
     assert (model.config.model_type, model.training, model.dtype) == ("opt", False, torch.float32)
+
+
+def test_opt_opens_its_texts_even_if_its_tokenizer_does_not(saved):
+    _, tokenizer = models.load(saved("opt", opening=False), device="cpu")
+    assert Encoder(tokenizer).opening == (0,)
 
 
 def test_opts_tokenizer_as_the_hub_has_it(saved, tmp_path):

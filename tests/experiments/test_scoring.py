@@ -149,6 +149,7 @@ def test_generation_equals_its_twin_in_batches_of_any_size(kind):
 def test_an_answer_ends_at_a_newline_and_others_go_on():
     """The tiny model over bytes: its answers to these prompts end at different places."""
     model, tokenizer = models.load("tiny", device="cpu")
+    tokenizer.pad_token_id = ord("!")  # what fills up an answer that has ended is no part of it
     encoder = Encoder(tokenizer, max_length=257, max_new_tokens=24)
     texts = ["import os\nimport sys", "    return self", "def main():", "The following"]
     prompts = [Encoded(encoder.ids(text), 0) for text in texts]
