@@ -136,14 +136,15 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
         if first:
             print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
-        sweep.carry_out(
+        done = sweep.carry_out(
             lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
             workers=1 if arguments.fsdp else arguments.workers,
             expected=_size(mine.values()),
             progress=first,
             finished=board if board and first else (lambda cell, outcome: None),
         )
-        done = gather(sweep.read, found.values())
+        if first:  # torchrun's other processes may be here before the last outcome is written
+            done = gather(sweep.read, found.values())
     except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
