@@ -2,8 +2,9 @@
 
 Counted are matrix products, 2·m·k·n for (m×k)(k×n), as `torch.utils.flop_counter` does, with which every number here
 agrees exactly when attention is eager (`attn_implementation="eager"`): a fused kernel recomputes products that autograd
-keeps. Norms, activations, biases and the loss are elementwise and count nothing there or here, and neither do
-embeddings, which are look-ups.
+keeps. Norms, activations, biases, rotations and the loss are elementwise and count nothing there or here, and neither
+do embeddings, which are look-ups. (transformers 4 forms the angles of rotary embeddings by a small product, which torch
+counts and we do not; transformers 5 multiplies elementwise.)
 
 A linear layer `y = W x` of n tokens costs 2·n·in·out forward, the same again for the gradient of x **if anything below
 needs it**, and the same again for the gradient of W if W is trained. With frozen W's, nothing below the first adapted
