@@ -187,7 +187,7 @@ class Table:
     def matrix(self) -> Grid:
         """As in a paper: a line of ours (mean ± standard deviation) per row, and below it the paper's where it has one.
 
-        The best mean of a column within a group is bold.
+        The best mean of a column within a group is bold, unless all are equal.
         """
         best = self._best()
         lines: list[tuple[Text, ...]] = []
@@ -371,7 +371,7 @@ class Table:
                     for row in self.rows
                     if row.group == group and (mean := self._entry(row, column).mean) is not None
                 }
-                if column.higher_is_better is not None and len(means) > 1:
+                if column.higher_is_better is not None and len(set(means.values())) > 1:
                     top = max(means.values()) if column.higher_is_better else min(means.values())
                     best |= {(row, column.key) for row, mean in means.items() if mean == top}
         return best

@@ -134,6 +134,11 @@ def test_which_way_is_better(higher, verdict, bold):
     assert rf"\textbf{{{bold.replace('±', '$' + chr(92) + 'pm$')}}}" in compared.latex()
 
 
+def test_a_best_among_equals_is_not_marked():
+    equal = table(entries={("lora", "wsc"): Entry(LORA), ("cola", "wsc"): Entry(dict(LORA))})
+    assert equal.markdown().count("**") == 2  # the title's
+
+
 def test_costs_are_not_compared():
     compared = table(
         entries={("lora", "flops"): Entry({0: 1.0, 1: 2.0}), ("cola", "flops"): Entry({0: 3.0, 1: 5.0})}, seeds=(0, 1)
