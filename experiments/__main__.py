@@ -12,6 +12,8 @@ COMMANDS = {
     "run": "run one cell of the paper's experiments: a model, a task, a method, a learning rate, a seed",
     "pretrain": "make the tiny model that the demo fine-tunes",
     "study": "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
+    "table": "reproduce one of the paper's eight tables",
+    "figure": "reproduce the paper's figure 2 or 3",
     "rounding": "measure what each rounding of a tie costs a half-precision run",
 }
 """Name -> one line of help. Each is a module here with `add_arguments(parser)` and `main(arguments)`."""

@@ -97,3 +97,19 @@ class RateSearch(Generic[C]):
             return None
         losses = [self.loss(done[cell]) for cell in cells]
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+def gather(read: Callable[[C], Outcome | None], searches: Iterable[RateSearch[C]]) -> dict[C, Outcome]:
+    """What there is of some searches, whoever ran it.
+
+    Args:
+        read: the outcome of a cell; None if it has not been run (`Sweep.read`).
+        searches: arms; what one wants next depends on what is there.
+    """
+    arms, done = list(searches), dict[C, Outcome]()
+    while True:
+        wanted = [cell for search in arms for cell in search.wanted(done)]
+        new = {cell: out for cell in wanted if cell not in done and (out := read(cell)) is not None}
+        if not new:
+            return done
+        done.update(new)
