@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments import stats, text, tiny_opt
 from experiments.methods import Method
-from experiments.search import RateSearch
+from experiments.search import RateSearch, gather
 from experiments.study_run import TARGETS, TINY, Setting, StudyCell, name, run
 from experiments.sweep import Outcome, Shard, Sweep, SweepError, write_atomically
 
@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             expected=per_arm * len(mine),
         )
-        done = gather(sweep, searches)
+        done = gather(sweep.read, searches.values())
     except (SweepError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1
@@ -172,17 +172,6 @@ def make_plan(arguments: argparse.Namespace) -> dict[str, RateSearch[StudyCell]]
         )
         for arm in arms
     }
-
-
-def gather(sweep: Sweep[StudyCell], searches: Mapping[str, RateSearch[StudyCell]]) -> dict[StudyCell, Outcome]:
-    """What is there of all arms, whichever shard ran them."""
-    done: dict[StudyCell, Outcome] = {}
-    while True:
-        wanted = [cell for search in searches.values() for cell in search.wanted(done)]
-        new = {cell: out for cell in wanted if cell not in done and (out := sweep.read(cell)) is not None}
-        if not new:
-            return done
-        done.update(new)
 
 
 @dataclass(frozen=True)
