@@ -8,6 +8,7 @@ was lowest. In-context learning and zero-shot prompting train nothing and are sc
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,8 @@ def run(cell: Cell, folder: Path) -> Outcome:
     except (FloatingPointError, KnotError) as error:
         return {"diverged": str(error)}
     dev, test = score(model, splits.dev), score(model, splits.test)
-    _keep_chain(folder)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _keep_chain(folder)
     return {"test": test.value, "dev": dev.value, "metrics": {"test": _metrics(test), "dev": _metrics(dev)}, **outcome}
 
 
@@ -89,7 +91,8 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
     Args:
         cell: of the run.
         folder: for checkpoints.
-        micro_batch: examples per forward pass, a divisor of the batch; gradients are accumulated over a batch.
+        micro_batch: examples per forward pass of a process, a divisor of its share of the batch; gradients are
+            accumulated over a batch.
 
     Raises:
         ValueError: float16 without a GPU.
@@ -101,7 +104,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         output_dir=str(folder),
         num_train_epochs=cell.epochs,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=cell.batch // micro_batch,
+        gradient_accumulation_steps=cell.batch // (processes() * micro_batch),
         learning_rate=cell.lr,
         lr_scheduler_type="linear",
         weight_decay=0.0,
@@ -121,9 +124,14 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         remove_unused_columns=False,
         label_names=["option_len"],
         # the sharding of the 7B model; on one process it is off
-        fsdp="full_shard" if cell.fsdp else None,
+        fsdp=cell.fsdp,
         fsdp_config={"version": 2} if cell.fsdp else None,
     )
+
+
+def processes() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def micro_batch(task_size: int, batch: int) -> int:
@@ -204,17 +212,21 @@ def _train(
     total = cell.epochs * per_epoch
     if method.kind == "cola" and method.links > total:
         raise ValueError(f"links={method.links} in {total} steps: a link needs at least one")
+    if cell.batch % processes():
+        raise ValueError(f"batch={cell.batch} cannot be shared by {processes()} processes: use a multiple")
     base, base_kwargs = BASES[method.base], method.base_kwargs(cell.lr)
     trainer = TaskTrainer(
         LOSSES[objective],
         lambda model: dev_loss(model, tokenizer, task, splits.dev, batch_size=cell.batch, max_length=length),
         model=model,
-        args=training_arguments(cell, scratch, micro_batch(task.micro_batch, cell.batch)),
+        args=training_arguments(cell, scratch, micro_batch(task.micro_batch, cell.batch // processes())),
         train_dataset=_Examples(items),
         eval_dataset=_Examples([]),
         data_collator=Collator(tokenizer.pad_token_id or 0),
         optimizer_cls_and_kwargs=None if method.adapts else (base, base_kwargs),
     )
+    if cell.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp=True: start several processes by torchrun, on GPUs; Accelerate does not shard on CPUs")
     trainer.remove_callback(PrinterCallback)
     if method.adapts:
         policy = method.policy(cell.epochs, per_epoch)
@@ -222,6 +234,7 @@ def _train(
         attach(trainer, base, policy, link=link, **base_kwargs)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(scratch) if scratch.is_dir() else None)
+    trainer.accelerator.wait_for_everyone()  # the first process is about to remove the checkpoints
     history = trainer.state.log_history
     ties = [entry for entry in history if "knot" in entry and entry["step"] < total]
     by_epoch = [entry["eval_loss"] for entry in history if "eval_loss" in entry]

@@ -59,6 +59,10 @@ def cell(folder, method=None, **changes):
     return dataclasses.replace(base, **changes)
 
 
+def as_text(cell):
+    return json.dumps(dataclasses.asdict(cell))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -129,20 +133,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, method):
     whole = Sweep(tmp_path / "whole", finetune.run, name)
     undisturbed = whole.carry_out(lambda done: [of], workers=1, progress=False)[of]
     killed = Sweep(tmp_path / "killed", finetune.run, name)
-    program = """
-import json, sys
-from pathlib import Path
-from experiments import finetune
-from experiments.cells import Cell, name
-from experiments.methods import Method
-from experiments.sweep import Sweep
-
-given = json.loads(sys.argv[2])
-given["method"] = Method(**given["method"])
-cell = Cell(**given)
-Sweep(Path(sys.argv[1]), finetune.run, name).carry_out(lambda done: [cell], workers=1, progress=False)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path / "killed"), json.dumps(dataclasses.asdict(of))]
+    command = [sys.executable, "-m", "tests.experiments.torchrun_cell", str(tmp_path / "killed"), as_text(of)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     scratch = killed.place(of) / "trainer"
     while process.poll() is None and not list(scratch.glob("checkpoint-*/trainer_state.json")):
@@ -158,6 +149,29 @@ Sweep(Path(sys.argv[1]), finetune.run, name).carry_out(lambda done: [cell], work
         )
         assert one.keys() == two.keys()
         assert all(torch.equal(one[file][key], two[file][key]) for file in one for key in one[file])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", [Method.cola(2, ranks=(2,)), Method("finetune")], ids=["cola", "finetune"])
+def test_processes_share_a_cell(folder, tmp_path, method, fsdp):
+    """Two processes, each with half of every batch, under DDP and FSDP2, take the steps of one."""
+    alone = finetune.run(cell(folder, method), tmp_path / "alone")
+    of = cell(folder, method, fsdp=fsdp)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *command, "-m", "tests.experiments.torchrun_cell", str(tmp_path), as_text(of)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    together = Sweep(tmp_path, finetune.run, name).read(of)
+    assert together.keys() == alone.keys()
+    for key in ("steps", "tokens_by_link", "best_epoch"):
+        assert together[key] == alone[key]
+    assert [knot["step"] for knot in together["knots"]] == [knot["step"] for knot in alone["knots"]]
+    # a classification loss is a mean over examples, so halves of a batch average to it: rounding in six AdamW steps
+    assert together["dev_loss_by_epoch"] == pytest.approx(alone["dev_loss_by_epoch"], rel=1e-4)
+    if method.adapts:
+        assert len(Chain.load(Sweep(tmp_path, finetune.run, name).place(of) / "chain")) == 2
 
 
 def test_prompting_trains_nothing(folder, tmp_path):
