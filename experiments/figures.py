@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.layout import Column, Entry, Row, Table
+from experiments.entries import Column, Entry, Row
+from experiments.layout import Table
 
 # Okabe and Ito's palette, distinguishable with any colour vision; line styles and markers repeat what it says
 OURS = {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "ours"}

@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments import cells, flops, layout, paper, synthetic, tasks
 from experiments.cells import Cell
+from experiments.entries import Column, Entry, Row
 from experiments.methods import Method
 from experiments.search import RateSearch
 from experiments.sweep import Outcome
@@ -161,12 +162,12 @@ def fill(
     """
     found = searches(table, setting) if found is None else found
     lines, names = _chosen(table, setting)
-    columns: list[layout.Column] = []
-    entries: dict[Place, layout.Entry] = {}
+    columns: list[Column] = []
+    entries: dict[Place, Entry] = {}
     for name in names:
-        columns.append(layout.Column(name, tasks.task(name).name))
+        columns.append(Column(name, tasks.task(name).name))
         if table.saves:
-            columns.append(layout.Column(f"{name}:flops", "FLOPs saved", ".2e", None))
+            columns.append(Column(f"{name}:flops", "FLOPs saved", ".2e", None))
         for line in lines:
             entries[line.label, name] = entry(found[line.label, name], done, table.published.score(line.label, name))
             if table.saves and (saved := _saved(table, line, name, found[line.label, name], done, config)):
@@ -176,9 +177,7 @@ def fill(
         title=_title(table, setting),
         columns=tuple(columns),
         rows=tuple(
-            layout.Row(
-                line.label, line.label, line.reference if line.reference in labels else None, line.group, line.short
-            )
+            Row(line.label, line.label, line.reference if line.reference in labels else None, line.group, line.short)
             for line in lines
         ),
         entries=entries,
@@ -241,7 +240,7 @@ def _rates(line: Line, setting: Setting) -> tuple[float, ...]:
     return line.rates[-setting.rates :]
 
 
-def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: paper.Score | None = None) -> layout.Entry:
+def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: paper.Score | None = None) -> Entry:
     """Test scores of the runs at the chosen rate, in percent; a run that diverged is NaN.
 
     Args:
@@ -255,7 +254,7 @@ def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: paper
         for run in search.results(done):
             if run in done:
                 values[run.seed] = done[run].get("test", float("nan"))
-    return layout.Entry(
+    return Entry(
         values,
         paper=None if printed is None else printed.mean,
         paper_std=None if printed is None else printed.std,
@@ -270,7 +269,7 @@ def _saved(
     search: RateSearch[Cell],
     done: Mapping[Cell, Outcome],
     config: object | None,
-) -> layout.Entry | None:
+) -> Entry | None:
     """FLOPs saved per run against rank 8 throughout; None for a line whose links all have it."""
     reference, last = line.method.ranks[0], line.method.ranks[-1]
     if last == reference:
@@ -283,7 +282,7 @@ def _saved(
                 targets = run.targets or flops.QUERY_AND_VALUE
                 values[run.seed] = float(flops.saved_by_rank(config, sum(tokens[1:]), last, reference, targets))
     printed = table.published.score(line.label, name)
-    return layout.Entry(values, None if printed is None else printed.flops_saved)
+    return Entry(values, None if printed is None else printed.flops_saved)
 
 
 def _title(table: PaperTable, setting: Setting) -> str:

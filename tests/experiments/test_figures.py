@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from experiments import figures
-from experiments.layout import Column, Entry, Row, Table
+from experiments.entries import Column, Entry, Row
+from experiments.layout import Table
 
 
 def lengths(missing=False):

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from experiments.layout import Column, Entry, Row, Table
+from experiments.entries import Column, Entry, Row
+from experiments.layout import Table
 from experiments.stats import holm
 
 LORA, COLA, FULL = {0: 50.0, 1: 52.0, 2: 51.0}, {0: 53.0, 1: 55.0, 2: 54.5}, {0: 49.0, 1: math.nan}
