@@ -161,6 +161,9 @@ class TaskTrainer(Trainer):
         objective: model, batch -> loss.
         dev: model -> loss on the development set.
         **kwargs: for `Trainer`.
+
+    Attributes:
+        chain: whose policy is told the losses, if there is one.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class TaskTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.objective, self.dev = objective, dev
+        self.chain: ChainOptimizer | None = None
         self.model_accepts_loss_kwargs = False  # the objective is a mean over the micro-batch: let it be averaged
 
     def compute_loss(
@@ -181,8 +185,8 @@ class TaskTrainer(Trainer):
         loss = self.objective(model, inputs)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} after {self.state.global_step} steps")
-        if model.training and isinstance(self.optimizer, ChainOptimizer):
-            self.optimizer.observe(loss.detach())
+        if model.training and self.chain is not None:
+            self.chain.observe(loss.detach())
         return (loss, None) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -231,7 +235,7 @@ def _train(
     if method.adapts:
         policy = method.policy(cell.epochs, per_epoch)
         link = method.link(list(cell.targets) or None, bias=cell.bias)
-        attach(trainer, base, policy, link=link, **base_kwargs)
+        trainer.chain = attach(trainer, base, policy, link=link, **base_kwargs)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(scratch) if scratch.is_dir() else None)
     trainer.accelerator.wait_for_everyone()  # the first process is about to remove the checkpoints

@@ -15,6 +15,7 @@ reads the outcome, so nothing is run twice.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -136,14 +137,16 @@ class Sweep(Generic[C]):
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one is needed")
         done: dict[C, Outcome] = {}
+        first, told = _together()
         with (
             _Pool(self, workers) as pool,
             tqdm(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
         ):
             while True:
                 wanted = list(dict.fromkeys(plan(done)))
-                for cell in [cell for cell in wanted if cell not in done]:
-                    found = self.read(cell)
+                running = set(pool.running.values())  # they report themselves
+                for cell in [cell for cell in wanted if cell not in done and cell not in running]:
+                    found = told(self.read(cell) if first else None)
                     if found is not None:
                         done[cell] = found
                         if not bar.disable:
@@ -175,7 +178,7 @@ class _Pool:
 
     def __enter__(self) -> _Pool:
         if self.workers == 1:
-            settle()
+            self.flushed = settle()
         else:
             most = self.workers or hardware.most_workers()
             # a forked copy of a process that has used torch's thread pool may hang
@@ -188,6 +191,8 @@ class _Pool:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.executor is not None:
             self.executor.shutdown(wait=True, cancel_futures=True)
+        else:
+            unsettle(self.flushed)
 
     def some(self, cells: Sequence[Any]) -> Iterator[tuple[Any, Outcome]]:
         """Start cells while there is room, and yield those that finish next, at least one."""
@@ -306,12 +311,27 @@ def digest(cell: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def settle() -> None:
-    """Settings of every process that runs cells, so that an outcome does not depend on which one ran it."""
+def settle() -> bool:
+    """Settings of every process that runs cells, so that an outcome does not depend on which one ran it.
+
+    Returns:
+        Whether numbers below the normal range were flushed to zero before, for `unsettle`.
+    """
     import torch
 
+    before = bool(torch.tensor(1e-40) * 1 == 0)
     # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
     torch.set_flush_denormal(True)
+    gc.freeze()  # what is imported stays: Accelerate collects garbage with every model it prepares
+    return before
+
+
+def unsettle(flushed: bool) -> None:
+    """Undo `settle` in a process that goes on to other things."""
+    import torch
+
+    torch.set_flush_denormal(flushed)
+    gc.unfreeze()
 
 
 def _start(threads: int) -> None:

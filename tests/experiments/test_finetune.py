@@ -144,7 +144,8 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, method):
     assert killed.carry_out(lambda done: [of], workers=1, progress=False)[of] == undisturbed
     if method.adapts:
         one, two = (
-            {path.name: load_file(path) for path in sorted((s.place(of) / "chain").glob("link-*"))}
+            # the rest of a name is of the contents, and a report has the seconds that a knot took
+            {path.name[:10]: load_file(path) for path in sorted((s.place(of) / "chain").glob("link-*"))}
             for s in (whole, killed)
         )
         assert one.keys() == two.keys()
