@@ -8,12 +8,15 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from cola.fingerprint import TensorPrint
 from cola.knots import KnotPolicy
 from cola.live import LiveLink
+from cola.origin import from_json as prints_from_json
 
 #: the param-group entry
 GROUP_KEY = "cola"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
 
 
 def write(
@@ -24,6 +27,7 @@ def write(
     policy: KnotPolicy,
     live: LiveLink,
     weights: str | None,
+    origin: dict[str, Any] | None,
 ) -> str:
     """The counters of a running chain.
 
@@ -33,6 +37,8 @@ def write(
         stepped: group entries that are the base's state.
         policy, live: described in full, so that `read` can tell another chain's state.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
+        origin: before it, prints of those of the base's tensors that training has moved; None later, when the chain has
+            them.
     """
     return json.dumps(
         {
@@ -44,6 +50,7 @@ def write(
             "policy": policy.state_dict(),
             "live": describe(live),
             "weights": weights,
+            "origin": origin,
         }
     )
 
@@ -77,8 +84,11 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
     if not _well_formed(saved):
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")
-    if version != VERSION:
-        raise ValueError(f"the state has format {version}, and this version of cola reads format {VERSION}")
+    if version not in READS:
+        raise ValueError(
+            f"the state has format {version!r:.40}, and this version of cola reads formats "
+            f"{' and '.join(map(str, READS))}"
+        )
     mine = describe(live)
     for name in ("layers", "seed", "rounding", "link"):
         if theirs[name] != mine[name]:
@@ -95,6 +105,18 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     return saved
 
 
+def origin_of(saved: dict[str, Any]) -> dict[str, TensorPrint]:
+    """Prints of what training had moved before the first knot, from `read`'s counters.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        return prints_from_json(saved.get("origin") or {})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: its origin has no {error!s:.80}") from None
+
+
 def _well_formed(saved: dict[str, Any]) -> bool:
     """Whether the entries are of the kinds that `write` gives."""
     live = saved["live"]
@@ -106,6 +128,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("epoch"), (int, float, type(None)))
         and isinstance(saved.get("policy"), dict)
         and isinstance(saved.get("weights"), (str, type(None)))
+        and isinstance(saved.get("origin"), (dict, type(None)))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

@@ -408,7 +408,10 @@ DAMAGE = {
     "manifest foreign": (lambda d: (d / "chain.json").write_text('{"a": 1}'), r"not a cola-chain manifest"),
     "manifest binary": (lambda d: (d / "chain.json").write_bytes(b"\x80\x04\xff"), r"chain\.json is not readable"),
     "deep": (lambda d: (d / "chain.json").write_text("[" * 100_000), r"chain\.json is not readable as JSON"),
-    "later format": (lambda d: edit(d / "chain.json", lambda c: c.update(version=2)), r"version 2, .* reads version 1"),
+    "later format": (
+        lambda d: edit(d / "chain.json", lambda c: c.update(version=3)),
+        r"version 3, .* reads versions 1 and 2",
+    ),
     "link gone": (lambda d: link(d, 1).unlink(), r"link-00001-\w+\.safetensors is missing"),
     "link cut": (lambda d: os.truncate(link(d, 1), 50), r"link-00001-\w+\.safetensors is truncated: 50 of"),
     "link longer": (
