@@ -247,9 +247,15 @@ def checksum(tensor: Tensor) -> str:
         data = tensor.detach()
         data = data.to_dense() if data.layout != torch.strided else data
         data = torch.view_as_real(data.resolve_conj()) if data.is_complex() else data
-        for piece in data.contiguous().view(-1).view(torch.uint8).split(_PIECE):
+        for piece in _flat(data).view(torch.uint8).split(_PIECE):
             digest.update(piece.cpu().numpy())
     return digest.hexdigest()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    # one element is contiguous whatever its stride
+    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -275,7 +281,7 @@ def checksum_1(weight: Tensor) -> str:
     """
     weight = whole(weight)
     words = {1: torch.uint8, 2: torch.int16}.get(weight.element_size(), torch.int32)
-    bits = weight.detach().contiguous().view(-1).view(words)
+    bits = _flat(weight.detach()).view(words)
     order = torch.arange(1, _BLOCK + 1, dtype=torch.int64, device=bits.device)
     plain, weighted = [], []
     count = bits.numel() // _BLOCK * _BLOCK

@@ -125,7 +125,7 @@ def check(
             raise ValueError(f"wrong base: {difference.how}. Links belong on the weights that they were trained on")
         others.append(difference.name)
     if others:
-        logger.warning("the base differs in %s, which are replaced by what the chain trained", ", ".join(others))
+        logger.warning("the base differs in %s, which the chain replaces by what it trained", ", ".join(others))
     return others
 
 
