@@ -111,7 +111,7 @@ class Chain:
 
         Raises:
             ValueError: it holds another program's files under our names, or a layer's name could be a file's path.
-            OSError: the disk is full, the directory read-only, …
+            OSError: the disk is full, the directory read-only, another process is saving there, …
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -123,7 +123,7 @@ class Chain:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Chain":
-        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`.
+        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`: what was saved last.
 
         Raises:
             ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.

@@ -215,10 +215,11 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
             f"{rank} and scale {scaling}"
         )
     buffers = buffers_by_name(live.model)
-    for path, value in saved.buffers.items():
+    for path, value in sorted(saved.buffers.items()):
         if path not in buffers or (buffers[path].shape, buffers[path].dtype) != (value.shape, value.dtype):
             raise ValueError(
-                f"the saved run has a buffer {path!r} {tuple(value.shape)} of {value.dtype}, which this model does not"
+                f"the saved run has a buffer {path!r} {tuple(value.shape)} of {value.dtype}, which this model does not "
+                "have"
             )
     recorded = (name for link in saved.ledger.links for name in link.trained)
     replaced = [*recorded, *saved.trained, *saved.buffers]

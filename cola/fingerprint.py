@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cola.distributed import is_sharded, shared_out, whole
 
@@ -141,7 +141,7 @@ class Difference:
 
 
 class Digests:
-    """Digests of tensors, each taken again only when its tensor has been changed or replaced. Copies start empty."""
+    """Digests of tensors; a Parameter's is taken again only when it was changed or replaced. Copies start empty."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[weakref.ref[Tensor], tuple[Any, ...], str | None]] = {}
@@ -260,8 +260,10 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
     """Changes whenever the tensor does; None if that cannot be told."""
-    # a part that is changed (a shard) does not raise the version of the whole, and inference tensors count none
-    if hasattr(tensor, "__tensor_flatten__") or tensor.is_meta or tensor.is_inference():
+    # a part that is changed (a shard) does not raise the version of the whole, batch norm raises that of its running
+    # statistics by none, and inference tensors have none
+    made_of_others = hasattr(tensor, "__tensor_flatten__")
+    if not isinstance(tensor, nn.Parameter) or made_of_others or tensor.is_meta or tensor.is_inference():
         return None
     return tensor._version, tensor.dtype, tensor.device, tensor.data_ptr()
 

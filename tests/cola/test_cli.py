@@ -149,6 +149,54 @@ def test_verify_fails_on_another_base_and_on_damage(made, tmp_path, capsys):
     assert "its knot reported" in capsys.readouterr().out
 
 
+def test_verify_names_what_differs_elsewhere_and_what_the_chain_replaces(made, tmp_path, capsys):
+    base, model = made / "fp32" / "base", tiny_opt()
+    opt = trained(model, bias="lora_only")
+    opt.finish()
+    opt.chain.save(tmp_path / "chain")
+    bias = "model.decoder.layers.0.self_attn.q_proj.bias"
+    for name, status, text in (
+        (
+            "model.decoder.embed_positions.weight",
+            1,
+            "FAIL  base is the one that the chain was trained on: wrong base: ",
+        ),
+        ("model.decoder.layers.1.fc2.bias", 1, "wrong base: 'model.decoder.layers.1.fc2.bias' has other values"),
+        (bias, 0, f"ok    base is the one that the chain was trained on, but for {bias}, which the chain replaces"),
+    ):
+        other = tiny_opt()
+        with torch.no_grad():
+            other.get_parameter(name).view(-1)[0] += 1
+        other.save_pretrained(tmp_path / "other")
+        assert main(["verify", str(tmp_path / "chain"), "--base", str(tmp_path / "other")]) == status
+        assert text in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "chain"), "--base", str(base), "--json"]) == 0
+    assert all("but for" not in check["check"] for check in json.loads(capsys.readouterr().out)["checks"])
+
+
+def test_a_base_in_mixed_precision_is_loaded_as_it_was(tmp_path, capsys):
+    """As users make it: norms in fp32 in a model of half precision, from a file in either."""
+
+    def mixed(dtype):
+        model = tiny_opt().to(dtype).to(torch.bfloat16)
+        for name, module in model.named_modules():
+            if "norm" in name:
+                module.float()
+        return model
+
+    for dtype in (torch.float32, torch.bfloat16):
+        tiny_opt().to(dtype).save_pretrained(tmp_path / "base")
+        model = mixed(torch.bfloat16)
+        if dtype == torch.float32:
+            for one, other in zip(model.parameters(), tiny_opt().parameters()):
+                one.data.copy_(other)
+        opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LinkConfig(r=2), lr=0.02)
+        opt.tie()
+        opt.chain.save(tmp_path / "chain")
+        assert main(["verify", str(tmp_path / "chain"), "--base", str(tmp_path / "base")]) == 0
+        assert "FAIL" not in capsys.readouterr().out
+
+
 def test_merge_gives_the_trained_model(run, tmp_path):
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
     assert same(weights(tmp_path), weights(run / "merged"))

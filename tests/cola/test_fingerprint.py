@@ -140,8 +140,12 @@ def test_what_is_remembered_is_forgotten_with_any_change():
     weight.data = torch.full((4,), 7.0)  # does not raise the version
     assert of(weight)
     assert of(nn.Parameter(torch.full((4,), 9.0)))
+    statistics = torch.zeros(3)
+    for _ in range(2):
+        nn.functional.batch_norm(torch.randn(5, 3), statistics, torch.ones(3), training=True)  # raises no version
+        assert of(statistics)
     with torch.inference_mode():
-        counted = torch.ones(4)
+        counted = nn.Parameter(torch.ones(4), requires_grad=False)
         assert of(counted)
         counted.add_(1)
         assert of(counted)

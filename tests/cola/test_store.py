@@ -200,7 +200,7 @@ def test_a_chain_and_a_checkpoint_share_a_directory(tmp_path):
     opt.chain.save(tmp_path)
     train(opt, model, 2, start=5)
     opt.save(tmp_path)
-    assert len(Chain.load(tmp_path)) == 3  # the longer of the two is the newer
+    assert len(Chain.load(tmp_path)) == 3  # the later of the two
     again = ChainOptimizer(
         torch.optim.AdamW, Net(), StepKnots(every=2), link=LinkConfig(r=1, target_modules=BODY), lr=0.02
     )

@@ -90,6 +90,7 @@ def run(words):
     seen = {
         "rank": rank, "steps": [entry.step for entry in opt.chain], "losses": losses, "norms": norms, "lost": lost,
         "links": [entry.rank for entry in opt.chain], "drawn": drawn, "after": after.tolist(),
+        "base": opt.chain.base and opt.chain.base.to_json(),
         "weights": {name: value.float().tolist() for name, value in weights.items()},
     }  # fmt: skip
     args.out.mkdir(exist_ok=True, parents=True)
