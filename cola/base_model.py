@@ -10,6 +10,9 @@ from torch import nn
 from cola.adapters.targets import base_tensors
 from cola.chain import Chain
 
+#: how the names of a tokenizer's files begin
+_TOKENIZER = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "spm", "bpe", "special_tokens", "added_tokens")
+
 
 def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed: int = 0) -> nn.Module:
     """The model of the class that its config names, every tensor in the dtype that the chain's base had it in.
@@ -53,16 +56,18 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
     return model
 
 
-def save_merged(model: Any, directory: Path, name: str) -> None:
+def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bool = False) -> None:
     """``save_pretrained`` of a plain model, with the base's tokenizer beside it where it has one."""
     import transformers
 
     model.save_pretrained(directory)
+    base = Path(name)
+    if base.is_dir() and not any(path.name.startswith(_TOKENIZER) for path in base.iterdir()):
+        return  # transformers would make one up
     try:
-        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(directory)
-    except (
-        Exception
-    ):  # a base without tokenizer, or one that needs code or packages: the weights are what was asked for
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(directory)
+    except Exception:  # one that needs code or packages: the weights are what was asked for
         return
 
 
