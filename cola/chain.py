@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cola import export, peft_import, replay, store, subspace
+from cola import export, interrupts, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 
@@ -192,7 +192,8 @@ class Chain:
         links = self._links[: self._count(upto)]
         replaced = [name for link in links for name in link.trained]
         replay.check(model, self._links, self.base if check else None, replaced=replaced)
-        replay.tie_links(model, links)
+        with interrupts.deferred():
+            replay.tie_links(model, links)
 
     def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
         """Take the last link off and return it; with ``model`` and ``base``, off the model's weights as well.
@@ -218,8 +219,9 @@ class Chain:
                 raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
             replaced = [name for link in self._links[:-1] for name in link.trained]
             replay.check(model, self._links, self.base, base=base, replaced=replaced)
-            replay.untie(model, self._links, base)
-            replay.tie_links(model, self._links[:-1])
+            with interrupts.deferred():
+                replay.untie(model, self._links, base)
+                replay.tie_links(model, self._links[:-1])
         return self._links.pop()
 
     # diagnostics

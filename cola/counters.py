@@ -8,10 +8,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from cola.fingerprint import TensorPrint
+from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
 from cola.live import LiveLink
-from cola.origin import from_json as prints_from_json
 
 #: the param-group entry
 GROUP_KEY = "cola"

@@ -110,7 +110,10 @@ def read(path: Path, limit: int | None = None) -> bytes:
     with open(descriptor, "rb") as file:
         if limit is not None and status.st_size > limit:
             raise StoreError(f"{path} has {status.st_size} bytes, where {limit} are expected: it was edited")
-        return file.read(status.st_size)
+        try:
+            return file.read(status.st_size)
+        except MemoryError:
+            raise StoreError(f"{path} has {status.st_size} bytes, more than there is memory for") from None
 
 
 def read_checked(path: Path, size: int, digest: str) -> bytes:
@@ -198,7 +201,8 @@ def _lock(path: Path) -> int | None:
         except BlockingIOError as error:
             holder = "another process"
             with contextlib.suppress(OSError):
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace") or holder
+                text = os.pread(descriptor, 200, 0).decode(errors="replace")
+                holder = "".join(c for c in text if c.isprintable()) or holder
             os.close(descriptor)
             reason = f"{holder} is saving there now; what was saved before is intact: give each run its own directory"
             raise BlockingIOError(errno.EWOULDBLOCK, reason, str(path.parent)) from error

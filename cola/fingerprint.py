@@ -114,15 +114,21 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """From `to_json`'s, or from that of format 1."""
-        layers = {
-            path: LayerPrint(tuple(x["shape"]), x["dtype"], x["transposed"], x["digest"])
-            for path, x in value["layers"].items()
-        }
-        others = value.get("others")
-        if others is not None:
-            others = {name: TensorPrint(tuple(x["shape"]), x["dtype"], x["digest"]) for name, x in others.items()}
-        return cls(layers, value["name"], others)
+        """From `to_json`'s, or from that of format 1.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is neither.
+        """
+        layers = {}
+        for path, one in prints_from_json(value["layers"]).items():
+            transposed = value["layers"][path]["transposed"]
+            if type(transposed) is not bool:
+                raise TypeError(f"transposed={transposed!r:.40}")
+            layers[path] = LayerPrint(one.shape, one.dtype, transposed, one.digest)
+        others, name = value.get("others"), value["name"]
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(f"name={name!r:.40}")
+        return cls(layers, name, None if others is None else prints_from_json(others))
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,22 @@ def fingerprint(
             for n, t in others.items()
         }
     return Fingerprint(layers, name, rest)
+
+
+def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
+    """Prints by name, from JSON values.
+
+    Raises:
+        KeyError, TypeError, AttributeError: they are none.
+    """
+    found = {}
+    for name, one in value.items():
+        shape, dtype, digest = one["shape"], one["dtype"], one["digest"]
+        sizes = isinstance(shape, list) and all(type(size) is int for size in shape)
+        if not sizes or not isinstance(dtype, str) or not isinstance(digest, (str, type(None))):
+            raise TypeError(f"{name!r:.80}: {one!r:.80}")
+        found[name] = TensorPrint(tuple(shape), dtype, digest)
+    return found
 
 
 def weight_of(path: str) -> str:

@@ -72,15 +72,6 @@ def take(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
     return {name: TensorPrint(tuple(t.shape), dtype_name(t), found[name]) for name, t in tensors.items()}
 
 
-def from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
-    """From `Origin.to_json`'s.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it is not.
-    """
-    return {name: TensorPrint(tuple(x["shape"]), x["dtype"], x["digest"]) for name, x in value.items()}
-
-
 def moved(buffers: Mapping[str, Tensor], found: Mapping[str, str | None], origin: Mapping[str, TensorPrint],
           earlier: Iterable[str]) -> dict[str, Tensor]:  # fmt: skip
     """Copies of the buffers that are no longer the base's, or were not at an earlier knot."""

@@ -103,6 +103,8 @@ def check(
     for link in links:
         for path, factor in link.factors.items():
             _require_layer(path, (factor.B.shape[0], factor.A.shape[1]), modules, live)
+            if not (torch.isfinite(factor.A).all() and torch.isfinite(factor.B).all()):
+                raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
             if weight_of(path) not in values:
                 raise ValueError(f"base has no {weight_of(path)!r}: give the untouched model or its state dict")
         for path, value in link.trained.items():

@@ -222,6 +222,15 @@ def test_links_that_were_not_kept(tmp_path):
         chain.apply(Net())
 
 
+def test_a_link_that_is_not_finite_is_not_applied():
+    _, chain = trained()
+    chain[1].factors["second"].A[0, 0] = float("inf")
+    fresh = Net()
+    with pytest.raises(ValueError, match="link 1 has non-finite factors on 'second'"):
+        chain.apply(fresh)
+    assert same(fresh, Net())
+
+
 # undo
 
 
@@ -524,6 +533,16 @@ def test_a_file_larger_than_its_manifest_says_is_not_read(saved):
     with open(path, "r+b") as file:
         file.truncate(1 << 40)  # a terabyte, sparse
     with pytest.raises(StoreError, match="bytes, where"):
+        Chain.load(saved)
+
+
+def test_a_file_that_memory_cannot_hold_is_named(saved, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: type("F", (), {
+        "__enter__": lambda self: self, "__exit__": lambda *_: os.close(args[0]), "read": full})())  # fmt: skip
+    with pytest.raises(StoreError, match=r"chain.json has \d+ bytes, more than there is memory for"):
         Chain.load(saved)
 
 
