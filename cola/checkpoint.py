@@ -166,9 +166,9 @@ def _read(directory: Path) -> Checkpoint:
             raise ValueError(f"its loss is {loss!r:.40} and its scale {scaling!r:.40}")
         return Checkpoint(
             ledger,
-            unpack(content["optimizer"], tensors),
+            _state_dict(unpack(content["optimizer"], tensors)),
             content["base_class"],
-            Prepared(pairs, scaling, content["rank"]),
+            Prepared(pairs, float(scaling), content["rank"]),
             named["trained"],
             named["buffer"],
             [tensors[f"other/{i}"] for i in range(sum(name.startswith("other/") for name in tensors))],
@@ -178,6 +178,16 @@ def _read(directory: Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} does not hold the state of a run: {error!s:.200}") from None
+
+
+def _state_dict(value: Any) -> dict[str, Any]:
+    """A base optimizer's, of the form that all have."""
+    groups = value["param_groups"]
+    if not isinstance(value["state"], dict) or not isinstance(groups, list) or not groups:
+        raise ValueError(f"its optimizer is {value!r:.80}")
+    if not all(isinstance(group, dict) and isinstance(group["params"], list) for group in groups):
+        raise ValueError(f"its optimizer has the groups {groups!r:.80}")
+    return value
 
 
 def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
@@ -260,9 +270,9 @@ def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> N
     difference = next(saved.weights.differences(base_tensors(live.model), all_of_it=False), None)
     if difference is not None:
         logger.warning(
-            "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%s): another device or "
-            "library version sums in another order",
-            difference.how,
+            "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%r differs): another "
+            "device or library version sums in another order",
+            difference.name,
         )
 
 

@@ -72,8 +72,9 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     Raises:
         ValueError: none there, unreadable, or of another chain; the message names the first difference.
     """
-    groups = state_dict.get("param_groups") or [{}]
-    text = groups[0].get(GROUP_KEY)
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, (list, tuple)) and groups else None
+    text = first.get(GROUP_KEY) if isinstance(first, dict) else None
     if not text:
         raise ValueError(f"this state was not saved by a ChainOptimizer: param_groups[0] has no {GROUP_KEY!r} entry")
     try:

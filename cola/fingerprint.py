@@ -96,7 +96,7 @@ class Fingerprint:
                 how = f"{title} is {dtype}, in the chain's base it is {mine.dtype}: load it as that"
                 yield Difference(name, False, how)
         known = {name: tensor for name, tensor in both.items() if prints[name].digest is not None}
-        old = {name: t for name, t in known.items() if len(prints[name].digest or "") == _OLD_DIGITS}
+        old = {n: t for n, t in known.items() if n in titles and len(prints[n].digest or "") == _OLD_DIGITS}
         found = digests({name: t for name, t in known.items() if name not in old})
         found.update({name: checksum_1(tensor) for name, tensor in old.items()})
         for name, digest in found.items():
@@ -247,9 +247,14 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
     unique = {id(tensor): tensor for tensor in tensors.values() if not tensor.is_meta}
     here = {i: tensor for i, tensor in unique.items() if not is_sharded(tensor)}
     shards = {i: tensor for i, tensor in unique.items() if is_sharded(tensor)}
-    if sum(tensor.numel() * tensor.element_size() for tensor in here.values()) < _SMALL:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in here.values())
+    devices = {tensor.device for tensor in here.values()}
+    if size < _SMALL or any(device.type not in ("cpu", "cuda") for device in devices):
         found = {i: checksum(tensor) for i, tensor in here.items()}
     else:  # hashing lets other threads run
+        for device in devices:
+            if device.type == "cuda":  # the threads do not wait for the caller's stream
+                torch.cuda.synchronize(device)
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             found = dict(zip(here, pool.map(checksum, here.values())))
     if shards:

@@ -330,7 +330,7 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
         if not is_finite(scaling) or rounding not in ROUNDINGS:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
-        factors[path] = Factor(A, B, scaling, rounding)
+        factors[path] = Factor(A, B, float(scaling), rounding)  # an integer could be larger than torch takes
     trained = {}
     for path in content["trained"]:
         require_plain_name(path)
