@@ -170,6 +170,24 @@ def test_verify_names_what_differs_elsewhere_and_what_the_chain_replaces(made, t
     assert all("but for" not in check["check"] for check in json.loads(capsys.readouterr().out)["checks"])
 
 
+def test_a_base_by_its_hub_name(made, tmp_path):
+    """From the hub's cache, as after a download."""
+    repository, revision = tmp_path / "models--some--model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(made / "fp32" / "base", repository / "snapshots" / revision)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "cola.cli", "merge", str(made / "fp32" / "chain"), "--base", "some/model"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "merged")],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tied 3 links into some/model" in done.stdout
+    assert same(weights(tmp_path / "merged"), weights(made / "fp32" / "merged"))
+
+
 def test_a_base_in_mixed_precision_is_loaded_as_it_was(tmp_path, capsys):
     """As users make it: norms in fp32 in a model of half precision, from a file in either."""
 
