@@ -6,7 +6,7 @@ again where a state dict is loaded into them before training has begun.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -72,12 +72,15 @@ def take(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
     return {name: TensorPrint(tuple(t.shape), dtype_name(t), found[name]) for name, t in tensors.items()}
 
 
-def moved(buffers: Mapping[str, Tensor], found: Mapping[str, str | None], origin: Mapping[str, TensorPrint],
-          earlier: Iterable[str]) -> dict[str, Tensor]:  # fmt: skip
-    """Copies of the buffers that are no longer the base's, or were not at an earlier knot."""
-    before = set(earlier)
+def moved(
+    buffers: Mapping[str, Tensor],
+    found: Mapping[str, str | None],
+    prints: Mapping[str, TensorPrint],
+    always: Collection[str],
+) -> dict[str, Tensor]:
+    """Copies of the buffers that are no longer the base's, and of those named in ``always``."""
     return {
         name: buffer.detach().cpu().clone()
         for name, buffer in buffers.items()
-        if not buffer.is_meta and (name in before or name not in origin or origin[name].digest != found[name])
+        if not buffer.is_meta and (name in always or name not in prints or prints[name].digest != found[name])
     }

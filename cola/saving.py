@@ -12,11 +12,11 @@ import torch
 from torch.optim import Optimizer
 
 from cola import carry, checkpoint, counters, interrupts, origin, replay
-from cola.adapters.targets import base_tensors, buffers_by_name, shared_weights
+from cola.adapters.targets import base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 from cola.chain import Chain
 from cola.composed import Composed
 from cola.distributed import is_sharded
-from cola.fingerprint import Digests, Fingerprint, TensorPrint, digest_1
+from cola.fingerprint import Digests, Fingerprint, TensorPrint, digest_1, digests
 from cola.knots import KnotPolicy
 from cola.link import Link
 from cola.live import LiveLink
@@ -299,12 +299,15 @@ class Saves(Composed):
             self._origin.settle(self._moving())
 
     def _moving(self) -> dict[str, torch.Tensor]:
-        """The base's tensors that training moves: persistent buffers, and what is trained beside the links."""
+        """The base's tensors that training moves: persistent buffers, and what is trained beside the links.
+
+        Whatever else asks for a gradient is counted too: another optimizer of the caller's may train it.
+        """
         model, trained = self.live.model, self.live.trained()
         shared, names = shared_weights(model), set(buffers_by_name(model))
         for path, parameter in trained.items():
             names.update((path, *shared.get(id(parameter), ())))
-        return {name: tensor for name, tensor in base_tensors(model).items() if name in names}
+        return {name: t for name, t in base_tensors(model).items() if name in names or t.requires_grad}
 
     def _resume_origin(
         self,
@@ -315,13 +318,22 @@ class Saves(Composed):
         recorded = base.others if base is not None else None
         self._origin.resume(moving, {**otherwise, **(recorded or {})})
 
-    def _moved(self) -> dict[str, torch.Tensor]:
-        """Persistent buffers that are no longer the base's, or were not at a knot; copies on the CPU."""
+    def _moved(self, *, modules: bool = True) -> dict[str, torch.Tensor]:
+        """Persistent buffers that are no longer the base's, or were not at a knot; copies on the CPU.
+
+        Args:
+            modules: with those of modules whose parameters are all trained, which PEFT's format holds as a whole.
+        """
         if not self.chain.keep:
             return {}
-        buffers = buffers_by_name(self.live.model)
-        earlier = (name for link in self.chain for name in link.trained)
-        return origin.moved(buffers, self._digests.of(buffers), self._origin.prints, earlier)
+        buffers, trained = buffers_by_name(self.live.model), self.live.trained().keys()
+        always = {name for link in self.chain for name in link.trained}
+        for path, module in modules_by_name(self.live.model).items() if modules else ():
+            own = tensors_of(path, module)
+            parameters = own.keys() - buffers.keys()
+            if parameters and parameters <= trained:
+                always.update(own.keys() - parameters)
+        return origin.moved(buffers, digests(buffers), self._origin.prints, always)
 
     def _continue(self, counted: dict[str, Any]) -> None:
         self.policy.load_state_dict(counted["policy"])
@@ -346,7 +358,7 @@ class Saves(Composed):
     def _has_unrecorded(self) -> bool:
         """Whether buffers have moved since the last knot."""
         last = {name: value for link in self.chain for name, value in link.trained.items()}
-        return any(n not in last or not torch.equal(last[n], value) for n, value in self._moved().items())
+        return any(n not in last or not torch.equal(last[n], value) for n, value in self._moved(modules=False).items())
 
     # of the optimizer that inherits
 

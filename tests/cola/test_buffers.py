@@ -140,10 +140,11 @@ def test_statistics_that_are_taken_after_the_last_step_are_in_the_chain():
     fresh = Normed()
     opt.chain.apply(fresh)
     assert same(fresh, model)
-    untouched = Normed()
-    opt = wrap(untouched, policy=NeverKnots())
-    untouched.eval()(batch(0)[0])
-    assert opt.finish() is None
+    for link in ({}, {"modules_to_save": ["norm"]}):
+        untouched = Normed()
+        opt = wrap(untouched, policy=NeverKnots(), link=link)
+        untouched.eval()(batch(0)[0])
+        assert opt.finish() is None
 
 
 def test_undo_takes_them_back(tmp_path):
@@ -298,6 +299,13 @@ def test_an_adapter_holds_modules_that_are_trained_with_their_statistics(tmp_pat
     adapted = peft.PeftModel.from_pretrained(Plain(), tmp_path).eval()
     # two sums of float32 products of depth 6 in another order
     assert torch.allclose(adapted(x), model.eval()(x), atol=1e-5, rtol=1e-5)
+    frozen = Plain().eval()  # its statistics stay, and its weights do not
+    opt = wrap(frozen, link={"modules_to_save": ["norm"]})
+    train(opt, frozen, 3)
+    opt.finish()
+    opt.chain.to_peft(tmp_path / "frozen")
+    still = peft.PeftModel.from_pretrained(Plain(), tmp_path / "frozen").eval()
+    assert torch.allclose(still(x), frozen(x), atol=1e-5, rtol=1e-5)
     again = Plain()
     Chain.from_peft(tmp_path).apply(again)
     assert torch.equal(again.norm.running_var, model.norm.running_var)

@@ -387,6 +387,25 @@ def test_parameters_that_are_trained_from_some_step_on():
     assert same(fresh, model)
 
 
+def test_what_another_optimizer_trains_is_the_bases_as_it_was(tmp_path):
+    """The chain knows nothing of it; so a base whose own value is there is the right one."""
+    model = Net()
+    opt = wrap(model)
+    model.head.requires_grad_(True)
+    other = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    for step in range(3):
+        train(opt, model, 1, start=step)
+        other.step()
+    assert not torch.equal(model.head.weight, Net().head.weight)
+    opt.save(tmp_path)
+    wrap(Net()).load(tmp_path)
+    opt.finish()
+    fresh = Net()
+    opt.chain.apply(fresh)
+    assert torch.equal(fresh.first.weight, model.first.weight)
+    assert torch.equal(fresh.head.weight, Net().head.weight)
+
+
 # what the chain replaces may differ
 
 
