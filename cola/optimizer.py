@@ -291,6 +291,7 @@ class ChainOptimizer(Saves):
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
         self._require_weights()
+        self._settle_origin()
         mode = self._leave_training_mode()
         try:
             live.check()

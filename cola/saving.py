@@ -204,6 +204,7 @@ class Saves(Composed):
         links = chain.complete("follow()")
         replay.check(self.live.model, links, chain.base, live=True)
         base = self._untouched(chain.layers())
+        self._settle_origin()
         with self._restarted(len(links)):
             replay.tie_links(self.live.model, links, self.live.residuals, self.live.config.residual_device)
         self.chain.restore(Ledger(links, base=base))
@@ -287,14 +288,13 @@ class Saves(Composed):
 
     def _untouched(self, layers: Iterable[str] = ()) -> Fingerprint:
         """Fingerprint of the whole base, while the adapted weights are still its own: one pass over the model."""
-        self._settle_origin()
         every = dict.fromkeys((*self.live.layers, *layers))
         return replay.take_fingerprint(
             self.live.model, every, whole=True, known=self._origin.prints, cache=self._digests
         )
 
     def _settle_origin(self) -> None:
-        """Before a step: what it will move for the first time is looked at."""
+        """Before a step or a knot: what it will move for the first time is looked at."""
         if self.chain.keep and not self._origin.settled:
             self._origin.settle(self._moving())
 

@@ -318,6 +318,20 @@ def test_what_is_trained_beside_the_links_is_recorded_as_it_was_in_the_base(what
     assert {n: p.digest for n, p in found.items()} == {n: p.digest for n, p in expected.items()}
 
 
+def test_a_save_before_the_first_step_fixes_nothing(tmp_path):
+    model = Wide()
+    opt = wrap(model, modules_to_save=["head"])
+    opt.save(tmp_path)
+    assert Chain.load(tmp_path).base.prints().keys() == set(EVERYTHING)
+    other = Wide(seed=8)
+    other.scale.mul_(3)
+    model.load_state_dict(other.state_dict(), strict=False)
+    train(opt, model, 3)
+    opt.finish()
+    expected = fingerprint({}, others=base_tensors(other)).others
+    assert {n: p.digest for n, p in opt.chain.base.prints().items()} == {n: p.digest for n, p in expected.items()}
+
+
 @pytest.mark.parametrize("way", ["save", "state_dict"])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_knows_the_base_as_it_was(way, stop, tmp_path):
