@@ -240,8 +240,8 @@ def test_merge_takes_the_tokenizer_along_and_runs_no_code_of_its(made, tmp_path,
     assert not mark.exists()
 
 
-def test_a_reader_that_stops_early_is_no_error(run):
-    command = [sys.executable, "-m", "cola.cli", "inspect", str(run / "chain"), "--no-plot", "--json"]
+def test_a_reader_that_stops_early_is_no_error(made):
+    command = [sys.executable, "-m", "cola.cli", "inspect", str(made / "fp32" / "chain"), "--no-plot", "--json"]
     root = Path(__file__).parents[2]
     done = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done.stdout.close()

@@ -40,7 +40,7 @@ def contents(directory):
 def holder(tmp_path):
     """Another process that saves to ``tmp_path / "run"`` until it is told to stop."""
     code = (
-        "import sys, pathlib; from cola import files\n"
+        "import sys, pathlib; sys.path.insert(0, 'cola'); import files\n"  # alone, without torch
         "with files.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()\n"
     )
