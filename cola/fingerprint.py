@@ -221,7 +221,7 @@ def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
     found = {}
     for name, one in value.items():
         shape, dtype, digest = one["shape"], one["dtype"], one["digest"]
-        sizes = isinstance(shape, list) and all(type(size) is int for size in shape)
+        sizes = isinstance(shape, (list, tuple)) and all(type(size) is int for size in shape)
         if not sizes or not isinstance(dtype, str) or not isinstance(digest, (str, type(None))):
             raise TypeError(f"{name!r:.80}: {one!r:.80}")
         found[name] = TensorPrint(tuple(shape), dtype, digest)

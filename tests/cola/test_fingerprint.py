@@ -14,7 +14,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots, files
 from cola.adapters.targets import base_tensors
-from cola.fingerprint import Digests, checksum, checksum_1, digest_1, digests, fingerprint
+from cola.fingerprint import Digests, Fingerprint, checksum, checksum_1, digest_1, digests, fingerprint
 from tests.models import BODY, Net, loss_of, tiny_gpt2, tiny_opt, train
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -225,6 +225,20 @@ def test_a_base_that_differs_anywhere_is_refused_by_name(name, wide):
     assert same(tied, model)
     chain.apply(wrong := copy.deepcopy(before), check=False)
     assert not same(wrong, before)
+
+
+def test_a_fingerprint_round_trips_and_what_is_none_is_refused(wide):
+    base = Chain.load(wide[0] / "chain").base
+    value = base.to_json()
+    assert Fingerprint.from_json(value) == Fingerprint.from_json(json.loads(json.dumps(value))) == base
+    damage = {"shape": ["6", [6, True], [1.5], 6], "dtype": [None, 3], "digest": [7, [], True]}
+    for place, name in (("layers", "first"), ("others", "norm.weight")):
+        for key, values in damage.items():
+            for bad in values:
+                edited = copy.deepcopy(value)
+                edited[place][name][key] = bad
+                with pytest.raises(TypeError):
+                    Fingerprint.from_json(edited)
 
 
 def test_other_buffers_are_not_compared(wide):
