@@ -19,7 +19,8 @@ from cola.live import LiveLink
 from cola.store import Ledger, link_from_parts, link_to_parts
 
 KEY = "cola"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
 
 def _read(entry: Mapping[str, Any]) -> Carried:
     content = json.loads(entry["text"])
-    if content["version"] != VERSION:
-        raise ValueError(f"it has format {content['version']}, and this version of cola reads format {VERSION}")
+    if content["version"] not in READS:
+        raise ValueError(
+            f"it has format {content['version']!r:.40}, and this version of cola reads formats "
+            f"{' and '.join(map(str, READS))}"
+        )
     parts: list[dict[str, Tensor]] = [{} for _ in content["links"]]
     for name, tensor in entry["links"].items():
         number, _, part = name.partition("/")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola import export, peft_import, replay, store, subspace
+from cola import export, interrupts, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 
@@ -160,7 +160,7 @@ class Chain:
 
         Raises:
             ValueError: it holds another program's files under our names, or a layer's name could be a file's path.
-            OSError: the disk is full, the directory read-only, …
+            OSError: the disk is full, the directory read-only, another process is saving there, …
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -172,7 +172,7 @@ class Chain:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Chain":
-        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`.
+        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`: what was saved last.
 
         Raises:
             ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
@@ -199,7 +199,8 @@ class Chain:
             ``export.json``, with ``‖ΔW‖`` beside it.
 
         Raises:
-            ValueError: r is not positive, or the chain is empty.
+            ValueError: r is not positive, the chain is empty, or training has moved what PEFT's format has no place
+                for: part of a module (a norm's running statistics, without its weight), or the model's own tensors.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("to_peft()")
@@ -227,17 +228,21 @@ class Chain:
         Args:
             model: the untouched base; changed in place.
             upto: only the first ``upto`` links; None for all.
-            check: compare the model's weights with the fingerprint of the base that the links were trained on.
+            check: compare all parameters and persistent buffers with the fingerprint of the base that the links were
+                trained on; one pass over them. Those that the links replace as a whole (a head that was trained beside
+                them) may have other values: they are named in a warning.
 
         Raises:
-            ValueError: wrong base: a layer is missing, of another shape or dtype, or has other values, or cannot be
-                tied; nothing is changed then.
+            ValueError: wrong base: a tensor is missing, of another shape or dtype, or has other values, or a layer
+                cannot be tied; nothing is changed then.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("apply()")
         links = self._links[: self._count(upto)]
-        replay.check(model, self._links, self.base if check else None)
-        replay.tie_links(model, links)
+        replaced = [name for link in links for name in link.trained]
+        replay.check(model, self._links, self.base if check else None, replaced=replaced)
+        with interrupts.deferred():
+            replay.tie_links(model, links)
 
     def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
         """Take the last link off and return it; with ``model`` and ``base``, off the model's weights as well.
@@ -261,9 +266,11 @@ class Chain:
             self.complete("undo(model, base)")
             if base is model:
                 raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
-            replay.check(model, self._links, self.base, base=base)
-            replay.untie(model, self._links, base)
-            replay.tie_links(model, self._links[:-1])
+            replaced = [name for link in self._links[:-1] for name in link.trained]
+            replay.check(model, self._links, self.base, base=base, replaced=replaced)
+            with interrupts.deferred():
+                replay.untie(model, self._links, base)
+                replay.tie_links(model, self._links[:-1])
         return self._links.pop()
 
     # diagnostics

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 if a check failed or something went wrong."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+            raise ValueError(f"--out {arguments.out} is a file: give a directory")
         result, text, status = arguments.run(arguments)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"cola {arguments.command}: {str(error).strip()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(_plain(result), indent=1) if arguments.json else text)
+    try:
+        print(json.dumps(_plain(result), indent=1) if arguments.json else text, flush=True)
+    except BrokenPipeError:  # whoever read it (head) has seen enough; nothing more is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
@@ -99,10 +105,14 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if all(problem is None for _, problem in checks):
         model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
         name = "base is the one that the chain was trained on"
+        if chain.base is not None and chain.base.others is None:
+            name = "adapted layers are those that the chain was trained on (format 1 records no others)"
         if chain.base is None:
             name = "layers fit the base (which base the chain was trained on is not recorded)"
         links = tuple(chain)
-        check(name, lambda: replay.check(model, links, chain.base))
+        others = check(name, lambda: replay.check(model, links, chain.base))
+        if others:
+            checks[-1] = (f"{name}, but for {', '.join(others)}, which the chain replaces", None)
         if checks[-1][1] is None:
             check("tied again, every link does what its knot reported", lambda: _require_as_reported(model, chain))
     failed = any(problem is not None for _, problem in checks)
@@ -130,7 +140,7 @@ def merge(arguments: argparse.Namespace) -> Answer:
     chain = Chain.load(arguments.directory)
     model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
     chain.apply(model, upto=arguments.upto)
-    save_merged(model, arguments.out, arguments.base)
+    save_merged(model, arguments.out, arguments.base, trust_remote_code=arguments.trust_remote_code)
     count = len(chain) if arguments.upto is None else arguments.upto
     result = {"base": arguments.base, "links": count, "out": str(arguments.out)}
     return result, f"tied {count} links into {arguments.base}, and saved the model to {arguments.out}", 0

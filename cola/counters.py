@@ -8,13 +8,15 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
 from cola.link import Link
 from cola.live import LiveLink
 
 #: the param-group entry
 GROUP_KEY = "cola"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
 
 
 def write(
@@ -26,6 +28,7 @@ def write(
     live: LiveLink,
     weights: str | None,
     knots: list[list[Any]],
+    origin: dict[str, Any] | None,
 ) -> str:
     """The counters of a running chain.
 
@@ -36,6 +39,8 @@ def write(
         policy, live: described in full, so that `read` can tell another chain's state.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
         knots: of the tied links that the chain holds, as `knots_of` gives them.
+        origin: before it, prints of those of the base's tensors that training has moved; None later, when the chain has
+            them.
     """
     return json.dumps(
         {
@@ -48,6 +53,7 @@ def write(
             "live": describe(live),
             "weights": weights,
             "knots": knots,
+            "origin": origin,
         }
     )
 
@@ -78,8 +84,9 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     Raises:
         ValueError: none there, unreadable, or of another chain; the message names the first difference.
     """
-    groups = state_dict.get("param_groups") or [{}]
-    text = groups[0].get(GROUP_KEY)
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, (list, tuple)) and groups else None
+    text = first.get(GROUP_KEY) if isinstance(first, dict) else None
     if not text:
         raise ValueError(f"this state was not saved by a ChainOptimizer: param_groups[0] has no {GROUP_KEY!r} entry")
     try:
@@ -89,8 +96,11 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
     if not _well_formed(saved):
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")
-    if version != VERSION:
-        raise ValueError(f"the state has format {version}, and this version of cola reads format {VERSION}")
+    if version not in READS:
+        raise ValueError(
+            f"the state has format {version!r:.40}, and this version of cola reads formats "
+            f"{' and '.join(map(str, READS))}"
+        )
     mine = describe(live)
     for name in ("layers", "seed", "rounding", "link"):
         if theirs[name] != mine[name]:
@@ -107,6 +117,18 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     return saved
 
 
+def origin_of(saved: dict[str, Any]) -> dict[str, TensorPrint]:
+    """Prints of what training had moved before the first knot, from `read`'s counters.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        return prints_from_json(saved.get("origin") or {})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: its origin has no {error!s:.80}") from None
+
+
 def _well_formed(saved: dict[str, Any]) -> bool:
     """Whether the entries are of the kinds that `write` gives."""
     live = saved["live"]
@@ -119,6 +141,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("policy"), dict)
         and isinstance(saved.get("weights"), (str, type(None)))
         and all(isinstance(knot, list) and len(knot) == 4 for knot in saved.get("knots", ()))
+        and isinstance(saved.get("origin"), (dict, type(None)))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

@@ -88,8 +88,9 @@ class Link:
         index: place in the chain, from 0.
         seed: of the run; the link's draws and its stochastic rounding follow from (seed, index, layer).
         factors: per layer path.
-        trained: values, at the knot, of the parameters that were trained beside the adapters (biases,
-            ``modules_to_save``), by path; one that several modules share under each of its paths.
+        trained: values, at the knot, of what else training has moved, by path: the parameters that were trained beside
+            the adapters (biases, ``modules_to_save``), one that several modules share under each of its paths; and
+            persistent buffers that are no longer the base's (running statistics).
         report: what the knot reported.
     """
 

@@ -15,9 +15,11 @@ from cola.adapters.targets import called
 from cola.chain import Chain
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
+from cola.fingerprint import Digests
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
+from cola.origin import Origin
 from cola.reset import GroupWatch
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
@@ -101,6 +103,7 @@ class ChainOptimizer(Saves):
             self.live.detach()
             raise
         self.chain = Chain(keep=keep_links)
+        self._digests, self._origin = Digests(), Origin(model)
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
         self.steps = 0
         self.finished = False
@@ -122,6 +125,7 @@ class ChainOptimizer(Saves):
         """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them."""
         self.base.add_param_group(param_group)
         self.live.train_too(self.param_groups[-1]["params"])
+        self._origin.settled = False
 
     # training
 
@@ -152,6 +156,7 @@ class ChainOptimizer(Saves):
             self._require_weights()
             if self._bound is not None:
                 self._require_live_groups()
+            self._settle_origin()
             if self._probed:
                 self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
         groups = self._groups.before(self.param_groups)
@@ -199,7 +204,7 @@ class ChainOptimizer(Saves):
             merge: False drops the live link instead of tying it.
 
         Returns:
-            The last knot's report; None if the live link was untrained or dropped.
+            The last knot's report; None if the link was dropped, or untrained with nothing else to record.
 
         Raises:
             KnotError: the link is not finite; the model is untouched and still chained.
@@ -207,9 +212,9 @@ class ChainOptimizer(Saves):
         """
         self._require_running("finish()")
         self._require_live_groups()
-        # what is trained beside an untrained link still has its values to record
-        worth = not self.live.is_zero() or (self.live.trained() and self.steps > self._tied_at())
-        if merge and worth:
+        # what has moved beside an untrained link still has its values to record
+        trained = bool(self.live.trained()) and self.steps > self._tied_at()
+        if merge and (not self.live.is_zero() or trained or self._has_unrecorded()):
             report = self._knot(extend=False)
         else:
             report = None
@@ -294,13 +299,14 @@ class ChainOptimizer(Saves):
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
         self._require_weights()
+        self._settle_origin()
         mode = self._leave_training_mode()
         try:
             live.check()
             snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
             factors = live.factors(snapshot) if keep else {}
-            trained = live.trained_values() if keep else {}
-            base = self._weights() if index == 0 and keep else self.chain.base
+            trained = {**live.trained_values(), **self._moved()} if keep else {}
+            base = self._untouched() if index == 0 and keep and self.chain.base is None else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
             self._mode(mode)
@@ -320,6 +326,7 @@ class ChainOptimizer(Saves):
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
         self._losses.remove()
+        self._origin.remove()
         self.live.detach(spent=True)
         self.finished = True
 

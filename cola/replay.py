@@ -4,17 +4,29 @@ The same bits need the same device and library versions; elsewhere the sums are 
 agrees within the rounding of the weight's dtype.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cola.adapters import AdaptedLayer, adapted_class, refusal
-from cola.adapters.targets import canonical, modules_by_name, parameters_by_name, shared_weights, unwrap
+from cola.adapters.targets import (
+    base_modules,
+    base_tensors,
+    buffers_by_name,
+    canonical,
+    modules_by_name,
+    parameters_by_name,
+    shared_weights,
+    unwrap,
+)
 from cola.distributed import copy_whole, tie_anywhere
-from cola.fingerprint import Fingerprint, fingerprint
+from cola.fingerprint import Digests, Fingerprint, TensorPrint, fingerprint, weight_of
 from cola.link import Link
 from cola.tie import Tie, key, residual_like
+
+logger = logging.getLogger("cola")
 
 Base = nn.Module | Mapping[str, Tensor]
 
@@ -29,20 +41,35 @@ def paths(links: Iterable[Link]) -> list[str]:
     return list(dict.fromkeys(path for link in links for path in link.factors))
 
 
-def take_fingerprint(model: nn.Module, layers: Iterable[str], base: Base | None = None) -> Fingerprint:
-    """`fingerprint` of the named layers.
+def take_fingerprint(
+    model: nn.Module,
+    layers: Iterable[str],
+    *,
+    whole: bool = False,
+    known: Mapping[str, TensorPrint] | None = None,
+    cache: Digests | None = None,
+) -> Fingerprint:
+    """`fingerprint` of a model.
 
     Args:
-        model: whose layers they are.
-        layers: their paths.
-        base: where their weights are read; None for the model itself.
+        model: as it is without links.
+        layers: paths of the adapted ones.
+        whole: cover all its parameters and persistent buffers, not those layers' weights alone.
+        known: prints that stand for tensors which are no longer the base's.
+        cache: where digests are remembered.
     """
-    modules = modules_by_name(model)
-    values = _values(model if base is None else base)
-    weights = {path: values[_weight_of(path)] for path in layers}
+    values = base_tensors(model)
+    weights = {path: values.pop(weight_of(path)) for path in layers}
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
-    transposed = [path for path in weights if layer_class(modules[path]).transposed]
-    return fingerprint(weights, transposed, name if isinstance(name, str) and name else None)
+    named = name if isinstance(name, str) and name else None
+    rest = values if whole else None
+    return fingerprint(weights, transposed(model, weights), named, rest, known=known, cache=cache)
+
+
+def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Those of the layers that store their weight in×out."""
+    modules = base_modules(model)
+    return [path for path in layers if layer_class(modules[path]).transposed]
 
 
 def check(
@@ -52,7 +79,8 @@ def check(
     *,
     base: Base | None = None,
     live: bool = False,
-) -> None:
+    replaced: Iterable[str] | None = None,
+) -> list[str]:
     """Whether the links can be tied into ``model``; changes nothing.
 
     Args:
@@ -61,17 +89,24 @@ def check(
         recorded: fingerprint of the base that they were trained on; None skips that comparison.
         base: where the untouched weights are; None for the model itself.
         live: the model carries a live link of the caller's own.
+        replaced: names of tensors whose values in the base do not matter, for they get others (a head that was trained
+            whole, and is drawn anew with every base); None for those that the links record.
+
+    Returns:
+        The names among ``replaced`` whose values do differ; they are logged as well.
 
     Raises:
-        ValueError: a layer is missing, of another shape, cannot be tied, or has other weights.
+        ValueError: a layer is missing, of another shape, cannot be tied, or the base is another one.
     """
     modules, values = modules_by_name(model), _values(model if base is None else base)
     together = {name: names for names in shared_weights(model).values() for name in names}
     for link in links:
         for path, factor in link.factors.items():
             _require_layer(path, (factor.B.shape[0], factor.A.shape[1]), modules, live)
-            if _weight_of(path) not in values:
-                raise ValueError(f"base has no {_weight_of(path)!r}: give the untouched model or its state dict")
+            if not (torch.isfinite(factor.A).all() and torch.isfinite(factor.B).all()):
+                raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
+            if weight_of(path) not in values:
+                raise ValueError(f"base has no {weight_of(path)!r}: give the untouched model or its state dict")
         for path, value in link.trained.items():
             tied = together.get(path, ())
             _require_trained_together(path, tied, link)
@@ -79,11 +114,21 @@ def check(
             stored = next((values[name] for name in (path, *tied) if name in values), None)
             if stored is None or stored.shape != value.shape:
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
-    if recorded is not None:
-        layers = [path for path in recorded.layers if path in modules and _weight_of(path) in values]
-        difference = recorded.difference(take_fingerprint(model, layers, base))
-        if difference is not None:
-            raise ValueError(f"wrong base: {difference}. Links belong on the weights that they were trained on")
+    if recorded is None:
+        return []
+    mine = {name for link in links for name in link.trained} if replaced is None else set(replaced)
+    mine.update(*(together.get(name, ()) for name in tuple(mine)))
+    untouched = model if base is None else base
+    whole = isinstance(untouched, nn.Module)
+    tensors = base_tensors(untouched) if isinstance(untouched, nn.Module) else values
+    others = []
+    for difference in recorded.differences(tensors, all_of_it=whole):
+        if not (difference.in_values and difference.name in mine):
+            raise ValueError(f"wrong base: {difference.how}. Links belong on the weights that they were trained on")
+        others.append(difference.name)
+    if others:
+        logger.warning("the base differs in %s, which the chain replaces by what it trained", ", ".join(others))
+    return others
 
 
 @torch.no_grad()
@@ -115,10 +160,11 @@ def tie_links(
 
 
 @torch.no_grad()
-def untie(model: nn.Module, links: Sequence[Link], base: Base) -> None:
-    """Put the base's values back wherever the links changed something. Call `check` first."""
+def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[str] = ()) -> None:
+    """Put the base's values back wherever the links changed something, and ``also`` there. Call `check` first."""
     values, untouched = _values(model), _values(base)
-    for name in dict.fromkeys((*map(_weight_of, paths(links)), *(path for link in links for path in link.trained))):
+    changed = (path for link in links for path in link.trained)
+    for name in dict.fromkeys((*map(weight_of, paths(links)), *changed, *also)):
         if name in untouched:  # check() has seen to it that it is there under one of its names
             copy_whole(values[name], untouched[name])
 
@@ -143,12 +189,9 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
 
 def _values(model: Base) -> dict[str, Tensor]:
     if isinstance(model, nn.Module):
-        return {name: parameter.detach() for name, parameter in parameters_by_name(model).items()}
+        held: dict[str, Tensor] = {**parameters_by_name(model), **buffers_by_name(model)}
+        return {name: tensor.detach() for name, tensor in held.items()}
     return {canonical(name): value for name, value in model.items()}
-
-
-def _weight_of(path: str) -> str:
-    return f"{path}.weight" if path else "weight"
 
 
 def _require_layer(path: str, wanted: tuple[int, int], modules: dict[str, nn.Module], live: bool) -> None:

@@ -41,11 +41,19 @@ def transparent(parent: nn.Module) -> tuple[str, ...]:
     """Names of the children of ``parent`` that stand in its place in the original model."""
     if is_tuner_layer(parent):
         return ("base_layer",)
-    if "original_module" in parent._modules and isinstance(
-        parent._modules.get("modules_to_save"), nn.ModuleDict
-    ):  # a head that is trained whole, as a copy
-        return ("modules_to_save",)
-    return ()
+    return ("modules_to_save",) if _trains_copy(parent) else ()
+
+
+def original(parent: nn.Module) -> str | None:
+    """Name of the child of ``parent`` that is the original model's module; None if PEFT has not wrapped it."""
+    if is_tuner_layer(parent):
+        return "base_layer"
+    return "original_module" if _trains_copy(parent) else None
+
+
+def _trains_copy(parent: nn.Module) -> bool:
+    """Whether PEFT trains a copy of a whole module (a head) in its place."""
+    return "original_module" in parent._modules and isinstance(parent._modules.get("modules_to_save"), nn.ModuleDict)
 
 
 def refusal(module: Any) -> str | None:

@@ -26,6 +26,8 @@ QUERY_VALUE = (
     ("Wqkv",),  # MPT
     ("qkv",),  # timm
 )
+# parameters of an adapted layer that the plain one does not have
+_LINK = ("lora_A", "lora_B")
 # what torch.compile, DDP, FSDP and activation checkpointing put into a module's path
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -78,6 +80,54 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
         for path, module in modules_by_name(model).items()
         for name, parameter in module._parameters.items()
         if parameter is not None
+    }
+
+
+def buffers_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers of ``model`` (those in its state dict) by canonical path."""
+    return {
+        name: buffer
+        for path, module in modules_by_name(model).items()
+        for name, buffer in tensors_of(path, module, parameters=False).items()
+    }
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the model has without links, by canonical path.
+
+    What PEFT has added is left out; where it trains a copy of a module, the original is listed.
+    """
+    names, modules = {"": ""}, dict(unwrap(model).named_modules())
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        parent, _, part = path.rpartition(".")
+        if path:
+            original = peft.original(modules[parent])
+            if parent not in names or (original is not None and part != original):
+                continue
+            hidden = original is not None or part in _WRAPPERS
+            names[path] = names[parent] if hidden else f"{names[parent]}.{part}".lstrip(".")
+        found[names[path]] = module
+    return found
+
+
+def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
+    """The module's own persistent buffers, and parameters that are not a link's, by name."""
+    left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
+    held = {**(module._parameters if parameters else {}), **module._buffers}
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for name, tensor in held.items()
+        if tensor is not None and name not in left_out
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers that the model has without links, under the names that it has them then."""
+    return {
+        name: tensor
+        for path, module in base_modules(model).items()
+        for name, tensor in tensors_of(path, module).items()
     }
 
 
@@ -264,6 +314,9 @@ def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]])
 
 __all__ = [
     "adapted_class",
+    "base_modules",
+    "base_tensors",
+    "buffers_by_name",
     "called",
     "canonical",
     "find_peft_layers",
@@ -272,6 +325,7 @@ __all__ = [
     "named",
     "parameters_by_name",
     "shared_weights",
+    "tensors_of",
     "unknown",
     "unwrap",
 ]

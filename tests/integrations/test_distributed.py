@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola.fingerprint import Fingerprint
 from cola.tie import tie_
 from tests.integrations.torchrun_chain import deltas
 from tests.models import BODY, Net, loss_of, train
@@ -38,6 +39,7 @@ def one_process(policy, r=(4,), steps=8):
     return {
         "losses": losses, "weights": weights, "drawn": drawn, "steps": [link.step for link in opt.chain],
         "links": [link.rank for link in opt.chain], "deltas": deltas(opt.chain),
+        "base": opt.chain.base.to_json(),
     }  # fmt: skip
 
 
@@ -60,6 +62,8 @@ def require_equal(directory, n, wanted, start=0):
         seen = json.loads((directory / f"{rank}.json").read_text())
         assert seen["links"][-1] == wanted["links"][-1]
         assert seen["steps"] == wanted["steps"][-len(seen["steps"]) :]
+        if not start:  # every process knows the whole base, of which it holds a part
+            assert Fingerprint.from_json(seen["base"]) == Fingerprint.from_json(wanted["base"])
         assert seen["losses"] == pytest.approx(wanted["losses"][start:], abs=CLOSE)
         assert seen["weights"].keys() == wanted["weights"].keys()
         for name, value in wanted["weights"].items():

@@ -96,6 +96,7 @@ def run(words):
     seen = {
         "rank": rank, "steps": [entry.step for entry in opt.chain], "losses": losses, "norms": norms, "lost": lost,
         "links": [entry.rank for entry in opt.chain], "drawn": drawn, "after": after.tolist(),
+        "base": opt.chain.base and opt.chain.base.to_json(),
         "weights": {name: value.float().tolist() for name, value in weights.items()},
         "missing": opt.chain.missing, "deltas": {} if opt.chain.missing else deltas(opt.chain),
     }  # fmt: skip
