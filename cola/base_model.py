@@ -75,6 +75,6 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
 
 
 def _dtype(chain: Chain) -> Any:
-    """Most common dtype of the layers that the chain changes; as the files have it if that is unknown."""
+    """Most common dtype of the layers that the chain changes; as the files have it if that is unknown or quantised."""
     names = [layer.dtype for layer in chain.base.layers.values()] if chain.base is not None else []
-    return getattr(torch, max(set(names), key=names.count)) if names else "auto"
+    return getattr(torch, max(set(names), key=names.count), "auto") if names else "auto"

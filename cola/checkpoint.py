@@ -170,14 +170,14 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.link.pairs.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
-    rank, scaling = live.config.rank_of(index), live.config.scaling_of(index)
     for path, (out, inner) in live.shapes().items():
-        A, B = saved.link.pairs[path]
+        (A, B), rank = saved.link.pairs[path], live.plans[path].rank_of(index)
         if A.shape != (rank, inner) or B.shape != (out, rank):
             raise ValueError(
                 f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
                 f"({out}, {rank}) by ({rank}, {inner})"
             )
+    rank, scaling = live.rank_of(index), live.scaling_of(index)
     if saved.link.rank != rank or not math.isclose(saved.link.scaling, scaling):
         raise ValueError(
             f"the saved live link has rank {saved.link.rank} and scale {saved.link.scaling}, here it would have rank "
@@ -208,7 +208,7 @@ def rehearse(saved: Checkpoint, scratch: Optimizer) -> None:
 @torch.no_grad()
 def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
     """Weights, live link and base state as they were saved. Call `check` first."""
-    replay.tie_links(live.model, saved.ledger.links, live.residuals, live.config.residual_device)
+    live.replay(saved.ledger.links)
     live.begin(index, saved.link)
     for path, parameter in live.trained().items():
         parameter.copy_(saved.trained[path])

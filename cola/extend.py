@@ -129,20 +129,64 @@ class LinkConfig:
         return self.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
+@dataclass(frozen=True)
+class LayerPlan:
+    """Ranks and scales of one layer's links: the configuration's, or in proportion to a first link of its own.
+
+    Args:
+        config: of all layers.
+        rank, scaling: of the layer's first link, where it has its own (PEFT's ``rank_pattern``, ``alpha_pattern``).
+
+    A schedule of ranks ``r_0, r_1, …`` takes a layer that starts with R to ``R·r_k/r_0``, rounded half up and at least
+    1. Its scale stays its own under ``"constant"``, and follows its own rank under ``"alpha/r"`` and ``"rslora"``.
+
+    >>> plan = LayerPlan(LinkConfig(r=(8, 4), scaling="alpha/r"), rank=3, scaling=2.0)
+    >>> plan.rank_of(1), plan.scaling_of(1)
+    (2, 3.0)
+    """
+
+    config: LinkConfig
+    rank: int | None = None
+    scaling: float | None = None
+
+    def rank_of(self, link: int) -> int:
+        """Rank of link ``link`` (from 0)."""
+        usual = self.config.rank_of(link)
+        if self.rank is None:
+            return usual
+        first = self.config.rank_of(0)
+        return max(1, (2 * self.rank * usual + first) // (2 * first))
+
+    def scaling_of(self, link: int) -> float:
+        """Scale s of link ``link``."""
+        if self.rank is None or self.scaling is None:
+            return self.config.scaling_of(link)
+        share = self.rank / self.rank_of(link)
+        return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
+
+    def known_ranks(self) -> tuple[int, ...] | None:
+        """All ranks that the layer's links can have; None if a callable decides."""
+        usual = self.config.known_ranks()
+        return None if usual is None else tuple(self.rank_of(link) for link in range(len(usual)))
+
+
 @torch.no_grad()
-def draw(config: LinkConfig, shape: tuple[int, int], *, seed: int, link: int, layer: str) -> tuple[Tensor, Tensor]:
+def draw(
+    config: LinkConfig, shape: tuple[int, int], *, seed: int, link: int, layer: str, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The factors that link ``link`` of ``layer`` starts from, on the CPU in fp32.
 
     Args:
         config: rank, initialisation and which factor is drawn.
         shape: (out, in) of the layer.
         seed, link, layer: key of the draw; equal keys give equal factors everywhere.
+        rank: the layer's own, where it has one.
 
     Returns:
         A (r×in) and B (out×r), one of them zero, so that the new link changes nothing.
     """
     out_features, in_features = shape
-    rank = config.rank_of(link)
+    rank = rank or config.rank_of(link)
     generator = torch.Generator().manual_seed(key(seed, link, layer))
     if config.train == "A":
         return torch.zeros(rank, in_features), _drawn(config, rank, out_features, link, generator).t().contiguous()

@@ -156,6 +156,7 @@ class Saves(Composed):
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
         self.live.resume(index)
         self.live.take_residuals(carried.residuals)
+        self.live.take_links(() if carried.ledger is None else carried.ledger.links)
         self._continue(counted)
         if carried.ledger is None:
             self.chain.resume(index)
@@ -189,7 +190,7 @@ class Saves(Composed):
         replay.check(self.live.model, links, chain.base, live=True)
         base = replay.take_fingerprint(self.live.model, dict.fromkeys((*self.live.layers, *chain.layers())))
         with self._restarted(len(links)):
-            replay.tie_links(self.live.model, links, self.live.residuals, self.live.config.residual_device)
+            self.live.replay(links)
         self.chain.restore(Ledger(links, base=base))
 
     def undo(self, base: replay.Base) -> Link:
@@ -218,7 +219,7 @@ class Saves(Composed):
         with self._restarted(len(links) - 1):
             self.live.residuals.clear()
             replay.untie(self.live.model, links, base)
-            replay.tie_links(self.live.model, links[:-1], self.live.residuals, self.live.config.residual_device)
+            self.live.replay(links[:-1])
         return self.chain.undo()
 
     # inside
@@ -245,7 +246,7 @@ class Saves(Composed):
 
     def _weights(self) -> Fingerprint:
         """Fingerprint of the adapted layers' weights, taken again only when they have changed: they do at knots."""
-        weights = [layer.weight for layer in self.live.layers.values()]
+        weights = self.live.weights()
         state = [(id(weight), weight._version, weight.dtype, weight.device) for weight in weights]
         # a shard that is changed does not raise the version of the whole
         sharded = any(is_sharded(weight) for weight in weights)

@@ -23,7 +23,7 @@ from cola.files import MAX_JSON, StoreError, intended_name, parse, read, read_ch
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 from cola.packing import pack, unpack
-from cola.tie import ROUNDINGS, TIEABLE
+from cola.tie import RECORDED, TIEABLE
 from cola.version import __version__
 
 VERSION = 1
@@ -269,7 +269,7 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
         A, B, scaling, rounding = tensors[f"A:{path}"], tensors[f"B:{path}"], about["scaling"], about["rounding"]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or {A.dtype, B.dtype} - set(TIEABLE):
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
-        if not is_finite(scaling) or rounding not in ROUNDINGS:
+        if not is_finite(scaling) or rounding not in RECORDED:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
         factors[path] = Factor(A, B, scaling, rounding)
     trained = {}

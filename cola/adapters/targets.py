@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, peft, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, is_quantized, peft, refusal
 from cola.tie import TIEABLE
 
 logger = logging.getLogger("cola")
@@ -254,7 +254,7 @@ def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]])
         )
     if weight.is_meta:
         raise ValueError(f"layer {path!r} has its weight on the meta device: load the weights before making a chain")
-    if weight.dtype not in TIEABLE:
+    if weight.dtype not in TIEABLE and not is_quantized(module):
         raise ValueError(
             f"layer {path!r} has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
         )

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola.adapters import is_quantized, quantized
 from cola.adapters.peft import is_peft_model
 
 #: where a checkpoint, and the output directory in the end, keep the chain
@@ -163,13 +164,23 @@ def _chainable(trainer: Any, finish: bool) -> Any:
 
 
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, _WEIGHTS: {path: layer.weight.detach() for path, layer in opt.live.layers.items()}}
+    live = opt.live
+    quantised = {path for path in live.layers if is_quantized(live.holder(path))}
+    return {
+        **state,
+        _WEIGHTS: {
+            path: quantized.parts(live.holder(path)) if path in quantised else layer.weight.detach()
+            for path, layer in live.layers.items()
+        },
+    }
 
 
 @torch.no_grad()
 def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     weights = state.get(_WEIGHTS, {})
     for path, layer in opt.live.layers.items():
-        if path in weights:
+        if path in weights and isinstance(weights[path], dict):
+            quantized.put_parts(opt.live.holder(path), weights[path])
+        elif path in weights:
             layer.weight.copy_(weights[path])
     return {name: value for name, value in state.items() if name != _WEIGHTS}
