@@ -10,7 +10,16 @@ from cola.adapters import quantized
 from cola.adapters.lora import AdaptedLayer, LoRALinear
 from cola.adapters.quantized import QuantizedLinear, StackedLinear, is_quantized
 
-__all__ = ["AdaptedLayer", "LoRALinear", "adapted_class", "is_linear_map", "is_quantized", "refusal"]
+__all__ = [
+    "AdaptedLayer",
+    "LoRALinear",
+    "StackedLinear",
+    "adapted_class",
+    "is_linear_map",
+    "is_quantized",
+    "quantized",
+    "refusal",
+]
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@
 The same lines run in README.md beside this file.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
-from cola.adapters import is_quantized, quantized
+from cola.adapters import StackedLinear, is_quantized, quantized
 from cola.adapters.peft import is_peft_model
+
+logger = logging.getLogger("cola")
 
 #: where a checkpoint, and the output directory in the end, keep the chain
 CHAIN_DIR = "chain"
@@ -121,6 +124,11 @@ class ChainCallback(TrainerCallback):
         if is_peft_model(self.opt.model):
             plain = self.opt.model.unload()  # type: ignore[operator]
             self.trainer.model = self.trainer.model_wrapped = self.trainer.callback_handler.model = plain
+        if any(isinstance(module, StackedLinear) for module in self.opt.model.modules()):
+            logger.warning(
+                "the links are beside the quantised weights, where from_pretrained will not look for them: write them "
+                "by opt.chain.to_peft (or opt.chain.save), or train with quantized='requantize'"
+            )
 
     def _log(self) -> None:
         for report in self.reports:

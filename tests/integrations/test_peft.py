@@ -261,8 +261,6 @@ REFUSED = {
     "lora_bias": (lambda: wrapped(lora_bias=True), "lora_bias=True, an update beside"),
     "embedding": (lambda: net(target_modules=["embed"]), "'embed' is an embedding with a PEFT adapter"),
     "Conv2d": (lambda: net(target_modules=["conv"]), "'conv' is a Conv2d of PEFT, whose factors are not plain"),
-    "rank_pattern": (lambda: wrapped(rank_pattern={"v_proj": 2}), "differ in rank .* rank_pattern"),
-    "alpha_pattern": (lambda: wrapped(alpha_pattern={"v_proj": 2}), "differ in scaling"),
     "IA3": (
         lambda: net(peft.IA3Config(target_modules=["linear"], feedforward_modules=[])),
         "no LoRA layer; chains are made of LoRA",
@@ -290,7 +288,7 @@ def test_what_cannot_carry_a_chain_is_refused_with_the_reason(name):
 @pytest.mark.parametrize(
     ("link", "message"),
     [
-        ({"r": 2}, r"r=2\) starts with rank 2, and the model's PEFT layers have rank 4"),
+        ({"r": 2}, r"r=2\) starts with rank 2, and the model's PEFT layers \(most of them\) have rank 4"),
         ({"r": (8, 4)}, "starts with rank 8"),
         ({"lora_alpha": 4}, "means a scale of 1, and the model's PEFT layers have 2"),
         ({"target_modules": ["k_proj"]}, "target_modules=.* conflicts with the model's PEFT layers"),
@@ -315,12 +313,12 @@ def test_a_failing_base_leaves_pefts_link_as_it_was():
     chained(model)
 
 
-def test_peft_is_not_imported_before_it_is_met():
+def test_nothing_is_imported_before_it_is_met():
     code = """
 import sys, torch
 from cola import ChainOptimizer, LinkConfig, NeverKnots
 model = torch.nn.Sequential(torch.nn.Linear(4, 4))
 ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=2, target_modules="all-linear"), lr=0.1).finish()
-assert "peft" not in sys.modules
+assert not {"peft", "bitsandbytes", "transformers"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
