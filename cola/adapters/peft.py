@@ -182,8 +182,8 @@ class PeftConv1D(PeftLayer):
 def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConfig, dict[str, LayerPlan]]:
     """``config`` with what the PEFT layers have already decided: rank and scale of the first link.
 
-    The configuration gets what most layers have. A layer that differs (``rank_pattern``, ``alpha_pattern``) has a plan
-    of its own, as `LayerPlan` describes.
+    The configuration gets what most layers have, or most of those with the rank that it starts with. A layer that
+    differs (``rank_pattern``, ``alpha_pattern``) has a plan of its own, as `LayerPlan` describes.
 
     Args:
         config: the caller's. Where PEFT decides, it must have its default or agree.
@@ -196,8 +196,10 @@ def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConf
         ValueError: they disagree.
     """
     own = {path: (next(iter(m.r.values())), next(iter(m.scaling.values()))) for path, m in layers.items()}
-    rank, scale = usual = Counter(own.values()).most_common(1)[0][0]
     default = LinkConfig()
+    ranks = [rank for rank, _ in own.values()]
+    meant = ranks if config.r == default.r else [config.rank_of(0)]
+    counts = Counter(values for values in own.values() if values[0] in meant)
     for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype"):
         value = getattr(config, name)
         if value != getattr(default, name):
@@ -210,13 +212,14 @@ def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConf
             "link=LinkConfig(train='A') needs a first link whose B is drawn, and PEFT's layers start with B = 0: use "
             "'both' or 'B', or give the model without an adapter"
         )
+    if not counts:
+        raise ValueError(
+            f"link=LinkConfig(r={config.r!r}) starts with rank {config.rank_of(0)}, and the model's PEFT layers have "
+            f"rank {' or '.join(map(str, sorted(set(ranks))))}: make them agree, or leave r out"
+        )
+    rank, scale = usual = counts.most_common(1)[0][0]
     if config.r == default.r:
         config = dataclasses.replace(config, r=rank)
-    if config.rank_of(0) != rank:
-        raise ValueError(
-            f"link=LinkConfig(r={config.r!r}) starts with rank {config.rank_of(0)}, and the model's PEFT layers "
-            f"(most of them) have rank {rank}: make them agree, or leave r out"
-        )
     if config.lora_alpha != default.lora_alpha and not math.isclose(config.scaling_of(0), scale):
         raise ValueError(
             f"link=LinkConfig(lora_alpha={config.lora_alpha!r}) means a scale of {config.scaling_of(0):g}, and the "
