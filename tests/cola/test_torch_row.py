@@ -96,7 +96,7 @@ def test_a_plateau_scheduler_composes_with_what_happens_after_a_knot(after):
     falling = [0.02, 0.02, 0.01, 0.005]
     rest = {
         "continue": [0.0025, 0.00125, 0.000625],
-        "rewarm": [0.0025 / 2, 0.00125, 0.000625],  # half the rate, then all of it
+        "rewarm": [0.0025 / 3, 0.00125 * 2 / 3, 0.000625],  # a third of the rate, two thirds, all
         "restart": falling[:3],
     }
     assert seen == pytest.approx(falling + rest[after])
