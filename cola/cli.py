@@ -128,6 +128,11 @@ def merge(arguments: argparse.Namespace) -> Answer:
             f"--out {arguments.out} is the base itself: the chain needs the untouched base, so save elsewhere"
         )
     chain = Chain.load(arguments.directory)
+    if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
+        raise ValueError(
+            "the chain's links are kept beside quantised weights, and from_pretrained would not look for them there: "
+            "write an adapter by cola export, and load that on the base"
+        )
     model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
     chain.apply(model, upto=arguments.upto)
     save_merged(model, arguments.out, arguments.base)

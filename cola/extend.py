@@ -38,7 +38,8 @@ class LinkConfig:
         dtype: of the factors; None for fp32, and float64 on a float64 base.
         rank_change: how a link of another rank is made: ``"resize"`` the factors, ``"mask"`` (zeros beyond the rank,
             for shapes that may not change), or ``"auto"``: mask in a distributed run, else resize.
-        residual_device: where compensated rounding keeps its residuals; None for the weight's device.
+        residual_device: where compensated rounding keeps its residuals, and re-quantised layers their original codes;
+            None for the weight's device.
 
     Raises:
         ValueError, TypeError: an argument out of range.

@@ -249,6 +249,8 @@ class LiveLink:
             ValueError: compensated rounding of sharded weights.
         """
         for path, layer in self.layers.items():
+            if is_sharded(layer.weight) and is_quantized(self.holder(path)):
+                raise ValueError(f"layer {path!r} is quantised and sharded, which cannot be tied: use DDP")
             if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
                 raise ValueError(
                     "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "

@@ -196,6 +196,9 @@ class ChainOptimizer(Saves):
     def finish(self, merge: bool = True) -> KnotReport | None:
         """Tie the last link and give the model back: its own classes, state-dict keys and ``requires_grad``.
 
+        Quantised layers with links stacked beside their codes keep them, frozen: they are of a subclass of their class,
+        with ``chain_A`` and ``chain_B`` in the state dict. `Chain.to_peft` is the way to store such a model.
+
         Args:
             merge: False drops the live link instead of tying it.
 

@@ -1,5 +1,7 @@
 """Bases from other packages: after a knot each is as new."""
 
+import copy
+
 import pytest
 import torch
 
@@ -69,6 +71,28 @@ def test_after_a_knot_the_base_is_as_new(make):
     twin.load_state_dict(model.state_dict())
     assert train(opt, model, 4, start=3) == train(other, twin, 4, start=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("make", BASES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("steps", [3, 4])
+def test_runs_resume_bit_for_bit_in_both_ways(make, steps, tmp_path):
+    """Counters that live in the groups, 8-bit codes and modes included; right after the knot and in mid-link."""
+    model, opt, base, kwargs = start(make)
+    opt.train()
+    train(opt, model, steps)
+    opt.save(tmp_path)
+    states = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    losses = train(opt, model, 4, start=steps)
+    for way in ("save", "state_dict"):
+        again = Net()
+        other = ChainOptimizer(base, again, StepKnots(at=[3]), link=LINK, **kwargs)
+        other.train()
+        if way == "save":
+            other.load(tmp_path)
+        else:
+            again.load_state_dict(states[0])
+            other.load_state_dict(copy.deepcopy(states[1]))
+        assert train(other, again, 4, start=steps) == losses, way
 
 
 def test_under_schedule_free_the_evaluation_loss_is_continuous_through_a_knot():

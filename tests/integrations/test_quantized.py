@@ -513,3 +513,61 @@ def test_what_cannot_carry_a_chain_is_refused_with_the_reason(name):
 def test_the_way_of_tying_is_one_of_two():
     with pytest.raises(ValueError, match="quantized='merge' is unknown: choose"):
         chained(net(), quantized="merge")
+
+
+@BOTH
+def test_layers_that_are_not_quantised_are_tied_as_ever(how):
+    link = LinkConfig(r=2, target_modules="all-linear")
+    model, reports = net(), []
+    opt = chained(model, link=link, quantized=how)
+    opt.on_knot(reports.append)
+    train(opt, model, 7)
+    opt.finish()
+    roundings = {path: layer.rounding for path, layer in reports[0].layers.items()}
+    assert roundings == {"first": how, "second": how, "head": "nearest"}
+    assert type(model.head) is nn.Linear
+    fresh = net()
+    opt.chain.apply(fresh)
+    assert same(fresh, model)
+
+
+@BOTH
+def test_an_adapter_becomes_the_first_link_of_a_quantised_base(how, tmp_path):
+    model = net()
+    opt = chained(model, quantized=how)
+    train(opt, model, 3)
+    opt.chain.to_peft(tmp_path)
+    with pytest.raises(ValueError, match=r"by 'nearest', and the layer is quantised: .* from_peft\(\.\.\., rounding="):
+        chained(net()).follow(Chain.from_peft(tmp_path))
+    again = net()
+    other = chained(again, quantized=how)
+    other.follow(Chain.from_peft(tmp_path, rounding=how))
+    # s·B is folded in either way, and rounded once
+    assert torch.allclose(again(inputs(0)), model(inputs(0)), atol=1e-6)
+    train(other, again, 3)
+    assert len(other.chain) == 2
+
+
+class Counted:
+    """A backend that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@BOTH
+def test_compiled_models_train_the_same_and_stacking_costs_a_graph_per_knot(how):
+    torch._dynamo.reset()
+    (model, opt), (plain, other) = [(m, chained(m, StepKnots(every=2), quantized=how)) for m in (net(), net())]
+    backend, counts, losses = Counted(), [], []
+    compiled = torch.compile(model, backend=backend)
+    for step in range(6):
+        losses += train(opt, compiled, 1, start=step)
+        counts.append(backend.graphs)
+    torch._dynamo.reset()
+    assert losses == pytest.approx(train(other, plain, 6), abs=1e-5)
+    assert [count - counts[1] for count in counts[1:]] == ([0, 1, 1, 2, 2] if how == "stack" else [0] * 5)

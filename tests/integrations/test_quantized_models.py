@@ -184,3 +184,45 @@ def test_the_trainer_resumes_a_quantised_chain_bit_for_bit(saved, bits, how, tmp
     fresh = load(saved / "opt", bits)
     Chain.load(tmp_path / "whole" / "chain").apply(fresh)
     assert torch.equal(logits(fresh), logits(trainer.model))
+
+
+@BOTH
+def test_the_command_line_verifies_and_exports_a_quantised_chain(saved, how, tmp_path, capsys):
+    from cola.cli import main
+
+    model = load(saved / "llama")
+    model.save_pretrained(tmp_path / "base")  # with its codes and their configuration
+    opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LINK, lr=0.02, quantized=how)
+    train(opt, model, 5)
+    opt.finish()
+    opt.chain.save(tmp_path / "chain")
+    assert main(["verify", str(tmp_path / "chain"), "--base", str(tmp_path / "base")]) == 0
+    assert main(["inspect", str(tmp_path / "chain"), "--out", str(tmp_path / "plot")]) == 0
+    assert main(["export", str(tmp_path / "chain"), "--out", str(tmp_path / "adapter")]) == 0
+    capsys.readouterr()
+    status = main(["merge", str(tmp_path / "chain"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "new")])
+    said = capsys.readouterr().err
+    assert status == 1
+    if how == "stack":  # what it would write could not be read
+        assert "links are kept beside quantised weights" in said
+    else:
+        assert "cannot save a LlamaForCausalLM that was loaded quantised" in said
+    assert "cola export" in said
+    adapted = peft.PeftModel.from_pretrained(load(saved / "llama"), tmp_path / "adapter").train()
+    assert torch.allclose(logits(adapted), logits(model), atol=1e-5) == (how == "stack")
+
+
+def test_in_bf16_with_gradient_checkpointing(saved):
+    config = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = T.LlamaForCausalLM.from_pretrained(
+        saved / "llama", quantization_config=config, device_map="cpu", dtype=torch.bfloat16
+    ).train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LINK, lr=0.02)
+    train(opt, model, 3)
+    before = logits(model)
+    opt.finish()
+    # one link of size ~1 is computed with s inside or outside B, in bf16 through two layers
+    assert torch.allclose(logits(model), before, atol=0.1)
+    assert model.model.layers[0].self_attn.q_proj.chain_A.dtype == torch.float32
