@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from cola import replay, tensorfile
 from cola.arguments import is_finite
 from cola.distributed import writes
+from cola.extend import Pair, Prepared
 from cola.files import StoreError, read_checked, seal, unseal, write
 from cola.fingerprint import Fingerprint
-from cola.live import LiveLink, Pair, Prepared
+from cola.live import LiveLink
 from cola.packing import pack, unpack
 from cola.store import CHECKPOINT, VERSION, Ledger, clean, entry, read_links, require_ours, write_content, write_links
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,57 @@ class LayerPlan:
         """All ranks that the layer's links can have; None if a callable decides."""
         usual = self.config.known_ranks()
         return None if usual is None else tuple(self.rank_of(link) for link in range(len(usual)))
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The next link's factors and scale, drawn before anything is changed.
+
+    Attributes:
+        pairs: A and B of each layer.
+        scaling: the first layer's.
+        rank: the largest.
+        scalings: of each layer; None for those that the plans give.
+    """
+
+    pairs: Mapping[str, Pair]
+    scaling: float
+    rank: int
+    scalings: Mapping[str, float] | None = None
+
+
+def prepare(
+    config: LinkConfig,
+    plans: Mapping[str, LayerPlan],
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    seed: int,
+    link: int,
+) -> Prepared:
+    """Draw link ``link`` of all layers.
+
+    Args:
+        config: as for `draw`.
+        plans: of the layers, by path.
+        shapes: (out, in) of the layers.
+        seed: as for `draw`.
+        link: index of the link.
+
+    Raises:
+        ValueError: a rank is above a layer's own.
+    """
+    pairs = {}
+    for path, shape in shapes.items():
+        rank = plans[path].rank_of(link)
+        if rank > min(shape):
+            raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
+        pairs[path] = draw(config, shape, seed=seed, link=link, layer=path, rank=rank)
+    scalings = {path: plans[path].scaling_of(link) for path in shapes}
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    return Prepared(pairs, next(iter(scalings.values())), rank, scalings)
 
 
 @torch.no_grad()

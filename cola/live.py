@@ -7,7 +7,6 @@ each knot cannot be stale.
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,11 @@ from cola.adapters import AdaptedLayer, adapted_class, is_conv1d, is_quantized, 
 from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
 from cola.adapters.targets import (
     find_peft_layers,
+    find_saved,
     find_targets,
     modules_by_name,
-    named,
     parameters_by_name,
     shared_weights,
-    unknown,
     unwrap,
 )
 from cola.arguments import choice
@@ -36,7 +34,7 @@ from cola.distributed import (
     tie_anywhere,
     whole,
 )
-from cola.extend import LayerPlan, LinkConfig, draw
+from cola.extend import LayerPlan, LinkConfig, Pair, Prepared, prepare
 from cola.link import Factor, Link
 from cola.store import require_plain_name
 from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
@@ -51,25 +49,7 @@ AUTO_ROUNDING = {
     torch.float16: "stochastic",
 }
 
-Pair = tuple[Tensor, Tensor]
 Carrier = AdaptedLayer | PeftLayer
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The next link's factors and scale, drawn before anything is changed.
-
-    Attributes:
-        pairs: A and B of each layer.
-        scaling: the first layer's.
-        rank: the largest.
-        scalings: of each layer; None for those that the plans give.
-    """
-
-    pairs: Mapping[str, Pair]
-    scaling: float
-    rank: int
-    scalings: Mapping[str, float] | None = None
 
 
 class LiveLink:
@@ -104,7 +84,7 @@ class LiveLink:
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
         if not tuned:
             require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
-        saved = self._modules_to_save(modules)
+        saved = find_saved(model, config.modules_to_save, modules)
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
         for path in modules:
             require_plain_name(path)  # what could not be saved under its name is refused before it is trained
@@ -445,27 +425,4 @@ class LiveLink:
         self.layers[path] = module
 
     def _draw(self, index: int, shapes: Mapping[str, tuple[int, int]]) -> Prepared:
-        pairs = {}
-        for path, shape in shapes.items():
-            rank = self.plans[path].rank_of(index)
-            if rank > min(shape):
-                raise ValueError(f"r={rank} of link {index} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
-            pairs[path] = draw(self.config, shape, seed=self.seed, link=index, layer=path, rank=rank)
-        scalings = {path: self.plans[path].scaling_of(index) for path in shapes}
-        return Prepared(pairs, self.scaling_of(index), self.rank_of(index), scalings)
-
-    def _modules_to_save(self, targets: Mapping[str, nn.Module]) -> list[nn.Module]:
-        modules = modules_by_name(self.model)
-        found: list[nn.Module] = []
-        for name in self.config.modules_to_save:
-            paths = named(modules, name)
-            if not paths:
-                raise ValueError(unknown("modules_to_save", name, modules))
-            for path in paths:
-                inside = [t for t in targets if t == path or t.startswith(path + ".")]
-                if inside:
-                    raise ValueError(
-                        f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
-                    )
-                found.append(modules[path])
-        return found
+        return prepare(self.config, self.plans, shapes, seed=self.seed, link=index)

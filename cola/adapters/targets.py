@@ -3,7 +3,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -133,6 +133,39 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
             raise ValueError(f"PEFT's layer {path!r} {reason}")
         _require_tieable(path, base, shared)
         found[path] = layer
+    return found
+
+
+def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules that are to be trained whole (``modules_to_save``).
+
+    Args:
+        model: any module.
+        names: a whole path or its end, each.
+        targets: the layers that get links.
+
+    Raises:
+        ValueError: a name matches nothing, or a module that holds a target or cannot be trained.
+    """
+    modules = modules_by_name(model)
+    found: list[nn.Module] = []
+    for name in names:
+        paths = named(modules, name)
+        if not paths:
+            raise ValueError(unknown("modules_to_save", name, modules))
+        for path in paths:
+            inside = [t for t in targets if t == path or t.startswith(path + ".")]
+            if inside:
+                raise ValueError(
+                    f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
+                )
+            kept = [p.dtype for p in modules[path].parameters() if not p.is_floating_point()]
+            if kept:
+                raise ValueError(
+                    f"modules_to_save: {path!r} has {kept[0]} weights (quantised?), which cannot be trained: give it "
+                    "links, or keep it from being quantised"
+                )
+            found.append(modules[path])
     return found
 
 
@@ -267,6 +300,7 @@ __all__ = [
     "called",
     "canonical",
     "find_peft_layers",
+    "find_saved",
     "find_targets",
     "modules_by_name",
     "named",

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.adapters import quantized
@@ -571,3 +572,52 @@ def test_compiled_models_train_the_same_and_stacking_costs_a_graph_per_knot(how)
     torch._dynamo.reset()
     assert losses == pytest.approx(train(other, plain, 6), abs=1e-5)
     assert [count - counts[1] for count in counts[1:]] == ([0, 1, 1, 2, 2] if how == "stack" else [0] * 5)
+
+
+def test_a_quantised_module_is_not_trained_whole():
+    model = net()
+    link = LinkConfig(r=2, target_modules=["first"], modules_to_save=["second"])
+    with pytest.raises(ValueError, match=r"'second' has torch\.uint8 weights \(quantised\?\), which cannot be trained"):
+        chained(model, link=link)
+    assert type(model.first) is bnb.nn.Linear4bit
+
+
+def test_the_optimizers_state_without_the_models_is_noticed():
+    """Stacked links are in the model's state; the codes alone would not tell."""
+    model = net()
+    opt = chained(model)
+    train(opt, model, 4)
+    fresh = net()
+    other = chained(fresh)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with pytest.raises(RuntimeError, match="the model's weights are not those that the optimizer's state was saved"):
+        train(other, fresh, 1)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any floating-point tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+def test_requantising_makes_no_matrix_of_the_weights_size(kind, monkeypatch):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = KINDS[kind](256, 512).to("cpu")
+    monkeypatch.setattr("cola.adapters.codes._BLOCK", 1 << 12)
+    pair = torch.randn(2, 256), torch.randn(512, 2), 0.1
+    with Largest() as made:
+        quantized.tie(module, [pair], quantized.Origin.of(module))
+        assert quantized.obstacle(module, [pair], quantized.Origin.of(module)) is None
+    # blocks of 16 rows; and the scales, one per 64 codes or per row
+    assert 0 < made.elements <= 1 << 12
