@@ -41,7 +41,7 @@ class ChainOptimizer(Saves):
         rounding: of a tie: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest for
             fp32 and fp64 weights and the measured best for half precision.
         quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them beside the weight, so
-            that nothing is lost; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, which is reported as lost.
+            that nothing is lost; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports what is lost.
         seed: key of all draws. No global random state is read or changed.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         **base_kwargs: for ``base``.

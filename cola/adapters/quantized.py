@@ -1,13 +1,14 @@
 """Quantised linear layers (bitsandbytes 4-bit and 8-bit): a tied link is kept beside the weight, or quantised into it.
 
-A quantised weight cannot take a small update: its steps are a tenth of the weight. So there are two ways to tie.
+A quantised weight cannot take a small update: its steps are wider than that. So there are two ways to tie.
 
 ``"stack"``: the frozen links stay factors, ``y = Q(W) x + b + B̄ (Ā x) + s·B (A x)``, with ``Ā`` the rows of all A_k and
 ``B̄`` the columns of all s_k B_k. Nothing is lost; a forward costs two thin products more, however long the chain.
 
 ``"requantize"``: the codes become those of ``W₀ + Σ s_k B_k A_k``, where W₀ is what the original codes stand for,
-decoded anew at each knot, so the original codes are kept: quantising the last knot's codes again would add an error per
-knot. What the new codes miss is the knot's ``lost_norm``, mostly more than the update itself. The layer stays plain.
+decoded anew at each knot, so the original codes are kept: quantising the last knot's codes again would lose small links
+one by one. What the new codes miss is the knot's ``lost_norm``: all of a small ΣΔ, and little of one that is wider than
+the codes' steps. The layer stays plain.
 
 Nothing of bitsandbytes is imported before such a layer is tied: layers are known by the names of their classes.
 """

@@ -299,6 +299,31 @@ def test_what_each_way_loses_is_reported():
     assert "lost to rounding" in str(reports["requantize"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "share", "kept", "error"),
+    [
+        ("nf4", 1e-2, 0, 1.4),
+        ("nf4", 0.3, 1, 0.3),
+        ("fp4", 1e-2, 0, 1.4),
+        ("int8", 1e-3, 0, 1.2),
+        ("int8", 1e-2, 1, 0.4),
+    ],
+)
+def test_codes_keep_all_of_a_large_update_and_nothing_of_a_small_one(kind, share, kept, error):
+    """The table in integrations/README.md; a mean over 256² weights, of which a tenth is slack."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = KINDS[kind](256, 256).to("cpu")
+    before = codes_of(module).values()
+    A, B = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
+    s = (share * before.norm() / (B @ A).norm()).item()
+    (tie,) = quantized.tie(module, [(A, B, s)], quantized.Origin.of(module))
+    moved, update = codes_of(module).values() - before, s * B @ A
+    assert (moved * update).sum() / update.norm() ** 2 == pytest.approx(kept, abs=0.1)
+    assert tie.lost / tie.delta == pytest.approx(error, abs=0.1)
+
+
 def test_the_stack_costs_an_adapters_memory_and_trains_the_live_link_alone():
     model = net()
     opt = chained(model, StepKnots(every=1))
@@ -549,6 +574,23 @@ def test_an_adapter_becomes_the_first_link_of_a_quantised_base(how, tmp_path):
     assert len(other.chain) == 2
 
 
+def test_small_links_that_add_up_come_through_because_the_original_weight_is_where_it_starts():
+    """Thirty links of 1 % of ‖W‖ in one direction: none is seen at first, and their sum is there in the end."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = KINDS["nf4"](256, 256).to("cpu")
+    before, origin, kept = codes_of(module).values(), quantized.Origin.of(module), []
+    A, B = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
+    s = (0.01 * before.norm() / (B @ A).norm()).item()
+    for links in range(1, 31):
+        quantized.tie(module, [(A, B, s)], origin)
+        total = links * s * B @ A
+        kept.append(((codes_of(module).values() - before) * total).sum() / total.norm() ** 2)
+    assert kept[0] < 0.1
+    assert kept[-1] == pytest.approx(1, abs=0.1)
+
+
 class Counted:
     """A backend that runs graphs as they are and counts them."""
 
@@ -621,3 +663,17 @@ def test_requantising_makes_no_matrix_of_the_weights_size(kind, monkeypatch):
         assert quantized.obstacle(module, [pair], quantized.Origin.of(module)) is None
     # blocks of 16 rows; and the scales, one per 64 codes or per row
     assert 0 < made.elements <= 1 << 12
+
+
+def test_pefts_layers_for_plain_ones_carry_stacked_links_too():
+    """PEFT gives a quantised layer its own class only in models that say that they are quantised."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=BODY))
+    opt = chained(model, link=LinkConfig())
+    train(opt, model, 4)
+    before = model(inputs(0))
+    opt.finish()
+    assert torch.allclose(model(inputs(0)), before, atol=1e-6)
+    fresh = net()
+    opt.chain.apply(fresh)
+    assert torch.allclose(fresh(inputs(0)), before, atol=1e-6)
