@@ -326,7 +326,8 @@ class LiveLink:
         recorded = list(links)
         for path, origin in self.origins.items():
             factors = [link.factors[path] for link in recorded if path in link.factors]
-            self.origins[path] = origin.bare().extended([(f.A, f.B, f.scaling) for f in factors])
+            mine = [(f.A, f.B, f.scaling) for f in factors if f.rounding == "requantize"]
+            self.origins[path] = origin.bare().extended(mine)
 
     def tie(self, index: int, snapshot: Mapping[str, Pair], scalings: Mapping[str, float]) -> dict[str, Tie]:
         """Add the snapshot of link ``index`` to the weights, in place; beside or into codes where they are quantised.

@@ -131,14 +131,16 @@ def tie_links(
         ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in floats})
         for path, value in link.trained.items():
             copy_whole(values[path], value)
-    for path in codes:  # all links at once: they are quantised once
-        mine = [(ours, link.factors[path]) for ours, link in zip(ties, links) if path in link.factors]
-        origin = None
-        if mine[0][1].rounding == "requantize":
-            origin = (origins or {}).get(path) or quantized.Origin.of(modules[path], device)
-        did = quantized.tie(modules[path], [(f.A, f.B, f.scaling) for _, f in mine], origin)
-        for (ours, _), one in zip(mine, did):
-            ours[path] = one
+    for path in codes:
+        module, both = modules[path], [(ours, link.factors.get(path)) for ours, link in zip(ties, links)]
+        for way in quantized.QUANTIZED:  # all links at once: they are quantised once; the two ways do not meet
+            mine = [(ours, factor) for ours, factor in both if factor is not None and factor.rounding == way]
+            origin = None
+            if mine and way == "requantize":
+                origin = (origins or {}).get(path) or quantized.Origin.of(module, device)
+            did = quantized.tie(module, [(f.A, f.B, f.scaling) for _, f in mine], origin)
+            for (ours, _), one in zip(mine, did):
+                ours[path] = one
     return ties
 
 

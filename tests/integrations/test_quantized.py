@@ -677,3 +677,38 @@ def test_pefts_layers_for_plain_ones_carry_stacked_links_too():
     fresh = net()
     opt.chain.apply(fresh)
     assert torch.allclose(fresh(inputs(0)), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("ways", [("stack", "requantize"), ("requantize", "stack")], ids=" then ".join)
+def test_a_chain_may_go_on_the_other_way(ways, tmp_path):
+    """What was stacked stays beside the codes, and what was quantised stays in them."""
+    first = net()
+    opt = chained(first, quantized=ways[0])
+    train(opt, first, 6)
+    start = Chain(list(opt.chain), base=opt.chain.base)
+    model = net()
+    opt = chained(model, quantized=ways[1])
+    opt.follow(start)
+    assert torch.equal(model(inputs(0)), first(inputs(0)))
+    train(opt, model, 4)
+    opt.save(tmp_path)
+    states = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    losses = train(opt, model, 4, start=4)
+    assert [link.factors["first"].rounding for link in opt.chain] == [ways[0]] * 2 + [ways[1]] * 2
+    again = net()
+    other = chained(again, quantized=ways[1])
+    other.load(tmp_path)
+    assert train(other, again, 4, start=4) == losses
+    again = net()
+    other = chained(again, quantized=ways[1])
+    again.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    assert train(other, again, 4, start=4) == losses
+    opt.finish()
+    fresh = net()
+    opt.chain.apply(fresh)
+    assert same(fresh, model)
+    opt.chain.undo(fresh, net())
+    while len(opt.chain):
+        opt.chain.undo(fresh, net())
+    assert same(fresh, net())
