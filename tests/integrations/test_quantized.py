@@ -364,6 +364,10 @@ def test_a_knot_is_whole_or_not_at_all(how):
         with pytest.raises(KnotError, match=r"'second' would get a W .* beyond 65504, the largest number that"):
             opt.tie()
     with torch.no_grad():
+        model.second.lora_B[0, 0] = 3e38  # and s = 1.5
+    with pytest.raises(KnotError, match="'second' would get an s·B beyond the largest number"):
+        opt.tie()
+    with torch.no_grad():
         model.second.lora_B.copy_(before["second.lora_B"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     opt.tie()
