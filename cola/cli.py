@@ -15,6 +15,7 @@ from cola.chain import Chain
 from cola.figure import draw
 from cola.files import write
 from cola.store import CHAIN, CHECKPOINT
+from cola.tie import RECORDED
 from cola.version import __version__
 
 
@@ -210,7 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import", import_, "directory of a PEFT LoRA adapter")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chain goes")
     sub.add_argument(
-        "--rounding", default="nearest", choices=["nearest", "stochastic", "compensated"], help="when it is tied"
+        "--rounding",
+        default="nearest",
+        choices=RECORDED,
+        help="when it is tied; for a quantised base 'stack' or 'requantize'",
     )
     sub.add_argument("--force", action="store_true", help="replace a chain that is there already")
     return parser

@@ -226,7 +226,7 @@ class Origin:
 
 @torch.no_grad()
 def obstacle(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> str | None:
-    """Why tying would leave values that cannot be stored, as the rest of a sentence on the layer; None if it is safe."""
+    """Why tying would leave values that cannot be stored, as the rest of a sentence on the layer; None if it is ok."""
     if not all(torch.isfinite(_scaled(B, s)).all() for _, B, s in links):
         return "would get an s·B beyond the largest number of its dtype"
     if origin is None:

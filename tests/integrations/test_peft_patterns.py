@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
+from cola.cli import main
 from cola.extend import LayerPlan
 from tests.models import tiny_opt
 
@@ -110,10 +111,12 @@ def test_the_chain_leaves_as_an_adapter_that_peft_loads_and_comes_back(tmp_path)
     assert torch.allclose(logits(adapted), logits(merged), atol=1e-5)
 
 
-def test_an_adapter_with_patterns_is_imported(tmp_path):
+def test_an_adapter_with_patterns_is_imported(tmp_path, capsys):
     model = wrapped(init_lora_weights=False)
-    model.save_pretrained(tmp_path)
-    chain = Chain.from_peft(tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["import", str(tmp_path / "adapter"), "--out", str(tmp_path / "chain")]) == 0
+    assert "4 layers of rank [2, 4, 6] are link 0" in capsys.readouterr().out
+    chain = Chain.load(tmp_path / "chain")
     assert {path: (f.rank, f.scaling) for path, f in chain[0].factors.items()} == OWN
     merged = tiny_opt()
     chain.apply(merged)
