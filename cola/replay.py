@@ -77,6 +77,7 @@ def check(
         ValueError: a layer is missing, of another shape, cannot be tied, or has other weights.
     """
     modules, values = modules_by_name(model), _values(model if base is None else base)
+    theirs = modules_by_name(base) if isinstance(base, nn.Module) else modules
     together = {name: names for names in shared_weights(model).values() for name in names}
     for link in links:
         for path, factor in link.factors.items():
@@ -84,6 +85,10 @@ def check(
             for name in _stored_names(modules[path], path, base):
                 if name not in values:
                     raise ValueError(f"base has no {name!r}: give the untouched model or its state dict")
+            if is_quantized(modules[path]) != is_quantized(theirs[path]):
+                raise ValueError(
+                    f"base has a {type(theirs[path]).__name__} at {path!r}: give it quantised as the model is"
+                )
         for path, value in link.trained.items():
             tied = together.get(path, ())
             _require_trained_together(path, tied, link)

@@ -452,6 +452,13 @@ def test_another_base_is_refused():
         opt.chain.apply(scaled)
     with pytest.raises(ValueError, match="'first' was tied by 'stack', and the layer is not quantised: load the base"):
         opt.chain.apply(Net(nn.Linear), check=False)
+    for base, message in [
+        (Net(nn.Linear), "base has a Linear at 'first': give it quantised as the model is"),
+        (Net(nn.Linear).state_dict(), r"base has no 'first\.weight\.absmax'"),
+        (net(seed=1), "wrong base: the weight of layer 'first' has other values"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            opt.undo(base)
 
 
 def test_a_finished_chain_goes_on_from_the_base_and_not_from_itself():
