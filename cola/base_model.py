@@ -57,10 +57,21 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
 
 
 def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bool = False) -> None:
-    """``save_pretrained`` of a plain model, with the base's tokenizer beside it where it has one."""
+    """``save_pretrained`` of a plain model, with the base's tokenizer beside it where it has one.
+
+    Raises:
+        RuntimeError: transformers cannot save such a model.
+    """
     import transformers
 
-    model.save_pretrained(directory)
+    try:
+        model.save_pretrained(directory)
+    except NotImplementedError:  # in 5.23 for models that were loaded from quantised files
+        raise RuntimeError(
+            f"transformers {transformers.__version__} cannot save a {type(model).__name__} that was loaded quantised: "
+            "write an adapter by cola export; or, in Python, quantise the base by from_pretrained(..., "
+            "quantization_config=...), and call chain.apply(model) and model.save_pretrained"
+        ) from None
     base = Path(name)
     if base.is_dir() and not any(path.name.startswith(_TOKENIZER) for path in base.iterdir()):
         return  # transformers would make one up

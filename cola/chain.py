@@ -213,7 +213,7 @@ class Chain:
         Args:
             directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
             rounding: how `apply` is to round when it ties the link: ``"nearest"``, ``"stochastic"`` or
-                ``"compensated"``.
+                ``"compensated"``; on a quantised base ``"stack"`` or ``"requantize"``.
 
         Raises:
             ValueError: files missing or damaged, or an adapter that is more than ``s·B A`` (DoRA, …); says why.
@@ -271,6 +271,7 @@ class Chain:
             with interrupts.deferred():
                 replay.untie(model, self._links, base)
                 replay.tie_links(model, self._links[:-1])
+                replay.settle(model, self._links)
         return self._links.pop()
 
     # diagnostics

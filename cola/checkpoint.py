@@ -20,9 +20,10 @@ from cola import replay, tensorfile
 from cola.adapters.targets import base_tensors, buffers_by_name
 from cola.arguments import is_finite
 from cola.distributed import writes
+from cola.extend import Pair, Prepared
 from cola.files import StoreError, locked, read_checked, unseal
 from cola.fingerprint import Fingerprint
-from cola.live import LiveLink, Pair, Prepared
+from cola.live import LiveLink
 from cola.packing import pack, unpack
 from cola.store import (
     CHECKPOINT,
@@ -211,14 +212,14 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.link.pairs.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
-    rank, scaling = live.config.rank_of(index), live.config.scaling_of(index)
     for path, (out, inner) in live.shapes().items():
-        A, B = saved.link.pairs[path]
+        (A, B), rank = saved.link.pairs[path], live.plans[path].rank_of(index)
         if A.shape != (rank, inner) or B.shape != (out, rank):
             raise ValueError(
                 f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
                 f"({out}, {rank}) by ({rank}, {inner})"
             )
+    rank, scaling = live.rank_of(index), live.scaling_of(index)
     if saved.link.rank != rank or not math.isclose(saved.link.scaling, scaling):
         raise ValueError(
             f"the saved live link has rank {saved.link.rank} and scale {saved.link.scaling}, here it would have rank "
@@ -258,7 +259,7 @@ def rehearse(saved: Checkpoint, scratch: Optimizer) -> None:
 @torch.no_grad()
 def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
     """Weights, live link and base state as they were saved. Call `check` first."""
-    replay.tie_links(live.model, saved.ledger.links, live.residuals, live.config.residual_device)
+    live.replay(saved.ledger.links)
     live.begin(index, saved.link)
     for path, parameter in live.trained().items():
         parameter.copy_(saved.trained[path])

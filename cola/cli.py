@@ -16,6 +16,7 @@ from cola.chain import Chain
 from cola.figure import draw
 from cola.files import write
 from cola.store import CHAIN, CHECKPOINT
+from cola.tie import RECORDED
 from cola.version import __version__
 
 
@@ -138,6 +139,11 @@ def merge(arguments: argparse.Namespace) -> Answer:
             f"--out {arguments.out} is the base itself: the chain needs the untouched base, so save elsewhere"
         )
     chain = Chain.load(arguments.directory)
+    if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
+        raise ValueError(
+            "the chain's links are kept beside quantised weights, and from_pretrained would not look for them there: "
+            "write an adapter by cola export, and load that on the base"
+        )
     model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
     chain.apply(model, upto=arguments.upto)
     save_merged(model, arguments.out, arguments.base, trust_remote_code=arguments.trust_remote_code)
@@ -215,7 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import", import_, "directory of a PEFT LoRA adapter")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chain goes")
     sub.add_argument(
-        "--rounding", default="nearest", choices=["nearest", "stochastic", "compensated"], help="when it is tied"
+        "--rounding",
+        default="nearest",
+        choices=RECORDED,
+        help="when it is tied; for a quantised base 'stack' or 'requantize'",
     )
     sub.add_argument("--force", action="store_true", help="replace a chain that is there already")
     return parser

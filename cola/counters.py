@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from cola.extend import LayerPlan
 from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
 from cola.link import Link
@@ -73,9 +74,15 @@ def describe(live: LiveLink) -> dict[str, Any]:
         "rank": live.rank,
         "seed": live.seed,
         "rounding": live.rounding,
+        "quantized": live.quantized,
         "link": live.config.describe(),
-        "layers": {path: list(shape) for path, shape in live.shapes().items()},
+        "layers": {path: [*shape, *_own(live.plans[path])] for path, shape in live.shapes().items()},
     }
+
+
+def _own(plan: LayerPlan) -> list[float]:
+    """Rank and scale of a layer that has its own."""
+    return [] if plan.rank is None or plan.scaling is None else [plan.rank, plan.scaling]
 
 
 def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
@@ -102,13 +109,14 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
             f"{' and '.join(map(str, READS))}"
         )
     mine = describe(live)
-    for name in ("layers", "seed", "rounding", "link"):
+    theirs.setdefault("quantized", "stack")
+    for name in ("layers", "seed", "rounding", "quantized", "link"):
         if theirs[name] != mine[name]:
             raise ValueError(
                 f"the saved state is of another chain: {name} differs ({_difference(theirs[name], mine[name])}). "
                 "Make the ChainOptimizer with the saved run's arguments"
             )
-    wanted = live.config.rank_of(theirs["index"])
+    wanted = live.rank_of(theirs["index"])
     if theirs["rank"] != wanted:
         raise ValueError(
             f"the saved link {theirs['index']} has rank {theirs['rank']}, here it would have {wanted}: "

@@ -15,8 +15,8 @@ class LayerReport:
 
     Attributes:
         delta_norm: ``‖s·B A‖``.
-        lost_norm: the part of it that rounding lost.
-        rounding: how the sum was rounded.
+        lost_norm: the part of it that rounding lost; of a re-quantised layer what its codes miss of ``W₀ + ΣΔ``.
+        rounding: how the sum was rounded; of a quantised layer ``"stack"`` or ``"requantize"``.
     """
 
     delta_norm: float
@@ -31,7 +31,7 @@ class KnotReport:
     Attributes:
         index: of the link that was tied, from 0.
         step: optimizer steps taken when it was tied.
-        rank: of the link.
+        rank: of the link, the largest where layers differ.
         delta_norm: ``‖ΔW‖``, over all layers (root of the sum of squares).
         lost_norm: norm of the part that rounding lost, over all layers.
         loss: the training loss of the step before the knot; None if none was seen.

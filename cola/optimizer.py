@@ -42,6 +42,8 @@ class ChainOptimizer(Saves):
         link: what a link is.
         rounding: of a tie: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest for
             fp32 and fp64 weights and the measured best for half precision.
+        quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them beside the weight, so
+            that nothing is lost; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports what is lost.
         seed: key of all draws. No global random state is read or changed.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         **base_kwargs: for ``base``.
@@ -80,6 +82,7 @@ class ChainOptimizer(Saves):
         *,
         link: LinkConfig = LinkConfig(),  # noqa: B008 (frozen)
         rounding: str = "auto",
+        quantized: str = "stack",
         seed: int = 0,
         keep_links: bool = True,
         **base_kwargs: Any,
@@ -96,7 +99,7 @@ class ChainOptimizer(Saves):
             raise TypeError(f"link={link!r} must be a LinkConfig")
         self._factory, self._base_kwargs = base, base_kwargs
         self.policy = policy
-        self.live = LiveLink(model, link, rounding, seed)
+        self.live = LiveLink(model, link, rounding, seed, quantized)
         try:
             self.base = self._make_base()
         except BaseException:
@@ -199,6 +202,9 @@ class ChainOptimizer(Saves):
 
     def finish(self, merge: bool = True) -> KnotReport | None:
         """Tie the last link and give the model back: its own classes, state-dict keys and ``requires_grad``.
+
+        Quantised layers with links stacked beside their codes keep them, frozen: they are of a subclass of their class,
+        with ``chain_A`` and ``chain_B`` in the state dict. `Chain.to_peft` is the way to store such a model.
 
         Args:
             merge: False drops the live link instead of tying it.
@@ -303,7 +309,7 @@ class ChainOptimizer(Saves):
         mode = self._leave_training_mode()
         try:
             live.check()
-            snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
+            snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
             factors = live.factors(snapshot) if keep else {}
             trained = {**live.trained_values(), **self._moved()} if keep else {}
             base = self._untouched() if index == 0 and keep and self.chain.base is None else self.chain.base
@@ -312,7 +318,7 @@ class ChainOptimizer(Saves):
             self._mode(mode)
             raise
         with interrupts.deferred():
-            ties = live.tie(index, snapshot, scaling)
+            ties = live.tie(index, snapshot, scalings)
             if fresh is None:
                 self._leave()
             else:

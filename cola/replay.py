@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import AdaptedLayer, adapted_class, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_quantized, quantized, refusal
 from cola.adapters.targets import (
     base_modules,
     base_tensors,
@@ -23,7 +23,7 @@ from cola.adapters.targets import (
 )
 from cola.distributed import copy_whole, tie_anywhere
 from cola.fingerprint import Digests, Fingerprint, TensorPrint, fingerprint, weight_of
-from cola.link import Link
+from cola.link import Factor, Link
 from cola.tie import Tie, key, residual_like
 
 logger = logging.getLogger("cola")
@@ -58,18 +58,38 @@ def take_fingerprint(
         known: prints that stand for tensors which are no longer the base's.
         cache: where digests are remembered.
     """
-    values = base_tensors(model)
+    values, modules = base_tensors(model), base_modules(model)
     weights = {path: values.pop(weight_of(path)) for path in layers}
+    beside = {name: t for path in weights for name, t in parts_of(path, modules[path]).items() if name not in weights}
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
     named = name if isinstance(name, str) and name else None
-    rest = values if whole else None
+    rest = values if whole else beside or None
     return fingerprint(weights, transposed(model, weights), named, rest, known=known, cache=cache)
+
+
+def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """What a quantised layer has beside its codes, by name: scales, and the links stacked there; no other layer has."""
+    if not is_quantized(module):
+        return {}
+    parts = {f"{path}.{name}".lstrip("."): tensor for name, tensor in quantized.parts(module).items()}
+    parts.pop(weight_of(path))
+    return parts
 
 
 def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Those of the layers that store their weight in×out."""
     modules = base_modules(model)
     return [path for path in layers if layer_class(modules[path]).transposed]
+
+
+def codes_differ(recorded: Fingerprint, origins: Mapping[str, quantized.Origin]) -> str | None:
+    """How what quantised layers are re-quantised from differs from the recorded base, in words; None if it does not."""
+    tensors = {
+        f"{path}.{name}".lstrip("."): tensor
+        for path, origin in origins.items()
+        for name, tensor in origin.stored.items()
+    }
+    return next((difference.how for difference in recorded.differences(tensors, all_of_it=False)), None)
 
 
 def check(
@@ -99,14 +119,20 @@ def check(
         ValueError: a layer is missing, of another shape, cannot be tied, or the base is another one.
     """
     modules, values = modules_by_name(model), _values(model if base is None else base)
+    theirs = modules_by_name(base) if isinstance(base, nn.Module) else modules
     together = {name: names for names in shared_weights(model).values() for name in names}
     for link in links:
         for path, factor in link.factors.items():
-            _require_layer(path, (factor.B.shape[0], factor.A.shape[1]), modules, live)
+            _require_layer(path, factor, modules, live=live, stacked=live or base is not None)
             if not (torch.isfinite(factor.A).all() and torch.isfinite(factor.B).all()):
                 raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
-            if weight_of(path) not in values:
-                raise ValueError(f"base has no {weight_of(path)!r}: give the untouched model or its state dict")
+            for name in _stored_names(modules[path], path, base):
+                if name not in values:
+                    raise ValueError(f"base has no {name!r}: give the untouched model or its state dict")
+            if is_quantized(modules[path]) != is_quantized(theirs[path]):
+                raise ValueError(
+                    f"base has a {type(theirs[path]).__name__} at {path!r}: give it quantised as the model is"
+                )
         for path, value in link.trained.items():
             tied = together.get(path, ())
             _require_trained_together(path, tied, link)
@@ -137,6 +163,7 @@ def tie_links(
     links: Iterable[Link],
     residuals: dict[str, Tensor] | None = None,
     device: str | None = "cpu",
+    origins: Mapping[str, quantized.Origin] | None = None,
 ) -> list[dict[str, Tie]]:
     """Tie the links into the weights, in order. Call `check` first.
 
@@ -145,28 +172,52 @@ def tie_links(
         links: to be tied.
         residuals: of compensated rounding, by layer; added to.
         device: where they are kept; None for the weight's own.
+        origins: what quantised layers are re-quantised from, by layer; brought up to date. None for what they hold.
 
     Returns:
         What each tie did, per link and layer.
     """
-    modules, values = modules_by_name(model), _values(model)
+    modules, values, links = modules_by_name(model), _values(model), list(links)
     residuals = {} if residuals is None else residuals
-    ties = []
+    ties: list[dict[str, Tie]] = []
+    codes = [path for path in paths(links) if is_quantized(modules[path])]
     for link in links:
-        ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in link.factors})
+        floats = [path for path in link.factors if path not in codes]
+        ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in floats})
         for path, value in link.trained.items():
             copy_whole(values[path], value)
+    for path in codes:
+        module, both = modules[path], [(ours, link.factors.get(path)) for ours, link in zip(ties, links)]
+        for way in quantized.QUANTIZED:  # all links at once: they are quantised once; the two ways do not meet
+            mine = [(ours, factor) for ours, factor in both if factor is not None and factor.rounding == way]
+            origin = None
+            if mine and way == "requantize":
+                origin = (origins or {}).get(path) or quantized.Origin.of(module, device)
+            did = quantized.tie(module, [(f.A, f.B, f.scaling) for _, f in mine], origin)
+            for (ours, _), one in zip(mine, did):
+                ours[path] = one
     return ties
 
 
 @torch.no_grad()
 def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[str] = ()) -> None:
     """Put the base's values back wherever the links changed something, and ``also`` there. Call `check` first."""
-    values, untouched = _values(model), _values(base)
+    values, untouched, modules = _values(model), _values(base), modules_by_name(model)
+    for path in paths(links):
+        if is_quantized(modules[path]):
+            quantized.untie(modules[path], _parts(modules[path], path, base))
+            untouched.pop(weight_of(path))
     changed = (path for link in links for path in link.trained)
     for name in dict.fromkeys((*map(weight_of, paths(links)), *changed, *also)):
         if name in untouched:  # check() has seen to it that it is there under one of its names
             copy_whole(values[name], untouched[name])
+
+
+def settle(model: nn.Module, links: Iterable[Link]) -> None:
+    """Give quantised layers that `untie` has left without links their plain classes again."""
+    modules = modules_by_name(model)
+    for path in paths(links):
+        quantized.settle(modules[path])
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:
@@ -187,6 +238,23 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
     )
 
 
+def _parts(module: nn.Module, path: str, base: Base | None) -> dict[str, Tensor]:
+    """What a quantised layer is made of: the model's own, or in the base's place."""
+    if base is None:
+        return quantized.parts(module)
+    if isinstance(base, nn.Module):
+        return quantized.parts(modules_by_name(base)[path])
+    values = _values(base)
+    return {name: values[f"{path}.{name}".lstrip(".")] for name in quantized.part_names(module)}
+
+
+def _stored_names(module: nn.Module, path: str, base: Base | None) -> list[str]:
+    """Under what names a base holds the weight of a layer."""
+    if base is None or isinstance(base, nn.Module) or not is_quantized(module):
+        return [weight_of(path)]
+    return [f"{path}.{name}".lstrip(".") for name in quantized.part_names(module)]
+
+
 def _values(model: Base) -> dict[str, Tensor]:
     if isinstance(model, nn.Module):
         held: dict[str, Tensor] = {**parameters_by_name(model), **buffers_by_name(model)}
@@ -194,16 +262,23 @@ def _values(model: Base) -> dict[str, Tensor]:
     return {canonical(name): value for name, value in model.items()}
 
 
-def _require_layer(path: str, wanted: tuple[int, int], modules: dict[str, nn.Module], live: bool) -> None:
-    module = modules.get(path)
+def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module], *, live: bool, stacked: bool) -> None:
+    module, wanted = modules.get(path), (factor.B.shape[0], factor.A.shape[1])
     if module is None:
         raise ValueError(f"the chain has a link on {path!r}, which this model does not have: is it the right base?")
-    reason = None if live and isinstance(module, AdaptedLayer) else refusal(module)
+    reason = None if live and isinstance(module, AdaptedLayer) else refusal(module, stacked=stacked)
     if reason is not None:
         raise ValueError(f"the chain has a link on {path!r}, which {reason}")
     shape = layer_class(module).shape(module)
     if shape != wanted:
         raise ValueError(f"the chain's link on {path!r} is {wanted}, the layer is {shape}: is it the right base?")
+    codes = is_quantized(module)
+    if codes != (factor.rounding in quantized.QUANTIZED):
+        kind = "is quantised" if codes else "is not quantised"
+        raise ValueError(
+            f"the chain's link on {path!r} was tied by {factor.rounding!r}, and the layer {kind}: load the base as the "
+            "run had it" + ("; an adapter is read for it by from_peft(..., rounding='stack')" if codes else "")
+        )
 
 
 def _require_trained_together(path: str, tied: Iterable[str], link: Link) -> None:

@@ -171,6 +171,7 @@ class Saves(Composed):
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
         self.live.resume(index)
         self.live.take_residuals(carried.residuals)
+        self.live.take_links(() if carried.ledger is None else carried.ledger.links)
         self._continue(counted)
         if self.steps or index:
             self._resume_origin(self._moving(), carried.ledger.base if carried.ledger is not None else None, known)
@@ -207,7 +208,7 @@ class Saves(Composed):
         base = self._untouched(chain.layers())
         self._settle_origin()
         with self._restarted(len(links)):
-            replay.tie_links(self.live.model, links, self.live.residuals, self.live.config.residual_device)
+            self.live.replay(links)
         self.chain.restore(Ledger(links, base=base))
 
     def undo(self, base: replay.Base) -> Link:
@@ -238,7 +239,7 @@ class Saves(Composed):
         with self._restarted(len(links) - 1):
             self.live.residuals.clear()
             replay.untie(self.live.model, links, base, also=self._moved())
-            replay.tie_links(self.live.model, links[:-1], self.live.residuals, self.live.config.residual_device)
+            self.live.replay(links[:-1])
         return self.chain.undo()
 
     # inside

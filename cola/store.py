@@ -36,7 +36,7 @@ from cola.files import (
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 from cola.packing import pack, unpack
-from cola.tie import ROUNDINGS, TIEABLE
+from cola.tie import RECORDED, TIEABLE
 from cola.version import __version__
 
 T = TypeVar("T")
@@ -328,7 +328,7 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
         A, B, scaling, rounding = tensors[f"A:{path}"], tensors[f"B:{path}"], about["scaling"], about["rounding"]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or {A.dtype, B.dtype} - set(TIEABLE):
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
-        if not is_finite(scaling) or rounding not in ROUNDINGS:
+        if not is_finite(scaling) or rounding not in RECORDED:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
         factors[path] = Factor(A, B, float(scaling), rounding)  # an integer could be larger than torch takes
     trained = {}

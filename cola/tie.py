@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
+#: what a link may record: how it was rounded or, on a quantised layer, what was done instead
+RECORDED = (*ROUNDINGS, "stack", "requantize")
 TIEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Elements per block. On a CPU five fp32 buffers of a block stay within 1.3 MB, i.e. in the second-level cache and

@@ -16,7 +16,15 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
     ["cola.arguments", "cola.extend", "cola.reset", "cola.probe", "cola.policy", "cola.knots"],
-    ["cola.adapters.lora", "cola.adapters.conv1d", "cola.adapters.peft", "cola.adapters", "cola.adapters.targets"],
+    [
+        "cola.adapters.lora",
+        "cola.adapters.conv1d",
+        "cola.adapters.codes",
+        "cola.adapters.quantized",
+        "cola.adapters.peft",
+        "cola.adapters",
+        "cola.adapters.targets",
+    ],
     ["cola.link", "cola.fingerprint", "cola.origin", "cola.replay", "cola.subspace"],
     ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
     ["cola.chain"],

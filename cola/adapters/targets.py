@@ -3,12 +3,12 @@
 import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, peft, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, is_quantized, peft, quantized, refusal
 from cola.tie import TIEABLE
 
 logger = logging.getLogger("cola")
@@ -115,6 +115,9 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
     """The module's own persistent buffers, and parameters that are not a link's, by name."""
     left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
     held = {**(module._parameters if parameters else {}), **module._buffers}
+    if is_quantized(module):
+        left_out.update(quantized.STACK)
+        held.update(quantized.scales(module) if parameters else {})
     return {
         f"{path}.{name}" if path else name: tensor
         for name, tensor in held.items()
@@ -183,6 +186,39 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
             raise ValueError(f"PEFT's layer {path!r} {reason}")
         _require_tieable(path, base, shared)
         found[path] = layer
+    return found
+
+
+def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules that are to be trained whole (``modules_to_save``).
+
+    Args:
+        model: any module.
+        names: a whole path or its end, each.
+        targets: the layers that get links.
+
+    Raises:
+        ValueError: a name matches nothing, or a module that holds a target or cannot be trained.
+    """
+    modules = modules_by_name(model)
+    found: list[nn.Module] = []
+    for name in names:
+        paths = named(modules, name)
+        if not paths:
+            raise ValueError(unknown("modules_to_save", name, modules))
+        for path in paths:
+            inside = [t for t in targets if t == path or t.startswith(path + ".")]
+            if inside:
+                raise ValueError(
+                    f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
+                )
+            kept = [p.dtype for p in modules[path].parameters() if not p.is_floating_point()]
+            if kept:
+                raise ValueError(
+                    f"modules_to_save: {path!r} has {kept[0]} weights (quantised?), which cannot be trained: give it "
+                    "links, or keep it from being quantised"
+                )
+            found.append(modules[path])
     return found
 
 
@@ -304,7 +340,7 @@ def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]])
         )
     if weight.is_meta:
         raise ValueError(f"layer {path!r} has its weight on the meta device: load the weights before making a chain")
-    if weight.dtype not in TIEABLE:
+    if weight.dtype not in TIEABLE and not is_quantized(module):
         raise ValueError(
             f"layer {path!r} has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
         )
@@ -320,6 +356,7 @@ __all__ = [
     "called",
     "canonical",
     "find_peft_layers",
+    "find_saved",
     "find_targets",
     "modules_by_name",
     "named",

@@ -9,6 +9,7 @@
 The same lines run in README.md beside this file.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from cola import Chain, ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola.adapters import StackedLinear, is_quantized, quantized
 from cola.adapters.peft import is_peft_model
+
+logger = logging.getLogger("cola")
 
 #: where a checkpoint, and the output directory in the end, keep the chain
 CHAIN_DIR = "chain"
@@ -126,6 +130,11 @@ class ChainCallback(TrainerCallback):
         if is_peft_model(self.opt.model):
             plain = self.opt.model.unload()  # type: ignore[operator]
             self.trainer.model = self.trainer.model_wrapped = self.trainer.callback_handler.model = plain
+        if any(isinstance(module, StackedLinear) for module in self.opt.model.modules()):
+            logger.warning(
+                "the links are beside the quantised weights, where from_pretrained will not look for them: write them "
+                "by opt.chain.to_peft (or opt.chain.save), or train with quantized='requantize'"
+            )
 
     def _log(self) -> None:
         for report in self.reports:
@@ -189,13 +198,23 @@ def _bring_the_links(trainer: Any, opt: ChainOptimizer) -> None:
 
 
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, _WEIGHTS: {path: layer.weight.detach() for path, layer in opt.live.layers.items()}}
+    live = opt.live
+    quantised = {path for path in live.layers if is_quantized(live.holder(path))}
+    return {
+        **state,
+        _WEIGHTS: {
+            path: quantized.parts(live.holder(path)) if path in quantised else layer.weight.detach()
+            for path, layer in live.layers.items()
+        },
+    }
 
 
 @torch.no_grad()
 def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     weights = state.get(_WEIGHTS, {})
     for path, layer in opt.live.layers.items():
-        if path in weights:
+        if path in weights and isinstance(weights[path], dict):
+            quantized.put_parts(opt.live.holder(path), weights[path])
+        elif path in weights:
             layer.weight.copy_(weights[path])
     return {name: value for name, value in state.items() if name != _WEIGHTS}

@@ -74,7 +74,7 @@ def test_the_sharded_example_goes_on_from_its_checkpoint(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_the_pages_snippets_run(tmp_path, monkeypatch):
     """`make_model`, `loader` and `dataset` stand for the reader's own."""
-    for package in ("peft", "accelerate", "lightning"):
+    for package in ("peft", "accelerate", "lightning", "bitsandbytes"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(24).view(2, 12) % 32
@@ -84,7 +84,7 @@ def test_the_pages_snippets_run(tmp_path, monkeypatch):
         "quiet": {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"},
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert len(names["opt"].chain) == 3
