@@ -19,11 +19,10 @@ from cola.adapters.targets import (
     find_saved,
     find_targets,
     modules_by_name,
-    parameters_by_name,
-    shared_weights,
     unwrap,
 )
 from cola.arguments import choice
+from cola.beside import Beside
 from cola.distributed import (
     is_sharded,
     obstacle_anywhere,
@@ -111,17 +110,18 @@ class LiveLink:
         self.layers: dict[str, Carrier] = {}
         self._requires_grad = {name: p.requires_grad for name, p in unwrap(model).named_parameters()}
         self._held = quantized.hold_layout(unwrap(model))
-        self._trained: list[tuple[nn.Module, str]] = []  # (owner, name) of what is trained beside the adapters
+        self.beside = Beside(model)
         if tuned:
             self._adopt(tuned)
         else:
             for path, module in modules.items():
                 self._attach(path, module, prepared)
                 if config.bias == "lora_only" and module._parameters.get("bias") is not None:
-                    self._trained.append((module, "bias"))
+                    self.beside.add(module, "bias")
         for module in saved:
             for owner in module.modules():
-                self._trained += [(owner, name) for name, p in owner._parameters.items() if p is not None]
+                for name in owner._parameters:
+                    self.beside.add(owner, name)
         for parameter in unwrap(model).parameters():
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
@@ -135,41 +135,8 @@ class LiveLink:
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters trained beside the adapters, by canonical path; they live through every knot.
-
-        One that several modules share is listed under its first path.
-        """
-        wanted = {(id(owner), name) for owner, name in self._trained}
-        found: dict[int, tuple[str, nn.Parameter]] = {}
-        for path, module in modules_by_name(self.model).items():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and (id(module), name) in wanted:
-                    found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
-        return dict(found.values())
-
-    def trained_values(self) -> dict[str, Tensor]:
-        """Copies of what is trained beside the adapters, on the CPU, as a link records them.
-
-        One that several modules share is listed under every path: elsewhere they may not be tied.
-        """
-        shared, parameters = shared_weights(self.model), parameters_by_name(self.model)
-        values: dict[str, Tensor] = {}
-        for path, parameter in self.trained().items():
-            values[path] = whole(parameter.detach()).cpu().clone()
-            for other in shared.get(id(parameter), ()):
-                if other != path:
-                    same = parameters[other] is parameter
-                    values[other] = values[path] if same else whole(parameters[other].detach()).cpu().clone()
-        return values
-
-    def train_too(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count those of ``parameters`` that are the model's own among what is trained: unfrozen, recorded at knots."""
-        wanted = {id(p) for p in parameters} - {id(p) for p in self.adapters()}
-        for module in modules_by_name(self.model).values():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in wanted:
-                    self._trained.append((module, name))
-                    parameter.requires_grad_(True)
+        """Parameters trained beside the adapters, by canonical path; they live through every knot."""
+        return self.beside.parameters()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each layer."""
@@ -404,7 +371,7 @@ class LiveLink:
         for owner in modules_by_name(self.model).values():
             for name, p in owner._parameters.items():
                 if p is not None and p.requires_grad and id(p) not in factors:
-                    self._trained.append((owner, name))
+                    self.beside.add(owner, name)
 
     def _attach(self, path: str, module: nn.Module, prepared: Prepared) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]

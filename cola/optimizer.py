@@ -127,7 +127,8 @@ class ChainOptimizer(Saves):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them."""
         self.base.add_param_group(param_group)
-        self.live.train_too(self.param_groups[-1]["params"])
+        factors = {id(p) for p in self.live.adapters()}
+        self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
         self._origin.settled = False
 
     # training
@@ -311,7 +312,7 @@ class ChainOptimizer(Saves):
             live.check()
             snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
             factors = live.factors(snapshot) if keep else {}
-            trained = {**live.trained_values(), **self._moved()} if keep else {}
+            trained = {**live.beside.values(), **self._moved()} if keep else {}
             base = self._untouched() if index == 0 and keep and self.chain.base is None else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:

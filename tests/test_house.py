@@ -28,7 +28,7 @@ FLOORS = [
     ["cola.link", "cola.fingerprint", "cola.origin", "cola.replay", "cola.subspace"],
     ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
     ["cola.chain"],
-    ["cola.live"],
+    ["cola.beside", "cola.live"],
     ["cola.counters", "cola.carry", "cola.checkpoint"],
     ["cola.composed", "cola.saving"],
     ["cola.optimizer"],
