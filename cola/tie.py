@@ -17,8 +17,8 @@ from torch import Tensor
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 TIEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Elements per block and thread. On a CPU a block and its three buffers take 1 MB in fp32: they fit a core's second-level
-# cache. An accelerator wants few launches, so a block there is 1/64 of the weight.
+# Elements per block and thread. On a CPU a block and its three buffers take 1 MB in fp32, which a core's second-level
+# cache holds. An accelerator wants few launches, so a block there is 1/64 of the weight.
 _CPU_BLOCK = 1 << 16
 _TILE = 1 << 16  # elements that share one table of noise; stored chains depend on it
 
@@ -256,7 +256,7 @@ class _Noise:
         generator = torch.Generator(device=weight.device).manual_seed(seed)
         self.bits = _NOISE_BITS[weight.dtype]
         tall = max(1, _TILE // max(1, columns))
-        draws = {"generator": generator, "dtype": torch.int32, "device": weight.device}
+        draws: Any = {"generator": generator, "dtype": torch.int32, "device": weight.device}
         table = torch.randint(0, 1 << self.bits, (tall, columns), **draws)[:, left : left + weight.shape[1]]
         self.rows = torch.randint(0, 1 << self.bits, (rows, 1), **draws)[top : top + weight.shape[0]]
         # the table, repeated so that a block that starts anywhere in it finds its rows below one another
@@ -297,8 +297,8 @@ def _sum_in_own_precision(old: Tensor, update: Tensor, new: Tensor, spare: Tenso
 def _sum_and_measure(old: Tensor, update: Tensor, new: Tensor) -> Tensor:
     """The same by two operations instead of five, where the remainder only serves to be measured; spends ``old``.
 
-    ``update + (old − new)`` is the remainder exactly where ``|update| ≤ |old|`` (Dekker's fast two-sum). Elsewhere it is
-    off by the rounding of ``old − new``, so that its norm is off by ``eps/2·‖update‖`` of those entries at most.
+    ``update + (old − new)`` is the remainder exactly where ``|update| ≤ |old|`` (Dekker's fast two-sum). Elsewhere it
+    is off by the rounding of ``old − new``, so that its norm is off by ``eps/2·‖update‖`` of those entries at most.
     """
     torch.add(old, update, out=new)
     old -= new

@@ -113,7 +113,7 @@ def test_stochastic_roundings_of_one_tie_are_uncorrelated():
         counts.append((W > 1).sum().item())
     n = rows * columns
     variance = sum((count - n * chance) ** 2 for count in counts) / runs
-    # χ² with 200 degrees of freedom has a relative deviation of √(2/200); one draw for all rows would give 8 times n·p·q
+    # χ² with 200 degrees of freedom has a relative deviation of √(2/200); equal rows would give 8 times n·p·q
     assert variance == pytest.approx(n * chance * (1 - chance), rel=5 * math.sqrt(2 / runs))
     assert abs(sum(counts) / runs - n * chance) <= 5 * math.sqrt(n * chance * (1 - chance) / runs)
 
