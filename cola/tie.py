@@ -147,6 +147,7 @@ def tie_(
     noise = None
     if rounding == "stochastic":
         noise = _Noise(weight, seed, part_of or (weight.shape[0], weight.shape[1]), offset, height)
+    delta = delta_norm(left, right, scaling)
     buffers = [torch.empty(height, weight.shape[1], dtype=compute, device=device) for _ in range(3)]
     in_own_precision = weight.dtype == compute
     squares: list[Any] = [0.0, 0.0, 0.0]  # of what is lost, of the deviation, of the new weight
@@ -188,7 +189,7 @@ def tie_(
     if residual is None:
         squares[0] = squares[1]
     lost, deviation, norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().tolist()
-    return Tie(delta_norm(left, right, scaling), lost, deviation, norm)
+    return Tie(delta, lost, deviation, norm)
 
 
 def tolerance(weight: Tensor, tie: Tie, rank: int) -> float:
@@ -208,11 +209,12 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _height(shape: tuple[int, int], device: torch.device) -> int:
-    """Rows per block; three buffers of a block are under 5 % of a bf16 weight of 2²⁴ elements, however many threads."""
+    """Rows per block; with buffers and noise a tie takes less than 5 % of a bf16 weight of 2²⁴ elements."""
     rows, columns = shape
-    elements = max(_CPU_BLOCK, rows * columns >> (7 if device.type == "cpu" else 6))
     if device.type == "cpu":
-        elements = min(elements, _CPU_BLOCK * torch.get_num_threads())
+        elements = min(_CPU_BLOCK * torch.get_num_threads(), max(_CPU_BLOCK, rows * columns // 160))
+    else:
+        elements = max(_CPU_BLOCK, rows * columns // 64)
     return min(rows, max(1, elements // max(1, columns)))
 
 
@@ -239,7 +241,7 @@ def _square(values: Tensor) -> Tensor | float:
 class _Noise:
     """Uniform integers that depend on the seed and on the position in the whole weight only.
 
-    ``u_ij = T[i mod h, j] xor c_i`` with a table T of h×n draws, ``h = max(1, 2¹⁶ div n)``, and one draw c per row. Any
+    ``u_ij = T[i mod h, j] xor c_i``: a table T of h×n draws, h = ``2¹⁶ div n`` but 1 to m, and a draw c per row. Any
     two of the u are independent (T and c are uniform, and xor with a uniform number is uniform), so that each rounding
     is unbiased and sums of roundings vary as with fresh draws, at a few thousandths of the draws.
 
@@ -255,20 +257,25 @@ class _Noise:
         (rows, columns), (top, left) = shape, offset
         generator = torch.Generator(device=weight.device).manual_seed(seed)
         self.bits = _NOISE_BITS[weight.dtype]
-        tall = max(1, _TILE // max(1, columns))
+        tall = max(1, min(rows, _TILE // max(1, columns)))
         draws: Any = {"generator": generator, "dtype": torch.int32, "device": weight.device}
         table = torch.randint(0, 1 << self.bits, (tall, columns), **draws)[:, left : left + weight.shape[1]]
         self.rows = torch.randint(0, 1 << self.bits, (rows, 1), **draws)[top : top + weight.shape[0]]
-        # the table, repeated so that a block that starts anywhere in it finds its rows below one another
         self.tall, self.top = tall, top
-        repeats = -(-(height + (tall if top % tall or height % tall else 0)) // tall)
-        self.table = table.repeat(repeats, 1)
+        if weight.device.type != "cpu":  # few launches: enough rows below one another for any block
+            table = table.repeat(-(-(height + tall) // tall), 1)
+        self.table = table
 
     def integers(self, rows: slice, out: Tensor) -> Tensor:
         """Draws of some rows of the part, below ``2^bits``, into an int32 tensor."""
-        start = (self.top + rows.start) % self.tall
-        table = self.table[start : start + rows.stop - rows.start]
-        return torch.bitwise_xor(table, self.rows[rows], out=out)
+        done, count = 0, rows.stop - rows.start
+        while done < count:
+            start = (self.top + rows.start + done) % self.tall
+            piece = min(count - done, self.table.shape[0] - start)
+            own = self.rows[rows.start + done : rows.start + done + piece]
+            torch.bitwise_xor(self.table[start : start + piece], own, out=out[done : done + piece])
+            done += piece
+        return out
 
     def uniform(self, rows: slice, out: Tensor) -> Tensor:
         """The same in [0, 1)."""

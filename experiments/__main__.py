@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes",
     "pretrain": "make the tiny model that the demo fine-tunes",
+    "bench": "time layer, step, tie, knot and export beside their peers and limits",
     "rounding": "measure what each rounding of a tie costs a half-precision run",
 }
 """Name -> one line of help. Each is a module here with `add_arguments(parser)` and `main(arguments)`."""
