@@ -4,7 +4,7 @@
     python -m experiments bench --rows layer/fp32 tie knot
 
 Contenders run interleaved, in a random order within each round, on the same number of threads; a row is the ratio
-within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, knot, chain, export, import,
+within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain, export, import,
 scaling. The exit status is 1 if a result is wrong (ours and a peer's differ) or, with --strict, if a target is missed.
 """
 
@@ -21,10 +21,10 @@ import torch
 from tqdm.auto import tqdm
 
 from experiments import tiny_opt
-from experiments.bench import export, knot, layer, report, scaling, step, tie
+from experiments.bench import compiled, export, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings
 
-GROUPS = (layer, step, tie, knot, export, scaling)
+GROUPS = (layer, step, tie, compiled, knot, export, scaling)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
