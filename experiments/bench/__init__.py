@@ -4,8 +4,9 @@
     python -m experiments bench --rows layer/fp32 tie knot
 
 Contenders run interleaved, in a random order within each round, on the same number of threads; a row is the ratio
-within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain, export, import,
-scaling. The exit status is 1 if a result is wrong (ours and a peer's differ) or, with --strict, if a target is missed.
+within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain,
+export, import, scaling. The exit status is 1 if a result is wrong (ours and a peer's differ) or, with --strict, if a
+target is missed.
 """
 
 from __future__ import annotations
