@@ -146,6 +146,8 @@ def draw(found: Sequence[Curve], path: Path) -> None:
             axes.loglog(x, knots, "-o", color="#0072B2", markersize=5, label=f"knot, slope {curve.slope:.2f}")
             low = min(np.min(knots), np.nanmin(np.array(curve.add)) if not math.isnan(curve.add[0]) else np.min(knots))
             axes.set_ylim(low / 2, 3 * knots.max())
+            axes.set_xscale("log", base=2)
+            axes.minorticks_off()
             axes.set_xlabel(curve.name)
             axes.set_title(curve.why, fontsize=8)
             axes.legend(frameon=False, fontsize=7.5)

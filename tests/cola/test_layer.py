@@ -1,6 +1,7 @@
 """The adapted layer: its fast path against its slow twin, and no trace of it afterwards."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cola.adapters import LoRALinear, adapted_class, is_linear_map, refusal
-from cola.adapters.lora import LowRankLinear, kept, share_kept
+from cola.adapters.lora import LowRankLinear, _masked, kept, share_kept
 
 
 def adapted(out=5, inner=7, r=3, dtype=torch.float64, bias=True, seed=0, scaling=1.7, dropout=0.0, conv1d=False):
@@ -121,7 +122,7 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training():
         slow = base + 1.7 * dropped @ layer.lora_A.t() @ layer.lora_B.t()
         assert torch.allclose(layer.composed(x), slow, atol=1e-12)
         torch.manual_seed(0)
-        mask = kept(x, 0.5, int(torch.randint(1 << 62, ())))
+        mask = kept(x, 0.5, int(torch.randint(1 << 62, ()))) != 0
         torch.manual_seed(0)
         fast = base + 1.7 * (mask * x / 0.5) @ layer.lora_A.t() @ layer.lora_B.t()
         assert torch.allclose(layer(x), fast, atol=1e-12)
@@ -131,14 +132,20 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training():
     assert torch.allclose(layer(x), base + 1.7 * x @ layer.lora_A.t() @ layer.lora_B.t(), atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dropout", [1e-6, 0.1, 0.5, 0.9, 1 - 1e-9])
-def test_the_share_that_dropout_keeps(dropout):
-    like = torch.empty(1000, 1001)  # no multiple of four
-    mask, share = kept(like, dropout, 3), share_kept(dropout)
-    assert share == pytest.approx(1 - dropout, abs=2.0**-16)
+def test_the_share_that_dropout_keeps(dropout, dtype):
+    like = torch.empty(1000, 1001, dtype=dtype)  # no multiple of four
+    bits, share = kept(like, dropout, 3), share_kept(dropout)
+    assert share == pytest.approx(1 - dropout, abs=2.0**-15)
     assert share > 0
-    assert abs(mask.double().mean() - share) <= 5 * (share * (1 - share) / mask.numel()) ** 0.5
-    assert torch.equal(mask, kept(like, dropout, 3))
+    assert set(bits.unique().tolist()) <= {0, -1}
+    assert abs((bits != 0).double().mean() - share) <= 5 * (share * (1 - share) / bits.numel()) ** 0.5
+    assert torch.equal(bits, kept(like, dropout, 3))
+    odd = torch.tensor([math.nan, math.inf, -0.0, 3.0], dtype=dtype)
+    mask = torch.tensor([0, 0, -1, -1]).to(bits.dtype)
+    with torch.no_grad():
+        assert _masked(odd, mask).tolist() == [0.0, 0.0, 0.0, 3.0]
 
 
 def test_gradients_of_dropout_to_second_order():
