@@ -19,6 +19,7 @@ from cola.files import write
 from cola.fingerprint import Fingerprint
 from cola.link import Link
 from cola.store import require_plain_name
+from cola.tie import delta_norm
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -40,10 +41,11 @@ def to_peft(
         dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B would not fit half precision
         if r is None or r >= sum(f.rank for f in factors):
             (B, A), errors[path] = subspace.stack(factors), 0.0
+            norms[path] = delta_norm(B, A, 1.0)
         else:
-            A, B, errors[path] = subspace.truncate(factors, r)
+            A, B, values = subspace.truncate(factors, r)
+            errors[path], norms[path] = values[r:].norm().item(), values.norm().item()
         ranks[path] = A.shape[0]
-        norms[path] = subspace.singular_values(factors).square().sum().sqrt().item()
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A.to(dtype)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B.to(dtype)
     biases, saved = _trained(links, paths)

@@ -31,25 +31,26 @@ class GroupWatch:
 
     def before(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What the groups hold now, to hand to `after`."""
-        return [{name: _seen(value) for name, value in group.items() if name not in SETTINGS} for group in groups]
+        return [
+            {name: (v, v._version) if isinstance(v, Tensor) else v for name, v in group.items()} for group in groups
+        ]
 
     def after(self, before: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
         """Note the entries that differ."""
         for old, new in zip(before, groups):
             for name, value in new.items():
-                if name in SETTINGS or name in self.changed:
+                known = old.get(name, _MISSING)
+                if known is value or name in SETTINGS or name in self.changed:
                     continue
-                known, seen = old.get(name, _MISSING), _seen(value)
-                if known is not seen and not (_plain(known) and _plain(seen) and known == seen):
+                if isinstance(value, Tensor):
+                    same = isinstance(known, tuple) and known[0] is value and known[1] == value._version
+                else:
+                    same = _plain(known) and _plain(value) and known == value
+                if not same:
                     self.changed.add(name)
 
 
 _MISSING = object()
-
-
-def _seen(value: Any) -> Any:
-    """A tensor as numbers that change when it is replaced or changed in place."""
-    return (id(value), value._version) if isinstance(value, Tensor) else value
 
 
 def _plain(value: Any) -> bool:

@@ -44,11 +44,29 @@ def default_tolerance(factor: Factor) -> float:
     return torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
 
 
-def truncate(factors: Sequence[Factor], r: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of rank r: A (r×in), B (out×r), and ``‖ΔW − B A‖`` (Eckart–Young)."""
-    u, values, v = svd(factors)
+def truncate(factors: Sequence[Factor], r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of rank r: A (r×in), B (out×r), and all singular values of ΔW.
+
+    ``‖ΔW − B A‖`` is the root of the sum of squares of those left out (Eckart–Young). Q_L and Q_R are applied to r
+    columns each, and never formed.
+    """
+    left, right = stack(factors)
+    (left, left_tau), (right, right_tau) = torch.geqrf(left), torch.geqrf(right.T)
+    u, values, v = torch.linalg.svd(_upper(left) @ _upper(right).T, full_matrices=False)
     root = values[:r].sqrt()
-    return root[:, None] * v[:r], u[:, :r] * root, values[r:].square().sum().sqrt().item()
+    return _apply_q(right, right_tau, v[:r].T * root).T, _apply_q(left, left_tau, u[:, :r] * root), values
+
+
+def _upper(packed: Tensor) -> Tensor:
+    """R of a QR decomposition as LAPACK packs it."""
+    return packed[: packed.shape[1]].triu()
+
+
+def _apply_q(packed: Tensor, tau: Tensor, columns: Tensor) -> Tensor:
+    """``Q [columns; 0]``."""
+    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return torch.ormqr(packed[:, : tau.shape[0]], tau, padded)
 
 
 def cosines(one: Factor, two: Factor, side: str) -> Tensor:

@@ -1,14 +1,15 @@
 """Tie a knot: ``W ← round(W + s·L R)`` in place, rounded once, with an account of what rounding lost.
 
 ``L R`` is the link's update: ``B A`` for a weight stored out×in, ``Aᵀ Bᵀ`` for one stored in×out. The tie
-walks over blocks of rows that fit a core's cache, so it needs no temporary of the weight's size, and it
-measures the rounding while the rows are at hand.
+walks over blocks of rows that fit a core's cache, in three buffers of a block's size, and measures the rounding while
+the rows are at hand: the weight itself is read and written once.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 RECORDED = (*ROUNDINGS, "stack", "requantize")
 TIEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Elements per block. On a CPU five fp32 buffers of a block stay within 1.3 MB, i.e. in the second-level cache and
-# under 5 % of a 4096² bf16 weight; an accelerator wants few launches, so a block there is 1/64 of the weight.
+# Elements per block and thread. On a CPU a block and its three buffers take 1 MB in fp32, which a core's second-level
+# cache holds. An accelerator wants few launches, so a block there is 1/64 of the weight.
 _CPU_BLOCK = 1 << 16
+_TILE = 1 << 16  # elements that share one table of noise; stored chains depend on it
 
 
 class KnotError(RuntimeError):
@@ -79,14 +81,14 @@ def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str
     low, high = (value.item() for value in torch.aminmax(weight))
     if not math.isfinite(low) or not math.isfinite(high):
         return f"has a weight with non-finite values ({low:g} to {high:g})"
-    rows = torch.linalg.vector_norm(left.double(), dim=1).max().item()
-    columns = torch.linalg.vector_norm(right.double(), dim=0).max().item()
-    if max(-low, high) + abs(scaling) * rows * columns <= limit:  # |(L R)_ij| ≤ ‖L_i‖‖R_j‖
+    left_norm = torch.linalg.vector_norm(left.double(), dim=1).max().item()
+    right_norm = torch.linalg.vector_norm(right.double(), dim=0).max().item()
+    if max(-low, high) + abs(scaling) * left_norm * right_norm <= limit:  # |(L R)_ij| ≤ ‖L_i‖‖R_j‖
         return None
     compute = _compute_dtype(weight)
     scaled, right = left.to(compute) * scaling, right.to(compute)
-    for block in _blocks((weight.shape[0], weight.shape[1]), weight.device):
-        target = torch.addmm(weight[block].to(compute), scaled[block], right)
+    for rows in _blocks(weight.shape[0], _height((weight.shape[0], weight.shape[1]), weight.device)):
+        target = torch.addmm(weight[rows].to(compute), scaled[rows], right)
         if not target.abs().amax() <= limit:
             return f"would get a W + sBA beyond {limit:g}, the largest number of {weight.dtype}"
     return None
@@ -140,42 +142,56 @@ def tie_(
         raise ValueError(f"rounding={rounding!r} is unknown: choose one of {', '.join(ROUNDINGS)}")
     if (residual is None) == (rounding == "compensated"):
         raise ValueError(f"rounding={rounding!r} with residual={residual is not None}: compensated ties need one")
-    compute = _compute_dtype(weight)
-    scaled = left.to(device=weight.device, dtype=compute) * scaling
-    right = right.to(device=weight.device, dtype=compute)
-    exact_type = weight.dtype == compute
-    squares = torch.zeros(3, dtype=torch.float64, device=weight.device)
-    whole, top = part_of or (weight.shape[0], weight.shape[1]), offset[0]
-    columns = slice(offset[1], offset[1] + weight.shape[1])
-    for number, span in enumerate(_blocks(whole, weight.device)):
-        inside = slice(max(span.start, top) - span.start, min(span.stop, top + weight.shape[0]) - span.start)
-        if inside.start >= inside.stop:
-            continue
-        rows = slice(inside.start + span.start - top, inside.stop + span.start - top)
-        block = weight[rows]
-        noise = None
-        if rounding == "stochastic":
-            noise = _Noise(weight.device, key(seed, number), (span.stop - span.start, whole[1]), (inside, columns))
-        kept = None if residual is None else residual[rows].to(device=weight.device, dtype=compute)
-        if exact_type:
-            new, error = _sum_in_own_precision(block, torch.mm(scaled[rows], right), kept, noise)
+    compute, device = _compute_dtype(weight), weight.device
+    scaled = left.to(device=device, dtype=compute) * scaling
+    right = right.to(device=device, dtype=compute)
+    height = _height((weight.shape[0], weight.shape[1]), device)
+    noise = None
+    if rounding == "stochastic":
+        noise = _Noise(weight, seed, part_of or (weight.shape[0], weight.shape[1]), offset, height)
+    delta = delta_norm(left, right, scaling)
+    buffers = [torch.empty(height, weight.shape[1], dtype=compute, device=device) for _ in range(3)]
+    in_own_precision = weight.dtype == compute
+    squares: list[Any] = [0.0, 0.0, 0.0]  # of what is lost, of the deviation, of the new weight
+    for rows in _blocks(weight.shape[0], height):
+        block, (target, new, spare) = weight[rows], (b[: rows.stop - rows.start] for b in buffers)
+        if in_own_precision:
+            torch.mm(scaled[rows], right, out=target)
         else:
-            target = torch.addmm(block.to(compute), scaled[rows], right)
-            if kept is not None:
-                target += kept
-            new = _round_stochastically(target, weight.dtype, noise) if noise else target.to(weight.dtype)
-            error = target.sub_(new)
-        lost = error
+            target.copy_(block).addmm_(scaled[rows], right)
         if residual is not None:
-            stored = error.to(residual.dtype)
-            residual[rows].copy_(stored)
-            lost = error - stored
-        block.copy_(new)
-        squares[0] += torch.linalg.vector_norm(lost, dtype=torch.float64) ** 2
-        squares[1] += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
-        squares[2] += torch.linalg.vector_norm(new, dtype=torch.float64) ** 2
-    lost_norm, deviation, weight_norm = squares.sqrt().tolist()
-    return Tie(delta_norm(left, right, scaling), lost_norm, deviation, weight_norm)
+            target += spare.copy_(residual[rows])
+        if in_own_precision:
+            if rounding == "nearest":
+                error = _sum_and_measure(block, target, new)
+            else:
+                error = _sum_in_own_precision(block, target, new, spare)
+            if noise is not None:
+                _move_to_neighbour(new, error, noise.uniform(rows, spare))
+            block.copy_(new)
+        else:
+            if noise is not None:
+                _round_stochastically(target, new, spare, noise, rows, weight.dtype)
+                block.copy_(new)
+            else:
+                new.copy_(block.copy_(target))
+            error = target
+        squares[2] += _square(new)
+        if not in_own_precision:
+            error -= new
+        squares[1] += _square(error)
+        if residual is not None:
+            stored = residual[rows]
+            if stored.device != device:
+                stored = error.to(stored.dtype)
+                residual[rows].copy_(stored)
+            else:
+                stored.copy_(error)
+            squares[0] += _square(error.sub_(new.copy_(stored)))
+    if residual is None:
+        squares[0] = squares[1]
+    lost, deviation, norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().tolist()
+    return Tie(delta, lost, deviation, norm)
 
 
 def tolerance(weight: Tensor, tie: Tie, rank: int) -> float:
@@ -194,64 +210,135 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _blocks(shape: tuple[int, int], device: torch.device) -> Iterator[slice]:
+def _height(shape: tuple[int, int], device: torch.device) -> int:
+    """Rows per block; with buffers and noise a tie takes less than 5 % of a bf16 weight of 2²⁴ elements."""
     rows, columns = shape
-    elements = _CPU_BLOCK if device.type == "cpu" else max(_CPU_BLOCK, rows * columns // 64)
-    height = max(1, elements // max(1, columns))
+    if device.type == "cpu":
+        elements = min(_CPU_BLOCK * torch.get_num_threads(), max(_CPU_BLOCK, rows * columns // 160))
+    else:
+        elements = max(_CPU_BLOCK, rows * columns // 64)
+    return min(rows, max(1, elements // max(1, columns)))
+
+
+def _blocks(rows: int, height: int) -> Iterator[slice]:
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 
+def _square(values: Tensor) -> Tensor | float:
+    """``‖values‖²`` of a contiguous block, to six digits or more.
+
+    A CPU sums single precision five times as fast as it converts it; what that would lose to under- or overflow is
+    summed in double. An accelerator is not asked to look at the result, so there the sum is double at once.
+    """
+    flat = values.view(-1)
+    if values.device.type == "cpu":
+        square = torch.dot(flat, flat).item()
+        if 1e-25 < square < 1e35:  # terms below fp32's range, at most 2¹⁷ of 2⁻¹²⁶, are nothing beside 1e-25
+            return square
+        return torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2
+    return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+
+
 class _Noise:
-    """Uniform draws of one block (or a part of it), reproducible from its seed on one device."""
+    """Uniform integers that depend on the seed and on the position in the whole weight only.
 
-    def __init__(self, device: torch.device, seed: int, shape: tuple[int, int], part: tuple[slice, slice]) -> None:
-        self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.shape, self.part = shape, part
+    ``u_ij = T[i mod h, j] xor c_i``: a table T of h×n draws, h = ``2¹⁶ div n`` but 1 to m, and a draw c per row. Any
+    two of the u are independent (T and c are uniform, and xor with a uniform number is uniform), so that each rounding
+    is unbiased and sums of roundings vary as with fresh draws, at a few thousandths of the draws.
 
-    def integers(self, like: Tensor, bits: int) -> Tensor:
-        draws = torch.randint(0, 1 << bits, self.shape, generator=self.generator, dtype=torch.int32, device=like.device)
-        return draws[self.part]
+    Args:
+        weight: the part that is rounded.
+        seed: of T and c, drawn in this order.
+        shape: of the whole weight.
+        offset: where the part begins.
+        height: rows per block.
+    """
 
-    def uniform(self, like: Tensor) -> Tensor:
-        return torch.rand(self.shape, generator=self.generator, dtype=like.dtype, device=like.device)[self.part]
+    def __init__(self, weight: Tensor, seed: int, shape: tuple[int, int], offset: tuple[int, int], height: int) -> None:
+        (rows, columns), (top, left) = shape, offset
+        generator = torch.Generator(device=weight.device).manual_seed(seed)
+        self.bits = _NOISE_BITS[weight.dtype]
+        tall = max(1, min(rows, _TILE // max(1, columns)))
+        draws: Any = {"generator": generator, "dtype": torch.int32, "device": weight.device}
+        table = torch.randint(0, 1 << self.bits, (tall, columns), **draws)[:, left : left + weight.shape[1]]
+        self.rows = torch.randint(0, 1 << self.bits, (rows, 1), **draws)[top : top + weight.shape[0]]
+        self.tall, self.top = tall, top
+        if weight.device.type != "cpu":  # few launches: enough rows below one another for any block
+            table = table.repeat(-(-(height + tall) // tall), 1)
+        self.table = table
+
+    def integers(self, rows: slice, out: Tensor) -> Tensor:
+        """Draws of some rows of the part, below ``2^bits``, into an int32 tensor."""
+        done, count = 0, rows.stop - rows.start
+        while done < count:
+            start = (self.top + rows.start + done) % self.tall
+            piece = min(count - done, self.table.shape[0] - start)
+            own = self.rows[rows.start + done : rows.start + done + piece]
+            torch.bitwise_xor(self.table[start : start + piece], own, out=out[done : done + piece])
+            done += piece
+        return out
+
+    def uniform(self, rows: slice, out: Tensor) -> Tensor:
+        """The same in [0, 1)."""
+        draws = self.integers(rows, torch.empty(out.shape, dtype=torch.int32, device=out.device))
+        return torch.mul(draws, 2.0**-self.bits, out=out)
 
 
-def _sum_in_own_precision(
-    old: Tensor, update: Tensor, kept: Tensor | None, noise: _Noise | None
-) -> tuple[Tensor, Tensor]:
-    """``old + update (+ kept)`` rounded once, and the exact remainder (two-sum: old + update = new + error)."""
-    if kept is not None:
-        update = update + kept
-    new = old + update
-    shadow = new - old
-    error = (old - (new - shadow)) + (update - shadow)
-    if noise is not None:
-        # the exact sum lies between `new` and its neighbour on the error's side, at |error| of their distance
-        neighbour = torch.nextafter(new, torch.where(error > 0, torch.inf, -torch.inf).to(new.dtype))
-        gap = neighbour - new
-        chance = torch.where(error == 0, torch.zeros_like(error), error / gap)
-        up = noise.uniform(new) < chance
-        error = torch.where(up, error - gap, error)
-        new = torch.where(up, neighbour, new)
-    return new, error
+# mantissa bits that fp32 has more than the weight; where a chance is compared, what the weight's dtype resolves
+_NOISE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 24, torch.float64: 31}
 
 
-def _round_stochastically(target: Tensor, dtype: torch.dtype, noise: _Noise) -> Tensor:
-    """Round fp32 to bf16 or fp16 at random, without bias.
+def _sum_in_own_precision(old: Tensor, update: Tensor, new: Tensor, spare: Tensor) -> Tensor:
+    """``new ← old + update``, rounded once; returns the exact remainder, in place of ``update``.
+
+    Knuth's two-sum: ``old + update = new + ((old − (new − shadow)) + (update − shadow))``, ``shadow = new − old``.
+    """
+    torch.add(old, update, out=new)
+    shadow = torch.sub(new, old, out=spare)
+    update -= shadow
+    torch.sub(new, shadow, out=spare)
+    torch.sub(old, spare, out=spare)
+    update += spare
+    return update
+
+
+def _sum_and_measure(old: Tensor, update: Tensor, new: Tensor) -> Tensor:
+    """The same by two operations instead of five, where the remainder only serves to be measured; spends ``old``.
+
+    ``update + (old − new)`` is the remainder exactly where ``|update| ≤ |old|`` (Dekker's fast two-sum). Elsewhere it
+    is off by the rounding of ``old − new``, so that its norm is off by ``eps/2·‖update‖`` of those entries at most.
+    """
+    torch.add(old, update, out=new)
+    old -= new
+    update += old
+    return update
+
+
+def _move_to_neighbour(new: Tensor, error: Tensor, uniform: Tensor) -> None:
+    """Round at random: the exact sum ``new + error`` lies between ``new`` and its neighbour on the error's side.
+
+    It is at |error| of their distance, so that is the chance of moving there. Changes ``new`` and ``error``.
+    """
+    neighbour = torch.nextafter(new, torch.where(error > 0, torch.inf, -torch.inf).to(new.dtype))
+    gap = neighbour - new
+    moves = uniform < torch.where(error == 0, torch.zeros_like(error), error / gap)
+    error.copy_(torch.where(moves, error - gap, error))
+    new.copy_(torch.where(moves, neighbour, new))
+
+
+def _round_stochastically(
+    target: Tensor, new: Tensor, spare: Tensor, noise: _Noise, rows: slice, dtype: torch.dtype
+) -> None:
+    """Round fp32 to bf16 or fp16 at random, without bias; ``new`` gets the value, still in fp32.
 
     Seen as an integer, an fp32 number is sign, exponent and mantissa in order of weight. Adding a uniform integer below
     ``2^d``, where d is the number of mantissa bits to be dropped, carries into the kept bits with probability
     equal to the dropped fraction; clearing the d bits then leaves one of the two neighbours. bf16 shares fp32's
     exponents (d = 16). fp16 drops 13 bits where it is normal; below ``2⁻¹⁴`` its grid is uniform with step ``2⁻²⁴``.
     """
-    if dtype == torch.bfloat16:
-        return _carry(target, noise.integers(target, 16), 16).to(dtype)
-    draws = noise.integers(target, 13)
-    normal = _carry(target, draws, 13)
-    subnormal = torch.floor(target * 2.0**24 + draws * 2.0**-13) * 2.0**-24
-    return torch.where(target.abs() < 2.0**-14, subnormal, normal).to(dtype)
-
-
-def _carry(target: Tensor, draws: Tensor, bits: int) -> Tensor:
-    return (target.view(torch.int32) + draws).bitwise_and_(-(1 << bits)).view(torch.float32)
+    draws = noise.integers(rows, spare.view(torch.int32))
+    torch.add(target.view(torch.int32), draws, out=new.view(torch.int32)).bitwise_and_(-(1 << noise.bits))
+    if dtype == torch.float16:
+        subnormal = torch.floor(target * 2.0**24 + draws * 2.0**-13) * 2.0**-24
+        new.copy_(torch.where(target.abs() < 2.0**-14, subnormal, new))

@@ -14,6 +14,7 @@ COMMANDS = {
     "study": "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
     "table": "reproduce one of the paper's eight tables",
     "figure": "reproduce the paper's figure 2 or 3",
+    "bench": "time layer, step, tie, knot and export beside their peers and limits",
     "rounding": "measure what each rounding of a tie costs a half-precision run",
 }
 """Name -> one line of help. Each is a module here with `add_arguments(parser)` and `main(arguments)`."""

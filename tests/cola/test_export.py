@@ -19,6 +19,7 @@ from cola import (
     StepKnots,
     StoreError,
     files,
+    subspace,
     tensorfile,
 )
 from tests.models import BODY, Net, loss_of, tiny_gpt2, tiny_opt, train
@@ -424,3 +425,20 @@ def test_overlap_of_orthogonal_and_empty_links():
     assert chain.overlap(0, 2)["x"].numel() == 0
     assert chain.norms() == {"x": [1.0, 1.0, 0.0]}
     assert chain.effective_rank() == {"x": 2}
+
+
+@pytest.mark.parametrize(("out", "inner", "ranks"), [(9, 7, (3, 2)), (9, 7, (4, 5)), (4, 30, (2, 2, 2)), (30, 4, (4,))])
+def test_truncation_equals_the_dense_svd(out, inner, ranks):
+    """Sum of ranks below, between and above the two sides."""
+    g = torch.Generator().manual_seed(0)
+    factors = [
+        Factor(torch.randn(r, inner, generator=g), torch.randn(out, r, generator=g), 0.5 + r, "nearest") for r in ranks
+    ]
+    update = sum(f.delta() for f in factors)
+    u, wanted, v = torch.linalg.svd(update, full_matrices=False)
+    A, B, values = subspace.truncate(factors, 2)
+    count = min(len(values), len(wanted))
+    assert torch.allclose(values[:count], wanted[:count], atol=1e-12 * wanted[0].item())
+    assert torch.allclose(B @ A, (u[:, :2] * wanted[:2]) @ v[:2], atol=1e-12 * wanted[0].item())
+    assert A.shape == (2, inner)
+    assert B.shape == (out, 2)

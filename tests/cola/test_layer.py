@@ -1,6 +1,7 @@
 """The adapted layer: its fast path against its slow twin, and no trace of it afterwards."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cola.adapters import LoRALinear, adapted_class, is_linear_map, refusal
-from cola.adapters.lora import LowRankLinear
+from cola.adapters.lora import LowRankLinear, _masked, kept, share_kept
 
 
 def adapted(out=5, inner=7, r=3, dtype=torch.float64, bias=True, seed=0, scaling=1.7, dropout=0.0, conv1d=False):
@@ -116,11 +117,102 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training():
     layer.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kept = (nn.functional.dropout(torch.ones_like(x), 0.5)) * x
+        dropped = (nn.functional.dropout(torch.ones_like(x), 0.5)) * x
         torch.manual_seed(0)
-        assert torch.allclose(layer(x), base + 1.7 * kept @ layer.lora_A.t() @ layer.lora_B.t(), atol=1e-12)
+        slow = base + 1.7 * dropped @ layer.lora_A.t() @ layer.lora_B.t()
+        assert torch.allclose(layer.composed(x), slow, atol=1e-12)
+        torch.manual_seed(0)
+        mask = kept(x, 0.5, int(torch.randint(1 << 62, ()))) != 0
+        torch.manual_seed(0)
+        fast = base + 1.7 * (mask * x / 0.5) @ layer.lora_A.t() @ layer.lora_B.t()
+        assert torch.allclose(layer(x), fast, atol=1e-12)
+        assert 0 < mask.sum() < mask.numel()
+        assert not torch.allclose(layer(x), fast, atol=1e-12)  # the next mask is another
     layer.eval()
     assert torch.allclose(layer(x), base + 1.7 * x @ layer.lora_A.t() @ layer.lora_B.t(), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [1e-6, 0.1, 0.5, 0.9, 1 - 1e-9])
+def test_the_share_that_dropout_keeps(dropout, dtype):
+    like = torch.empty(1000, 1001, dtype=dtype)  # no multiple of four
+    bits, share = kept(like, dropout, 3), share_kept(dropout)
+    assert share == pytest.approx(1 - dropout, abs=2.0**-15)
+    assert share > 0
+    assert set(bits.unique().tolist()) <= {0, -1}
+    assert abs((bits != 0).double().mean() - share) <= 5 * (share * (1 - share) / bits.numel()) ** 0.5
+    assert torch.equal(bits, kept(like, dropout, 3))
+    odd = torch.tensor([math.nan, math.inf, -0.0, 3.0], dtype=dtype)
+    mask = torch.tensor([0, 0, -1, -1]).to(bits.dtype)
+    with torch.no_grad():
+        assert _masked(odd, mask).tolist() == [0.0, 0.0, 0.0, 3.0]
+
+
+def test_gradients_of_dropout_to_second_order():
+    layer = adapted(3, 4, 2)
+    args = (inputs(layer, 2), layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+
+    def apply(*args):  # the same mask at every call
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return LowRankLinear.apply(*args, 0.7, 0.5)
+
+    assert torch.autograd.gradcheck(apply, args)
+    assert torch.autograd.gradgradcheck(apply, args)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_under_activation_checkpointing(reentrant):
+    layer = adapted(dropout=0.5).train()
+    x, found = inputs(layer, 6), []
+    for again in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant) if again else layer(x)
+            layer.zero_grad()
+            y.square().sum().backward()
+        found.append([y, x.grad, layer.lora_A.grad, layer.lora_B.grad])
+        x.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_less_is_saved_for_backward_than_by_peft(dtype, dropout):
+    """With dropout about half: the input is kept, and the mask's seed, but neither the mask nor the product."""
+    peft = pytest.importorskip("peft")
+    layer = adapted(64, 48, 4, dtype=dtype, dropout=dropout).train()
+    plain = nn.Sequential(nn.Linear(48, 64).to(dtype))
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout), plain, adapter_name="default"
+    ).train()
+    x = inputs(layer, 100, dtype=dtype)
+    ours, other = saved_bytes(layer, x), saved_bytes(theirs, x)
+    assert ours <= other
+    if dropout:
+        assert ours <= 0.6 * other
+
+
+def saved_bytes(module, x):
+    """Bytes of the distinct storages that a forward pass keeps, without the parameters'."""
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t  # keeps it alive, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(x)
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in known)
+
+
+def test_dropout_in_a_compiled_layer():
+    layer = adapted(16, 12, 3, dtype=torch.float32, dropout=0.5).train()
+    compiled = torch.compile(lambda t: layer(t), backend="aot_eager", fullgraph=True)
+    x = inputs(layer, 5, dtype=torch.float32)
+    assert not torch.equal(compiled(x), compiled(x))
+    assert torch.equal(compiled(x).isfinite(), torch.ones(5, 16, dtype=torch.bool))
 
 
 def test_autocast_uses_its_dtype():

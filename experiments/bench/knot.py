@@ -1,0 +1,129 @@
+"""Knots of a whole model, in training steps; what a chain of a hundred links leaves in memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from cola import ChainOptimizer, LinkConfig, NeverKnots
+from experiments.bench import models
+from experiments.bench.measure import Row, Settings, Spread
+
+
+def cases() -> Iterator[tuple[str, object]]:
+    """Name and function of each group of rows."""
+    yield "knot", knots
+    yield "chain", chain
+
+
+def knots(settings: Settings) -> Iterator[Row]:
+    """Knots between training steps of OPT-125M's shape; PEFT's merge of the same layers beside them."""
+    words, make, sequences, tokens = models.MODELS["opt-125m"]
+    if settings.smoke:
+        sequences, tokens = 1, 8
+    model = make(settings.smoke)
+    ids = models.batch(model, sequences, tokens, settings.generator())
+    opt = ChainOptimizer(
+        torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules=models.TARGETS), lr=1e-3
+    )
+    model.train()
+    steps, ties, first = [], [], 0.0
+    after: list[float] = []
+    for round_ in range(3 if settings.smoke else 8):
+        for _ in range(2):
+            started = time.perf_counter()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            steps.append(time.perf_counter() - started)
+        with torch.no_grad():
+            before = model(input_ids=ids, labels=ids).loss.item()
+        started = time.perf_counter()
+        opt.tie()
+        taken = time.perf_counter() - started
+        with torch.no_grad():
+            after.append(abs(model(input_ids=ids, labels=ids).loss.item() - before))
+        first = first or taken
+        if round_:
+            ties.append(taken)
+    step = float(np.median(steps[2:]))
+    yield Row(
+        "knot/model", f"knot of {words}, q and v of all layers, in training steps of {sequences}×{tokens} tokens",
+        Spread.of(np.array(ties) / step), 0.5, limited_by="as tie: the adapted weights read and written once",
+        between="the check for overflow and the digest of the weights read them once each; drawing A",
+        right=max(after) < 1e-3,
+        beside={"step_ms": step * 1e3, "knot_ms": float(np.median(ties)) * 1e3, "first_knot_ms": first * 1e3}
+        | peft_merge(make, settings),
+    )  # fmt: skip
+
+
+def peft_merge(make: object, settings: Settings) -> dict[str, float]:
+    """Milliseconds of `merge_adapter` on the same model."""
+    import peft
+
+    model = peft.get_peft_model(make(settings.smoke), peft.LoraConfig(r=8, target_modules=models.TARGETS))  # type: ignore[operator]
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        model.merge_adapter()
+        times.append(time.perf_counter() - started)
+        model.unmerge_adapter()
+    return {"peft_merge_ms": float(np.median(times[1:])) * 1e3}
+
+
+def chain(settings: Settings) -> Iterator[Row]:
+    """A hundred links on the q and v of OPT-125M: tensors outside the ledger, and the ledger's own."""
+    layers, width, links = (2, 32, 10) if settings.smoke else (24, 768, 100)
+    model = models.stack(layers, width)
+    opt = ChainOptimizer(
+        torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules="all-linear"), lr=1e-4
+    )
+    g = settings.generator()
+    x = torch.randn(4, width, generator=g)
+
+    def link() -> None:
+        model(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        opt.tie()
+
+    link()
+    outside, ledger = live_bytes(opt)
+    for _ in range(links - 1):
+        link()
+    later, grown = live_bytes(opt)
+    per_link = sum(2 * 8 * width * 4 for _ in range(layers))
+    yield Row(
+        "chain/device", f"chain of {links} links on {layers} layers of width {width}: growth of all tensors that are "
+        "not links, in bytes", Spread.of([later - outside]), 0.0, limit=0.0, limited_by="weights and one link stay",
+    )  # fmt: skip
+    yield Row(
+        "chain/host", "the same chain: growth of the ledger, over the bytes of its factors",
+        Spread.of([(grown - ledger) / (per_link * (links - 1))]), 1.0, limit=1.0, limited_by="the factors in fp32",
+        beside={"link_bytes": float(per_link), "chain_bytes": float(grown)},
+    )  # fmt: skip
+
+
+def live_bytes(opt: ChainOptimizer) -> tuple[int, int]:
+    """Bytes of the storages of all tensors that are alive: outside the chain, and in it."""
+    inside = {t.untyped_storage().data_ptr() for link in opt.chain for f in link.factors.values() for t in (f.A, f.B)}
+    gc.collect()
+    sizes: dict[int, int] = {}
+    for tensor in (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    # what hangs in C++ alone is not listed by the collector: parameters, gradients and state are
+    held: list[torch.Tensor] = [*opt.model.parameters(), *opt.model.buffers()]
+    for parameter, state in opt.state.items():
+        assert isinstance(parameter, nn.Parameter)
+        held += [v for v in (parameter.grad, *state.values()) if isinstance(v, torch.Tensor)]
+    for link in opt.chain:
+        held += [t for f in link.factors.values() for t in (f.A, f.B)]
+    sizes |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    mine = sum(size for address, size in sizes.items() if address in inside)
+    return sum(sizes.values()) - mine, mine

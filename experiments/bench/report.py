@@ -1,0 +1,98 @@
+"""The table, as Markdown, and everything else, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from experiments.bench import scaling
+from experiments.bench.measure import Row, Settings
+from experiments.hardware import describe_processor
+
+PACKAGES = ("torch", "transformers", "peft", "loralib", "numpy")
+
+
+def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace, minutes: float) -> str:
+    """Write ``bench.json``, ``bench.md`` and, where it was measured, ``scaling.png``; returns the Markdown."""
+    text = markdown(rows, settings, arguments, minutes)
+    (arguments.out / "bench.md").write_text(text + "\n")
+    written = {
+        "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(), "minutes": minutes,
+        "settings": asdict(settings),
+        "rows": [asdict(row) | {"reached": row.reached} for row in rows],
+    }  # fmt: skip
+    (arguments.out / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
+    curves = [scaling.Curve(**row.beside) for row in rows if row.name.startswith("scaling/")]  # type: ignore[arg-type]
+    if curves:
+        scaling.draw(curves, arguments.out / "scaling.png")
+    return text
+
+
+def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace, minutes: float) -> str:
+    """The table: measured, target, verdict, limit; then what stands between, once per kind."""
+    reached = [row.reached for row in rows if row.reached is not None]
+    lines = [
+        f"{describe_processor()}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
+        + ", ".join(f"{name} {number}" for name, number in versions().items())
+        + f"; {settings.clock} time; {minutes:.1f} minutes; {sum(reached)} of {len(reached)} targets reached"
+        + ("; SMOKE: the figures mean nothing" if settings.smoke else "")
+        + ".",
+        "",
+        "| row | what | median (10–90 %) | target | | limit | beside |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
+        limit = "" if row.limit is None else f"{row.limit:.3g}"
+        lines.append(f"| {row.name} | {row.what} | {row.value} | {target} | {verdict(row)} | {limit} | {beside(row)} |")
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.limited_by:
+            kinds.setdefault((row.limited_by, row.between), []).append(row.name)
+    lines += ["", "Limits, and what stands between:", ""]
+    for (limited_by, between), names in kinds.items():
+        lines.append(f"- {shortened(names)}: {limited_by}" + (f"; {between}" if between else "") + ".")
+    return "\n".join(lines)
+
+
+def verdict(row: Row) -> str:
+    """PASS, FAIL or nothing; `~` where the middle 80 % of the rounds lie on both sides; WRONG results."""
+    if row.right is False:
+        return "WRONG"
+    if row.reached is None or row.target is None:
+        return ""
+    between = row.value.count > 1 and row.value.low < row.target < row.value.high
+    return ("PASS" if row.reached else "FAIL") + ("~" if between else "")
+
+
+def beside(row: Row) -> str:
+    """Other figures, shortly."""
+    numbers = [(key, value) for key, value in row.beside.items() if isinstance(value, (int, float))]
+    return "" if row.name.startswith("scaling/") else ", ".join(f"{key} {value:.4g}" for key, value in numbers)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """`a/b`, `a/c` as one; a count where there are many."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more of {names[0].split('/')[0]}"
+
+
+def threads(arguments: argparse.Namespace) -> int:
+    """Of torch in this run."""
+    return arguments.threads or torch.get_num_threads()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that were timed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

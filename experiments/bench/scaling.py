@@ -1,0 +1,156 @@
+"""How the cost of a knot grows with layers, width, rank and chain length, with the slopes to be expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cola import ChainOptimizer, LinkConfig, NeverKnots
+from experiments.bench import models
+from experiments.bench.measure import CLOCKS, Row, Settings, Spread
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Milliseconds of a knot against one quantity.
+
+    Attributes:
+        name: of the quantity.
+        x: its values.
+        knot, add: median milliseconds of a knot, and of ``W.add_`` on the same weights.
+        slope: of log knot in log x over the upper half of x.
+        expected: what the slope should be there.
+        why: in words.
+        slack: by how much the slope may differ.
+    """
+
+    name: str
+    x: Sequence[int]
+    knot: Sequence[float]
+    add: Sequence[float]
+    slope: float
+    expected: float
+    why: str
+    slack: float
+
+
+def cases() -> Iterator[tuple[str, object]]:
+    """Name and function of the group."""
+    yield "scaling", rows
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A row per quantity: the slope. The curves are in ``curves(settings)``."""
+    for curve in curves(settings):
+        yield Row(
+            f"scaling/{curve.name}", f"slope of a knot's time in {curve.name}, {curve.x[len(curve.x) // 2]} to "
+            f"{curve.x[-1]} ({curve.why})", Spread.of([curve.slope]), curve.expected + curve.slack,
+            limit=curve.expected, limited_by=curve.why, beside=asdict(curve),
+        )  # fmt: skip
+
+
+def curves(settings: Settings) -> list[Curve]:
+    """Measure all four."""
+    small = settings.smoke
+    by_layers = [1, 2, 4] if small else [1, 2, 4, 8, 16, 32, 64]
+    by_width = [32, 64, 128] if small else [256, 512, 1024, 2048, 4096]
+    by_rank = [1, 2, 4] if small else [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    by_length = [1, 2, 4] if small else [1, 2, 4, 8, 16, 32, 64, 128]
+    return [
+        _curve("layers", by_layers, [knot(n, 512, 8, settings) for n in by_layers], 1.0, "each is tied once"),
+        _curve("width", by_width, [knot(1, n, 8, settings) for n in by_width], 2.0, "elements of W"),
+        _curve("rank", by_rank, [knot(1, 1024, r, settings) for r in by_rank], 1.0, "FLOPs r·d², once they outweigh "
+               "reading W"),
+        _curve("chain length", by_length, lengths(by_length, 512, settings), 0.0, "a knot does not look back"),
+    ]  # fmt: skip
+
+
+def knot(layers: int, width: int, rank: int, settings: Settings) -> tuple[float, float]:
+    """Median milliseconds of a knot of ``layers`` square layers, and of ``W.add_``."""
+    opt = make(layers, width, rank)
+    clock = CLOCKS[settings.clock]
+    weights = [p for p in opt.model.parameters() if p.shape == (width, width)]
+    other = torch.zeros(width, width)
+    ties, adds = [], []
+    with torch.no_grad():
+        for _ in range(3 if settings.smoke else 9):
+            fill(opt, settings)
+            started = clock()
+            opt.tie()
+            ties.append(clock() - started)
+            started = clock()
+            for weight in weights:
+                weight.add_(other)
+            adds.append(clock() - started)
+    return float(np.median(ties[2:])) * 1e3, float(np.median(adds[2:])) * 1e3
+
+
+def lengths(points: Sequence[int], width: int, settings: Settings) -> list[tuple[float, float]]:
+    """Median milliseconds of the knots around each length of one chain."""
+    opt = make(1, width, 8)
+    clock = CLOCKS[settings.clock]
+    times = []
+    for _ in range(points[-1] + 4):
+        fill(opt, settings)
+        started = clock()
+        opt.tie()
+        times.append(clock() - started)
+    # the first knot takes the base's fingerprint: lengths count from the second
+    return [(float(np.median(times[max(1, p - 3) : p + 4])) * 1e3, math.nan) for p in points]
+
+
+def make(layers: int, width: int, rank: int) -> ChainOptimizer:
+    """A chain on a stack of square layers."""
+    return ChainOptimizer(
+        torch.optim.AdamW, models.stack(layers, width), NeverKnots(),
+        link=LinkConfig(r=rank, target_modules="all-linear"), lr=1e-3,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def fill(opt: ChainOptimizer, settings: Settings) -> None:
+    """Make the link one that has been trained."""
+    g = settings.generator()
+    for name, parameter in opt.model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 1e-4)
+
+
+def _curve(name: str, x: Sequence[int], points: list[tuple[float, float]], expected: float, why: str) -> Curve:
+    knots, adds = [p[0] for p in points], [p[1] for p in points]
+    upper = len(x) // 2
+    slope = float(np.polyfit(np.log(x[upper:]), np.log(knots[upper:]), 1)[0])
+    return Curve(name, x, knots, adds, slope, expected, why, 0.15)
+
+
+def draw(found: Sequence[Curve], path: Path) -> None:
+    """Four log-log panels with the expected slopes dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, panels = pyplot.subplots(1, len(found), figsize=(3.1 * len(found), 3.0), layout="constrained")
+        for axes, curve in zip(np.atleast_1d(panels), found):
+            x, knots = np.array(curve.x, dtype=float), np.array(curve.knot)
+            guide = knots[-1] * (x / x[-1]) ** curve.expected
+            axes.loglog(x, guide, "--", color="#999999", label=f"slope {curve.expected:g}")
+            if not any(math.isnan(value) for value in curve.add):
+                axes.loglog(x, curve.add, ":s", color="#E69F00", markersize=4, label="W.add_")
+            axes.loglog(x, knots, "-o", color="#0072B2", markersize=5, label=f"knot, slope {curve.slope:.2f}")
+            low = min(np.min(knots), np.nanmin(np.array(curve.add)) if not math.isnan(curve.add[0]) else np.min(knots))
+            axes.set_ylim(low / 2, 3 * knots.max())
+            axes.set_xscale("log", base=2)
+            axes.minorticks_off()
+            axes.set_xlabel(curve.name)
+            axes.set_title(curve.why, fontsize=8)
+            axes.legend(frameon=False, fontsize=7.5)
+        np.atleast_1d(panels)[0].set_ylabel("milliseconds")
+        figure.savefig(path, dpi=100)
+        pyplot.close(figure)

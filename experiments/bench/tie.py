@@ -1,0 +1,118 @@
+"""A tie as a multiple of ``W.add_``, with the memory it takes; PEFT's and loralib's merges beside it.
+
+The one benchmark that looks behind the public interface: through it a tie comes with the checks of a knot.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cola.tie import residual_like, tie_
+from experiments.bench.measure import Row, Settings, Spread, Work, medians, peak_bytes, race, ratio
+
+RANK = 8
+SHAPES = {"4096x4096": (4096, 4096), "11008x4096": (11008, 4096)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TARGETS = {
+    ("fp32", "nearest"): 3.0,
+    ("bf16", "nearest"): 2.9,
+    ("bf16", "stochastic"): 3.5,
+    ("bf16", "compensated"): 3.5,
+}
+BETWEEN = {
+    ("fp32", "nearest"): "7 passes over blocks in cache: product, sum, two for the remainder, two norms, store",
+    ("bf16", "nearest"): "7 passes over fp32 blocks in cache: widen, product, round, widen, difference, two norms",
+    ("bf16", "stochastic"): "9 passes over fp32 blocks in cache: as nearest, with noise, its sum and a mask",
+    ("bf16", "compensated"): "13 passes over fp32 blocks in cache, and a residual that is read and written as well",
+}
+
+
+def cases() -> Iterator[tuple[str, object]]:
+    """Name and function of each group of rows."""
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            name = f"tie/{dtype}/{shape}"
+            yield name, partial(rows, name, dtype, shape)
+
+
+def rows(name: str, dtype: str, shape: str, settings: Settings) -> Iterator[Row]:
+    """Time and memory per rounding."""
+    m, n = (96, 64) if settings.smoke else SHAPES[shape]
+    g = settings.generator()
+    weight = torch.randn(m, n, generator=g).to(DTYPES[dtype])
+    other = (torch.randn(m, n, generator=g) * 1e-6).to(DTYPES[dtype])
+    left, right = torch.randn(m, RANK, generator=g) * 1e-3, torch.randn(RANK, n, generator=g)
+    residual = residual_like(weight)
+    work: dict[str, Work] = {"add_": lambda: weight.add_(other)}
+    roundings = [rounding for kind, rounding in TARGETS if kind == dtype]
+    for rounding in roundings:
+        kept = residual if rounding == "compensated" else None
+        work[rounding] = partial(tie_, weight, left, right, 1e-3, rounding=rounding, seed=settings.seed, residual=kept)
+    exact = {rounding: is_right(weight, left, right, rounding, settings.seed) for rounding in roundings}
+    merges = peers(m, n, DTYPES[dtype], left, right)
+    times = race({**work, **merges}, settings)
+    memory = {key: peak_bytes(run) / weight.nbytes for key, run in work.items() if key != "add_"}
+    beside = medians(times) | {f"{key}_to_add": ratio(times, key, "add_").median for key in merges}
+    if "peft_merge" in merges:
+        beside["peft_merge_extra"] = peak_bytes(merges["peft_merge"]) / weight.nbytes
+    for rounding in roundings:
+        yield Row(
+            f"{name}/{rounding}", f"tie, {dtype} {m}×{n}, {rounding}: time to W.add_", ratio(times, rounding, "add_"),
+            TARGETS[dtype, rounding], limit=4 / 3 if rounding == "compensated" else 2 / 3,
+            limited_by="bandwidth: W (and a residual) read and written once, where add_ moves three arrays",
+            between=BETWEEN[dtype, rounding], right=exact[rounding], beside=beside,
+        )  # fmt: skip
+        yield Row(
+            f"{name}/{rounding}/memory", f"tie, {dtype} {m}×{n}, {rounding}: extra memory, in W's own bytes",
+            Spread.of([memory[rounding]]), 0.05, limit=0.0, limited_by="nothing need be kept",
+            between="three fp32 buffers of a block" + ("; the table of noise" if rounding == "stochastic" else ""),
+        )  # fmt: skip
+
+
+def is_right(weight: Tensor, left: Tensor, right: Tensor, rounding: str, seed: int) -> bool:
+    """Whether a tie of some rows is the float64 sum within one rounding, and says what that did."""
+    part, left = weight[:64].clone(), left[:64]
+    kept = residual_like(part) if rounding == "compensated" else None
+    exact = part.double() + 1e-3 * left.double() @ right.double()
+    tie = tie_(part, left, right, 1e-3, rounding=rounding, seed=seed, residual=kept)
+    error = part.double() - exact
+    # a unit in the last place, and the rounding in fp32 of products of length r and of the sum
+    products = 1e-3 * left.double().abs() @ right.double().abs()
+    slack = torch.finfo(torch.float32).eps * ((RANK + 2) * products + exact.abs())
+    near = bool((error.abs() <= torch.finfo(weight.dtype).eps * exact.abs() + slack).all())
+    return near and abs(tie.deviation - error.norm().item()) <= slack.norm().item()
+
+
+def peers(m: int, n: int, dtype: torch.dtype, left: Tensor, right: Tensor) -> dict[str, Work]:
+    """PEFT's and loralib's merge (and, so that it can be repeated, the way back outside the merge itself)."""
+    import peft
+
+    model = nn.Sequential(OrderedDict(proj=nn.Linear(n, m, bias=False, dtype=dtype)))
+    config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["proj"])
+    layer = peft.inject_adapter_in_model(config, model).proj
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(right)
+        layer.lora_B["default"].weight.copy_(left * 1e-3)
+
+    def merge() -> None:
+        layer.merge()
+        layer.merged_adapters.clear()  # merge once more next time: the weights drift, and the time does not
+
+    found: dict[str, Work] = {"peft_merge": merge}
+    try:
+        import loralib
+    except ImportError:
+        return found
+    theirs = loralib.Linear(n, m, r=RANK, lora_alpha=16, bias=False).to(dtype)
+
+    def merge_loralib() -> None:
+        theirs.merged = False
+        theirs.train(False)
+
+    found["loralib_merge"] = merge_loralib
+    return found

@@ -1,0 +1,115 @@
+"""The benchmark as a program: its rows, files and exit status. Its times are never asserted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import bench
+from experiments.__main__ import main
+from experiments.bench import layer, measure, scaling, step, tie
+from experiments.bench.measure import Row, Settings, Spread, peak_bytes, race, ratio, saved_bytes
+
+pytest.importorskip("peft", reason="PEFT is what the benchmark compares with")
+SMOKE = Settings(smoke=True)
+NAMES = ["layer/bf16/1024x768", "step/llama", "overhead", "tie/bf16/4096", "chain", "export", "scaling"]
+
+
+def test_from_end_to_end(tmp_path, capsys):
+    assert main(["bench", "--smoke", "--seed", "3", "--out", str(tmp_path), "--rows", *NAMES]) == 0
+    shown = capsys.readouterr().out
+    written = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["name"]: row for row in written["rows"]}
+    for name in NAMES:
+        assert any(row.startswith(name) for row in rows)
+    assert not any(row.startswith(("layer/fp32", "import", "knot")) for row in rows)
+    assert {row["right"] for row in rows.values()} == {True, None}
+    assert rows["overhead/waits"]["value"]["median"] == 0
+    assert rows["chain/device"]["value"]["median"] == 0
+    assert rows["chain/host"]["value"]["median"] == 1
+    assert rows["layer/bf16/1024x768/dropout/saved"]["reached"]
+    assert written["settings"]["seed"] == 3
+    assert {"torch", "peft"} <= set(written["versions"])
+    assert (tmp_path / "bench.md").read_text().strip() == shown.strip()
+    assert all(len(line.split("|")) == 9 for line in shown.splitlines() if line.startswith("|"))
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "nonsense"], "names no row: choose from layer/fp32"),
+        (["--clock", "cpu", "--threads", "2"], "use it"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message, tmp_path, capsys):
+    assert main(["bench", "--out", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "strict", "status"),
+    [
+        (Row("a", "", Spread.of([1.0]), 2.0, right=True), True, 0),
+        (Row("a", "", Spread.of([3.0]), 2.0), False, 0),
+        (Row("a", "", Spread.of([3.0]), 2.0), True, 1),
+        (Row("a", "", Spread.of([3.0]), 2.0, at_least=True), True, 0),
+        (Row("a", "", Spread.of([1.0]), 2.0, right=False), False, 1),
+    ],
+)
+def test_the_exit_status(row, strict, status, tmp_path, monkeypatch, capsys):
+    class Group:
+        @staticmethod
+        def cases():
+            yield "a", lambda settings: [row]
+
+    monkeypatch.setattr(bench, "GROUPS", (Group,))
+    assert main(["bench", "--out", str(tmp_path), *["--strict"] * strict]) == status
+    assert ("wrong results: a" in capsys.readouterr().err) == (row.right is False)
+
+
+def test_a_race_runs_everyone_in_every_round():
+    calls = []
+    times = race({name: (lambda name=name: calls.append(name)) for name in "abc"}, SMOKE, rounds=(4, 4))
+    assert {len(t) for t in times.values()} <= {2, 3}
+    assert set(calls) == set("abc")
+    assert [calls[i] for i in range(6)] == list("abcabc")  # the warm-up
+    pairs = ratio({"a": np.array([2.0, 8.0, 3.0]), "b": np.array([1.0, 2.0, 3.0])}, "a", "b")
+    assert (pairs.median, pairs.count) == (2.0, 3)
+    assert pairs.low == pytest.approx(1.2)
+
+
+def test_memory_is_what_was_held_at_once():
+    def run():
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        del a
+        b = torch.empty(1 << 19, dtype=torch.uint8)
+        c = torch.empty(1 << 20, dtype=torch.uint8)
+        return b, c
+
+    assert 3 << 19 <= peak_bytes(run) < (3 << 19) + 1024
+    linear, x = torch.nn.Linear(4, 8), torch.zeros(2, 4, requires_grad=True)
+    assert saved_bytes(torch.nn.Sequential(linear, torch.nn.Sigmoid()), x) == (2 * 4 + 2 * 8) * 4
+
+
+def test_the_comparisons_notice_a_wrong_result():
+    layers = layer.contenders(32, torch.float32, 0.0, SMOKE)
+    x, upstream = torch.randn(8, 32, requires_grad=True), torch.randn(8, 32)
+    assert layer.agree(layers, x, upstream)
+    with torch.no_grad():
+        layers["cola"].proj.lora_B.mul_(1.01)
+    assert not layer.agree(layers, x, upstream)
+    W, L, R = torch.randn(64, 32), torch.randn(64, 8), torch.randn(8, 32)
+    assert tie.is_right(W, L, R, "nearest", 0)
+    assert not tie.is_right(W, L, R * float("nan"), "nearest", 0)
+    with step.Reads() as reads:
+        torch.ones(()).item()
+    assert reads.count == 1
+
+
+def test_slopes_are_those_of_the_points():
+    x = [1, 2, 4, 8, 16]
+    curve = scaling._curve("width", x, [(3.0 * n**2, 1.0) for n in x], 2.0, "")
+    assert curve.slope == pytest.approx(2.0)
+    assert measure.Spread.of([1.0]).count == 1
