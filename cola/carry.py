@@ -4,7 +4,8 @@ It is a plain dict of tensors and one JSON text under the top-level key ``"cola"
 ``torch.load(weights_only=True)`` keep it. Distributed checkpointing drops top-level keys that it does not know.
 Then the weights, which the model's own state dict brings, and the training go on exactly, but the chain lacks its first
 links and says so when it is asked for them. A run with compensated rounding cannot go on like that, and is refused:
-most of what its small updates have added up to may be in the residuals alone.
+most of what its small updates have added up to may be in the residuals alone. Nor can one that re-quantises its weights
+from the original codes and all links.
 """
 
 import json
@@ -14,12 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
+from cola import replay
 from cola.fingerprint import Fingerprint
 from cola.live import LiveLink
 from cola.store import Ledger, link_from_parts, link_to_parts
 
 KEY = "cola"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,18 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
     if ledger is not None and ledger.missing + len(ledger.links) != index:
         held = [link.index for link in ledger.links]
         raise ValueError(f"the state is at link {index} and holds the links {held}: a link is missing")
+    if index and live.origins:
+        if ledger is None or ledger.missing or not ledger.keep:
+            raise ValueError(
+                "quantized='requantize' needs all links at every knot, and the saved state lacks some: keep them "
+                f"(keep_links=True), and save by opt.save, or by torch.save of opt.state_dict() with its {KEY!r} entry"
+            )
+        difference = None if ledger.base is None else replay.codes_differ(ledger.base, live.origins)
+        if difference is not None:
+            raise ValueError(
+                f"quantized='requantize' starts from the original codes at every knot, and {difference}: make the "
+                "ChainOptimizer over the untouched base, and load the model's state dict after that"
+            )
     for path, layer in live.layers.items():
         if index and live.rounding_of(path) == "compensated":
             residual = carried.residuals.get(path)
@@ -91,8 +106,11 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
 
 def _read(entry: Mapping[str, Any]) -> Carried:
     content = json.loads(entry["text"])
-    if content["version"] != VERSION:
-        raise ValueError(f"it has format {content['version']}, and this version of cola reads format {VERSION}")
+    if content["version"] not in READS:
+        raise ValueError(
+            f"it has format {content['version']!r:.40}, and this version of cola reads formats "
+            f"{' and '.join(map(str, READS))}"
+        )
     parts: list[dict[str, Tensor]] = [{} for _ in content["links"]]
     for name, tensor in entry["links"].items():
         number, _, part = name.partition("/")

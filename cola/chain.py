@@ -1,15 +1,20 @@
 """The ledger of a chain: every link that was tied, as it was tied. It knows names and tensors, never optimizers."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cola import export, peft_import, replay, store, subspace
+from cola import export, interrupts, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
+
+#: of `Chain.state_dict`
+VERSION = 1
 
 
 class Chain:
@@ -65,7 +70,7 @@ class Chain:
 
     def resume(self, index: int) -> None:
         """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""
-        if index >= self.missing:
+        if self.missing <= index <= self.missing + len(self):
             del self._links[index - self.missing :]
         else:
             self._links.clear()
@@ -94,9 +99,53 @@ class Chain:
         if self.missing:
             raise RuntimeError(
                 f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
-                "was resumed from had dropped them. The model's own weights are complete: save those"
+                "was resumed from had dropped them. The model's own weights are complete: save those, or load the "
+                "links too (save opt.chain beside the optimizer's state: it has state_dict and load_state_dict)"
             )
         return tuple(self._links)
+
+    # beside an optimizer's state that leaves the links out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chain as plain data, for what saves objects by their ``state_dict``.
+
+        A `ChainOptimizer`'s own state dict has the links already. `torch.distributed.checkpoint` drops them from it;
+        there, save the chain as one entry more, ``{"model": …, "optimizer": …, "chain": opt.chain}``, or in Accelerate
+        by ``accelerator.register_for_checkpointing(opt.chain)``. It is the same on every process, so it moves between
+        numbers of processes, and its two entries are there however many links there are, as a checkpoint that is
+        loaded into place needs.
+
+        Returns:
+            ``about``, a JSON text, and ``links``, a list of the bytes of one safetensors file each.
+        """
+        ledger = self.ledger()
+        base = None if ledger.base is None else ledger.base.to_json()
+        about = json.dumps({"version": VERSION, "missing": ledger.missing, "keep": ledger.keep, "base": base})
+        return {"about": about, "links": [store.link_to_bytes(link) for link in ledger.links]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Become the chain that `state_dict` was taken of; before or after the optimizer's own state.
+
+        On a running ChainOptimizer the next step compares its knots with those that the optimizer's state tells of.
+
+        Raises:
+            ValueError: this is not a chain's state, or damaged; nothing is changed then.
+
+        >>> chain = Chain()
+        >>> chain.load_state_dict(Chain().state_dict())
+        """
+        try:
+            about = json.loads(state_dict["about"])
+            if about["version"] != VERSION:
+                raise ValueError(f"it has format {about['version']}, and this version of cola reads format {VERSION}")
+            links = [store.link_from_bytes(data, Path("links") / str(i)) for i, data in enumerate(state_dict["links"])]
+            base = None if about["base"] is None else Fingerprint.from_json(about["base"])
+            missing, keep = about["missing"], about["keep"]
+            if type(keep) is not bool or [link.index for link in links] != list(range(missing, missing + len(links))):
+                raise ValueError("a link is missing")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"this is not the state of a chain, or it is damaged: {error}") from None
+        self.restore(store.Ledger(links, missing, keep, base))
 
     # on disk
 
@@ -111,7 +160,7 @@ class Chain:
 
         Raises:
             ValueError: it holds another program's files under our names, or a layer's name could be a file's path.
-            OSError: the disk is full, the directory read-only, …
+            OSError: the disk is full, the directory read-only, another process is saving there, …
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -123,7 +172,7 @@ class Chain:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Chain":
-        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`.
+        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`: what was saved last.
 
         Raises:
             ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
@@ -150,7 +199,8 @@ class Chain:
             ``export.json``, with ``‖ΔW‖`` beside it.
 
         Raises:
-            ValueError: r is not positive, or the chain is empty.
+            ValueError: r is not positive, the chain is empty, or training has moved what PEFT's format has no place
+                for: part of a module (a norm's running statistics, without its weight), or the model's own tensors.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("to_peft()")
@@ -163,7 +213,7 @@ class Chain:
         Args:
             directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
             rounding: how `apply` is to round when it ties the link: ``"nearest"``, ``"stochastic"`` or
-                ``"compensated"``.
+                ``"compensated"``; on a quantised base ``"stack"`` or ``"requantize"``.
 
         Raises:
             ValueError: files missing or damaged, or an adapter that is more than ``s·B A`` (DoRA, …); says why.
@@ -178,17 +228,21 @@ class Chain:
         Args:
             model: the untouched base; changed in place.
             upto: only the first ``upto`` links; None for all.
-            check: compare the model's weights with the fingerprint of the base that the links were trained on.
+            check: compare all parameters and persistent buffers with the fingerprint of the base that the links were
+                trained on; one pass over them. Those that the links replace as a whole (a head that was trained beside
+                them) may have other values: they are named in a warning.
 
         Raises:
-            ValueError: wrong base: a layer is missing, of another shape or dtype, or has other values, or cannot be
-                tied; nothing is changed then.
+            ValueError: wrong base: a tensor is missing, of another shape or dtype, or has other values, or a layer
+                cannot be tied; nothing is changed then.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("apply()")
         links = self._links[: self._count(upto)]
-        replay.check(model, self._links, self.base if check else None)
-        replay.tie_links(model, links)
+        replaced = [name for link in links for name in link.trained]
+        replay.check(model, self._links, self.base if check else None, replaced=replaced)
+        with interrupts.deferred():
+            replay.tie_links(model, links)
 
     def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
         """Take the last link off and return it; with ``model`` and ``base``, off the model's weights as well.
@@ -212,9 +266,12 @@ class Chain:
             self.complete("undo(model, base)")
             if base is model:
                 raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
-            replay.check(model, self._links, self.base, base=base)
-            replay.untie(model, self._links, base)
-            replay.tie_links(model, self._links[:-1])
+            replaced = [name for link in self._links[:-1] for name in link.trained]
+            replay.check(model, self._links, self.base, base=base, replaced=replaced)
+            with interrupts.deferred():
+                replay.untie(model, self._links, base)
+                replay.tie_links(model, self._links[:-1])
+                replay.settle(model, self._links)
         return self._links.pop()
 
     # diagnostics

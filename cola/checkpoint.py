@@ -8,7 +8,7 @@ rename, so a process that dies while saving leaves the previous checkpoint.
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import replay, tensorfile
+from cola.adapters.targets import base_tensors, buffers_by_name
 from cola.arguments import is_finite
 from cola.distributed import writes
-from cola.files import StoreError, read_checked, seal, unseal, write
+from cola.extend import Pair, Prepared
+from cola.files import StoreError, locked, read_checked, unseal
 from cola.fingerprint import Fingerprint
-from cola.live import LiveLink, Pair, Prepared
+from cola.live import LiveLink
 from cola.packing import pack, unpack
-from cola.store import CHECKPOINT, VERSION, Ledger, clean, entry, read_links, require_ours, write_content, write_links
+from cola.store import (
+    CHECKPOINT,
+    READS,
+    Ledger,
+    entry,
+    read_links,
+    require_ours,
+    require_plain_name,
+    undisturbed,
+    write_content,
+    write_links,
+    write_manifest,
+)
 
 logger = logging.getLogger("cola")
 
@@ -38,6 +52,7 @@ class Checkpoint:
         base_class: name of its class.
         link: the live link's factors by layer, and its scale.
         trained: values of what is trained beside the adapters, by path.
+        buffers: persistent buffers that are no longer the base's, by path.
         others: values of parameters in groups of the caller's own, in order.
         loss: of the last step.
         weights: fingerprint of the weights when it was saved.
@@ -49,6 +64,7 @@ class Checkpoint:
     base_class: str
     link: Prepared
     trained: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
     others: list[Tensor]
     loss: float | None
     weights: Fingerprint
@@ -63,6 +79,7 @@ def save(
     state: dict[str, Any],
     loss: float | None,
     weights: Fingerprint,
+    buffers: Mapping[str, Tensor],
 ) -> None:
     """Write a checkpoint in the place of the directory's former one.
 
@@ -74,27 +91,21 @@ def save(
         state: its state dict, with the chain's counters in it.
         loss: of the last step.
         weights: fingerprint of the adapted layers as they are.
+        buffers: persistent buffers that are no longer the base's.
 
     Raises:
-        RuntimeError: the links were not kept, or were lost, so that the weights could not be rebuilt.
         TypeError: the optimizer's state holds what only pickling could keep.
-        OSError: writing failed; the directory holds what it held before.
+        OSError: writing failed, or another process is saving there; the directory holds what it held before.
     """
-    if not ledger.keep or ledger.missing:
-        raise RuntimeError(
-            "save() writes the links, from which load() rebuilds the weights, and this chain does not have all of "
-            "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "
-            "opt.state_dict() instead"
-        )
     if not writes():
         return
     require_ours(directory, CHECKPOINT)
-    ledger = ledger if ledger.base is not None else replace(ledger, base=weights)
     tensors: dict[str, Tensor] = {}
     packed = pack(state, "optimizer", tensors)
     for path, (A, B) in live.snapshot().items():
         tensors[f"live/A:{path}"], tensors[f"live/B:{path}"] = A, B
     tensors.update({f"trained:{path}": value for path, value in live.trained().items()})
+    tensors.update({f"buffer:{path}": value for path, value in buffers.items()})
     tensors.update({f"other/{i}": value for i, value in enumerate(_others(base, live))})
     tensors.update({f"rng/{device}": value for device, value in _rng_states().items()})
     content = {
@@ -105,11 +116,27 @@ def save(
         "loss": pack(loss, "loss", {}),
         "weights": weights.to_json(),
     }
-    item = write_content(directory, f"state-{live.index}", tensorfile.dump(tensors, content))
-    chain = write_links(directory, ledger)
-    manifest = {"format": CHECKPOINT[1], "version": VERSION, "chain": chain, "state": asdict(item)}
-    write(directory / CHECKPOINT[0], seal(manifest))
-    clean(directory)
+    for path in (*live.trained(), *buffers):
+        require_plain_name(path)
+    data = tensorfile.dump(tensors, content)
+    with locked(directory):
+        item = write_content(directory, f"state-{live.index}", data)
+        chain = write_links(directory, ledger)
+        write_manifest(directory, CHECKPOINT, {"chain": chain, "state": asdict(item)})
+
+
+def require_links(ledger: Ledger) -> None:
+    """Refuse to save a chain whose weights could not be rebuilt.
+
+    Raises:
+        RuntimeError: its links were not kept, or were lost.
+    """
+    if not ledger.keep or ledger.missing:
+        raise RuntimeError(
+            "save() writes the links, from which load() rebuilds the weights, and this chain does not have all of "
+            "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "
+            "opt.state_dict() instead"
+        )
 
 
 def read(directory: Path) -> Checkpoint:
@@ -118,14 +145,18 @@ def read(directory: Path) -> Checkpoint:
     Raises:
         StoreError: a file is missing, truncated, edited or foreign; names the file.
     """
+    return undisturbed(directory, _read)
+
+
+def _read(directory: Path) -> Checkpoint:
     path = directory / CHECKPOINT[0]
-    manifest = unseal(path, CHECKPOINT[1], VERSION)
+    manifest = unseal(path, CHECKPOINT[1], READS)
     ledger = read_links(directory, manifest.get("chain"), path)
     item = entry(manifest.get("state"), path)
     path = directory / item.file
     tensors, content = tensorfile.load(read_checked(path, item.size, item.digest), path)
     try:
-        named: dict[str, dict[str, Tensor]] = {"live/A": {}, "live/B": {}, "trained": {}}
+        named: dict[str, dict[str, Tensor]] = {"live/A": {}, "live/B": {}, "trained": {}, "buffer": {}}
         for name, tensor in tensors.items():
             kind, colon, layer = name.partition(":")
             if colon and kind in named:
@@ -136,10 +167,11 @@ def read(directory: Path) -> Checkpoint:
             raise ValueError(f"its loss is {loss!r:.40} and its scale {scaling!r:.40}")
         return Checkpoint(
             ledger,
-            unpack(content["optimizer"], tensors),
+            _state_dict(unpack(content["optimizer"], tensors)),
             content["base_class"],
-            Prepared(pairs, scaling, content["rank"]),
+            Prepared(pairs, float(scaling), content["rank"]),
             named["trained"],
+            named["buffer"],
             [tensors[f"other/{i}"] for i in range(sum(name.startswith("other/") for name in tensors))],
             loss,
             Fingerprint.from_json(content["weights"]),
@@ -147,6 +179,16 @@ def read(directory: Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} does not hold the state of a run: {error!s:.200}") from None
+
+
+def _state_dict(value: Any) -> dict[str, Any]:
+    """A base optimizer's, of the form that all have."""
+    groups = value["param_groups"]
+    if not isinstance(value["state"], dict) or not isinstance(groups, list) or not groups:
+        raise ValueError(f"its optimizer is {value!r:.80}")
+    if not all(isinstance(group, dict) and isinstance(group["params"], list) for group in groups):
+        raise ValueError(f"its optimizer has the groups {groups!r:.80}")
+    return value
 
 
 def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
@@ -170,20 +212,29 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.link.pairs.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.link.pairs)}, here it is on {sorted(live.layers)}")
-    rank, scaling = live.config.rank_of(index), live.config.scaling_of(index)
     for path, (out, inner) in live.shapes().items():
-        A, B = saved.link.pairs[path]
+        (A, B), rank = saved.link.pairs[path], live.plans[path].rank_of(index)
         if A.shape != (rank, inner) or B.shape != (out, rank):
             raise ValueError(
                 f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
                 f"({out}, {rank}) by ({rank}, {inner})"
             )
+    rank, scaling = live.rank_of(index), live.scaling_of(index)
     if saved.link.rank != rank or not math.isclose(saved.link.scaling, scaling):
         raise ValueError(
             f"the saved live link has rank {saved.link.rank} and scale {saved.link.scaling}, here it would have rank "
             f"{rank} and scale {scaling}"
         )
-    replay.check(live.model, saved.ledger.links, saved.ledger.base, live=True)
+    buffers = buffers_by_name(live.model)
+    for path, value in sorted(saved.buffers.items()):
+        if path not in buffers or (buffers[path].shape, buffers[path].dtype) != (value.shape, value.dtype):
+            raise ValueError(
+                f"the saved run has a buffer {path!r} {tuple(value.shape)} of {value.dtype}, which this model does not "
+                "have"
+            )
+    recorded = (name for link in saved.ledger.links for name in link.trained)
+    replaced = [*recorded, *saved.trained, *saved.buffers]
+    replay.check(live.model, saved.ledger.links, saved.ledger.base, live=True, replaced=replaced)
 
 
 def rehearse(saved: Checkpoint, scratch: Optimizer) -> None:
@@ -208,18 +259,21 @@ def rehearse(saved: Checkpoint, scratch: Optimizer) -> None:
 @torch.no_grad()
 def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> None:
     """Weights, live link and base state as they were saved. Call `check` first."""
-    replay.tie_links(live.model, saved.ledger.links, live.residuals, live.config.residual_device)
+    live.replay(saved.ledger.links)
     live.begin(index, saved.link)
     for path, parameter in live.trained().items():
         parameter.copy_(saved.trained[path])
+    for path, buffer in buffers_by_name(live.model).items():
+        if path in saved.buffers:
+            buffer.copy_(saved.buffers[path])
     for parameter, value in zip(_others(base, live), saved.others):
         parameter.copy_(value)
-    difference = saved.weights.difference(replay.take_fingerprint(live.model, live.layers))
+    difference = next(saved.weights.differences(base_tensors(live.model), all_of_it=False), None)
     if difference is not None:
         logger.warning(
-            "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%s): another device or "
-            "library version sums in another order",
-            difference,
+            "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%r differs): another "
+            "device or library version sums in another order",
+            difference.name,
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from cola.chain import Chain
 from cola.figure import draw
 from cola.files import write
 from cola.store import CHAIN, CHECKPOINT
+from cola.tie import RECORDED
 from cola.version import __version__
 
 
@@ -22,13 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 if a check failed or something went wrong."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+            raise ValueError(f"--out {arguments.out} is a file: give a directory")
         result, text, status = arguments.run(arguments)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"cola {arguments.command}: {str(error).strip()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(_plain(result), indent=1) if arguments.json else text)
+    try:
+        print(json.dumps(_plain(result), indent=1) if arguments.json else text, flush=True)
+    except BrokenPipeError:  # whoever read it (head) has seen enough; nothing more is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
@@ -99,10 +106,14 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if all(problem is None for _, problem in checks):
         model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
         name = "base is the one that the chain was trained on"
+        if chain.base is not None and chain.base.others is None:
+            name = "adapted layers are those that the chain was trained on (format 1 records no others)"
         if chain.base is None:
             name = "layers fit the base (which base the chain was trained on is not recorded)"
         links = tuple(chain)
-        check(name, lambda: replay.check(model, links, chain.base))
+        others = check(name, lambda: replay.check(model, links, chain.base))
+        if others:
+            checks[-1] = (f"{name}, but for {', '.join(others)}, which the chain replaces", None)
         if checks[-1][1] is None:
             check("tied again, every link does what its knot reported", lambda: _require_as_reported(model, chain))
     failed = any(problem is not None for _, problem in checks)
@@ -128,9 +139,14 @@ def merge(arguments: argparse.Namespace) -> Answer:
             f"--out {arguments.out} is the base itself: the chain needs the untouched base, so save elsewhere"
         )
     chain = Chain.load(arguments.directory)
+    if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
+        raise ValueError(
+            "the chain's links are kept beside quantised weights, and from_pretrained would not look for them there: "
+            "write an adapter by cola export, and load that on the base"
+        )
     model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
     chain.apply(model, upto=arguments.upto)
-    save_merged(model, arguments.out, arguments.base)
+    save_merged(model, arguments.out, arguments.base, trust_remote_code=arguments.trust_remote_code)
     count = len(chain) if arguments.upto is None else arguments.upto
     result = {"base": arguments.base, "links": count, "out": str(arguments.out)}
     return result, f"tied {count} links into {arguments.base}, and saved the model to {arguments.out}", 0
@@ -205,7 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("import", import_, "directory of a PEFT LoRA adapter")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chain goes")
     sub.add_argument(
-        "--rounding", default="nearest", choices=["nearest", "stochastic", "compensated"], help="when it is tied"
+        "--rounding",
+        default="nearest",
+        choices=RECORDED,
+        help="when it is tied; for a quantised base 'stack' or 'requantize'",
     )
     sub.add_argument("--force", action="store_true", help="replace a chain that is there already")
     return parser

@@ -8,12 +8,16 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from cola.extend import LayerPlan
+from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
+from cola.link import Link
 from cola.live import LiveLink
 
 #: the param-group entry
 GROUP_KEY = "cola"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
 
 
 def write(
@@ -24,6 +28,8 @@ def write(
     policy: KnotPolicy,
     live: LiveLink,
     weights: str | None,
+    knots: list[list[Any]],
+    origin: dict[str, Any] | None,
 ) -> str:
     """The counters of a running chain.
 
@@ -33,6 +39,9 @@ def write(
         stepped: group entries that are the base's state.
         policy, live: described in full, so that `read` can tell another chain's state.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
+        knots: of the tied links that the chain holds, as `knots_of` gives them.
+        origin: before it, prints of those of the base's tensors that training has moved; None later, when the chain has
+            them.
     """
     return json.dumps(
         {
@@ -44,8 +53,18 @@ def write(
             "policy": policy.state_dict(),
             "live": describe(live),
             "weights": weights,
+            "knots": knots,
+            "origin": origin,
         }
     )
+
+
+def knots_of(links: Iterable[Link]) -> list[list[Any]]:
+    """What tells one run's links from another's: index, step, rank and ‖ΔW‖ of each.
+
+    The norm is given to four digits: processes may differ in its last bits.
+    """
+    return [[link.index, link.step, link.rank, f"{link.report.delta_norm:.4g}"] for link in links]
 
 
 def describe(live: LiveLink) -> dict[str, Any]:
@@ -55,9 +74,15 @@ def describe(live: LiveLink) -> dict[str, Any]:
         "rank": live.rank,
         "seed": live.seed,
         "rounding": live.rounding,
+        "quantized": live.quantized,
         "link": live.config.describe(),
-        "layers": {path: list(shape) for path, shape in live.shapes().items()},
+        "layers": {path: [*shape, *_own(live.plans[path])] for path, shape in live.shapes().items()},
     }
+
+
+def _own(plan: LayerPlan) -> list[float]:
+    """Rank and scale of a layer that has its own."""
+    return [] if plan.rank is None or plan.scaling is None else [plan.rank, plan.scaling]
 
 
 def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
@@ -66,8 +91,9 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
     Raises:
         ValueError: none there, unreadable, or of another chain; the message names the first difference.
     """
-    groups = state_dict.get("param_groups") or [{}]
-    text = groups[0].get(GROUP_KEY)
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, (list, tuple)) and groups else None
+    text = first.get(GROUP_KEY) if isinstance(first, dict) else None
     if not text:
         raise ValueError(f"this state was not saved by a ChainOptimizer: param_groups[0] has no {GROUP_KEY!r} entry")
     try:
@@ -77,22 +103,38 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
     if not _well_formed(saved):
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")
-    if version != VERSION:
-        raise ValueError(f"the state has format {version}, and this version of cola reads format {VERSION}")
+    if version not in READS:
+        raise ValueError(
+            f"the state has format {version!r:.40}, and this version of cola reads formats "
+            f"{' and '.join(map(str, READS))}"
+        )
     mine = describe(live)
-    for name in ("layers", "seed", "rounding", "link"):
+    theirs.setdefault("quantized", "stack")
+    for name in ("layers", "seed", "rounding", "quantized", "link"):
         if theirs[name] != mine[name]:
             raise ValueError(
                 f"the saved state is of another chain: {name} differs ({_difference(theirs[name], mine[name])}). "
                 "Make the ChainOptimizer with the saved run's arguments"
             )
-    wanted = live.config.rank_of(theirs["index"])
+    wanted = live.rank_of(theirs["index"])
     if theirs["rank"] != wanted:
         raise ValueError(
             f"the saved link {theirs['index']} has rank {theirs['rank']}, here it would have {wanted}: "
             "make the ChainOptimizer with the saved run's r"
         )
     return saved
+
+
+def origin_of(saved: dict[str, Any]) -> dict[str, TensorPrint]:
+    """Prints of what training had moved before the first knot, from `read`'s counters.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        return prints_from_json(saved.get("origin") or {})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: its origin has no {error!s:.80}") from None
 
 
 def _well_formed(saved: dict[str, Any]) -> bool:
@@ -106,6 +148,8 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("epoch"), (int, float, type(None)))
         and isinstance(saved.get("policy"), dict)
         and isinstance(saved.get("weights"), (str, type(None)))
+        and all(isinstance(knot, list) and len(knot) == 4 for knot in saved.get("knots", ()))
+        and isinstance(saved.get("origin"), (dict, type(None)))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

@@ -6,7 +6,7 @@ and rounds it as it would be rounded within the whole.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,6 +157,22 @@ def _sum_over_shards(values: Tensor, tensor: Any) -> Tensor:
         if placement.is_shard():
             torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group(dim))
     return values
+
+
+def shared_out(tensors: Sequence[Tensor], digest: Callable[[Tensor], str]) -> list[str]:
+    """``digest`` (32 bytes in hexadecimal digits) of sharded tensors in full, each taken by one of the processes.
+
+    All must call together: to gather a tensor takes them all.
+    """
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
+    rows = torch.zeros(len(tensors), 32, dtype=torch.int32, device=tensors[0].device)
+    for i, tensor in enumerate(tensors):
+        full = whole(tensor)
+        if i % size == rank:
+            rows[i] = torch.tensor(list(bytes.fromhex(digest(full))), dtype=torch.int32)
+    if in_group():
+        torch.distributed.all_reduce(rows)
+    return [bytes(row).hex() for row in rows.tolist()]
 
 
 def agreed_mean(losses: Tensor) -> float:

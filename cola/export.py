@@ -49,6 +49,7 @@ def to_peft(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A.to(dtype)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B.to(dtype)
     biases, saved = _trained(links, paths)
+    _require_whole(saved, paths, base)
     tensors.update(biases)
     tensors.update(saved)
     name = base_model or (base.name if base is not None else None)
@@ -110,6 +111,22 @@ def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Ten
         else:
             saved[f"{PREFIX}{name}"] = value
     return biases, saved
+
+
+def _require_whole(saved: dict[str, Tensor], paths: Sequence[str], base: Fingerprint | None) -> None:
+    """PEFT keeps what is trained beside adapters by module, and a module with all its tensors or not at all."""
+    present = {key.removeprefix(PREFIX) for key in saved}
+    prints = {} if base is None else base.prints()
+    for owner in sorted({_owner(key) for key in saved}):
+        lacking = sorted(n for n in prints if n.rpartition(".")[0] == owner and n not in present)
+        if not owner or owner in paths or lacking:
+            mine = sorted(n for n in present if n.rpartition(".")[0] == owner)
+            why = "it is the model itself" if not owner else "it is adapted" if owner in paths else ""
+            raise ValueError(
+                f"an adapter in PEFT's format cannot hold {', '.join(mine)}, which training has moved: it holds "
+                f"modules as a whole, and {why or f'the chain has no {lacking[0]!r} (train the whole module)'}. Save "
+                "the merged model instead"
+            )
 
 
 def _owner(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ class LinkConfig:
         dtype: of the factors; None for fp32, and float64 on a float64 base.
         rank_change: how a link of another rank is made: ``"resize"`` the factors, ``"mask"`` (zeros beyond the rank,
             for shapes that may not change), or ``"auto"``: mask in a distributed run, else resize.
-        residual_device: where compensated rounding keeps its residuals; None for the weight's device.
+        residual_device: where compensated rounding keeps its residuals, and re-quantised layers their original codes;
+            None for the weight's device.
 
     Raises:
         ValueError, TypeError: an argument out of range.
@@ -129,20 +130,115 @@ class LinkConfig:
         return self.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
+@dataclass(frozen=True)
+class LayerPlan:
+    """Ranks and scales of one layer's links: the configuration's, or in proportion to a first link of its own.
+
+    Args:
+        config: of all layers.
+        rank, scaling: of the layer's first link, where it has its own (PEFT's ``rank_pattern``, ``alpha_pattern``).
+
+    A schedule of ranks ``r_0, r_1, …`` takes a layer that starts with R to ``R·r_k/r_0``, rounded half up and at least
+    1. Its scale stays its own under ``"constant"``, and follows its own rank under ``"alpha/r"`` and ``"rslora"``.
+
+    >>> plan = LayerPlan(LinkConfig(r=(8, 4), scaling="alpha/r"), rank=3, scaling=2.0)
+    >>> plan.rank_of(1), plan.scaling_of(1)
+    (2, 3.0)
+    """
+
+    config: LinkConfig
+    rank: int | None = None
+    scaling: float | None = None
+
+    def rank_of(self, link: int) -> int:
+        """Rank of link ``link`` (from 0)."""
+        usual = self.config.rank_of(link)
+        if self.rank is None:
+            return usual
+        first = self.config.rank_of(0)
+        return max(1, (2 * self.rank * usual + first) // (2 * first))
+
+    def scaling_of(self, link: int) -> float:
+        """Scale s of link ``link``."""
+        if self.rank is None or self.scaling is None:
+            return self.config.scaling_of(link)
+        share = self.rank / self.rank_of(link)
+        return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
+
+    def known_ranks(self) -> tuple[int, ...] | None:
+        """All ranks that the layer's links can have; None if a callable decides."""
+        usual = self.config.known_ranks()
+        return None if usual is None else tuple(self.rank_of(link) for link in range(len(usual)))
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The next link's factors and scale, drawn before anything is changed.
+
+    Attributes:
+        pairs: A and B of each layer.
+        scaling: the first layer's.
+        rank: the largest.
+        scalings: of each layer; None for those that the plans give.
+    """
+
+    pairs: Mapping[str, Pair]
+    scaling: float
+    rank: int
+    scalings: Mapping[str, float] | None = None
+
+
+def prepare(
+    config: LinkConfig,
+    plans: Mapping[str, LayerPlan],
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    seed: int,
+    link: int,
+) -> Prepared:
+    """Draw link ``link`` of all layers.
+
+    Args:
+        config: as for `draw`.
+        plans: of the layers, by path.
+        shapes: (out, in) of the layers.
+        seed: as for `draw`.
+        link: index of the link.
+
+    Raises:
+        ValueError: a rank is above a layer's own.
+    """
+    pairs = {}
+    for path, shape in shapes.items():
+        rank = plans[path].rank_of(link)
+        if rank > min(shape):
+            raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
+        pairs[path] = draw(config, shape, seed=seed, link=link, layer=path, rank=rank)
+    scalings = {path: plans[path].scaling_of(link) for path in shapes}
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    return Prepared(pairs, next(iter(scalings.values())), rank, scalings)
+
+
 @torch.no_grad()
-def draw(config: LinkConfig, shape: tuple[int, int], *, seed: int, link: int, layer: str) -> tuple[Tensor, Tensor]:
+def draw(
+    config: LinkConfig, shape: tuple[int, int], *, seed: int, link: int, layer: str, rank: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The factors that link ``link`` of ``layer`` starts from, on the CPU in fp32.
 
     Args:
         config: rank, initialisation and which factor is drawn.
         shape: (out, in) of the layer.
         seed, link, layer: key of the draw; equal keys give equal factors everywhere.
+        rank: the layer's own, where it has one.
 
     Returns:
         A (r×in) and B (out×r), one of them zero, so that the new link changes nothing.
     """
     out_features, in_features = shape
-    rank = config.rank_of(link)
+    rank = rank or config.rank_of(link)
     generator = torch.Generator().manual_seed(key(seed, link, layer))
     if config.train == "A":
         return torch.zeros(rank, in_features), _drawn(config, rank, out_features, link, generator).t().contiguous()

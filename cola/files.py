@@ -5,15 +5,23 @@ What is read has its kind and size checked first; nothing is unpickled, here or 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes are not kept apart there
+    fcntl = None  # type: ignore[assignment]
 
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
@@ -21,6 +29,8 @@ MAX_JSON = 64 << 20
 MAX_DEPTH = 100
 #: what an interrupted `write` leaves: the name it was to have, between these
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+#: in a directory while somebody saves to it
+LOCK = ".cola.lock"
 
 
 class StoreError(ValueError):
@@ -45,8 +55,35 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = f"cannot write it, {error.strerror or error}; what was saved before is intact"
-        raise OSError(error.errno, reason, str(path)) from error
+        raise _unwritten(path, error) from error
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep every other process from saving to ``directory``, which is made if need be, while the block runs.
+
+    The lock is the operating system's, on a file in the directory: it ends with the process, however that ends. Where
+    a system has none (Windows, some network file systems), nobody is kept out.
+
+    Raises:
+        BlockingIOError: another process (or thread) is saving there; the message says which.
+        OSError: the directory cannot be made or written to.
+    """
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise _unwritten(directory, error) from error
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is held: whoever has opened it already will see that it is gone
+            os.close(descriptor)
 
 
 def read(path: Path, limit: int | None = None) -> bytes:
@@ -73,7 +110,10 @@ def read(path: Path, limit: int | None = None) -> bytes:
     with open(descriptor, "rb") as file:
         if limit is not None and status.st_size > limit:
             raise StoreError(f"{path} has {status.st_size} bytes, where {limit} are expected: it was edited")
-        return file.read(status.st_size)
+        try:
+            return file.read(status.st_size)
+        except MemoryError:
+            raise StoreError(f"{path} has {status.st_size} bytes, more than there is memory for") from None
 
 
 def read_checked(path: Path, size: int, digest: str) -> bytes:
@@ -103,7 +143,7 @@ def seal(content: dict[str, Any]) -> bytes:
     return json.dumps({**content, "sha256": _content_digest(content)}, indent=1, ensure_ascii=False).encode()
 
 
-def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
+def unseal(path: Path, kind: str, versions: tuple[int, ...]) -> dict[str, Any]:
     """Read a manifest of format ``kind`` and check it.
 
     Raises:
@@ -113,10 +153,10 @@ def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != kind:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise StoreError(f"{path} is not a {kind} manifest (its format is {found!r:.40})")
-    if content.get("version") != version:
+    if content.get("version") not in versions or type(content["version"]) is not int:
         raise StoreError(
-            f"{path} has format version {content.get('version')!r:.40}, and this library reads version {version}: "
-            "use the version of cola that wrote it"
+            f"{path} has format version {content.get('version')!r:.40}, and this library reads versions "
+            f"{' and '.join(map(str, versions))}: use the version of cola that wrote it"
         )
     if content.pop("sha256", None) != _content_digest(content):
         raise StoreError(f"{path} was edited or damaged: its content does not match its checksum")
@@ -141,6 +181,40 @@ def intended_name(name: str) -> str:
     """The name that a file has, or was to have when its writing was interrupted."""
     temporary = _TEMPORARY.fullmatch(name)
     return temporary[1] if temporary else name
+
+
+def _lock(path: Path) -> int | None:
+    """Make and lock the file; returns its descriptor, None where there are no locks."""
+    if fcntl is None:
+        return None
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # its former holder may have removed it between our two calls: then it keeps nobody out
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+                return descriptor
+        except BlockingIOError as error:
+            holder = "another process"
+            with contextlib.suppress(OSError):
+                text = os.pread(descriptor, 200, 0).decode(errors="replace")
+                holder = "".join(c for c in text if c.isprintable()) or holder
+            os.close(descriptor)
+            reason = f"{holder} is saving there now; what was saved before is intact: give each run its own directory"
+            raise BlockingIOError(errno.EWOULDBLOCK, reason, str(path.parent)) from error
+        except OSError:  # a file system without locks
+            return descriptor
+        os.close(descriptor)
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    """The same error, saying what it means here."""
+    reason = f"cannot write it, {error.strerror or error}; what was saved before is intact"
+    return OSError(error.errno, reason, str(path))
 
 
 def _sync(directory: Path) -> None:

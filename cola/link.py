@@ -15,8 +15,8 @@ class LayerReport:
 
     Attributes:
         delta_norm: ``‖s·B A‖``.
-        lost_norm: the part of it that rounding lost.
-        rounding: how the sum was rounded.
+        lost_norm: the part of it that rounding lost; of a re-quantised layer what its codes miss of ``W₀ + ΣΔ``.
+        rounding: how the sum was rounded; of a quantised layer ``"stack"`` or ``"requantize"``.
     """
 
     delta_norm: float
@@ -31,7 +31,7 @@ class KnotReport:
     Attributes:
         index: of the link that was tied, from 0.
         step: optimizer steps taken when it was tied.
-        rank: of the link.
+        rank: of the link, the largest where layers differ.
         delta_norm: ``‖ΔW‖``, over all layers (root of the sum of squares).
         lost_norm: norm of the part that rounding lost, over all layers.
         loss: the training loss of the step before the knot; None if none was seen.
@@ -88,8 +88,9 @@ class Link:
         index: place in the chain, from 0.
         seed: of the run; the link's draws and its stochastic rounding follow from (seed, index, layer).
         factors: per layer path.
-        trained: values, at the knot, of the parameters that were trained beside the adapters (biases,
-            ``modules_to_save``), by path; one that several modules share under each of its paths.
+        trained: values, at the knot, of what else training has moved, by path: the parameters that were trained beside
+            the adapters (biases, ``modules_to_save``), one that several modules share under each of its paths; and
+            persistent buffers that are no longer the base's (running statistics).
         report: what the knot reported.
     """
 

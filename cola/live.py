@@ -6,24 +6,23 @@ each knot cannot be stale.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_conv1d
+from cola import replay
+from cola.adapters import AdaptedLayer, adapted_class, is_conv1d, is_quantized, quantized
 from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
 from cola.adapters.targets import (
     find_peft_layers,
+    find_saved,
     find_targets,
     modules_by_name,
-    named,
-    parameters_by_name,
-    shared_weights,
-    unknown,
     unwrap,
 )
+from cola.arguments import choice
+from cola.beside import Beside
 from cola.distributed import (
     is_sharded,
     obstacle_anywhere,
@@ -34,8 +33,8 @@ from cola.distributed import (
     tie_anywhere,
     whole,
 )
-from cola.extend import LinkConfig, draw
-from cola.link import Factor
+from cola.extend import LayerPlan, LinkConfig, Pair, Prepared, prepare
+from cola.link import Factor, Link
 from cola.store import require_plain_name
 from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
 
@@ -49,17 +48,7 @@ AUTO_ROUNDING = {
     torch.float16: "stochastic",
 }
 
-Pair = tuple[Tensor, Tensor]
 Carrier = AdaptedLayer | PeftLayer
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The next link's factors and scale, drawn before anything is changed."""
-
-    pairs: Mapping[str, Pair]
-    scaling: float
-    rank: int
 
 
 class LiveLink:
@@ -70,56 +59,69 @@ class LiveLink:
         config: what a link is.
         rounding: ``"auto"`` or one of `cola.tie.ROUNDINGS`.
         seed: key of all draws.
+        quantised: one of `cola.adapters.quantized.QUANTIZED`.
 
     Raises:
         ValueError: a bad target, rank or rounding; the model is untouched then.
     """
 
-    def __init__(self, model: nn.Module, config: LinkConfig, rounding: str, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: LinkConfig, rounding: str, seed: int, quantised: str = "stack"
+    ) -> None:
         if rounding != "auto" and rounding not in ROUNDINGS:
             raise ValueError(f"rounding={rounding!r} is unknown: choose 'auto' or one of {', '.join(ROUNDINGS)}")
+        choice("quantized", quantised, quantized.QUANTIZED)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be an integer")
         require_supported(model)
         tuned = find_peft_layers(model)
-        config = link_config(config, tuned) if tuned else config
+        config, plans = link_config(config, tuned) if tuned else (config, {})
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
-        self.index = 0
+        self.quantized, self.index = quantised, 0
         self.residuals: dict[str, Tensor] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
         if not tuned:
             require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
-        saved = self._modules_to_save(modules)
-        ranks = config.known_ranks() or (config.rank_of(0),)
+        saved = find_saved(model, config.modules_to_save, modules)
+        self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
         for path in modules:
             require_plain_name(path)  # what could not be saved under its name is refused before it is trained
         for path, module in list(modules.items()):
-            shape = adapted_class(module).shape(module)
+            shape, plan = adapted_class(module).shape(module), self.plans[path]
+            ranks = plan.known_ranks() or (plan.rank_of(0),)
             if max(ranks) > min(shape) and config.target_modules == "all-linear" and len(modules) > 1:
                 # a small classification head should not stand in the way of "all"
                 logger.warning("target_modules='all-linear' leaves out %s: r=%d is above its rank", path, max(ranks))
-                del modules[path]
+                del modules[path], self.plans[path]
             elif max(ranks) > min(shape):
                 raise ValueError(
                     f"r={max(ranks)} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
                     f"choose r of at most {min(shape)}"
                 )
         prepared = self._draw(0, {path: adapted_class(module).shape(module) for path, module in modules.items()})
+        device = config.residual_device
+        self.origins = {
+            path: quantized.Origin.of(module, device)
+            for path, module in modules.items()
+            if is_quantized(module) and quantised == "requantize"
+        }
         # from here on nothing can fail
         self.layers: dict[str, Carrier] = {}
         self._requires_grad = {name: p.requires_grad for name, p in unwrap(model).named_parameters()}
-        self._trained: list[tuple[nn.Module, str]] = []  # (owner, name) of what is trained beside the adapters
+        self._held = quantized.hold_layout(unwrap(model))
+        self.beside = Beside(model)
         if tuned:
             self._adopt(tuned)
         else:
             for path, module in modules.items():
                 self._attach(path, module, prepared)
                 if config.bias == "lora_only" and module._parameters.get("bias") is not None:
-                    self._trained.append((module, "bias"))
+                    self.beside.add(module, "bias")
         for module in saved:
             for owner in module.modules():
-                self._trained += [(owner, name) for name, p in owner._parameters.items() if p is not None]
+                for name in owner._parameters:
+                    self.beside.add(owner, name)
         for parameter in unwrap(model).parameters():
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
@@ -133,41 +135,8 @@ class LiveLink:
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters trained beside the adapters, by canonical path; they live through every knot.
-
-        One that several modules share is listed under its first path.
-        """
-        wanted = {(id(owner), name) for owner, name in self._trained}
-        found: dict[int, tuple[str, nn.Parameter]] = {}
-        for path, module in modules_by_name(self.model).items():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and (id(module), name) in wanted:
-                    found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
-        return dict(found.values())
-
-    def trained_values(self) -> dict[str, Tensor]:
-        """Copies of what is trained beside the adapters, on the CPU, as a link records them.
-
-        One that several modules share is listed under every path: elsewhere they may not be tied.
-        """
-        shared, parameters = shared_weights(self.model), parameters_by_name(self.model)
-        values: dict[str, Tensor] = {}
-        for path, parameter in self.trained().items():
-            values[path] = whole(parameter.detach()).cpu().clone()
-            for other in shared.get(id(parameter), ()):
-                if other != path:
-                    same = parameters[other] is parameter
-                    values[other] = values[path] if same else whole(parameters[other].detach()).cpu().clone()
-        return values
-
-    def train_too(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count those of ``parameters`` that are the model's own among what is trained: unfrozen, recorded at knots."""
-        wanted = {id(p) for p in parameters} - {id(p) for p in self.adapters()}
-        for module in modules_by_name(self.model).values():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in wanted:
-                    self._trained.append((module, name))
-                    parameter.requires_grad_(True)
+        """Parameters trained beside the adapters, by canonical path; they live through every knot."""
+        return self.beside.parameters()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each layer."""
@@ -175,16 +144,35 @@ class LiveLink:
 
     @property
     def rank(self) -> int:
-        """The link's rank."""
-        return next(iter(self.layers.values())).rank
+        """The link's rank, the largest where layers differ."""
+        return max(layer.rank for layer in self.layers.values())
+
+    def rank_of(self, index: int) -> int:
+        """Rank of link ``index``, the largest where layers differ."""
+        return max(plan.rank_of(index) for plan in self.plans.values())
 
     @property
     def scaling(self) -> float:
-        """The link's s."""
+        """The link's s in the first layer."""
         return next(iter(self.layers.values())).scaling
 
+    def scaling_of(self, index: int) -> float:
+        """s of link ``index`` in the first layer."""
+        return next(iter(self.plans.values())).scaling_of(index)
+
+    def scalings(self) -> dict[str, float]:
+        """The link's s in each layer."""
+        return {path: layer.scaling for path, layer in self.layers.items()}
+
+    def holder(self, path: str) -> nn.Module:
+        """The module that has the weight of a layer: the layer itself, or the one that PEFT has wrapped."""
+        layer = self.layers[path]
+        return layer.module.base_layer if isinstance(layer, PeftLayer) else layer
+
     def rounding_of(self, path: str) -> str:
-        """How ties of one layer are rounded."""
+        """How ties of one layer are rounded; of a quantised layer, what is done instead."""
+        if is_quantized(self.holder(path)):
+            return self.quantized
         return AUTO_ROUNDING[self.layers[path].weight.dtype] if self.rounding == "auto" else self.rounding
 
     def is_zero(self) -> bool:
@@ -203,6 +191,8 @@ class LiveLink:
             ValueError: compensated rounding of sharded weights.
         """
         for path, layer in self.layers.items():
+            if is_sharded(layer.weight) and is_quantized(self.holder(path)):
+                raise ValueError(f"layer {path!r} is quantised and sharded, which cannot be tied: use DDP")
             if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
                 raise ValueError(
                     "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
@@ -216,7 +206,11 @@ class LiveLink:
                         "base weights are untouched: go back to a checkpoint, or drop the link by finish(merge=False)"
                     )
             left, right = layer.factors(A, B)
-            reason = obstacle_anywhere(layer.weight, left, right, layer.scaling)
+            if is_quantized(self.holder(path)):
+                triple = A[: layer.rank], B[:, : layer.rank], layer.scaling
+                reason = quantized.obstacle(self.holder(path), [triple], self.origins.get(path))
+            else:
+                reason = obstacle_anywhere(layer.weight, left, right, layer.scaling)
             if reason is not None:
                 raise KnotError(
                     f"link {self.index} is not tied: layer {path!r} {reason}. Nothing has been changed: go back to a "
@@ -243,7 +237,7 @@ class LiveLink:
 
     def present(self, snapshot: Mapping[str, Pair]) -> Prepared:
         """The present link in the form of `prepare`'s, to go back to."""
-        return Prepared(snapshot, self.scaling, self.rank)
+        return Prepared(snapshot, self.scaling, self.rank, self.scalings())
 
     def prepare(self, index: int) -> Prepared:
         """Draw link ``index``; changes nothing."""
@@ -253,13 +247,14 @@ class LiveLink:
     def begin(self, index: int, prepared: Prepared) -> None:
         """Put link ``index`` in the place of the present one: same Parameters, new values, no gradients."""
         for path, layer in self.layers.items():
-            mask, room = self._masks(layer.lora_A), layer.lora_A.shape[0]
-            if mask and prepared.rank > room:
+            mask, room, (A, B) = self._masks(layer.lora_A), layer.lora_A.shape[0], prepared.pairs[path]
+            if mask and len(A) > room:
                 raise KnotError(
-                    f"link {index} has rank {prepared.rank}, above the {room} that there is room for, and shapes "
+                    f"link {index} has rank {len(A)}, above the {room} that there is room for, and shapes "
                     "may not change here: give r as a sequence, or the largest rank first"
                 )
-            layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
+            scalings = prepared.scalings
+            layer.put(A, B, self.plans[path].scaling_of(index) if scalings is None else scalings[path], mask=mask)
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = index
 
@@ -271,13 +266,13 @@ class LiveLink:
         prepared = self.prepare(index)
         self.index = index
         for path, layer in self.layers.items():
-            mask = self._masks(layer.lora_A)
+            mask, (A, B), scaling = self._masks(layer.lora_A), prepared.pairs[path], self.plans[path].scaling_of(index)
             # a masked link that comes from a distributed run has zeros beyond its rank
-            masked = layer.lora_A.shape[0] > prepared.rank and not whole(layer.lora_A)[prepared.rank :].any()
-            if mask or masked or layer.lora_A.shape[0] == prepared.rank:
-                layer.rank, layer.scaling = prepared.rank, prepared.scaling
+            masked = layer.lora_A.shape[0] > len(A) and not whole(layer.lora_A)[len(A) :].any()
+            if mask or masked or layer.lora_A.shape[0] == len(A):
+                layer.rank, layer.scaling = len(A), scaling
             else:
-                layer.put(*prepared.pairs[path], prepared.scaling, mask=mask)
+                layer.put(A, B, scaling, mask=mask)
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Go on with copies of these residual buffers, where the configuration keeps them."""
@@ -288,15 +283,26 @@ class LiveLink:
             if path in self.layers
         }
 
-    def tie(self, index: int, snapshot: Mapping[str, Pair], scaling: float) -> dict[str, Tie]:
-        """Add the snapshot of link ``index`` to the weights, in place.
+    def take_links(self, links: Iterable[Link]) -> None:
+        """Count these links among those that the layers to be re-quantised have been given."""
+        recorded = list(links)
+        for path, origin in self.origins.items():
+            factors = [link.factors[path] for link in recorded if path in link.factors]
+            mine = [(f.A, f.B, f.scaling) for f in factors if f.rounding == "requantize"]
+            self.origins[path] = origin.bare().extended(mine)
+
+    def tie(self, index: int, snapshot: Mapping[str, Pair], scalings: Mapping[str, float]) -> dict[str, Tie]:
+        """Add the snapshot of link ``index`` to the weights, in place; beside or into codes where they are quantised.
 
         Raises:
             KnotError: a stored weight is farther from the exact sum than rounding explains.
         """
         ties = {}
         for path, (A, B) in snapshot.items():
-            layer = self.layers[path]
+            layer, scaling = self.layers[path], scalings[path]
+            if is_quantized(self.holder(path)):
+                (ties[path],) = quantized.tie(self.holder(path), [(A, B, scaling)], self.origins.get(path))
+                continue
             left, right = layer.factors(A, B)
             rounding = self.rounding_of(path)
             ties[path] = tie_anywhere(
@@ -315,6 +321,11 @@ class LiveLink:
                     f"rounding to {layer.weight.dtype} explains {limit:.3g}: please report this"
                 )
         return ties
+
+    def replay(self, links: Sequence[Link]) -> None:
+        """Tie recorded links, the first ones of the chain, into the untouched weights."""
+        self.take_links(())
+        replay.tie_links(self.model, links, self.residuals, self.config.residual_device, self.origins)
 
     def require_extended(self, snapshot: Mapping[str, Pair]) -> None:
         """Check what a new link must be: one factor zero, and the drawn one not the old one.
@@ -341,6 +352,7 @@ class LiveLink:
             if isinstance(layer, AdaptedLayer):
                 release(unwrap(self.model), layer, ("lora_A", "lora_B"))
             layer.detach(spent=spent)
+        quantized.release_layout(self._held)
         for name, parameter in unwrap(self.model).named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
@@ -354,12 +366,12 @@ class LiveLink:
         """Take PEFT's layers as they are: the first link is what they hold, and what they train beside it stays so."""
         for path, module in tuned.items():
             kind = PeftConv1D if is_conv1d(module.base_layer) else PeftLayer  # type: ignore[arg-type]
-            self.layers[path] = kind(module, self.config.known_ranks())
+            self.layers[path] = kind(module, self.plans[path].known_ranks())
         factors = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         for owner in modules_by_name(self.model).values():
             for name, p in owner._parameters.items():
                 if p is not None and p.requires_grad and id(p) not in factors:
-                    self._trained.append((owner, name))
+                    self.beside.add(owner, name)
 
     def _attach(self, path: str, module: nn.Module, prepared: Prepared) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -376,26 +388,4 @@ class LiveLink:
         self.layers[path] = module
 
     def _draw(self, index: int, shapes: Mapping[str, tuple[int, int]]) -> Prepared:
-        pairs = {}
-        for path, shape in shapes.items():
-            rank = self.config.rank_of(index)
-            if rank > min(shape):
-                raise ValueError(f"r={rank} of link {index} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
-            pairs[path] = draw(self.config, shape, seed=self.seed, link=index, layer=path)
-        return Prepared(pairs, self.config.scaling_of(index), self.config.rank_of(index))
-
-    def _modules_to_save(self, targets: Mapping[str, nn.Module]) -> list[nn.Module]:
-        modules = modules_by_name(self.model)
-        found: list[nn.Module] = []
-        for name in self.config.modules_to_save:
-            paths = named(modules, name)
-            if not paths:
-                raise ValueError(unknown("modules_to_save", name, modules))
-            for path in paths:
-                inside = [t for t in targets if t == path or t.startswith(path + ".")]
-                if inside:
-                    raise ValueError(
-                        f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
-                    )
-                found.append(modules[path])
-        return found
+        return prepare(self.config, self.plans, shapes, seed=self.seed, link=index)

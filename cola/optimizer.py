@@ -15,9 +15,11 @@ from cola.adapters.targets import called
 from cola.chain import Chain
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
+from cola.fingerprint import Digests
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
+from cola.origin import Origin
 from cola.reset import GroupWatch
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
@@ -40,6 +42,8 @@ class ChainOptimizer(Saves):
         link: what a link is.
         rounding: of a tie: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest for
             fp32 and fp64 weights and the measured best for half precision.
+        quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them beside the weight, so
+            that nothing is lost; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports what is lost.
         seed: key of all draws. No global random state is read or changed.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         **base_kwargs: for ``base``.
@@ -78,6 +82,7 @@ class ChainOptimizer(Saves):
         *,
         link: LinkConfig = LinkConfig(),  # noqa: B008 (frozen)
         rounding: str = "auto",
+        quantized: str = "stack",
         seed: int = 0,
         keep_links: bool = True,
         **base_kwargs: Any,
@@ -94,13 +99,14 @@ class ChainOptimizer(Saves):
             raise TypeError(f"link={link!r} must be a LinkConfig")
         self._factory, self._base_kwargs = base, base_kwargs
         self.policy = policy
-        self.live = LiveLink(model, link, rounding, seed)
+        self.live = LiveLink(model, link, rounding, seed, quantized)
         try:
             self.base = self._make_base()
         except BaseException:
             self.live.detach()
             raise
         self.chain = Chain(keep=keep_links)
+        self._digests, self._origin = Digests(), Origin(model)
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
         self.steps = 0
         self.finished = False
@@ -121,7 +127,9 @@ class ChainOptimizer(Saves):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them."""
         self.base.add_param_group(param_group)
-        self.live.train_too(self.param_groups[-1]["params"])
+        factors = {id(p) for p in self.live.adapters()}
+        self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
+        self._origin.settled = False
 
     # training
 
@@ -150,6 +158,9 @@ class ChainOptimizer(Saves):
             self._probed = probe.stateless(self.base)
         else:
             self._require_weights()
+            if self._bound is not None:
+                self._require_live_groups()
+            self._settle_origin()
             if self._probed:
                 self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
         groups = self._groups.before(self.param_groups)
@@ -193,11 +204,14 @@ class ChainOptimizer(Saves):
     def finish(self, merge: bool = True) -> KnotReport | None:
         """Tie the last link and give the model back: its own classes, state-dict keys and ``requires_grad``.
 
+        Quantised layers with links stacked beside their codes keep them, frozen: they are of a subclass of their class,
+        with ``chain_A`` and ``chain_B`` in the state dict. `Chain.to_peft` is the way to store such a model.
+
         Args:
             merge: False drops the live link instead of tying it.
 
         Returns:
-            The last knot's report; None if the live link was untrained or dropped.
+            The last knot's report; None if the link was dropped, or untrained with nothing else to record.
 
         Raises:
             KnotError: the link is not finite; the model is untouched and still chained.
@@ -205,9 +219,9 @@ class ChainOptimizer(Saves):
         """
         self._require_running("finish()")
         self._require_live_groups()
-        # what is trained beside an untrained link still has its values to record
-        worth = not self.live.is_zero() or (self.live.trained() and self.steps > self._tied_at())
-        if merge and worth:
+        # what has moved beside an untrained link still has its values to record
+        trained = bool(self.live.trained()) and self.steps > self._tied_at()
+        if merge and (not self.live.is_zero() or trained or self._has_unrecorded()):
             report = self._knot(extend=False)
         else:
             report = None
@@ -242,13 +256,19 @@ class ChainOptimizer(Saves):
         return [*self.live.adapters(), *self.live.trained().values()]
 
     def _settle(self) -> None:
-        if self._bound is not None and self._bound[0] is not self.live.adapters()[0]:
-            self._rebind(self._bound)
+        """Before the first step, follow frameworks that replace the model's Parameters.
 
-    def _rebind(self, old: list[nn.Parameter]) -> None:
-        """The model's Parameters were replaced before training began (FSDP2 does): train the new ones."""
-        self._bound = self._all_trained()
-        new = {id(before): after for before, after in zip(old, self._bound, strict=True)}
+        FSDP2 leaves the old ones in the groups; Accelerate puts placeholders there, which are none of ours and stay,
+        and then the new ones itself.
+        """
+        if self._bound is None or self._bound[0] is self.live.adapters()[0]:
+            return
+        fresh = self._all_trained()
+        held = {id(p) for group in self.base.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, (*self._bound, *fresh))):
+            return
+        new = {id(before): after for before, after in zip(self._bound, fresh, strict=True)}
+        self._bound = fresh
         for group in self.base.param_groups:
             group["params"] = [new.get(id(p), p) for p in group["params"]]
         self.base.state.clear()
@@ -286,19 +306,20 @@ class ChainOptimizer(Saves):
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
         self._require_weights()
+        self._settle_origin()
         mode = self._leave_training_mode()
         try:
             live.check()
-            snapshot, scaling, rank = live.snapshot(), live.scaling, live.rank
+            snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
             factors = live.factors(snapshot) if keep else {}
-            trained = live.trained_values() if keep else {}
-            base = self._weights() if index == 0 and keep else self.chain.base
+            trained = {**live.beside.values(), **self._moved()} if keep else {}
+            base = self._untouched() if index == 0 and keep and self.chain.base is None else self.chain.base
             fresh = self._extend(index + 1, snapshot) if extend else None
         except BaseException:
             self._mode(mode)
             raise
         with interrupts.deferred():
-            ties = live.tie(index, snapshot, scaling)
+            ties = live.tie(index, snapshot, scalings)
             if fresh is None:
                 self._leave()
             else:
@@ -312,6 +333,7 @@ class ChainOptimizer(Saves):
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
         self._losses.remove()
+        self._origin.remove()
         self.live.detach(spent=True)
         self.finished = True
 

@@ -19,7 +19,7 @@ from cola.export import CONFIG, PREFIX, WEIGHTS
 from cola.files import MAX_JSON, StoreError, parse, read
 from cola.link import Factor, KnotReport, LayerReport, Link
 from cola.store import require_plain_name
-from cola.tie import ROUNDINGS, TIEABLE
+from cola.tie import RECORDED, TIEABLE
 
 #: entries of adapter_config.json that do not change what a stored LoRA computes
 _HARMLESS = {
@@ -40,8 +40,8 @@ _SAFE = re.compile(rf"\^?(?:{_ATOM}|{_GROUP}|\|)*\$?")
 
 def from_peft(directory: Path, rounding: str) -> Link:
     """The adapter as link 0; see `Chain.from_peft`."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding!r} is unknown: choose one of {', '.join(ROUNDINGS)}")
+    if rounding not in RECORDED:
+        raise ValueError(f"rounding={rounding!r} is unknown: choose one of {', '.join(RECORDED)}")
     path = directory / CONFIG
     config = parse(read(path, limit=MAX_JSON), path)
     if not isinstance(config, dict):

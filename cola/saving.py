@@ -3,18 +3,20 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from cola import carry, checkpoint, counters, interrupts, replay
+from cola import carry, checkpoint, counters, interrupts, origin, replay
+from cola.adapters.targets import base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 from cola.chain import Chain
 from cola.composed import Composed
 from cola.distributed import is_sharded
-from cola.fingerprint import Fingerprint
+from cola.fingerprint import Digests, Fingerprint, TensorPrint, digest_1, digests
 from cola.knots import KnotPolicy
 from cola.link import Link
 from cola.live import LiveLink
@@ -32,7 +34,10 @@ class Saves(Composed):
     _loss: torch.Tensor | None
     _probed: list[int]
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
-    _printed: tuple[list[Any], Fingerprint] | None = None
+    _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
+    _expected_format: int = counters.VERSION
+    _digests: Digests
+    _origin: origin.Origin
 
     # in a directory of our own
 
@@ -42,7 +47,9 @@ class Saves(Composed):
         It is adapter-sized: the weights are not in it, `load` rebuilds them from the untouched base. Call it between
         steps; gradients that are being accumulated are not saved. The former checkpoint in ``directory`` is replaced as
         a whole or, if anything fails, left as it was, and the run can go on either way. In a distributed run process 0
-        writes, with its own random states. The format is described in FORMAT.md.
+        writes, with its own random states. Persistent buffers that training has moved (running statistics) are saved;
+        other ones are not. The first save reads the whole model once, for its fingerprint. The format is described in
+        FORMAT.md.
 
         Args:
             directory: made if need be; `Chain.load` reads the chain from it as well.
@@ -52,7 +59,7 @@ class Saves(Composed):
                 the model is sharded.
             TypeError: the base optimizer's state holds something that only pickling could keep.
             ValueError: the directory holds another program's files under our names.
-            OSError: the disk is full, the directory read-only, …
+            OSError: the disk is full, the directory read-only, another process is saving there, …
 
         >>> import tempfile
         >>> from cola import ChainOptimizer, LinkConfig, StepKnots
@@ -76,15 +83,21 @@ class Saves(Composed):
         self._require_running("save()")
         self._require_in_one_piece("save()")
         loss = None if self._loss is None else float(self._loss)
-        ledger, state, weights = self.chain.ledger(), self._base_state(), self._weights()
-        checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights)
+        ledger = self.chain.ledger()
+        checkpoint.require_links(ledger)
+        if ledger.base is None:
+            ledger = replace(ledger, base=self._untouched())
+        state, weights, buffers = self._base_state(), self._weights(), self._moved()
+        checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights, buffers)
 
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
         """Continue where `save` was called, bit for bit, on the same device and library versions.
 
         Call it on a ChainOptimizer made with the saved run's arguments over the UNTOUCHED base: the links are tied into
-        its weights again. Everything is read and checked before anything is changed. Hyperparameters in the param
-        groups become the saved ones, as with any ``load_state_dict``.
+        its weights again. All its parameters and persistent buffers are compared with the saved run's base; only those
+        that the checkpoint brings (a head that is trained whole) may differ, with a warning. Everything is read and
+        checked before anything is changed. Hyperparameters in the param groups become the saved ones, as with any
+        ``load_state_dict``.
 
         Args:
             directory: that `save` wrote.
@@ -104,6 +117,7 @@ class Saves(Composed):
         checkpoint.check(saved, index, self.live, self.base)
         checkpoint.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
+        self._resume_origin(self._moving(), saved.ledger.base, origin.take(self._moving()))
         with interrupts.deferred():
             checkpoint.rebuild(saved, index, self.live, self.base)
             checkpoint.load_exactly(self.base, saved.state)
@@ -152,11 +166,15 @@ class Saves(Composed):
         counted = counters.read(state_dict, self.live)
         index = counted["live"]["index"]
         carried = carry.read(state_dict.get(carry.KEY), index, self.live)
+        known = counters.origin_of(counted)
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
         self.live.resume(index)
         self.live.take_residuals(carried.residuals)
+        self.live.take_links(() if carried.ledger is None else carried.ledger.links)
         self._continue(counted)
+        if self.steps or index:
+            self._resume_origin(self._moving(), carried.ledger.base if carried.ledger is not None else None, known)
         if carried.ledger is None:
             self.chain.resume(index)
         else:
@@ -187,16 +205,18 @@ class Saves(Composed):
             raise RuntimeError(f"follow() after {self.steps} steps: call it before the first one")
         links = chain.complete("follow()")
         replay.check(self.live.model, links, chain.base, live=True)
-        base = replay.take_fingerprint(self.live.model, dict.fromkeys((*self.live.layers, *chain.layers())))
+        base = self._untouched(chain.layers())
+        self._settle_origin()
         with self._restarted(len(links)):
-            replay.tie_links(self.live.model, links, self.live.residuals, self.live.config.residual_device)
+            self.live.replay(links)
         self.chain.restore(Ledger(links, base=base))
 
     def undo(self, base: replay.Base) -> Link:
         """Untie the last knot: the weights are rebuilt without its link, and that link begins again.
 
         The live link is dropped. The one before it starts from its own draw with fresh optimizer state. Values trained
-        beside the links go back to what they were at the knot before. Counters and policy are not turned back.
+        beside the links, and buffers that training moved, go back to what they were at the knot before. Counters and
+        policy are not turned back.
 
         Args:
             base: the untouched model, or its state dict.
@@ -214,11 +234,12 @@ class Saves(Composed):
             raise ValueError("undo(): no knot has been tied yet")
         if base is self.live.model:
             raise ValueError("undo(base): base is the model itself; it must be the untouched one, or its state dict")
-        replay.check(self.live.model, links, self.chain.base, base=base, live=True)
+        replaced = [name for link in links[:-1] for name in link.trained]
+        replay.check(self.live.model, links, self.chain.base, base=base, live=True, replaced=replaced)
         with self._restarted(len(links) - 1):
             self.live.residuals.clear()
-            replay.untie(self.live.model, links, base)
-            replay.tie_links(self.live.model, links[:-1], self.live.residuals, self.live.config.residual_device)
+            replay.untie(self.live.model, links, base, also=self._moved())
+            self.live.replay(links[:-1])
         return self.chain.undo()
 
     # inside
@@ -238,36 +259,107 @@ class Saves(Composed):
 
     def _base_state(self) -> dict[str, Any]:
         weights = self._weights().digest if self.live.index else None
+        moving = None if self.live.index else self._origin.to_json()
         self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
-            self.steps, self._epoch, self._probed, self._groups.changed, self.policy, self.live, weights
+            self.steps,
+            self._epoch,
+            self._probed,
+            self._groups.changed,
+            self.policy,
+            self.live,
+            weights,
+            counters.knots_of(self.chain),
+            moving,
         )
         return self.base.state_dict()
 
     def _weights(self) -> Fingerprint:
-        """Fingerprint of the adapted layers' weights, taken again only when they have changed: they do at knots."""
-        weights = [layer.weight for layer in self.live.layers.values()]
-        state = [(id(weight), weight._version, weight.dtype, weight.device) for weight in weights]
-        # a shard that is changed does not raise the version of the whole
-        sharded = any(is_sharded(weight) for weight in weights)
-        if self._printed is None or self._printed[0] != state or sharded:
-            self._printed = state, replay.take_fingerprint(self.live.model, self.live.layers)
-        return self._printed[1]
+        """Fingerprint of the adapted layers' weights as they are; they change at knots."""
+        return replay.take_fingerprint(self.live.model, self.live.layers, cache=self._digests)
 
     def _require_weights(self) -> None:
         """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
         expected, self._expected = self._expected, None
-        if expected is not None and self._weights().digest != expected:
+        if expected is None:
+            return
+        if self._expected_format == 1:
+            flipped = replay.transposed(self.live.model, self.live.layers)
+            found = digest_1({path: layer.weight for path, layer in self.live.layers.items()}, flipped)
+        else:
+            found = self._weights().digest
+        if found != expected:
             self._expected = expected
             raise RuntimeError(
                 f"the model's weights are not those that the optimizer's state was saved with, after {self.live.index} "
                 "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
             )
+        told, self._knots = self._knots, None
+        held = counters.knots_of(self.chain)
+        # links that one of them lacks were lost on one way, and are there again by another
+        if told is not None and (self.chain.missing + len(self.chain) != self.live.index or not _agree(told, held)):
+            self._knots = told
+            raise RuntimeError(
+                f"the chain's links are not those of the optimizer's state (index, step, rank, ‖ΔW‖: the chain has "
+                f"{held}, the state tells of {told}): load the chain that was saved with it"
+            )
+
+    # the untouched base
+
+    def _untouched(self, layers: Iterable[str] = ()) -> Fingerprint:
+        """Fingerprint of the whole base, while the adapted weights are still its own: one pass over the model."""
+        every = dict.fromkeys((*self.live.layers, *layers))
+        return replay.take_fingerprint(
+            self.live.model, every, whole=True, known=self._origin.prints, cache=self._digests
+        )
+
+    def _settle_origin(self) -> None:
+        """Before a step or a knot: what it will move for the first time is looked at."""
+        if self.chain.keep and not self._origin.settled:
+            self._origin.settle(self._moving())
+
+    def _moving(self) -> dict[str, torch.Tensor]:
+        """The base's tensors that training moves: persistent buffers, and what is trained beside the links.
+
+        Whatever else asks for a gradient is counted too: another optimizer of the caller's may train it.
+        """
+        model, trained = self.live.model, self.live.trained()
+        shared, names = shared_weights(model), set(buffers_by_name(model))
+        for path, parameter in trained.items():
+            names.update((path, *shared.get(id(parameter), ())))
+        return {name: t for name, t in base_tensors(model).items() if name in names or t.requires_grad}
+
+    def _resume_origin(
+        self,
+        moving: Mapping[str, torch.Tensor],
+        base: Fingerprint | None,
+        otherwise: Mapping[str, TensorPrint],
+    ) -> None:
+        recorded = base.others if base is not None else None
+        self._origin.resume(moving, {**otherwise, **(recorded or {})})
+
+    def _moved(self, *, modules: bool = True) -> dict[str, torch.Tensor]:
+        """Persistent buffers that are no longer the base's, or were not at a knot; copies on the CPU.
+
+        Args:
+            modules: with those of modules whose parameters are all trained, which PEFT's format holds as a whole.
+        """
+        if not self.chain.keep:
+            return {}
+        buffers, trained = buffers_by_name(self.live.model), self.live.trained().keys()
+        always = {name for link in self.chain for name in link.trained}
+        for path, module in modules_by_name(self.live.model).items() if modules else ():
+            own = tensors_of(path, module)
+            parameters = own.keys() - buffers.keys()
+            if parameters and parameters <= trained:
+                always.update(own.keys() - parameters)
+        return origin.moved(buffers, digests(buffers), self._origin.prints, always)
 
     def _continue(self, counted: dict[str, Any]) -> None:
         self.policy.load_state_dict(counted["policy"])
         self.steps, self._epoch = counted["steps"], counted["epoch"]
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
-        self._expected = counted.get("weights")
+        self._expected, self._expected_format = counted.get("weights"), counted["version"]
+        self._knots = counted.get("knots")
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
@@ -283,6 +375,11 @@ class Saves(Composed):
                 "new ChainOptimizer over a freshly loaded model"
             )
 
+    def _has_unrecorded(self) -> bool:
+        """Whether buffers have moved since the last knot."""
+        last = {name: value for link in self.chain for name, value in link.trained.items()}
+        return any(n not in last or not torch.equal(last[n], value) for n, value in self._moved(modules=False).items())
+
     # of the optimizer that inherits
 
     if TYPE_CHECKING:
@@ -290,3 +387,9 @@ class Saves(Composed):
         def _require_running(self, call: str) -> None: ...
 
         def _extend(self, index: int, snapshot: Any) -> Optimizer: ...
+
+
+def _agree(told: list[Any], held: list[Any]) -> bool:
+    """Whether two lists of knots say the same of the links that both have."""
+    known = {knot[0]: knot for knot in told}
+    return all(knot == known.get(knot[0], knot) for knot in held)

@@ -7,11 +7,12 @@ is anything deleted. So whatever moment a process dies at, the directory holds t
 import contextlib
 import platform
 import re
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,14 +20,30 @@ from torch import Tensor
 from cola import tensorfile
 from cola.arguments import is_finite
 from cola.distributed import writes
-from cola.files import MAX_JSON, StoreError, intended_name, parse, read, read_checked, seal, sha256, unseal, write
+from cola.files import (
+    MAX_JSON,
+    StoreError,
+    intended_name,
+    locked,
+    parse,
+    read,
+    read_checked,
+    seal,
+    sha256,
+    unseal,
+    write,
+)
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 from cola.packing import pack, unpack
-from cola.tie import ROUNDINGS, TIEABLE
+from cola.tie import RECORDED, TIEABLE
 from cola.version import __version__
 
-VERSION = 1
+T = TypeVar("T")
+
+_TRIES = 10  # of a reader, against a run that saves while it reads
+VERSION = 2  # of what is written
+READS = (1, 2)
 CHAIN, CHECKPOINT = ("chain.json", "cola-chain"), ("checkpoint.json", "cola-checkpoint")
 #: names that a manifest may list; nothing else is ever opened or deleted
 _OURS = re.compile(r"(link-\d{5,9}|state-\d{1,18})-[0-9a-f]{16}\.safetensors")
@@ -72,14 +89,13 @@ def save(directory: Path, ledger: Ledger) -> None:
     Raises:
         StoreError: the directory's manifest is another program's.
         ValueError: a layer's name cannot be kept.
-        OSError: writing failed; the directory holds what it held before.
+        OSError: writing failed, or another process is saving there; the directory holds what it held before.
     """
     if not writes():
         return
     require_ours(directory, CHAIN)
-    manifest = {"format": CHAIN[1], "version": VERSION, **write_links(directory, ledger)}
-    write(directory / CHAIN[0], seal(manifest))
-    clean(directory)
+    with locked(directory):
+        write_manifest(directory, CHAIN, write_links(directory, ledger))
 
 
 def load(directory: Path) -> Ledger:
@@ -90,27 +106,70 @@ def load(directory: Path) -> Ledger:
     """
     if not directory.is_dir():
         raise StoreError(f"{directory} is not a directory: give the one that Chain.save or opt.save wrote")
+    return undisturbed(directory, _load)
+
+
+def undisturbed(directory: Path, read: Callable[[Path], T]) -> T:
+    """``read(directory)``, and once more if a save in the meantime has deleted what was to be read."""
+    for _ in range(_TRIES):
+        before = _stamp(directory)
+        try:
+            return read(directory)
+        except StoreError:
+            if _stamp(directory) == before:
+                raise
+    return read(directory)
+
+
+def _stamp(directory: Path) -> list[tuple[int, int]]:
+    """Changes with every manifest that is put in place."""
+    paths = [directory / name for name, _ in (CHAIN, CHECKPOINT)]
+    return [(s.st_ino, s.st_mtime_ns) for s in (path.stat() for path in paths if path.exists())]
+
+
+def _load(directory: Path) -> Ledger:
     chain, checkpoint = directory / CHAIN[0], directory / CHECKPOINT[0]
     if not checkpoint.exists():
-        return read_links(directory, unseal(chain, CHAIN[1], VERSION), chain)
-    inside = read_links(directory, unseal(checkpoint, CHECKPOINT[1], VERSION).get("chain"), checkpoint)
+        return read_links(directory, unseal(chain, CHAIN[1], READS), chain)
+    manifest = unseal(checkpoint, CHECKPOINT[1], READS)
+    inside, at = read_links(directory, manifest.get("chain"), checkpoint), _saved(manifest)
     if not chain.exists():
         return inside
-    # both were saved here: the run has gone on after one of them, or they are of different runs
-    saved = read_links(directory, unseal(chain, CHAIN[1], VERSION), chain)
-    shorter, longer = sorted((inside, saved), key=lambda ledger: ledger.missing + len(ledger.links))
-    if not _begins_with(longer, shorter):
+    # both were saved here: the later one counts, which may be the shorter if a link was undone
+    manifest = unseal(chain, CHAIN[1], READS)
+    alone, then = read_links(directory, manifest, chain), _saved(manifest)
+    agree = [link_to_bytes(a) == link_to_bytes(b) for a, b in _both(inside, alone)]
+    of_one_run = all(agree) if at == then else all(agree[:1])
+    if not of_one_run:
         raise StoreError(f"{chain} and {checkpoint} hold different chains: move one of them to another directory")
-    return longer
+    # format 1 does not say when
+    return max((alone, then), (inside, at), key=lambda x: (x[1], x[0].missing + len(x[0].links)))[0]
 
 
-def _begins_with(longer: Ledger, shorter: Ledger) -> bool:
-    """Whether two ledgers agree on the links that both hold."""
-    start = max(longer.missing, shorter.missing)
-    return all(
-        link_to_bytes(a) == link_to_bytes(b)
-        for a, b in zip(longer.links[start - longer.missing :], shorter.links[start - shorter.missing :])
-    )
+def _both(one: Ledger, other: Ledger) -> Iterable[tuple[Link, Link]]:
+    """The links of two ledgers in pairs, as far as both have them."""
+    start = max(one.missing, other.missing)
+    return zip(one.links[start - one.missing :], other.links[start - other.missing :])
+
+
+def _saved(manifest: Mapping[str, Any]) -> int:
+    """When a manifest was written, in microseconds; 0 in format 1."""
+    saved = manifest.get("saved", 0)
+    return saved if type(saved) is int else 0
+
+
+def write_manifest(directory: Path, kind: tuple[str, str], content: Mapping[str, Any]) -> None:
+    """Replace a manifest, which makes everything that it lists the directory's; then delete what none lists.
+
+    It is marked as later than the other one there, even if the clock was turned back in between.
+    """
+    saved = time.time_ns() // 1000
+    for name, other in (CHAIN, CHECKPOINT):
+        with contextlib.suppress(StoreError):
+            saved = max(saved, _saved(unseal(directory / name, other, READS)) + 1)
+    name, format_ = kind
+    write(directory / name, seal({"format": format_, "version": VERSION, "saved": saved, **content}))
+    clean(directory)
 
 
 def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
@@ -173,7 +232,7 @@ def clean(directory: Path) -> None:
     with contextlib.suppress(StoreError, OSError):  # if a manifest cannot be read, what it lists cannot be known
         for name, kind in (CHAIN, CHECKPOINT):
             path = directory / name
-            manifest = unseal(path, kind, VERSION) if path.exists() else {}
+            manifest = unseal(path, kind, READS) if path.exists() else {}
             for item in (
                 *manifest.get("links", ()),
                 *manifest.get("chain", {}).get("links", ()),
@@ -269,9 +328,9 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
         A, B, scaling, rounding = tensors[f"A:{path}"], tensors[f"B:{path}"], about["scaling"], about["rounding"]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or {A.dtype, B.dtype} - set(TIEABLE):
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
-        if not is_finite(scaling) or rounding not in ROUNDINGS:
+        if not is_finite(scaling) or rounding not in RECORDED:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
-        factors[path] = Factor(A, B, scaling, rounding)
+        factors[path] = Factor(A, B, float(scaling), rounding)  # an integer could be larger than torch takes
     trained = {}
     for path in content["trained"]:
         require_plain_name(path)

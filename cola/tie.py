@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
+#: what a link may record: how it was rounded or, on a quantised layer, what was done instead
+RECORDED = (*ROUNDINGS, "stack", "requantize")
 TIEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Elements per block and thread. On a CPU a block and its three buffers take 1 MB in fp32, which a core's second-level

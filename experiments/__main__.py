@@ -9,7 +9,11 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes",
+    "run": "run one cell of the paper's experiments: a model, a task, a method, a learning rate, a seed",
     "pretrain": "make the tiny model that the demo fine-tunes",
+    "study": "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
+    "table": "reproduce one of the paper's eight tables",
+    "figure": "reproduce the paper's figure 2 or 3",
     "bench": "time layer, step, tie, knot and export beside their peers and limits",
     "rounding": "measure what each rounding of a tie costs a half-precision run",
 }

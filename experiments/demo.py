@@ -22,6 +22,7 @@ from cola import KnotError
 from experiments import corpus, tiny_opt
 from experiments.arms import ARMS, REFERENCE, Adapters, Arm
 from experiments.compare import Plan, Results, Run, compare
+from experiments.hardware import cores
 from experiments.plots import draw
 from experiments.report import checks, record, rows, statements, table
 from experiments.train import Setting
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=_cores(),
+        default=min(8, cores()),
         help="processes of one thread each (default: one per core, %(default)s)",
     )
     parser.add_argument(
@@ -217,7 +218,3 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def _controls() -> str:
     return ", ".join(name for name, arm in ARMS.items() if arm.control)
-
-
-def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,15 +1,34 @@
-"""What a measurement ran on, in one line."""
+"""What a measurement runs on: its name, its versions, and how much of it there is."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("torch", "transformers", "peft", "numpy")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def most_workers() -> int:
+    """Processes that may run at once: one per GPU, or one per core where there is none."""
+    import torch
+
+    return torch.cuda.device_count() or cores()
 
 
 def describe_processor() -> str:
     """Such as `2-core CPU, AMD EPYC, x86_64 (AVX-512)`: usable cores, the name the system gives."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name, flags = platform.processor(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -17,4 +36,65 @@ def describe_processor() -> str:
         fields = {key.strip(): value.strip() for key, _, value in lines}
         name = fields.get("model name", name)
         flags = " (AVX-512)" if "avx512f" in fields.get("flags", "") else ""
-    return ", ".join(part for part in (f"{cores}-core CPU", name, platform.machine() + flags) if part)
+    return ", ".join(part for part in (f"{cores()}-core CPU", name, platform.machine() + flags) if part)
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout this runs from, with `-dirty` where files differ; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions, processor and GPUs, as JSON values."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"commit": commit(), "versions": versions, "processor": describe_processor(), "gpus": gpus}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that this process has used so far, in bytes, and what is free beside it."""
+
+    host: int
+    host_free: int | None
+
+    @classmethod
+    def now(cls) -> Peak:
+        """As of this moment."""
+        try:
+            import resource
+        except ImportError:  # not on this system: then nothing is known
+            return cls(0, None)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return cls(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, _free())
+
+    def how_many(self, share: float) -> int:
+        """How many processes like this one fit into memory: itself, and others in ``share`` of what is free."""
+        if self.host_free is None or self.host == 0:
+            return sys.maxsize
+        return 1 + int(self.host_free * share // self.host)
+
+
+def _free() -> int | None:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

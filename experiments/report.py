@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import transformers
 from experiments import corpus
 from experiments.arms import ARMS, CEILING, REFERENCE, Adapters
 from experiments.compare import Plan, Results
-from experiments.hardware import describe_processor
+from experiments.hardware import commit, describe_processor
 from experiments.stats import Interval, Paired, gap_closed, paired, t_interval
 
 LEVEL = 0.05
@@ -217,7 +215,7 @@ def record(
     return _jsonable(
         {
             "command": command,
-            "commit": _commit(),
+            "commit": commit(),
             "hardware": describe_processor(),
             "minutes": minutes,
             "cpu_minutes": cpu_minutes,
@@ -277,15 +275,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return value
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None

@@ -6,9 +6,20 @@ A layer is adapted in place: its object, hooks and parameters stay, and its clas
 
 from torch import nn
 
+from cola.adapters import quantized
 from cola.adapters.lora import AdaptedLayer, LoRALinear
+from cola.adapters.quantized import QuantizedLinear, StackedLinear, is_quantized
 
-__all__ = ["AdaptedLayer", "LoRALinear", "adapted_class", "is_linear_map", "refusal"]
+__all__ = [
+    "AdaptedLayer",
+    "LoRALinear",
+    "StackedLinear",
+    "adapted_class",
+    "is_linear_map",
+    "is_quantized",
+    "quantized",
+    "refusal",
+]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -23,6 +34,8 @@ def is_linear_map(module: nn.Module) -> bool:
 
 def adapted_class(module: nn.Module) -> type[AdaptedLayer]:
     """The adapted class for ``module``'s kind. Call `refusal` first."""
+    if is_quantized(module):
+        return QuantizedLinear.over(module.plain_class if isinstance(module, StackedLinear) else type(module))
     if isinstance(module, nn.Linear):
         return LoRALinear.over(type(module))
     from cola.adapters.conv1d import LoRAConv1D  # here transformers has been imported already
@@ -30,19 +43,21 @@ def adapted_class(module: nn.Module) -> type[AdaptedLayer]:
     return LoRAConv1D.over(type(module))
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why ``module`` cannot carry a link, as the end of a sentence; None if it can."""
+def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
+    """Why ``module`` cannot carry a link, as the end of a sentence; None if it can.
+
+    Args:
+        module: any module.
+        stacked: whether it may have tied links beside it already, as quantised layers can.
+    """
     if isinstance(module, AdaptedLayer):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
     if not is_linear_map(module):
         return f"is a {type(module).__name__}: links go on nn.Linear and transformers' Conv1D"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "is the output projection of nn.MultiheadAttention, which reads its weight without calling it"
-    if any(c.__module__.split(".")[0] == "bitsandbytes" for c in type(module).__mro__):
-        return (
-            f"is a {type(module).__name__}, whose weight is quantised and would lose a small update: load the model in "
-            "bf16, or dequantise it first"
-        )
+    if is_quantized(module):
+        return quantized.refusal(module, stacked=stacked)
     kind = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
     if type(module).forward is not kind.forward:  # type: ignore[union-attr]
         return f"is a {type(module).__name__} with a forward of its own, which a link could not follow"

@@ -6,14 +6,16 @@ forward, dropout, dtype and state-dict keys stay PEFT's.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cola.adapters import quantized
 from cola.adapters.lora import put_pair
-from cola.extend import LinkConfig
+from cola.extend import LayerPlan, LinkConfig
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -41,11 +43,19 @@ def transparent(parent: nn.Module) -> tuple[str, ...]:
     """Names of the children of ``parent`` that stand in its place in the original model."""
     if is_tuner_layer(parent):
         return ("base_layer",)
-    if "original_module" in parent._modules and isinstance(
-        parent._modules.get("modules_to_save"), nn.ModuleDict
-    ):  # a head that is trained whole, as a copy
-        return ("modules_to_save",)
-    return ()
+    return ("modules_to_save",) if _trains_copy(parent) else ()
+
+
+def original(parent: nn.Module) -> str | None:
+    """Name of the child of ``parent`` that is the original model's module; None if PEFT has not wrapped it."""
+    if is_tuner_layer(parent):
+        return "base_layer"
+    return "original_module" if _trains_copy(parent) else None
+
+
+def _trains_copy(parent: nn.Module) -> bool:
+    """Whether PEFT trains a copy of a whole module (a head) in its place."""
+    return "original_module" in parent._modules and isinstance(parent._modules.get("modules_to_save"), nn.ModuleDict)
 
 
 def refusal(module: Any) -> str | None:
@@ -97,6 +107,8 @@ class PeftLayer:
         self.adapter: str = next(iter(module.lora_A.keys()))
         self.allowed_ranks = allowed_ranks
         self._hook = module.register_load_state_dict_pre_hook(self._make_room)
+        if quantized.is_quantized(module.base_layer):
+            quantized.begin(module.base_layer)
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -134,7 +146,8 @@ class PeftLayer:
     @classmethod
     def shape(cls, layer: "PeftLayer") -> tuple[int, int]:
         """(out, in)."""
-        m, n = layer.weight.shape
+        base = layer.module.base_layer
+        m, n = quantized.QuantizedLinear.shape(base) if quantized.is_quantized(base) else layer.weight.shape
         return (n, m) if cls.transposed else (m, n)
 
     @classmethod
@@ -154,6 +167,7 @@ class PeftLayer:
         """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
         if spent:
             self.lora_B.zero_()
+        quantized.settle(self.module.base_layer)
         self._hook.remove()
 
     def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
@@ -173,27 +187,27 @@ class PeftConv1D(PeftLayer):
     transposed = True
 
 
-def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> LinkConfig:
+def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConfig, dict[str, LayerPlan]]:
     """``config`` with what the PEFT layers have already decided: rank and scale of the first link.
+
+    The configuration gets what most layers have, or most of those with the rank that it starts with. A layer that
+    differs (``rank_pattern``, ``alpha_pattern``) has a plan of its own, as `LayerPlan` describes.
 
     Args:
         config: the caller's. Where PEFT decides, it must have its default or agree.
         layers: PEFT's modules by path.
 
+    Returns:
+        The configuration, and the plan of every layer.
+
     Raises:
-        ValueError: they disagree, or the layers differ in rank or scale.
+        ValueError: they disagree.
     """
-    first = next(iter(layers))
-    ranks: dict[str, int] = {path: next(iter(module.r.values())) for path, module in layers.items()}
-    scales: dict[str, float] = {path: next(iter(module.scaling.values())) for path, module in layers.items()}
-    for what, values in (("rank", ranks), ("scaling", scales)):
-        for path, value in values.items():
-            if value != values[first]:
-                raise ValueError(
-                    f"the PEFT layers differ in {what} ({first!r} has {values[first]}, {path!r} has {value}: a "
-                    "rank_pattern or alpha_pattern?), and the layers of a link share one"
-                )
+    own = {path: (next(iter(m.r.values())), next(iter(m.scaling.values()))) for path, m in layers.items()}
     default = LinkConfig()
+    ranks = [rank for rank, _ in own.values()]
+    meant = ranks if config.r == default.r else [config.rank_of(0)]
+    counts = Counter(values for values in own.values() if values[0] in meant)
     for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype"):
         value = getattr(config, name)
         if value != getattr(default, name):
@@ -206,18 +220,19 @@ def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> LinkConfig:
             "link=LinkConfig(train='A') needs a first link whose B is drawn, and PEFT's layers start with B = 0: use "
             "'both' or 'B', or give the model without an adapter"
         )
-    rank, scale = ranks[first], scales[first]
-    if config.r == default.r:
-        config = dataclasses.replace(config, r=rank)
-    if config.rank_of(0) != rank:
+    if not counts:
         raise ValueError(
             f"link=LinkConfig(r={config.r!r}) starts with rank {config.rank_of(0)}, and the model's PEFT layers have "
-            f"rank {rank}: make them agree, or leave r out"
+            f"rank {' or '.join(map(str, sorted(set(ranks))))}: make them agree, or leave r out"
         )
+    rank, scale = usual = counts.most_common(1)[0][0]
+    if config.r == default.r:
+        config = dataclasses.replace(config, r=rank)
     if config.lora_alpha != default.lora_alpha and not math.isclose(config.scaling_of(0), scale):
         raise ValueError(
             f"link=LinkConfig(lora_alpha={config.lora_alpha!r}) means a scale of {config.scaling_of(0):g}, and the "
             f"model's PEFT layers have {scale:g}: make them agree, or leave lora_alpha out"
         )
     width = math.sqrt(rank) if config.scaling == "rslora" else rank
-    return dataclasses.replace(config, lora_alpha=scale * width)
+    config = dataclasses.replace(config, lora_alpha=scale * width)
+    return config, {path: LayerPlan(config, *(() if values == usual else values)) for path, values in own.items()}

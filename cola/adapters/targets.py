@@ -3,12 +3,12 @@
 import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, peft, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, is_quantized, peft, quantized, refusal
 from cola.tie import TIEABLE
 
 logger = logging.getLogger("cola")
@@ -26,6 +26,8 @@ QUERY_VALUE = (
     ("Wqkv",),  # MPT
     ("qkv",),  # timm
 )
+# parameters of an adapted layer that the plain one does not have
+_LINK = ("lora_A", "lora_B")
 # what torch.compile, DDP, FSDP and activation checkpointing put into a module's path
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -81,6 +83,57 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def buffers_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers of ``model`` (those in its state dict) by canonical path."""
+    return {
+        name: buffer
+        for path, module in modules_by_name(model).items()
+        for name, buffer in tensors_of(path, module, parameters=False).items()
+    }
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the model has without links, by canonical path.
+
+    What PEFT has added is left out; where it trains a copy of a module, the original is listed.
+    """
+    names, modules = {"": ""}, dict(unwrap(model).named_modules())
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        parent, _, part = path.rpartition(".")
+        if path:
+            original = peft.original(modules[parent])
+            if parent not in names or (original is not None and part != original):
+                continue
+            hidden = original is not None or part in _WRAPPERS
+            names[path] = names[parent] if hidden else f"{names[parent]}.{part}".lstrip(".")
+        found[names[path]] = module
+    return found
+
+
+def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
+    """The module's own persistent buffers, and parameters that are not a link's, by name."""
+    left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
+    held = {**(module._parameters if parameters else {}), **module._buffers}
+    if is_quantized(module):
+        left_out.update(quantized.STACK)
+        held.update(quantized.scales(module) if parameters else {})
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for name, tensor in held.items()
+        if tensor is not None and name not in left_out
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers that the model has without links, under the names that it has them then."""
+    return {
+        name: tensor
+        for path, module in base_modules(model).items()
+        for name, tensor in tensors_of(path, module).items()
+    }
+
+
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """The layers to adapt, by canonical path, in the model's order.
 
@@ -133,6 +186,39 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
             raise ValueError(f"PEFT's layer {path!r} {reason}")
         _require_tieable(path, base, shared)
         found[path] = layer
+    return found
+
+
+def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules that are to be trained whole (``modules_to_save``).
+
+    Args:
+        model: any module.
+        names: a whole path or its end, each.
+        targets: the layers that get links.
+
+    Raises:
+        ValueError: a name matches nothing, or a module that holds a target or cannot be trained.
+    """
+    modules = modules_by_name(model)
+    found: list[nn.Module] = []
+    for name in names:
+        paths = named(modules, name)
+        if not paths:
+            raise ValueError(unknown("modules_to_save", name, modules))
+        for path in paths:
+            inside = [t for t in targets if t == path or t.startswith(path + ".")]
+            if inside:
+                raise ValueError(
+                    f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
+                )
+            kept = [p.dtype for p in modules[path].parameters() if not p.is_floating_point()]
+            if kept:
+                raise ValueError(
+                    f"modules_to_save: {path!r} has {kept[0]} weights (quantised?), which cannot be trained: give it "
+                    "links, or keep it from being quantised"
+                )
+            found.append(modules[path])
     return found
 
 
@@ -254,7 +340,7 @@ def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]])
         )
     if weight.is_meta:
         raise ValueError(f"layer {path!r} has its weight on the meta device: load the weights before making a chain")
-    if weight.dtype not in TIEABLE:
+    if weight.dtype not in TIEABLE and not is_quantized(module):
         raise ValueError(
             f"layer {path!r} has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
         )
@@ -264,14 +350,19 @@ def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]])
 
 __all__ = [
     "adapted_class",
+    "base_modules",
+    "base_tensors",
+    "buffers_by_name",
     "called",
     "canonical",
     "find_peft_layers",
+    "find_saved",
     "find_targets",
     "modules_by_name",
     "named",
     "parameters_by_name",
     "shared_weights",
+    "tensors_of",
     "unknown",
     "unwrap",
 ]

@@ -9,6 +9,7 @@
 The same lines run in README.md beside this file.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -20,8 +21,11 @@ import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
-from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola import Chain, ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola.adapters import StackedLinear, is_quantized, quantized
 from cola.adapters.peft import is_peft_model
+
+logger = logging.getLogger("cola")
 
 #: where a checkpoint, and the output directory in the end, keep the chain
 CHAIN_DIR = "chain"
@@ -45,6 +49,7 @@ def attach(
     ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``), ``resume_from_checkpoint`` goes on bit for bit, and
     ``load_best_model_at_end`` brings back the best weights with the chain that led there. After ``train()`` the model
     is a plain one (a PeftModel is unloaded) with the chain in its weights, and ``trainer.save_model()`` writes that.
+    In several processes, under DDP or FSDP2 (``fsdp=True``), all that is the same.
 
     Args:
         trainer: whose ``train()`` has not been called.
@@ -52,8 +57,9 @@ def attach(
         policy: as for `ChainOptimizer`.
         link: as for `ChainOptimizer`; ``rank_change="auto"`` means ``"mask"`` here.
         finish: tie the last link when training ends; False leaves that to ``opt.finish()``.
-        save_chain: write the links beside the weights: ``opt.save`` to ``checkpoint-N/chain``, ``opt.chain.save`` to
-            ``output_dir/chain`` in the end.
+        save_chain: write the links beside the weights: ``opt.save`` to ``checkpoint-N/chain`` (under FSDP2, where the
+            optimizer's own state drops the links, ``opt.chain.save``), ``opt.chain.save`` to ``output_dir/chain`` in
+            the end.
         **kwargs: for `ChainOptimizer` and ``base``. The learning rate and the seed default to the trainer's arguments.
 
     Returns:
@@ -74,6 +80,8 @@ def attach(
         opt.register_state_dict_post_hook(_add_weights)
         opt.register_load_state_dict_pre_hook(_take_weights)
     trainer.optimizer = opt
+    if trainer.is_fsdp_enabled:
+        _bring_the_links(trainer, opt)
     trainer.add_callback(ChainCallback(trainer, opt, finish=finish, save_chain=save_chain))
     return opt
 
@@ -99,18 +107,20 @@ class ChainCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the knots of the step."""
+        wanted = control.should_log
         self._log()
+        control.should_log = wanted  # logging a knot is not what was asked for: the loss
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the chain into the checkpoint."""
         if self.save_chain and not self.opt.finished and not self.opt.chain.missing:
-            self.opt.save(Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR)
+            save = self.opt.chain.save if self.trainer.is_fsdp_enabled else self.opt.save
+            save(Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go back to the best checkpoint's chain if its weights were loaded, tie the last link, give the model back."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            path = os.path.join(state.best_model_checkpoint, "optimizer.pt")
-            self.opt.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.trainer._load_optimizer_and_scheduler(state.best_model_checkpoint)
         if not self.finish:
             return
         self.opt.finish()
@@ -120,6 +130,11 @@ class ChainCallback(TrainerCallback):
         if is_peft_model(self.opt.model):
             plain = self.opt.model.unload()  # type: ignore[operator]
             self.trainer.model = self.trainer.model_wrapped = self.trainer.callback_handler.model = plain
+        if any(isinstance(module, StackedLinear) for module in self.opt.model.modules()):
+            logger.warning(
+                "the links are beside the quantised weights, where from_pretrained will not look for them: write them "
+                "by opt.chain.to_peft (or opt.chain.save), or train with quantized='requantize'"
+            )
 
     def _log(self) -> None:
         for report in self.reports:
@@ -147,13 +162,20 @@ def _chainable(trainer: Any, finish: bool) -> Any:
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "the trainer uses DeepSpeed, whose optimizer keeps its own copy of the parameters and would undo every "
-            "knot: use DDP, or FSDP2 in a loop of your own (experiments/examples)"
+            "knot: use DDP or FSDP2 (fsdp=True)"
         )
-    if trainer.is_fsdp_enabled:
-        raise ValueError("the trainer uses FSDP: use DDP, or FSDP2 in a loop of your own (experiments/examples)")
+    if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
+        raise ValueError(
+            "the trainer uses FSDP1, which flattens the parameters: use FSDP2, fsdp_config={'version': 2}, or DDP"
+        )
     if trainer.args.load_best_model_at_end and trainer.args.save_only_model:
         raise ValueError("load_best_model_at_end needs the optimizer's state of that step: set save_only_model=False")
     model = trainer.model
+    if trainer.is_fsdp_enabled and is_peft_model(model):
+        raise ValueError(
+            "the model is a PeftModel, of which the trainer's FSDP checkpoints have the adapter alone and lose what "
+            "was tied: give it the model without PEFT (link= says what peft_config would), or use DDP"
+        )
     if getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model):
         raise ValueError(
             "the model has an adapter from add_adapter, of which the trainer saves the adapter alone and loses what "
@@ -162,14 +184,37 @@ def _chainable(trainer: Any, finish: bool) -> Any:
     return model
 
 
+def _bring_the_links(trainer: Any, opt: ChainOptimizer) -> None:
+    """Whenever the trainer loads the optimizer's state, from which FSDP drops the links, take them from beside it."""
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_with_links(checkpoint: str | None) -> None:
+        load(checkpoint)
+        links = None if checkpoint is None else Path(checkpoint) / CHAIN_DIR
+        if opt.chain.missing and links is not None and links.is_dir():
+            opt.chain.restore(Chain.load(links).ledger())
+
+    trainer._load_optimizer_and_scheduler = load_with_links
+
+
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, _WEIGHTS: {path: layer.weight.detach() for path, layer in opt.live.layers.items()}}
+    live = opt.live
+    quantised = {path for path in live.layers if is_quantized(live.holder(path))}
+    return {
+        **state,
+        _WEIGHTS: {
+            path: quantized.parts(live.holder(path)) if path in quantised else layer.weight.detach()
+            for path, layer in live.layers.items()
+        },
+    }
 
 
 @torch.no_grad()
 def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     weights = state.get(_WEIGHTS, {})
     for path, layer in opt.live.layers.items():
-        if path in weights:
+        if path in weights and isinstance(weights[path], dict):
+            quantized.put_parts(opt.live.holder(path), weights[path])
+        elif path in weights:
             layer.weight.copy_(weights[path])
     return {name: value for name, value in state.items() if name != _WEIGHTS}

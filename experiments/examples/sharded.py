@@ -1,6 +1,7 @@
 """A chain under DDP or FSDP2: ``torchrun --nproc-per-node 2 experiments/examples/sharded.py {ddp,fsdp2} [steps]``.
 
 The order matters: first the ChainOptimizer, which adds the links' parameters, then the wrapper, which must see them.
+Every fourth step is saved to ``checkpoint-N``; a third argument names one to go on from, on any number of processes.
 Runs on CPUs (gloo) as it stands; on GPUs, move the model to its device and use the ``nccl`` backend.
 """
 
@@ -8,18 +9,24 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import OPTConfig, OPTForCausalLM
 
 from cola import ChainOptimizer, EvenKnots, LinkConfig
 
-kind, steps = (sys.argv[1:] + ["fsdp2", "12"][len(sys.argv) - 1 :])[:2]
+kind, steps, resume = (sys.argv[1:] + ["fsdp2", "12", ""][len(sys.argv) - 1 :])[:3]
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 config = OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
-config.word_embed_proj_dim = 32
+config.word_embed_proj_dim, config.dropout = 32, 0.0  # dropout's random states would be for you to save
 model = OPTForCausalLM(config)
 batches = torch.randint(3, 60, (int(steps), dist.get_world_size(), 4, 16))  # your data, a share for each process
 
@@ -32,11 +39,25 @@ else:
     for layer in model.model.decoder.layers:
         fully_shard(layer, mesh=mesh)
     called = fully_shard(model, mesh=mesh)
-for shares in batches:
+
+
+def checkpoint():
+    """What is saved, and loaded into. The optimizer's state drops the links on this way, so the chain goes along."""
+    weights, state = get_state_dict(model, opt)
+    return {"model": weights, "optimizer": state, "chain": opt.chain}
+
+
+if resume:
+    saved = checkpoint()
+    dcp.load(saved, checkpoint_id=resume)
+    set_state_dict(model, opt, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+for shares in batches[opt.steps :]:
     ids = shares[dist.get_rank()]
     called(input_ids=ids, labels=ids).loss.backward()
     opt.step()
     opt.zero_grad()
+    if opt.steps % 4 == 0:
+        dcp.save(checkpoint(), checkpoint_id=f"checkpoint-{opt.steps}")
 opt.finish()
 weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if dist.get_rank() == 0:

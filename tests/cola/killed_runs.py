@@ -23,6 +23,18 @@ import cola.live
 from cola import Chain, ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
 from tests.models import BODY, Net, loss_of
 
+
+class Normed(Net):
+    """With running statistics, which move at every step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype=dtype)
+        self.norm = torch.nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.norm(x))
+
+
 STEPS, EVERY = 12, 2  # steps of the run, steps between checkpoints
 CASES = {
     "fp32": {"policy": lambda: StepKnots(every=3), "link": {"r": 2, "bias": "lora_only"}},
@@ -33,6 +45,7 @@ CASES = {
     "plateau, dropout": {
         "policy": lambda: PlateauKnots(patience=0, window=2, threshold=0.9), "link": {"r": 2, "lora_dropout": 0.2},
     },
+    "running statistics": {"model": Normed, "policy": lambda: StepKnots(every=3), "link": {"r": 1}},
 }  # fmt: skip
 
 
@@ -41,7 +54,7 @@ def run(case: str, directory: Path) -> torch.Tensor:
     about = CASES[case]
     dtype = about.get("dtype", torch.float32)
     torch.manual_seed(5)
-    model = Net(dtype=dtype)
+    model = about.get("model", Net)(dtype=dtype)
     opt = ChainOptimizer(
         torch.optim.AdamW, model, about["policy"](), link=LinkConfig(target_modules=BODY, **about["link"]),
         rounding=about.get("rounding", "auto"), seed=1, lr=0.03,
@@ -59,7 +72,7 @@ def run(case: str, directory: Path) -> torch.Tensor:
             opt.save(directory)
     opt.finish()
     opt.chain.save(directory / "chain")
-    again = Net(dtype=dtype)
+    again = about.get("model", Net)(dtype=dtype)
     Chain.load(directory / "chain").apply(again)
     return torch.cat([p.double().flatten() for end in (model, again) for p in end.state_dict().values()])
 

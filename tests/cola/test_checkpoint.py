@@ -533,25 +533,3 @@ def test_a_model_with_pefts_own_layers_is_resumed(tmp_path, restored_rng):
         again.load(tmp_path / name)
         run(resumed, again, steps)
         assert same(model.state_dict(), resumed.state_dict())
-
-
-def test_the_longer_of_two_saved_chains_of_one_run_is_the_one_that_is_loaded(tmp_path):
-    def run(seed=0):
-        model = Net()
-        link = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
-        return model, ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=3), link=link, lr=0.02, seed=seed)
-
-    model, opt = run()
-    train(opt, model, 4)
-    opt.chain.save(tmp_path)
-    train(opt, model, 6, start=4)
-    opt.save(tmp_path)
-    assert len(Chain.load(tmp_path)) == len(opt.chain) == 3
-    train(opt, model, 3, start=10)
-    opt.chain.save(tmp_path)
-    assert len(Chain.load(tmp_path)) == 4
-    other_model, other = run(seed=1)
-    train(other, other_model, 4)
-    other.save(tmp_path)
-    with pytest.raises(ValueError, match="hold different chains: move one of them"):
-        Chain.load(tmp_path)

@@ -149,11 +149,105 @@ def test_verify_fails_on_another_base_and_on_damage(made, tmp_path, capsys):
     assert "its knot reported" in capsys.readouterr().out
 
 
+def test_verify_names_what_differs_elsewhere_and_what_the_chain_replaces(made, tmp_path, capsys):
+    base, model = made / "fp32" / "base", tiny_opt()
+    opt = trained(model, bias="lora_only")
+    opt.finish()
+    opt.chain.save(tmp_path / "chain")
+    bias = "model.decoder.layers.0.self_attn.q_proj.bias"
+    for name, status, text in (
+        ("model.decoder.embed_positions.weight", 1, "FAIL  base is the one that the chain was trained on: wrong base"),
+        ("model.decoder.layers.1.fc2.bias", 1, "wrong base: 'model.decoder.layers.1.fc2.bias' has other values"),
+        (bias, 0, f"ok    base is the one that the chain was trained on, but for {bias}, which the chain replaces"),
+    ):
+        other = tiny_opt()
+        with torch.no_grad():
+            other.get_parameter(name).view(-1)[0] += 1
+        other.save_pretrained(tmp_path / "other")
+        assert main(["verify", str(tmp_path / "chain"), "--base", str(tmp_path / "other")]) == status
+        assert text in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "chain"), "--base", str(base), "--json"]) == 0
+    assert all("but for" not in check["check"] for check in json.loads(capsys.readouterr().out)["checks"])
+
+
+def test_a_base_by_its_hub_name(made, tmp_path):
+    """From the hub's cache, as after a download."""
+    repository, revision = tmp_path / "models--some--model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(made / "fp32" / "base", repository / "snapshots" / revision)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "cola.cli", "merge", str(made / "fp32" / "chain"), "--base", "some/model"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "merged")],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tied 3 links into some/model" in done.stdout
+    assert same(weights(tmp_path / "merged"), weights(made / "fp32" / "merged"))
+
+
+def test_a_base_in_mixed_precision_is_loaded_as_it_was(tmp_path, capsys):
+    """As users make it: norms in fp32 in a model of half precision, from a file in either."""
+
+    def mixed(dtype):
+        model = tiny_opt().to(dtype).to(torch.bfloat16)
+        for name, module in model.named_modules():
+            if "norm" in name:
+                module.float()
+        return model
+
+    for dtype in (torch.float32, torch.bfloat16):
+        tiny_opt().to(dtype).save_pretrained(tmp_path / "base")
+        model = mixed(torch.bfloat16)
+        if dtype == torch.float32:
+            for one, other in zip(model.parameters(), tiny_opt().parameters()):
+                one.data.copy_(other)
+        opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LinkConfig(r=2), lr=0.02)
+        opt.tie()
+        opt.chain.save(tmp_path / "chain")
+        assert main(["verify", str(tmp_path / "chain"), "--base", str(tmp_path / "base")]) == 0
+        assert "FAIL" not in capsys.readouterr().out
+
+
 def test_merge_gives_the_trained_model(run, tmp_path):
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
     assert same(weights(tmp_path), weights(run / "merged"))
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path), "--upto", "0"]) == 0
     assert same(weights(tmp_path), weights(run / "base"))
+    assert not list(tmp_path.glob("tokenizer*"))  # the base has none
+
+
+def test_merge_takes_the_tokenizer_along_and_runs_no_code_of_its(made, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    base, mark = tmp_path / "base", tmp_path / "ran"
+    shutil.copytree(made / "fp32" / "base", base)
+    made_up = Tokenizer(models.WordLevel({"knot": 0, "link": 1, "?": 2}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=made_up, unk_token="?").save_pretrained(base)
+    command = ["merge", str(made / "fp32" / "chain"), "--base", str(base), "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "one").get_vocab() == {"knot": 0, "link": 1, "?": 2}
+    (base / "mine.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Mine: pass\n")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["mine.Mine", None]}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert main([*command, str(tmp_path / "two")]) == 0
+    assert same(weights(tmp_path / "two"), weights(made / "fp32" / "merged"))
+    assert not mark.exists()
+
+
+def test_a_reader_that_stops_early_is_no_error(made):
+    command = [sys.executable, "-m", "cola.cli", "inspect", str(made / "fp32" / "chain"), "--no-plot", "--json"]
+    root = Path(__file__).parents[2]
+    done = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    assert done.stderr.read() == ""
+    assert done.wait() == 0
+    done.stderr.close()
 
 
 def test_export_then_import_comes_back(run, tmp_path, capsys):
@@ -185,7 +279,13 @@ BAD = {
     "a chain as out": (["import", "{run}/adapter", "--out", "{run}/chain"], "holds chain.json: give another directory"),
     "no model class": (["merge", "{run}/chain", "--base", "{run}/odd", "--out", "{tmp}/x"], "has no class 'logging'"),
     "unknown model": (["merge", "{run}/chain", "--base", "nope", "--out", "{tmp}/x"], "--base nope: "),
-    "out is a file": (["import", "{run}/adapter", "--out", "{run}/adapter/adapter_config.json"], "is a file"),
+    "out is a file": (["import", "{run}/adapter", "--out", "{run}/base/config.json"], "config.json is a file: give a"),
+    "merged to a file": (
+        ["merge", "{run}/chain", "--base", "{run}/base", "--out", "{run}/base/config.json"],
+        "is a file: give a",
+    ),
+    "exported to a file": (["export", "{run}/chain", "--out", "{run}/base/config.json"], "is a file: give a"),
+    "drawn to a file": (["inspect", "{run}/chain", "--out", "{run}/base/config.json"], "is a file: give a"),
 }
 
 

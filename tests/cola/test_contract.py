@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cola import ChainOptimizer, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from tests.models import BODY, Net, loss_of, tiny_opt, train
 
 LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
@@ -47,11 +47,75 @@ def test_schedulers_see_and_set_the_bases_learning_rate_through_knots(name, base
     assert len(opt.chain) == 3
 
 
-def test_reduce_on_plateau():
+def test_reduce_on_plateau_goes_on_through_knots():
     _, opt = chained()
-    scheduler = schedules.ReduceLROnPlateau(opt, patience=0)
-    scheduler.step(1.0), scheduler.step(1.0)
-    assert opt.param_groups[0]["lr"] == pytest.approx(0.002)
+    plain = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.02)
+    ours, theirs = (schedules.ReduceLROnPlateau(o, patience=1, factor=0.5) for o in (opt, plain))
+    rates = []
+    for step in range(10):
+        loss_of(opt.model, step).backward()
+        opt.step()
+        ours.step(1.0), theirs.step(1.0)
+        rates.append(opt.base.param_groups[0]["lr"])
+        assert rates[-1] == plain.param_groups[0]["lr"]
+    assert len(opt.chain) == 3
+    assert rates[-1] == 0.02 / 2**4  # after steps 3, 5, 7 and 9, the first of them a knot
+
+
+def test_what_is_loaded_still_belongs_to_the_base_and_to_the_scheduler():
+    """torch rebinds ``state`` and ``param_groups`` when it loads, and Accelerate loads inside ``prepare``."""
+    model, opt = chained(policy=StepKnots(at=[3]))
+    scheduler = schedules.StepLR(opt, 1, gamma=0.5)
+    train(opt, model, 4)
+    for _ in range(2):
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert opt.param_groups is opt.base.param_groups
+        assert opt.state is opt.base.state
+        lr = opt.base.param_groups[0]["lr"]
+        scheduler.step()
+        assert opt.base.param_groups[0]["lr"] == lr / 2
+        train(opt, model, 1, start=4)
+    assert all(p in opt.state for p in opt.live.adapters())
+
+
+def test_gradients_are_clipped_in_every_link():
+    """Plain SGD with learning rate 1 moves by the gradient: by no more than what it was clipped to."""
+    model, opt = chained(base=torch.optim.SGD, lr=1.0)
+    for step in range(8):
+        before = [p.detach().clone() for p in opt.live.adapters()]
+        knots = len(opt.chain)
+        opt.zero_grad()
+        loss_of(model, step).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3, error_if_nonfinite=True)
+        assert norm > 1e-3
+        opt.step()
+        if len(opt.chain) == knots:
+            moved = sum((p - q).square().sum() for p, q in zip(opt.live.adapters(), before)).sqrt().item()
+            assert moved == pytest.approx(1e-3, rel=1e-3)  # fp32 differences of values of about 1
+    assert len(opt.chain) == 2
+
+
+def test_an_average_of_weights_is_begun_anew_at_a_knot():
+    """With A fixed, the mean of W + sBA is W + s·mean(B)·A within a link; over a knot it mixes B with another A."""
+    from torch.optim.swa_utils import AveragedModel
+
+    def effective(m):
+        return m.first.weight + m.first.scaling * m.first.lora_B @ m.first.lora_A
+
+    link = LinkConfig(r=2, lora_alpha=2, target_modules=BODY, train="B")
+    model, opt = chained(policy=StepKnots(at=[3]), link=link)
+    mixed, begun = AveragedModel(model), [AveragedModel(model)]
+    opt.on_knot(lambda report: begun.append(AveragedModel(model)))
+    weights = []
+    for step in range(6):
+        train(opt, model, 1, start=step)
+        weights.append(effective(model).detach())
+        mixed.update_parameters(model), begun[-1].update_parameters(model)
+    assert len(begun) == 2
+    after = torch.stack(weights[2:]).mean(0)  # the knot's step is the first of the new link
+    # means of four fp32 values of about 1, once before and once after the product
+    assert torch.allclose(effective(begun[-1].module), after, atol=8 * torch.finfo().eps)
+    assert not torch.allclose(effective(mixed.module), torch.stack(weights).mean(0), atol=1e-3)
 
 
 def test_accumulation_counts_optimizer_steps_and_averages_losses():
@@ -167,8 +231,95 @@ def test_distributed_checkpointing_at_a_knot():
         assert torch.equal(q, r)
 
 
-def test_loss_scaling_with_a_fused_base_neither_breaks_nor_counts_skipped_steps():
-    model, opt = chained(fused=True, policy=StepKnots(every=2))
+@pytest.mark.parametrize("chain_first", [True, False])
+def test_links_that_a_framework_drops_come_back_by_the_chains_own_state(tmp_path, chain_first):
+    """As torch.distributed.checkpoint loads it: into place, whatever number of links was there before."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, opt = chained()
+    train(opt, model, 7)
+    states = {"optimizer": get_optimizer_state_dict(model, opt), "model": model.state_dict(), "chain": opt.chain}
+    dcp.save(states, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    resumed, again = chained()
+    states = {"optimizer": get_optimizer_state_dict(resumed, again), "model": resumed.state_dict()}
+    if chain_first:
+        states["chain"] = again.chain
+    dcp.load(states, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    resumed.load_state_dict(states["model"])
+    set_optimizer_state_dict(resumed, again, states["optimizer"])
+    if not chain_first:
+        assert again.chain.missing == 2
+        with pytest.raises(RuntimeError, match=r"lacks its first 2: .*\(save opt\.chain beside the optimizer's state"):
+            again.chain.to_peft(tmp_path / "adapter")
+        dcp.load({"chain": again.chain}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert again.chain.missing == 0
+    train(opt, model, 4, start=7), train(again, resumed, 4, start=7)
+    for one, two in zip(opt.chain, again.chain, strict=True):
+        assert (one.index, one.step, one.seed) == (two.index, two.step, two.seed)
+        for path, factor in one.factors.items():
+            assert torch.equal(factor.A, two.factors[path].A)
+            assert torch.equal(factor.B, two.factors[path].B)
+    again.finish()
+    base = Net()
+    again.chain.apply(base)  # the fingerprint came along
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_a_chains_state_survives_files_and_is_empty_without_links(steps):
+    file = io.BytesIO()
+    model, opt = chained(policy=StepKnots(every=3), keep_links=steps == 7)
+    train(opt, model, steps)
+    torch.save(opt.chain.state_dict(), file)
+    file.seek(0)
+    again = Chain()
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert (len(again), again.missing, again.keep, again.base) == (len(opt.chain), 0, opt.chain.keep, opt.chain.base)
+    again.load_state_dict(Chain().state_dict())
+    assert len(again) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: {}, "'about'"),
+        (lambda state: {**state, "about": state["about"].replace('"version": 1', '"version": 2')}, "reads format 1"),
+        (lambda state: {**state, "links": state["links"][1:]}, "a link is missing"),
+        (lambda state: {**state, "links": [state["links"][0][:100], state["links"][1]]}, "links/0"),
+        (lambda state: {**state, "links": 3}, "not iterable"),
+    ],
+)
+def test_a_damaged_chains_state_is_refused_before_anything_changes(spoil, message):
+    model, opt = chained()
+    train(opt, model, 7)
+    links = list(opt.chain)
+    with pytest.raises(ValueError, match=message):
+        opt.chain.load_state_dict(spoil(opt.chain.state_dict()))
+    assert list(opt.chain) == links
+
+
+def test_the_links_of_another_run_are_noticed_at_the_next_step():
+    model, opt = chained()
+    train(opt, model, 7)
+    states = copy.deepcopy((model.state_dict(), opt.state_dict(), opt.chain.state_dict()))
+    states[1].pop("cola")  # as torch.distributed.checkpoint does
+    for changes in ({"seed": 1}, {"policy": StepKnots(at=[2, 6])}, {"lr": 0.01}, {"policy": StepKnots(at=[2])}):
+        stranger, other = chained(**changes)
+        train(other, stranger, 7)
+        resumed, again = chained()
+        resumed.load_state_dict(states[0])
+        again.load_state_dict(states[1])
+        again.chain.load_state_dict(other.chain.state_dict())
+        with pytest.raises(RuntimeError, match="load the chain that was saved with it"):
+            train(again, resumed, 1, start=7)
+        again.chain.load_state_dict(states[2])
+        train(again, resumed, 1, start=7)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_loss_scaling_neither_breaks_nor_counts_skipped_steps(fused):
+    model, opt = chained(fused=fused, policy=StepKnots(every=2))
     assert not hasattr(opt, "_step_supports_amp_scaling")
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(4):

@@ -91,3 +91,38 @@ def test_save_state_and_load_state_go_on_bit_for_bit(tmp_path, r, steps):
     fresh_start.load_state(str(tmp_path))
     assert run(fresh_start, *second, 6, start=steps) == wanted
     assert [link.step for link in second[0].chain] == [link.step for link in first[0].chain]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_scaler_under_accelerate_skips_steps_that_then_do_not_count(fused):
+    """Accelerate scales on accelerators alone; its optimizer, which patches ``step`` to see skips, runs anywhere."""
+    accelerate.Accelerator(cpu=True)
+    model = Net()
+    link = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
+    opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=link, lr=0.02, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(opt, scaler=scaler)
+    skipped = []
+    for step in range(5):
+        wrapped.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 1:
+            model.first.lora_B.grad.fill_(float("inf"))
+        wrapped.step()
+        skipped.append(wrapped.step_was_skipped)
+    assert skipped == [False, True, False, False, False]
+    assert opt.steps == 4
+    assert [link.step for link in opt.chain] == [2, 4]
+
+
+def test_step_hooks_and_attributes_are_those_of_the_optimizer_within():
+    """Accelerate's wrapper hands on neither: they are set on, and read from, the ChainOptimizer itself."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    opt, model, wrapped, scheduler = prepared(accelerator)
+    calls = []
+    opt.register_step_post_hook(lambda o, a, k: calls.append(o.steps))
+    run(accelerator, opt, model, wrapped, scheduler, 4)
+    assert calls == [1, 2, 3, 4]
+    assert not hasattr(wrapped, "chain")
+    assert wrapped.optimizer is opt
+    assert len(opt.param_groups) == 1

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola.fingerprint import Fingerprint
 from cola.tie import tie_
+from tests.integrations.torchrun_chain import deltas
 from tests.models import BODY, Net, loss_of, train
 
 # fp32 sums in another order (per shard, then over the processes), carried through 8 steps; asked for by the design
@@ -36,7 +38,8 @@ def one_process(policy, r=(4,), steps=8):
     weights = {name: value.tolist() for name, value in model.state_dict().items()}
     return {
         "losses": losses, "weights": weights, "drawn": drawn, "steps": [link.step for link in opt.chain],
-        "links": [link.rank for link in opt.chain],
+        "links": [link.rank for link in opt.chain], "deltas": deltas(opt.chain),
+        "base": opt.chain.base.to_json(),
     }  # fmt: skip
 
 
@@ -59,6 +62,8 @@ def require_equal(directory, n, wanted, start=0):
         seen = json.loads((directory / f"{rank}.json").read_text())
         assert seen["links"][-1] == wanted["links"][-1]
         assert seen["steps"] == wanted["steps"][-len(seen["steps"]) :]
+        if not start:  # every process knows the whole base, of which it holds a part
+            assert Fingerprint.from_json(seen["base"]) == Fingerprint.from_json(wanted["base"])
         assert seen["losses"] == pytest.approx(wanted["losses"][start:], abs=CLOSE)
         assert seen["weights"].keys() == wanted["weights"].keys()
         for name, value in wanted["weights"].items():
@@ -110,6 +115,33 @@ def test_checkpoints_of_two_processes_go_on_in_one_and_in_four(tmp_path):
         )
         for (name, step), out in resumed.items():
             require_equal(out, n, wanted[name], start=step)
+
+
+@pytest.mark.long
+def test_links_go_with_a_sharded_checkpoint_from_two_processes_to_one_and_to_four(tmp_path):
+    """The optimizer's state drops them there, nested or flattened: the chain is saved as an entry of its own."""
+
+    def run(n, step=None, source=None):
+        runs = []
+        for form in ("nested", "flat"):
+            saved = () if source is None else ("--resume", tmp_path / f"{form}-{source}" / str(step))
+            directory = tmp_path / f"{form}-{n}"
+            runs.append(("fsdp2", directory / "out", "--dcp", form, "--save", directory, "--ranks", "4,2,1", *saved))
+        torchrun(n, *runs)
+
+    run(2)
+    run(1, step=3, source=2)  # in the middle of a link
+    run(4, step=4, source=1)  # right after a knot
+    wanted = one_process(StepKnots(at=[2, 4, 6]), (4, 2, 1))
+    for n, start in ((2, 0), (1, 3), (4, 4)):
+        for form in ("nested", "flat"):
+            out = tmp_path / f"{form}-{n}" / "out"
+            require_equal(out, n, wanted, start)
+            for rank in range(n):
+                seen = json.loads((out / f"{rank}.json").read_text())
+                assert seen["missing"] == 0
+                for layer, delta in wanted["deltas"].items():
+                    assert torch.allclose(torch.tensor(seen["deltas"][layer]), torch.tensor(delta), atol=CLOSE, rtol=0)
 
 
 @pytest.mark.long
@@ -170,6 +202,26 @@ def test_fsdp2_over_a_chain_follows_the_new_parameters(group, base):
     assert all(torch.allclose(p, q, atol=CLOSE) for p, q in zip(weights, plain.parameters()))
     loss_of(model, 0).backward()  # a pass after the links are gone
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_fp32_factors_on_half_precision_weights_may_share_a_group(group, cast):
+    """Older versions of torch want one dtype in a group that FSDP2 gathers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, plain = Net(dtype=torch.bfloat16), Net(dtype=torch.bfloat16)
+    link = LinkConfig(r=4, lora_alpha=4, target_modules=BODY)
+    opt, other = (ChainOptimizer(torch.optim.SGD, m, StepKnots(every=2), link=link, lr=0.02) for m in (model, plain))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if cast else MixedPrecisionPolicy()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    losses = train(opt, model, 5, dtype=torch.bfloat16)
+    # cast, the factors are rounded to bf16 (eps 2⁻⁸) in the pass; three layers
+    assert losses == pytest.approx(train(other, plain, 5, dtype=torch.bfloat16), rel=6 * 2**-8 if cast else CLOSE)
+    opt.finish()
+    assert [link.step for link in opt.chain] == [2, 4, 5]
+    assert {factor.A.dtype for entry in opt.chain for factor in entry.factors.values()} == {torch.float32}
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
 def test_what_would_miss_or_undo_a_knot_is_refused(group):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cola import Chain
 from tests.models import tiny_opt
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,20 @@ SCRIPTS = {
 RUNS = [(name, args) for name, several in SCRIPTS.items() for args in several]
 
 
+def run(name, args, directory, processes=2):
+    launcher = [sys.executable]
+    if name == "sharded.py":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*launcher, str(EXAMPLES / name), *args],
+        cwd=directory,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_every_example_is_here():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
 
@@ -32,17 +48,7 @@ def test_every_example_is_here():
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "args"), RUNS, ids=lambda value: str(value))
 def test_example(name, args, tmp_path):
-    launcher = [sys.executable]
-    if name == "sharded.py":
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, str(EXAMPLES / name), *args],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run(name, args, tmp_path)
     # gloo's threads may abort the interpreter on its way out, when all has been written
     aborted = "terminate called without an active exception" in result.stderr
     assert result.returncode == 0 or aborted, result.stderr[-3000:]
@@ -50,10 +56,25 @@ def test_example(name, args, tmp_path):
     assert "Chain(" in result.stdout or "knot 1" in result.stdout
 
 
+@pytest.mark.long
+def test_the_sharded_example_goes_on_from_its_checkpoint(tmp_path):
+    from safetensors.torch import load_file
+
+    merged, links = [], []
+    for resume in ([], ["checkpoint-4"]):
+        result = run("sharded.py", ["fsdp2", "6", *resume], tmp_path)
+        assert (tmp_path / "merged" / "model.safetensors").exists(), result.stderr[-3000:]
+        merged.append(load_file(tmp_path / "merged" / "model.safetensors"))
+        links.append([(link.index, link.step) for link in Chain.load(tmp_path / "chain")])
+        shutil.rmtree(tmp_path / "merged")
+    assert links[0] == links[1] == [(0, 2), (1, 4), (2, 6)]
+    assert all(torch.equal(value, merged[1][name]) for name, value in merged[0].items())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_pages_snippets_run(tmp_path, monkeypatch):
     """`make_model`, `loader` and `dataset` stand for the reader's own."""
-    for package in ("peft", "accelerate", "lightning"):
+    for package in ("peft", "accelerate", "lightning", "bitsandbytes"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(24).view(2, 12) % 32
@@ -63,7 +84,7 @@ def test_the_pages_snippets_run(tmp_path, monkeypatch):
         "quiet": {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"},
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert len(names["opt"].chain) == 3

@@ -54,7 +54,7 @@ def test_epochs_losses_and_knots_travel_by_themselves(tmp_path):
     names = list(model.state_dict())
     trainer = trainer_of(
         model, tmp_path, report_to=["tensorboard"], gradient_accumulation_steps=2, per_device_train_batch_size=3,
-        max_steps=-1, num_train_epochs=4, save_strategy="no",
+        max_steps=-1, num_train_epochs=4, save_strategy="no", logging_steps=3,
     )  # fmt: skip
     # 16 examples: 6 batches, 3 steps an epoch; knots after the steps that complete epochs 1 and 3
     opt = attach(trainer, torch.optim.AdamW, EpochKnots(at=[1, 3]), link=LINK)
@@ -64,6 +64,8 @@ def test_epochs_losses_and_knots_travel_by_themselves(tmp_path):
     assert [link.step for link in opt.chain] == [3, 9, 12]
     assert all(loss > 0 for loss in losses)
     knots = [entry for entry in trainer.state.log_history if "knot" in entry]
+    # the losses asked for are there too, in the steps of knots as well
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6, 9, 12]
     assert [(entry["knot"], entry["step"], entry["knot_rank"]) for entry in knots] == [(0, 3, 2), (1, 9, 2), (2, 12, 2)]
     json.dumps(trainer.state.log_history)
     assert opt.param_groups[0]["initial_lr"] == 0.02
@@ -176,8 +178,8 @@ BEST_OF_WEIGHTS_ALONE = {
     [
         (BEST_OF_WEIGHTS_ALONE, None, "save_only_model=False"),
         ({}, lambda t: attach(t, torch.optim.SGD, NeverKnots(), link=LINK), "has an optimizer already"),
-        ({}, lambda t: setattr(t, "is_deepspeed_enabled", True), "DeepSpeed, .* use DDP, or FSDP2"),
-        ({}, lambda t: setattr(t, "is_fsdp_enabled", True), "uses FSDP: use DDP"),
+        ({}, lambda t: setattr(t, "is_deepspeed_enabled", True), "DeepSpeed, .* use DDP or FSDP2"),
+        ({}, lambda t: setattr(t, "is_fsdp_enabled", True), "FSDP1, .* use FSDP2"),
         ({}, lambda t: setattr(t, "model_init", tiny_opt), "has model_init"),
         ({}, lambda t: setattr(t, "optimizer_cls_and_kwargs", (torch.optim.SGD, {})), "give attach the optimizer"),
     ],

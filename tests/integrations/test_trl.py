@@ -32,6 +32,37 @@ def chats(n=8):
     return datasets.Dataset.from_dict({"messages": [turn if i % 2 else more for i in range(n)]})
 
 
+@pytest.mark.parametrize("how", ["stack", "requantize"])
+def test_sft_trainer_on_a_quantised_base(tmp_path, how):
+    """QLoRA, as TRL sets it up: the links go on PEFT's quantised layers."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    tiny_opt(hidden_size=64, word_embed_proj_dim=64).save_pretrained(tmp_path / "base")
+
+    def load():
+        bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        kind = transformers.OPTForCausalLM
+        return kind.from_pretrained(tmp_path / "base", quantization_config=bits, device_map="cpu").train()
+
+    args = trl.SFTConfig(
+        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, learning_rate=0.02, report_to=[],
+        disable_tqdm=True, use_cpu=True, bf16=False, max_length=32, dataset_num_proc=None,
+    )  # fmt: skip
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    trainer = trl.SFTTrainer(load(), args, train_dataset=chats(), processing_class=tokenizer(), peft_config=config)
+    opt = attach(trainer, torch.optim.AdamW, StepKnots(every=2), quantized=how)
+    trainer.train()
+    assert [(entry.step, entry.rank) for entry in opt.chain] == [(2, 2), (4, 2), (6, 2)]
+    lost = [entry["knot_lost_norm"] for entry in trainer.state.log_history if "knot" in entry]
+    # powers of two fold into B exactly; the codes' steps are wider than these links
+    assert lost == [0, 0, 0] if how == "stack" else min(lost) > 0.01
+    rebuilt, ids = load(), torch.arange(12).view(1, 12)
+    opt.chain.apply(rebuilt)
+    assert torch.equal(rebuilt(input_ids=ids).logits, trainer.model.train()(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("with_peft", [False, True], ids=["plain", "peft_config"])
 def test_sft_trainer(tmp_path, with_peft):
     config = None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -51,6 +52,7 @@ def run(words):
     parser.add_argument("--save", type=Path)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--die-at", type=int)
+    parser.add_argument("--dcp", choices=["nested", "flat"], help="save in shards, with the chain beside the state")
     args = parser.parse_args(words)
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Net(dtype=getattr(torch, args.dtype))
@@ -63,7 +65,7 @@ def run(words):
     called = wrap(args.kind, model)
     start = 0
     if args.resume:
-        start = load(args.resume, model, opt)
+        start = load(args.resume, model, opt) if args.dcp is None else load_shards(args.resume, model, opt, args.dcp)
     share = ROWS // world
     losses = []
     for step in range(start, args.steps):
@@ -80,7 +82,11 @@ def run(words):
         dist.all_reduce(mean)
         losses.append(mean.item() / world)
         if args.save and step + 1 in (3, 4):
-            save(args.save / f"{step + 1}", model, opt, rank)
+            directory = args.save / f"{step + 1}"
+            if args.dcp is None:
+                save(directory, model, opt, rank)
+            else:
+                dcp.save(shards(model, opt, args.dcp), checkpoint_id=directory)
     drawn = {path: [t.tolist() for t in pair] for path, pair in opt.live.snapshot().items()}
     lost = [entry.report.lost_norm for entry in opt.chain]
     norms = [entry.report.delta_norm for entry in opt.chain]
@@ -90,10 +96,17 @@ def run(words):
     seen = {
         "rank": rank, "steps": [entry.step for entry in opt.chain], "losses": losses, "norms": norms, "lost": lost,
         "links": [entry.rank for entry in opt.chain], "drawn": drawn, "after": after.tolist(),
+        "base": opt.chain.base and opt.chain.base.to_json(),
         "weights": {name: value.float().tolist() for name, value in weights.items()},
+        "missing": opt.chain.missing, "deltas": {} if opt.chain.missing else deltas(opt.chain),
     }  # fmt: skip
     args.out.mkdir(exist_ok=True, parents=True)
     (args.out / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def deltas(chain):
+    """What all links together add to each layer."""
+    return {layer: chain.delta(layer).tolist() for layer in chain.layers()}
 
 
 def wrap(kind, model):
@@ -128,6 +141,25 @@ def load(directory, model, opt):
     set_model_state_dict(model, states["model"], options=options)
     set_optimizer_state_dict(model, opt, states["opt"], options=options)
     return states["step"]
+
+
+def shards(model, opt, form):
+    """What torch.distributed.checkpoint saves, each process its part, and loads into; the chain is one entry more."""
+    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, opt, options=options),
+        "chain": opt.chain,
+    }
+
+
+def load_shards(directory, model, opt, form):
+    states = shards(model, opt, form)
+    dcp.load(states, checkpoint_id=directory)
+    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+    set_model_state_dict(model, states["model"])
+    set_optimizer_state_dict(model, opt, states["optimizer"], options=options)
+    return opt.steps
 
 
 if __name__ == "__main__":

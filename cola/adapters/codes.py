@@ -1,0 +1,221 @@
+"""The codes of a quantised weight: read, put back, decoded and encoded, a block of rows at a time.
+
+`Codes` is what re-quantising needs to know of a layer; `FourBit` and `EightBit` say it for bitsandbytes' two kinds of
+linear layer. Arithmetic and formats are bitsandbytes' own, which is imported when the first weight is decoded.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# elements per block: a megabyte in fp32, so that nothing of the weight's size in fp32 is ever held
+_BLOCK = 1 << 18
+
+
+class Codes(ABC):
+    """The quantised weight of one layer, (out, in) as the mathematics writes it.
+
+    Args:
+        module: the layer, its weight quantised already.
+
+    Attributes:
+        kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        limit: largest magnitude that can be encoded.
+    """
+
+    kind: str
+    limit: float
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.module.weight.device
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """What the weight is made of, named as in the layer's state dict; not copies."""
+
+    @abstractmethod
+    def write(self, stored: Mapping[str, Tensor]) -> None:
+        """Make ``stored`` the weight, in place: every tensor of the layer stays the object that it is."""
+
+    @abstractmethod
+    def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
+        """A function from rows to their values in fp32, on the layer's device."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a block of rows, from fp32."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """From `encode`'s answers for all blocks in order to the form of `stored`."""
+
+    @abstractmethod
+    def row_step(self) -> int:
+        """A block is a multiple of as many rows, so that no group of codes with one scale is cut."""
+
+    def blocks(self) -> Iterator[slice]:
+        """The rows in blocks that fit a core's cache."""
+        rows, step = self.shape[0], self.row_step()
+        height = max(1, _BLOCK // (self.shape[1] * step)) * step
+        for start in range(0, rows, height):
+            yield slice(start, min(start + height, rows))
+
+    def values(self) -> Tensor:
+        """The whole weight in fp32 (for comparisons; ties go block by block)."""
+        return self.decoder(self.stored())(slice(0, self.shape[0]))
+
+
+class FourBit(Codes):
+    """`bitsandbytes.nn.Linear4bit`: groups of ``blocksize`` codes along the flattened weight share a scale.
+
+    With double quantisation the scales are 8-bit codes themselves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.kind = self.module.weight.quant_state.quant_type
+        self.limit = torch.finfo(self.module.weight.quant_state.dtype).max
+
+    def stored(self) -> dict[str, Tensor]:
+        """See `Codes.stored`."""
+        weight = self.module.weight
+        state = weight.quant_state.as_dict(packed=True)
+        return {"weight": weight.detach(), **{f"weight.{name}": value for name, value in state.items()}}
+
+    @torch.no_grad()
+    def write(self, stored: Mapping[str, Tensor]) -> None:
+        """See `Codes.write`."""
+        mine, theirs = self.module.weight.quant_state, self._state(stored)
+        self.module.weight.copy_(stored["weight"].view_as(self.module.weight))
+        mine.absmax.copy_(theirs.absmax)
+        if mine.nested:
+            mine.state2.absmax.copy_(theirs.state2.absmax)
+            mine.offset.copy_(theirs.offset)
+
+    def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
+        """See `Codes.decoder`."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+        state, width = self._state(stored), self.shape[1]
+        codes = stored["weight"].to(self.device).view(-1).view(torch.uint8)
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        scales = scales.float()
+
+        def decode(rows: slice) -> Tensor:
+            start, stop = rows.start * width, rows.stop * width
+            part = codes[start // 2 : (stop + 1) // 2].view(-1, 1)
+            groups = scales[start // state.blocksize : math.ceil(stop / state.blocksize)]
+            shape = torch.Size((rows.stop - rows.start, width))
+            # in fp32, whatever the dtype that the forward computes in
+            own = QuantState(groups, shape, state.code, state.blocksize, state.quant_type, torch.float32)
+            return dequantize_4bit(part, own)
+
+        return decode
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Codes.encode`."""
+        from bitsandbytes.functional import quantize_4bit
+
+        state = self.module.weight.quant_state
+        codes, own = quantize_4bit(rows.contiguous(), blocksize=state.blocksize, quant_type=state.quant_type)
+        return codes.view(-1), own.absmax
+
+    def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """See `Codes.join`."""
+        from bitsandbytes.functional import QuantState, quantize_blockwise
+
+        mine, weight = self.module.weight.quant_state, self.module.weight
+        scales: Tensor = torch.cat([scale for _, scale in parts])
+        second: dict[str, Any] = {}
+        if mine.nested:
+            offset = scales.mean()
+            scales, state2 = quantize_blockwise(scales - offset, blocksize=mine.state2.blocksize)
+            second = {"offset": offset, "state2": state2}
+        state = QuantState(scales, mine.shape, mine.code, mine.blocksize, mine.quant_type, mine.dtype, **second)
+        codes = torch.cat([code for code, _ in parts]).view(weight.dtype).view_as(weight)
+        return {"weight": codes, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
+
+    def row_step(self) -> int:
+        """See `Codes.row_step`."""
+        blocksize: int = self.module.weight.quant_state.blocksize
+        return blocksize // math.gcd(blocksize, self.shape[1])
+
+    def _state(self, stored: Mapping[str, Tensor]) -> Any:
+        from bitsandbytes.functional import QuantState
+
+        named = {name.removeprefix("weight."): value for name, value in stored.items() if name != "weight"}
+        return QuantState.from_dict(named, device=self.device)
+
+
+class EightBit(Codes):
+    """`bitsandbytes.nn.Linear8bitLt`: 8-bit codes with a scale per row, encoded from fp16."""
+
+    kind = "int8"
+    limit = torch.finfo(torch.float16).max
+
+    def stored(self) -> dict[str, Tensor]:
+        """See `Codes.stored`."""
+        # the layer's first forward moves both from the parameter to its state
+        module = self.module
+        codes, scales = module.state.CB, module.state.SCB
+        if codes is None:
+            codes, scales = module.weight.CB, module.weight.SCB
+        return {"weight": codes.detach(), "SCB": scales.detach()}
+
+    @torch.no_grad()
+    def write(self, stored: Mapping[str, Tensor]) -> None:
+        """See `Codes.write`."""
+        mine = self.stored()
+        mine["weight"].copy_(stored["weight"])
+        mine["SCB"].copy_(stored["SCB"])
+        self.module.weight.copy_(stored["weight"])  # the same memory, unless the layer has been copied
+
+    def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
+        """See `Codes.decoder`."""
+        codes, scales = stored["weight"].to(self.device), stored["SCB"].to(self.device)
+        return lambda rows: codes[rows].float() * (scales[rows].float().unsqueeze(1) / 127)
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Codes.encode`."""
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        codes, scales, _ = int8_vectorwise_quant(rows.half())
+        return codes, scales
+
+    def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """See `Codes.join`."""
+        return {"weight": torch.cat([code for code, _ in parts]), "SCB": torch.cat([scale for _, scale in parts])}
+
+    def row_step(self) -> int:
+        """See `Codes.row_step`."""
+        return 1
+
+
+_KINDS: dict[str, type[Codes]] = {"Linear4bit": FourBit, "Linear8bitLt": EightBit}
+
+
+def kind_of(module: nn.Module) -> type[Codes] | None:
+    """Which of bitsandbytes' linear layers ``module`` is, found by name; None if neither."""
+    classes = (c for c in type(module).__mro__ if c.__module__.split(".")[0] == "bitsandbytes")
+    return next((_KINDS[c.__name__] for c in classes if c.__name__ in _KINDS), None)
+
+
+def codes_of(module: nn.Module) -> Codes:
+    """The quantised weight of ``module``, whose `kind_of` is known."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind(module)

@@ -1,0 +1,61 @@
+"""What is trained beside the links: biases, heads, norms, and whatever the caller adds. No knot touches it."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from cola.adapters.targets import modules_by_name, parameters_by_name, shared_weights
+from cola.distributed import whole
+
+
+class Beside:
+    """The parameters of a model that are trained beside its links.
+
+    It holds modules and names, never Parameters, which frameworks replace.
+
+    Args:
+        model: whose they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._held: list[tuple[nn.Module, str]] = []
+
+    def add(self, owner: nn.Module, name: str) -> None:
+        """Count the parameter that ``owner`` has under ``name`` among them; nothing if it has None there."""
+        if owner._parameters.get(name) is not None:
+            self._held.append((owner, name))
+
+    def add_all(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Count those of ``parameters`` that are the model's own among them, and unfreeze these."""
+        wanted = {id(p) for p in parameters}
+        for module in modules_by_name(self.model).values():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in wanted:
+                    self.add(module, name)
+                    parameter.requires_grad_(True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """They, by canonical path. One that several modules share is listed under its first path."""
+        wanted = {(id(owner), name) for owner, name in self._held}
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for path, module in modules_by_name(self.model).items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (id(module), name) in wanted:
+                    found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
+        return dict(found.values())
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of their values on the CPU, as a link records them.
+
+        One that several modules share is listed under every path: elsewhere they may not be tied.
+        """
+        shared, parameters = shared_weights(self.model), parameters_by_name(self.model)
+        values: dict[str, Tensor] = {}
+        for path, parameter in self.parameters().items():
+            values[path] = whole(parameter.detach()).cpu().clone()
+            for other in shared.get(id(parameter), ()):
+                if other != path:
+                    same = parameters[other] is parameter
+                    values[other] = values[path] if same else whole(parameters[other].detach()).cpu().clone()
+        return values

@@ -1,0 +1,197 @@
+"""The methods that are compared: what each trains, with which base optimizer, and when it ties a knot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cola import (
+    ChainOptimizer,
+    EpochKnots,
+    EvenKnots,
+    KnotPolicy,
+    LinkConfig,
+    NeverKnots,
+    PlateauKnots,
+    StepKnots,
+)
+
+KINDS = ("lora", "cola", "finetune", "icl", "zero-shot")
+BASES: Mapping[str, type[torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "SGD": torch.optim.SGD,
+    "Adagrad": torch.optim.Adagrad,
+}
+SHORTEST_PLATEAU = 12
+"""A plateau is judged by means over a twelfth of the run."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt a model.
+
+    Attributes:
+        kind: ``"lora"`` (one link), ``"cola"``, ``"finetune"`` (all weights), ``"icl"`` (demonstrations in the prompt)
+            or ``"zero-shot"``; the last two train nothing.
+        base: base optimizer, a key of `BASES`.
+        ranks: of the links; the last repeats.
+        links: length of the chain, or the most that ``"plateau"`` may tie.
+        knots: ``"epochs"``, after epochs ⌈kE/M⌉ for k = 1 … M−1, so that two links of five epochs part after the third
+            as in the paper; ``"even"``, links of equal size; ``"plateau"``, when the loss stalls; ``"at=100,300"`` or
+            ``"every=100"``, optimizer steps.
+        alpha: lora_alpha. The scale is alpha / r of the first link, for all links.
+
+    Raises:
+        ValueError: an attribute out of range; the message names it.
+
+    >>> Method.cola(3).knot_epochs(5)
+    [2, 4]
+    """
+
+    kind: str
+    base: str = "AdamW"
+    ranks: tuple[int, ...] = (8,)
+    links: int = 1
+    knots: str = "epochs"
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        if self.base not in BASES:
+            raise ValueError(f"base={self.base!r} is unknown: choose one of {', '.join(BASES)}")
+        if self.links < 1:
+            raise ValueError(f"links={self.links}: a chain has at least one link")
+        if self.kind == "lora" and (self.links != 1 or len(self.ranks) != 1):
+            raise ValueError(f"kind='lora' has one link of one rank, not links={self.links}, ranks={self.ranks}")
+        if self.kind == "cola" and self.links < 2 and self.knots in ("epochs", "even", "plateau"):
+            raise ValueError(f"kind='cola' with links={self.links}: a chain has two or more; one link is 'lora'")
+        self.link(None)  # refuses ranks and alphas that cannot be
+        _steps(self.knots)
+
+    @classmethod
+    def lora(cls, r: int = 8, base: str = "AdamW") -> Method:
+        """LoRA of rank r."""
+        return cls("lora", base, (r,))
+
+    @classmethod
+    def cola(cls, links: int, ranks: Sequence[int] = (8,), base: str = "AdamW", knots: str = "epochs") -> Method:
+        """A chain of ``links`` links."""
+        return cls("cola", base, tuple(ranks), links, knots)
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights change."""
+        return self.kind not in ("icl", "zero-shot")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained."""
+        return self.kind in ("lora", "cola")
+
+    @property
+    def name(self) -> str:
+        """Short, for files: such as ``cola3-r8`` or ``sgd-lora-r8``."""
+        name = self.kind
+        if self.kind == "cola":
+            name += {"epochs": str(self.links), "plateau": f"-plateau{self.links}"}.get(
+                self.knots, f"-{self.knots.replace('=', '').replace(',', '.')}-{self.links}"
+            )
+        if self.adapts:
+            name += "-r" + ".".join(map(str, self.ranks)) + (f"-a{self.alpha:g}" if self.alpha != 16 else "")
+        return name if self.base == "AdamW" else f"{self.base.lower()}-{name}"
+
+    def knot_epochs(self, epochs: int) -> list[int]:
+        """The epochs after which a chain of `links` links ties a knot, if it ties after epochs.
+
+        Raises:
+            ValueError: fewer epochs than links.
+        """
+        if self.links > epochs:
+            raise ValueError(
+                f"links={self.links} in epochs={epochs}: a link needs at least one epoch; use knots='even'"
+            )
+        return [math.ceil(k * epochs / self.links) for k in range(1, self.links)]
+
+    def policy(self, epochs: int, steps_per_epoch: int) -> KnotPolicy:
+        """When to tie, in a run of ``epochs`` epochs."""
+        total = epochs * steps_per_epoch
+        if self.kind != "cola":
+            return NeverKnots()
+        if self.knots == "epochs":
+            return EpochKnots(at=self.knot_epochs(epochs), steps_per_epoch=steps_per_epoch, total_epochs=epochs)
+        if self.knots == "even":
+            return EvenKnots(length=self.links, total_steps=total)
+        if self.knots == "plateau":
+            window = max(1, total // SHORTEST_PLATEAU)
+            return PlateauKnots(window=window, patience=1, threshold=0.01, max_links=self.links)
+        return StepKnots(**_steps(self.knots))
+
+    def link(self, targets: str | Sequence[str] | None, *, bias: bool = False) -> LinkConfig:
+        """What a link is, on the layers ``targets`` (as for `cola.LinkConfig`); ``bias``: train their biases too."""
+        return LinkConfig(
+            r=self.ranks[0] if len(self.ranks) == 1 else self.ranks,
+            lora_alpha=self.alpha,
+            target_modules=targets,
+            bias="lora_only" if bias else "none",
+        )
+
+    def base_kwargs(self, lr: float) -> dict[str, Any]:
+        """Arguments of the base optimizer; no weight decay, as in the paper's runs."""
+        return {"lr": lr, "weight_decay": 0.0}
+
+    def optimizer(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        seed: int,
+        epochs: int,
+        steps_per_epoch: int,
+        targets: str | Sequence[str] | None = None,
+        bias: bool = False,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of a run: a `ChainOptimizer`, or the plain base over all weights for ``"finetune"``.
+
+        Raises:
+            ValueError: the method trains nothing.
+        """
+        base = BASES[self.base]
+        if not self.trains:
+            raise ValueError(f"kind={self.kind!r} trains nothing")
+        if not self.adapts:
+            return base(model.parameters(), **self.base_kwargs(lr))
+        return ChainOptimizer(
+            base,
+            model,
+            self.policy(epochs, steps_per_epoch),
+            link=self.link(targets, bias=bias),
+            seed=seed,
+            **self.base_kwargs(lr),
+        )
+
+
+def _steps(knots: str) -> dict[str, Any]:
+    """``at=100,300`` or ``every=100`` as `StepKnots`'s arguments; empty for the policies that have a name."""
+    if knots in ("epochs", "even", "plateau"):
+        return {}
+    name, _, value = knots.partition("=")
+    try:
+        if name == "at":
+            arguments: dict[str, Any] = {"at": [int(step) for step in value.split(",")]}
+        elif name == "every":
+            arguments = {"every": int(value)}
+        else:
+            raise ValueError
+        StepKnots(**arguments)
+    except ValueError:
+        raise ValueError(
+            f"knots={knots!r}: use epochs, even, plateau, at=STEP,STEP,… or every=STEPS (rising, positive integers)"
+        ) from None
+    return arguments

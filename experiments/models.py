@@ -1,0 +1,119 @@
+"""Models and their tokenizers: by name from the hub, from a directory, or the repository's tiny one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import tiny_opt
+from experiments.encoding import ByteTokenizer, Tokenizer
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+"""What `dtype` may be called."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load(
+    name: str = "tiny",
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    gradient_checkpointing: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Tokenizer]:
+    """A causal language model in evaluation mode, and its tokenizer with the protocol's settings.
+
+    Args:
+        name: "tiny", the model that comes with the repository; a directory that transformers or
+            `experiments pretrain` wrote; or a name on the hub, such as "facebook/opt-1.3b" or
+            "meta-llama/Llama-2-7b-hf".
+        dtype: "float32", "bfloat16" or "float16" ("fp32", "bf16", "fp16").
+        device: where to put it; default a GPU if there is one. Not together with `device_map`.
+        gradient_checkpointing: trade a second forward pass for the memory of activations in training.
+        device_map: as in transformers: "auto" spreads the layers over the devices.
+        trust_remote_code: run the code that comes with the model. Only for sources that you trust.
+
+    Raises:
+        ValueError: `dtype` is unknown, or `device` and `device_map` are both given.
+        OSError: there is no such directory, or the hub cannot be reached or refuses.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+    if device is not None and device_map is not None:
+        raise ValueError(f"device={str(device)!r} and device_map={device_map!r}: give one of the two")
+    tiny_opt.quiet()
+    folder = tiny_opt.COMMITTED if name == "tiny" else Path(name)
+    model: Any
+    tokenizer: Tokenizer
+    if _over_bytes(folder):
+        # too small to spread over devices
+        model, tokenizer, device_map = tiny_opt.load(folder).to(DTYPES[dtype]), ByteTokenizer(), None
+    else:
+        model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
+    if device_map is None:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if gradient_checkpointing:
+        _checkpoint_layers(model)
+    return model.eval(), tokenizer
+
+
+def _checkpoint_layers(model: Any) -> None:
+    model.config.use_cache = False
+    # called activation checkpointing since transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _over_bytes(folder: Path) -> bool:
+    """Whether `folder` holds a model of `experiments pretrain`, which has no tokenizer of its own."""
+    return (folder / "provenance.json").is_file() and not any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _pretrained(
+    name: str, dtype: torch.dtype, device_map: str | dict[str, Any] | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise OSError(
+                f"model={name!r} is a directory, but not of a causal language model and its tokenizer: {error}"
+            ) from error
+        raise OSError(
+            f"model={name!r} is no directory here, and the hub did not give it: {error}\n"
+            f"Download it once where there is a network (`hf download {name}`; a gated model needs `hf auth login` "
+            "and its licence accepted), or pass a directory, or 'tiny' for the model that comes with the repository."
+        ) from error
+    _as_in_the_protocol(model.config.model_type, tokenizer)
+    return model, tokenizer
+
+
+def _as_in_the_protocol(model_type: str, tokenizer: Any) -> None:
+    """The settings that the paper's numbers were made with.
+
+    OPT's texts open with `<s>`, token 0, although its tokenizer is configured with `</s>`; Llama 2 pads with token
+    0, having no padding of its own. Padding is masked everywhere, so any token serves the others.
+    """
+    if model_type == "opt" and tokenizer.convert_ids_to_tokens(0) == "<s>":
+        tokenizer.bos_token = "<s>"
+        tokenizer.add_bos_token = True
+    if tokenizer.pad_token_id is None:
+        if model_type == "llama":
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        else:
+            tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,341 @@
+"""Run many cells: each once, written atomically, several at a time, on one machine or on several.
+
+A cell is a frozen dataclass of JSON values that says all there is to know about one run; what comes out of it is a
+dictionary of JSON values. Which cells are wanted may depend on what came out of others (a learning rate is chosen
+before the remaining seeds are run), so a sweep asks a *plan*: a pure function from the outcomes so far to the cells
+wanted. A sweep that was killed asks the same function the same question and goes on where it was.
+
+    folder/cells/NAME/outcome.json   one finished cell; NAME has a digest of everything in the cell
+    folder/cells/NAME/…              what else the run keeps (a chain, weights)
+
+A cell is run under a file lock: whoever shares the folder, a second process or another machine, waits for it and then
+reads the outcome, so nothing is run twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tqdm.auto import tqdm
+
+from experiments import hardware
+
+Outcome = dict[str, Any]
+C = TypeVar("C")
+Runner = Callable[[Any, Path], Outcome]
+"""``run(cell, folder) -> outcome``, importable by name; it may keep files in ``folder``."""
+
+OUTCOME = "outcome.json"
+_MEMORY_SHARE = 0.8  # of what is free now, so that a cell somewhat larger than the first one still fits
+
+
+class SweepError(RuntimeError):
+    """A sweep that cannot go on; what is finished is kept."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The ``index``-th of ``count`` parts of a sweep, from 0; written ``i/n``.
+
+    Cells that belong together (the rates and seeds of one arm) have one group, and a group is in one shard whole,
+    because its later cells depend on its earlier ones.
+
+    >>> Shard.parse("1/4")
+    Shard(index=1, count=4)
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"--shard {self.index}/{self.count}: i must be from 0 to n − 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From ``i/n``.
+
+        Raises:
+            ValueError: it is not two such integers.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"--shard {text}: write i/n, such as 0/4 for the first of four")
+        return cls(int(index), int(count))
+
+    def has(self, group: int) -> bool:
+        """Whether the ``group``-th group belongs to this shard."""
+        return group % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Sweep(Generic[C]):
+    """A folder of outcomes and how to run a cell.
+
+    Args:
+        folder: where outcomes are kept; made if it is not there.
+        run: runs one cell.
+        name: a readable start of a cell's folder name; the digest is added.
+    """
+
+    folder: Path
+    run: Runner
+    name: Callable[[C], str] = lambda cell: type(cell).__name__.lower()
+
+    def place(self, cell: C) -> Path:
+        """The folder of a cell."""
+        readable = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in self.name(cell))[:80]
+        return self.folder / "cells" / f"{readable}-{digest(cell)}"
+
+    def read(self, cell: C) -> Outcome | None:
+        """What came out of a cell; None if it has not been run.
+
+        Raises:
+            SweepError: the file is not what a sweep writes, or belongs to another cell.
+        """
+        return _read(self.place(cell) / OUTCOME, cell)
+
+    def carry_out(
+        self,
+        plan: Callable[[Mapping[C, Outcome]], Sequence[C]],
+        *,
+        workers: int | None = None,
+        expected: int | None = None,
+        progress: bool = True,
+        finished: Callable[[C, Outcome], None] = lambda cell, outcome: None,
+    ) -> dict[C, Outcome]:
+        """Run what ``plan`` wants until it wants nothing more.
+
+        Args:
+            plan: outcomes so far -> all cells wanted, in order of urgency; done ones may be among them.
+            workers: cells at a time, each in a process of its own; 1 runs them in this process. None: as many as there
+                are cores (or one per GPU), but no more than fit the memory, judged by the first cell's peak.
+            expected: how many cells it will be in all, if known, for the estimate of the time left.
+            progress: show a bar.
+            finished: called with each outcome once, those that were there before included.
+
+        Returns:
+            Cell -> outcome, of the cells wanted in the end.
+
+        Raises:
+            SweepError: a process died, or a file cannot be read. Other errors are the runner's own. In either case
+                cells that are running are waited for and kept.
+        """
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers={workers}: at least one is needed")
+        done: dict[C, Outcome] = {}
+        first, told = _together()
+        with (
+            _Pool(self, workers) as pool,
+            tqdm(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
+        ):
+            while True:
+                wanted = list(dict.fromkeys(plan(done)))
+                running = set(pool.running.values())  # they report themselves
+                for cell in [cell for cell in wanted if cell not in done and cell not in running]:
+                    found = told(self.read(cell) if first else None)
+                    if found is not None:
+                        done[cell] = found
+                        if not bar.disable:
+                            bar.initial += 1  # found, not run: the rate is that of runs
+                            bar.update()
+                        finished(cell, found)
+                open_ = [cell for cell in wanted if cell not in done]
+                if not open_:
+                    if set(plan(done)) <= set(done):
+                        return {cell: done[cell] for cell in wanted}
+                    continue
+                bar.total = max(expected or 0, len(done) + len(open_))
+                bar.refresh()
+                for cell, outcome in pool.some(open_):
+                    done[cell] = outcome
+                    bar.set_postfix_str(self.name(cell), refresh=False)
+                    bar.update()
+                    finished(cell, outcome)
+
+
+class _Pool:
+    """Runs cells in this process or in several; keeps as many going as there is room for."""
+
+    def __init__(self, sweep: Sweep[Any], workers: int | None) -> None:
+        self.sweep, self.workers = sweep, workers
+        self.room = workers or 1
+        self.running: dict[Future[tuple[Outcome, hardware.Peak]], Any] = {}
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Pool:
+        if self.workers == 1:
+            self.flushed = settle()
+        else:
+            most = self.workers or hardware.most_workers()
+            # a forked copy of a process that has used torch's thread pool may hang
+            context = multiprocessing.get_context("spawn")
+            threads = max(1, hardware.cores() // most)
+            self.executor = ProcessPoolExecutor(most, context, initializer=_start, initargs=(threads,))
+            self.most = most
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+        else:
+            unsettle(self.flushed)
+
+    def some(self, cells: Sequence[Any]) -> Iterator[tuple[Any, Outcome]]:
+        """Start cells while there is room, and yield those that finish next, at least one."""
+        if self.executor is None:
+            outcome, _ = run_one(self.sweep.run, cells[0], self.sweep.place(cells[0]))
+            yield cells[0], outcome
+            return
+        started = set(self.running.values())
+        for cell in cells:
+            if len(self.running) >= self.room:
+                break
+            if cell not in started:
+                future = self.executor.submit(run_one, self.sweep.run, cell, self.sweep.place(cell))
+                self.running[future] = cell
+        ready, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        for future in ready:
+            cell = self.running.pop(future)
+            try:
+                outcome, peak = future.result()
+            except BrokenProcessPool:
+                raise SweepError(
+                    f"a process died while running {self.sweep.name(cell)} or beside it (out of memory?); what is "
+                    "finished is kept: start the sweep again, with fewer --workers"
+                ) from None
+            if self.workers is None:
+                self.room = max(1, min(self.most, peak.how_many(_MEMORY_SHARE)))
+            yield cell, outcome
+
+
+def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak]:
+    """Run one cell under its lock, unless another process has by the time the lock is free; keep its outcome.
+
+    The processes of one `torchrun` run the cell together: the first of them holds the lock and writes.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    first, told = _together()
+    with locked(place / "lock") if first else nullcontext():
+        found = told(_read(place / OUTCOME, cell) if first else None)
+        if found is not None:
+            return found, hardware.Peak.now()
+        started, cpu = time.perf_counter(), time.process_time()
+        outcome = run(cell, place)
+        if not first:
+            return outcome, hardware.Peak.now()
+        made = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu,
+            **hardware.provenance(),
+        }
+        write_atomically(
+            place / OUTCOME, json.dumps({"cell": as_json(cell), "outcome": outcome, "made": made}, indent=1)
+        )
+        return json.loads(json.dumps(outcome)), hardware.Peak.now()
+
+
+def _together() -> tuple[bool, Callable[[Any], Any]]:
+    """Whether this is the first process of its `torchrun`, and a function that tells all what the first knows."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True, lambda value: value
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    PartialState()  # joins the processes, as the Trainer would a moment later
+
+    def told(value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    return dist.get_rank() == 0, told
+
+
+def _read(path: Path, cell: Any) -> Outcome | None:
+    try:
+        written = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SweepError(f"{path} cannot be read ({error}): delete it, and the cell is run again") from None
+    if not isinstance(written, dict) or written.get("cell") != as_json(cell) or "outcome" not in written:
+        raise SweepError(f"{path} is not the outcome of this cell: delete it, and the cell is run again")
+    return dict(written["outcome"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; it is free again when its holder dies, however that happens."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: one process at a time is then the user's to see to
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def as_json(cell: Any) -> dict[str, Any]:
+    """A cell as JSON values."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(cell))))
+
+
+def digest(cell: Any) -> str:
+    """Ten hexadecimal digits of everything in a cell."""
+    text = json.dumps(as_json(cell), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def settle() -> bool:
+    """Settings of every process that runs cells, so that an outcome does not depend on which one ran it.
+
+    Returns:
+        Whether numbers below the normal range were flushed to zero before, for `unsettle`.
+    """
+    import torch
+
+    before = bool(torch.tensor(1e-40) * 1 == 0)
+    # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
+    torch.set_flush_denormal(True)
+    gc.freeze()  # what is imported stays: Accelerate collects garbage with every model it prepares
+    return before
+
+
+def unsettle(flushed: bool) -> None:
+    """Undo `settle` in a process that goes on to other things."""
+    import torch
+
+    torch.set_flush_denormal(flushed)
+    gc.unfreeze()
+
+
+def _start(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    settle()
