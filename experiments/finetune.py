@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cola import ChainOptimizer, KnotError
 from cola.integrations.transformers import CHAIN_DIR, attach
@@ -31,7 +30,8 @@ from experiments.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
 from experiments.sweep import Outcome
 from experiments.tasks.loading import Splits, split
 
-_SCRATCH = "trainer"  # checkpoints, until the run is over: a killed run goes on from the last one
+_SCRATCH = "trainer"  # checkpoints, until the run is over: a killed run goes on from the last whole one
+_WHOLE = "whole"  # file that is written into a checkpoint last
 
 
 def run(cell: Cell, folder: Path) -> Outcome:
@@ -111,7 +111,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         max_grad_norm=1.0,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # the protocol's 1 would drop the one before while a new one is not known to be whole
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -236,8 +236,9 @@ def _train(
         policy = method.policy(cell.epochs, per_epoch)
         link = method.link(list(cell.targets) or None, bias=cell.bias)
         trainer.chain = attach(trainer, base, policy, link=link, **base_kwargs)
+    trainer.add_callback(_Whole(trainer))  # behind the chain's, which writes into the checkpoint too
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(scratch) if scratch.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_whole(trainer, scratch))
     trainer.accelerator.wait_for_everyone()  # the first process is about to remove the checkpoints
     history = trainer.state.log_history
     ties = [entry for entry in history if "knot" in entry and entry["step"] < total]
@@ -251,6 +252,29 @@ def _train(
         "parameters": parameters,
         "tokens_by_link": _by_link(items, [tie["step"] for tie in ties], per_epoch, total),
     }
+
+
+class _Whole(TrainerCallback):
+    """Marks a checkpoint once all of it is there, from every process."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def _last_whole(trainer: Trainer, scratch: Path) -> str | None:
+    """The last checkpoint that was written whole; the first process removes the others."""
+    found = {int(path.name.partition("-")[2]): path for path in scratch.glob("checkpoint-*")}
+    whole = [step for step, path in found.items() if (path / _WHOLE).exists()]
+    trainer.accelerator.wait_for_everyone()  # all have looked
+    if trainer.args.should_save:
+        for step in found.keys() - whole:
+            shutil.rmtree(found[step])
+    return str(found[max(whole)]) if whole else None
 
 
 def _by_link(items: list[Example], knots: list[int], per_epoch: int, total: int) -> list[int]:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from cola import Chain
+from cola.integrations.transformers import ChainCallback
 from experiments import finetune, models, tasks
 from experiments.__main__ import main
 from experiments.cells import Cell, name
@@ -150,6 +152,56 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, method):
         )
         assert one.keys() == two.keys()
         assert all(torch.equal(one[file][key], two[file][key]) for file in one for key in one[file])
+
+
+class Killed(BaseException):
+    """Stops a run where it stands, as a kill would."""
+
+
+def killed(*args, **kwargs):
+    raise Killed
+
+
+def half_of_it(state, path):
+    whole = json.dumps(dataclasses.asdict(state))
+    Path(path).write_text(whole[: len(whole) // 2])
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "does"),
+    [
+        (finetune.TaskTrainer, "_save_optimizer_and_scheduler", killed),
+        (finetune.TaskTrainer, "_save_rng_state", killed),
+        (TrainerState, "save_to_json", half_of_it),
+        (ChainCallback, "on_save", killed),
+        (finetune, "evaluate", killed),
+        (finetune, "_keep_chain", killed),
+    ],
+    ids=["weights alone", "no state", "half a state", "no chain", "before the scores", "after the scores"],
+)
+def test_what_was_not_written_whole_is_not_gone_on_from(folder, tmp_path, monkeypatch, where, what, does):
+    of = cell(folder, Method.cola(2, ranks=(4, 2)), epochs=4)
+    undisturbed = finetune.run(of, tmp_path / "whole")
+    original, calls = getattr(where, what), []
+
+    def third(*args, **kwargs):
+        calls.append(None)
+        # the third checkpoint is the first one behind the knot
+        if len(calls) < (3 if isinstance(where, type) else 1):
+            return original(*args, **kwargs)
+        return does(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what, third)
+        with pytest.raises(Killed):
+            finetune.run(of, tmp_path / "cut")
+    steps = []
+    train_step = finetune.TaskTrainer.training_step
+    monkeypatch.setattr(finetune.TaskTrainer, "training_step", lambda *a, **k: steps.append(0) or train_step(*a, **k))
+    assert finetune.run(of, tmp_path / "cut") == undisturbed
+    # two epochs of two steps were whole, or all four of them
+    assert len(steps) == (4 if isinstance(where, type) else 0)
 
 
 @pytest.mark.long
