@@ -27,7 +27,7 @@ from experiments.encoding import Encoder, Tokenizer, window
 from experiments.methods import BASES
 from experiments.objectives import LOSSES, Collator, Example, examples, objective_of
 from experiments.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
-from experiments.sweep import Outcome
+from experiments.sweep import Outcome, processes
 from experiments.tasks.loading import Splits, split
 
 _SCRATCH = "trainer"  # checkpoints, until the run is over: a killed run goes on from the last whole one
@@ -100,7 +100,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
     gpu = torch.cuda.is_available()
     if cell.dtype == "float16" and not gpu:
         raise ValueError("dtype='float16' trains in mixed precision, which needs a GPU: use float32 or bfloat16")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=cell.epochs,
         per_device_train_batch_size=micro_batch,
@@ -127,11 +127,9 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         fsdp=cell.fsdp,
         fsdp_config={"version": 2} if cell.fsdp else None,
     )
-
-
-def processes() -> int:
-    """How many processes `torchrun` has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer gives every GPU it sees a micro-batch: another batch than the cell's
+    return arguments
 
 
 def micro_batch(task_size: int, batch: int) -> int:

@@ -25,7 +25,7 @@ from experiments import cells, flops, hardware, layout, synthetic, tables, tiny_
 from experiments.board import Board
 from experiments.cells import Cell
 from experiments.search import RateSearch, gather
-from experiments.sweep import Outcome, Shard, Sweep, SweepError
+from experiments.sweep import Outcome, Shard, Sweep, SweepError, processes
 from experiments.tables import TABLES, PaperTable, Place, Setting
 
 SMOKE = Setting(
@@ -138,7 +138,8 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
             print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
         done = sweep.carry_out(
             lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
-            workers=1 if arguments.fsdp else arguments.workers,
+            # what is spread over GPUs or shared by processes has all of them to itself
+            workers=1 if processes() > 1 or arguments.device_map else arguments.workers,
             expected=_size(mine.values()),
             progress=first,
             finished=board if board and first else (lambda cell, outcome: None),

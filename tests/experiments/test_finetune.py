@@ -121,6 +121,18 @@ def test_the_rate_falls_linearly_and_gradients_are_clipped(folder, tmp_path):
     assert arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size == 8
 
 
+def test_several_gpus_do_not_make_the_batch_larger(folder, tmp_path, monkeypatch):
+    class OnFour(finetune.TrainingArguments):
+        @property
+        def _setup_devices(self):
+            self.__dict__.setdefault("_n_gpu", 4)
+            return torch.device("cpu")
+
+    monkeypatch.setattr(finetune, "TrainingArguments", OnFour)
+    assert OnFour(str(tmp_path), per_device_train_batch_size=8).train_batch_size == 32
+    assert finetune.training_arguments(cell(folder), tmp_path, 8).train_batch_size == 8
+
+
 def test_accumulated_steps_are_those_of_whole_batches(folder, tmp_path, monkeypatch):
     whole = finetune.run(cell(folder, Method("finetune"), epochs=1, lr=1e-4), tmp_path / "whole")
     monkeypatch.setattr(finetune, "micro_batch", lambda size, batch: 2)

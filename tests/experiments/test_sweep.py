@@ -136,6 +136,29 @@ def test_nothing_is_written_but_whole_files(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_every_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: ["2", "5"])
+    cells = [Toy("tells", 0.1, seed, 0.2) for seed in range(4)]
+    done = sweep(tmp_path).carry_out(lambda done: cells, workers=2, progress=False)
+    pairs = {(outcome["process"], outcome["gpu"]) for outcome in done.values()}
+    assert {gpu for _, gpu in pairs} <= {"2", "5"}
+    assert len({process for process, _ in pairs}) == len({gpu for _, gpu in pairs}) == len(pairs)
+
+
+def test_gpus_are_named_as_the_caller_does(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-1,9")
+    assert hardware.gpus() == ["3", "GPU-1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert hardware.gpus() == ["0", "1"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        sweep(tmp_path / "file").carry_out(plan(searches()), workers=1, progress=False)
+
+
 def test_workers_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="workers=0"):
         sweep(tmp_path).carry_out(lambda done: [], workers=0)
