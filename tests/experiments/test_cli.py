@@ -24,6 +24,15 @@ def test_wrong_arguments_are_refused_with_the_choices(argv, capsys):
     assert "invalid" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_said_and_no_traceback(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "main", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "\ndemo: interrupted\n"
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_has_help_with_seed_and_out(name, capsys):
     with pytest.raises(SystemExit) as stopped:
