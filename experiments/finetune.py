@@ -231,7 +231,7 @@ def _train(
         raise ValueError("fsdp=True: start several processes by torchrun, on GPUs; Accelerate does not shard on CPUs")
     trainer.remove_callback(PrinterCallback)
     if method.adapts:
-        policy = method.policy(cell.epochs, per_epoch)
+        policy = method.policy(cell.epochs, per_epoch, told=True)
         link = method.link(list(cell.targets) or None, bias=cell.bias)
         trainer.chain = attach(trainer, base, policy, link=link, **base_kwargs)
     trainer.add_callback(_Whole(trainer))  # behind the chain's, which writes into the checkpoint too
