@@ -18,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -347,9 +348,18 @@ def unsettle(flushed: bool) -> None:
 
 
 def _start(threads: int, gpus: Any) -> None:
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     if gpus is not None:  # one each, before CUDA is looked at; of several, all would take the first
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     import torch
 
     torch.set_num_threads(threads)
     settle()
+
+
+def _end_with_the_sweep() -> None:
+    """A worker of a sweep that was killed would wait for its next cell for ever, with its memory and its GPU."""
+    sweep = multiprocessing.parent_process()
+    if sweep is not None:
+        sweep.join()
+        os._exit(1)

@@ -70,6 +70,27 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path):
     assert done == undisturbed
 
 
+def test_workers_end_with_a_killed_sweep(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    command = [sys.executable, "-m", "tests.experiments.toy_sweep", str(tmp_path), "3600", "2"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    (tmp_path / "log").touch()
+    while process.poll() is None and len(lines(tmp_path, "start")) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for name in lines(tmp_path, "start"):  # each lock is free as soon as its holder is gone, within the hour or never
+        with (tmp_path / "cells" / name / "lock").open("w") as file:
+            for _ in range(600):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+            else:
+                pytest.fail("a worker lives on")
+
+
 def test_two_processes_that_share_a_folder_run_nothing_twice(tmp_path):
     command = [sys.executable, "-m", "tests.experiments.toy_sweep", str(tmp_path), "0.05", "1"]
     processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
