@@ -53,7 +53,9 @@ def run(cell: Cell, folder: Path) -> Outcome:
         FileNotFoundError, OSError, ValueError: the model or the data cannot be had, or do not fit the cell.
     """
     task = tasks.task(cell.task)
-    splits = split(task, cell.seed, cell.train, cell.dev, cell.test, cell.data_dir)
+    # what trains nothing needs no more than the test pool
+    sizes = (cell.train, cell.dev) if cell.method.trains else (0, 0)
+    splits = split(task, cell.seed, *sizes, cell.test, cell.data_dir)
     model, tokenizer = models.load(
         cell.model,
         # fp16 weights cannot be trained: mixed precision keeps them in fp32

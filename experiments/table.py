@@ -187,7 +187,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
         search_seeds=seeds[:search] if search else None,
         tasks=tuple(arguments.tasks) if arguments.tasks else None,
         labels=tuple(arguments.lines) if arguments.lines else None,
-        dtype=arguments.dtype or _dtype(),
+        dtype=arguments.dtype or cells.usual_dtype(),
         targets=tuple(arguments.targets),
         gradient_checkpointing=arguments.gradient_checkpointing,
         fsdp=arguments.fsdp,
@@ -209,12 +209,6 @@ def _smoke(setting: Setting, table: PaperTable, out: Path) -> Setting:
         synthetic.write(data, table.tasks, train=24, validation=12)
         setting = replace(setting, data_dir=str(data))
     return setting
-
-
-def _dtype() -> str:
-    import torch
-
-    return "float16" if torch.cuda.is_available() else "float32"
 
 
 def _sweep(out: Path) -> Sweep[Cell]:

@@ -1,9 +1,11 @@
 """A cell of the paper's experiments: the protocol's training, the best epoch, kills, and the command that runs one."""
 
+import argparse
 import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,10 @@ from transformers import TrainerState
 
 from cola import Chain
 from cola.integrations.transformers import ChainCallback
-from experiments import finetune, models, tasks
+from experiments import finetune, models, tables, tasks
+from experiments import run as run_command
 from experiments.__main__ import main
-from experiments.cells import Cell, name
+from experiments.cells import Cell, name, usual_dtype
 from experiments.encoding import Encoder
 from experiments.methods import Method
 from experiments.objectives import examples
@@ -252,6 +255,32 @@ def test_prompting_trains_nothing(folder, tmp_path):
         assert outcome["test"] == score.value
 
 
+def test_prompting_needs_the_test_pool_alone(folder, tmp_path):
+    """Of 24 rows, three files or two, a development set would leave none to train on."""
+    assert "test" in finetune.run(cell(folder, Method("zero-shot"), lr=0.0, train=1000, dev=500), tmp_path)
+    data = tmp_path / "data" / "sst2"
+    data.mkdir(parents=True)
+    for part in ("train", "validation"):
+        shutil.copy(folder / "data" / "SST-2" / f"{part}.jsonl", data)
+    of = cell(folder, Method("zero-shot"), lr=0.0, train=1000, dev=500, data_dir=str(data.parent))
+    assert "test" in finetune.run(of, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "line", "typed"), [
+    (3, "length 3", "--task rte --method cola --links 3 --lr 1e-3"),
+    (5, "LoRA, SGD", "--task cb --method lora --base SGD --lr 1e-3"),
+    (2, "COLA", "--model meta-llama/Llama-2-7b-hf --task rte --method cola --lr 1e-3"),
+    (2, "Finetune", "--model meta-llama/Llama-2-7b-hf --task rte --method finetune --lr 1e-3"),
+])  # fmt: skip
+def test_a_cell_as_typed_is_the_tables(number, line, typed):
+    parser = argparse.ArgumentParser()
+    run_command.add_arguments(parser)
+    of = run_command.make_cell(parser.parse_args(typed.split()))
+    setting = tables.Setting(dtype=usual_dtype())
+    search = tables.searches(tables.TABLES[number], setting)[line, tasks.key(of.task)]
+    assert of == search.cell(1e-3, 0)
+
+
 def test_divergence_is_an_outcome(folder, tmp_path):
     outcome = finetune.run(cell(folder, Method("finetune", base="SGD"), lr=1e30), tmp_path)
     assert set(outcome) == {"diverged"}
@@ -285,6 +314,7 @@ def test_the_command(folder, tmp_path, capsys):
     [
         ("--task nli --method lora --lr 1e-3", "task='nli'"),
         ("--task sst2 --method lora", "lr=0.0"),
+        ("--task sst2 --method lora --lr inf", "lr=inf"),
         ("--task sst2 --method lora --lr 1e-3 --links 2", "one link"),
         ("--task sst2 --method cola --links 9 --lr 1e-3", "links=9 in epochs=5"),
         ("--task sst2 --method lora --lr 1e-3 --train 0", "train=0"),
