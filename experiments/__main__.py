@@ -21,7 +21,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status; 2 if none is named."""
+    """Run one subcommand and return its exit status; 2 if none is named or a
+    library is missing, 130 if it was interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -34,14 +35,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         # only the command that was asked for pays for its imports
         if name in argv[:1]:
-            module = importlib.import_module(f"experiments.{name}")
+            try:
+                module = importlib.import_module(f"experiments.{name}")
+            except ModuleNotFoundError as error:
+                return _not_installed(name, error)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.main)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    return int(arguments.run(arguments))
+    try:
+        return int(arguments.run(arguments))
+    except ModuleNotFoundError as error:
+        return _not_installed(arguments.command, error)
+    except KeyboardInterrupt:
+        print(f"\n{arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _not_installed(command: str, error: ModuleNotFoundError) -> int:
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "cola", "theory", "experiments"):
+        raise error
+    print(
+        f"{command}: {package} is not installed: pip install {package}, or from the checkout "
+        "pip install -e '.[experiments]' (for bench '.[experiments,peft]')",
+        file=sys.stderr,
+    )
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Board:
         place = self.folder / self.sweep.place(cell).name
         if place.exists():
             return
+        whole, place = place, place.with_name(f".{place.name}.{os.getpid()}")  # what a kill cuts off is written again
         with self._writer(str(place)) as writer:
             for name, value in outcome.items():
                 values = value if isinstance(value, list) else [value]
@@ -42,3 +44,4 @@ class Board:
                     for step, number in enumerate(values, start=1):
                         if math.isfinite(number):
                             writer.add_scalar(name, number, step)
+        place.replace(whole)

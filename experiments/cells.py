@@ -66,8 +66,15 @@ class Cell:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.dev is not None and self.dev < 1:
             raise ValueError(f"dev={self.dev}: at least 1 is needed")
-        if self.method.trains and not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: a method that trains needs a positive learning rate")
+        if self.method.trains and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: a method that trains needs a positive, finite learning rate")
+
+
+def usual_dtype() -> str:
+    """What a cell is computed in if nothing else is asked for: the protocol's mixed precision on a GPU, else fp32."""
+    import torch
+
+    return "float16" if torch.cuda.is_available() else "float32"
 
 
 def name(cell: Cell) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cola import ChainOptimizer, KnotError
 from cola.integrations.transformers import CHAIN_DIR, attach
@@ -28,10 +27,11 @@ from experiments.encoding import Encoder, Tokenizer, window
 from experiments.methods import BASES
 from experiments.objectives import LOSSES, Collator, Example, examples, objective_of
 from experiments.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
-from experiments.sweep import Outcome
+from experiments.sweep import Outcome, processes
 from experiments.tasks.loading import Splits, split
 
-_SCRATCH = "trainer"  # checkpoints, until the run is over: a killed run goes on from the last one
+_SCRATCH = "trainer"  # checkpoints, until the run is over: a killed run goes on from the last whole one
+_WHOLE = "whole"  # file that is written into a checkpoint last
 
 
 def run(cell: Cell, folder: Path) -> Outcome:
@@ -53,7 +53,9 @@ def run(cell: Cell, folder: Path) -> Outcome:
         FileNotFoundError, OSError, ValueError: the model or the data cannot be had, or do not fit the cell.
     """
     task = tasks.task(cell.task)
-    splits = split(task, cell.seed, cell.train, cell.dev, cell.test, cell.data_dir)
+    # what trains nothing needs no more than the test pool
+    sizes = (cell.train, cell.dev) if cell.method.trains else (0, 0)
+    splits = split(task, cell.seed, *sizes, cell.test, cell.data_dir)
     model, tokenizer = models.load(
         cell.model,
         # fp16 weights cannot be trained: mixed precision keeps them in fp32
@@ -100,7 +102,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
     gpu = torch.cuda.is_available()
     if cell.dtype == "float16" and not gpu:
         raise ValueError("dtype='float16' trains in mixed precision, which needs a GPU: use float32 or bfloat16")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=cell.epochs,
         per_device_train_batch_size=micro_batch,
@@ -111,7 +113,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         max_grad_norm=1.0,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # the protocol's 1 would drop the one before while a new one is not known to be whole
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -127,11 +129,9 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         fsdp=cell.fsdp,
         fsdp_config={"version": 2} if cell.fsdp else None,
     )
-
-
-def processes() -> int:
-    """How many processes `torchrun` has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer gives every GPU it sees a micro-batch: another batch than the cell's
+    return arguments
 
 
 def micro_batch(task_size: int, batch: int) -> int:
@@ -233,11 +233,12 @@ def _train(
         raise ValueError("fsdp=True: start several processes by torchrun, on GPUs; Accelerate does not shard on CPUs")
     trainer.remove_callback(PrinterCallback)
     if method.adapts:
-        policy = method.policy(cell.epochs, per_epoch)
+        policy = method.policy(cell.epochs, per_epoch, told=True)
         link = method.link(list(cell.targets) or None, bias=cell.bias)
         trainer.chain = attach(trainer, base, policy, link=link, **base_kwargs)
+    trainer.add_callback(_Whole(trainer))  # behind the chain's, which writes into the checkpoint too
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(scratch) if scratch.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_whole(trainer, scratch))
     trainer.accelerator.wait_for_everyone()  # the first process is about to remove the checkpoints
     history = trainer.state.log_history
     ties = [entry for entry in history if "knot" in entry and entry["step"] < total]
@@ -251,6 +252,29 @@ def _train(
         "parameters": parameters,
         "tokens_by_link": _by_link(items, [tie["step"] for tie in ties], per_epoch, total),
     }
+
+
+class _Whole(TrainerCallback):
+    """Marks a checkpoint once all of it is there, from every process."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+
+def _last_whole(trainer: Trainer, scratch: Path) -> str | None:
+    """The last checkpoint that was written whole; the first process removes the others."""
+    found = {int(path.name.partition("-")[2]): path for path in scratch.glob("checkpoint-*")}
+    whole = [step for step, path in found.items() if (path / _WHOLE).exists()]
+    trainer.accelerator.wait_for_everyone()  # all have looked
+    if trainer.args.should_save:
+        for step in found.keys() - whole:
+            shutil.rmtree(found[step])
+    return str(found[max(whole)]) if whole else None
 
 
 def _by_link(items: list[Example], knots: list[int], per_epoch: int, total: int) -> list[int]:

@@ -27,6 +27,15 @@ def most_workers() -> int:
     return torch.cuda.device_count() or cores()
 
 
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(index) for index in range(count)])[:count]
+
+
 def describe_processor() -> str:
     """Such as `2-core CPU, AMD EPYC, x86_64 (AVX-512)`: usable cores, the name the system gives."""
     name, flags = platform.processor(), ""

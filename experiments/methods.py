@@ -119,13 +119,21 @@ class Method:
             )
         return [math.ceil(k * epochs / self.links) for k in range(1, self.links)]
 
-    def policy(self, epochs: int, steps_per_epoch: int) -> KnotPolicy:
-        """When to tie, in a run of ``epochs`` epochs."""
+    def policy(self, epochs: int, steps_per_epoch: int, *, told: bool = False) -> KnotPolicy:
+        """When to tie, in a run of ``epochs`` epochs.
+
+        Args:
+            epochs: of the run.
+            steps_per_epoch: optimizer steps in one.
+            told: the optimizer is told the epochs, as in transformers' `Trainer`, and need not count steps. Mixed
+                precision leaves out steps whose gradients overflow, and a count of them would fall behind.
+        """
         total = epochs * steps_per_epoch
         if self.kind != "cola":
             return NeverKnots()
         if self.knots == "epochs":
-            return EpochKnots(at=self.knot_epochs(epochs), steps_per_epoch=steps_per_epoch, total_epochs=epochs)
+            counted = None if told else steps_per_epoch
+            return EpochKnots(at=self.knot_epochs(epochs), steps_per_epoch=counted, total_epochs=epochs)
         if self.knots == "even":
             return EvenKnots(length=self.links, total_steps=total)
         if self.knots == "plateau":

@@ -4,7 +4,8 @@
     python -m experiments run --model tiny --data-dir DIR --task CB --method lora --lr 1e-3 --seed 1
     torchrun --nproc-per-node 4 -m experiments run --model meta-llama/Llama-2-7b-hf --fsdp …
 
-The outcome is kept with those of the tables: a cell that a table has run is only shown, and the other way round.
+The outcome is kept with those of the tables: a cell that a table has run is only shown, and the other way round. By
+default batch and biases are the tables' for the paper's two models, and the precision for all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from experiments import cells, tasks
+from experiments import cells, paper, tables, tasks
 from experiments.cells import Cell
 from experiments.methods import BASES, KINDS, Method
 from experiments.sweep import Sweep, SweepError
@@ -38,18 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--knots", default="epochs", help="epochs, even, plateau, at=STEP,… or every=STEPS (epochs)")
     method.add_argument("--alpha", type=float, default=16.0, help="scale = alpha / first rank (default: %(default)s)")
     method.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
-    method.add_argument("--bias", action="store_true", help="train the adapted layers' biases (the paper: for OPT)")
+    method.add_argument(
+        "--bias",
+        action=argparse.BooleanOptionalAction,
+        help="train the adapted layers' biases (default: no, but for the paper's OPT)",
+    )
 
     sizes = parser.add_argument_group("sizes", "the defaults are the paper's")
     sizes.add_argument("--train", type=int, default=1000, help="training examples (default: %(default)s)")
     sizes.add_argument("--dev", type=int, help="development examples (default: the task's)")
     sizes.add_argument("--test", type=int, default=1000, help="test examples (default: %(default)s)")
     sizes.add_argument("--epochs", type=int, default=5, help="passes (default: %(default)s)")
-    sizes.add_argument("--batch", type=int, default=8, help="examples per optimizer step (default: %(default)s)")
+    sizes.add_argument("--batch", type=int, help="examples per optimizer step (default: 8, for the paper's Llama 4)")
     sizes.add_argument("--max-length", type=int, default=2048, help="tokens of a prompt with its answer (%(default)s)")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=cells.DTYPES, default="float32", help="float16 is mixed precision, on a GPU")
+    how.add_argument("--dtype", choices=cells.DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
     how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
     how.add_argument("--device-map", help="as for transformers, such as auto")
     how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
@@ -86,6 +91,13 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
     if links is None:
         links = 3 if kind == "cola" else 1
     method = Method(kind, arguments.base, tuple(arguments.ranks), links, arguments.knots, arguments.alpha)
+    protocol = paper.protocol()
+    of_the_paper = next((name for name, hub in tables.HUB.items() if hub == arguments.model), None)
+    batch, bias = arguments.batch, arguments.bias
+    if batch is None:
+        batch = protocol.batch.get(of_the_paper or "", 8)
+    if bias is None:
+        bias = protocol.adapter_bias.get(of_the_paper or "", False)
     return Cell(
         model=arguments.model,
         task=tasks.task(arguments.task).name,
@@ -96,9 +108,9 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
         dev=arguments.dev,
         test=arguments.test,
         epochs=arguments.epochs,
-        batch=arguments.batch,
-        bias=arguments.bias and method.adapts,
-        dtype=arguments.dtype,
+        batch=batch,
+        bias=bias and method.adapts,
+        dtype=arguments.dtype or cells.usual_dtype(),
         targets=tuple(arguments.targets),
         data_dir=arguments.data_dir,
         max_length=arguments.max_length,

@@ -120,6 +120,9 @@ def main(arguments: argparse.Namespace) -> int:
             expected=per_arm * len(mine),
         )
         done = gather(sweep.read, searches.values())
+    except OSError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
     except (SweepError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1

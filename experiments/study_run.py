@@ -96,13 +96,16 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
     Returns:
         For ``"dev"``: ``dev`` (held-out loss of the final weights, nats per token), ``dev_by_epoch``, ``losses``
         (training, per step), ``knots`` (step, rank, norm), ``parameters``; or ``diverged``, the reason. For ``"test"``:
-        ``test``.
+        ``test``; or ``diverged``, as in training.
     """
     tiny_opt.quiet()
     model = load(cell.setting.model)
     if cell.split == "test":
-        trained = Sweep(folder.parent.parent, run, name).place(replace(cell, split="dev"))
-        load_model(model, str(trained / WEIGHTS))
+        sweep, trained = Sweep(folder.parent.parent, run, name), replace(cell, split="dev")
+        found = sweep.read(trained)
+        if found is not None and "diverged" in found:
+            return found
+        load_model(model, str(sweep.place(trained) / WEIGHTS))
         return {"test": held_out_loss(model, cell.setting.blocks().test)}
     try:
         outcome = train(model, cell)

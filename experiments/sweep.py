@@ -5,11 +5,9 @@ dictionary of JSON values. Which cells are wanted may depend on what came out of
 before the remaining seeds are run), so a sweep asks a *plan*: a pure function from the outcomes so far to the cells
 wanted. A sweep that was killed asks the same function the same question and goes on where it was.
 
-    folder/cells/NAME/outcome.json   one finished cell; NAME has a digest of everything in the cell
-    folder/cells/NAME/…              what else the run keeps (a chain, weights)
-
-A cell is run under a file lock: whoever shares the folder, a second process or another machine, waits for it and then
-reads the outcome, so nothing is run twice.
+The digest in a cell's place is of its values alone. Code and files that a cell names (data, a model's folder) are not
+in it: after a change there, take another folder. A new field in a cell's class makes all cells new ones; what was there
+before stays and is not read.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -131,11 +130,13 @@ class Sweep(Generic[C]):
             Cell -> outcome, of the cells wanted in the end.
 
         Raises:
-            SweepError: a process died, or a file cannot be read. Other errors are the runner's own. In either case
-                cells that are running are waited for and kept.
+            SweepError: a process died, or a file cannot be read.
+            OSError: the folder cannot be written. Other errors are the runner's own. Whatever happens, cells that are
+                running are waited for and kept.
         """
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one is needed")
+        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         done: dict[C, Outcome] = {}
         first, told = _together()
         with (
@@ -156,6 +157,8 @@ class Sweep(Generic[C]):
                 open_ = [cell for cell in wanted if cell not in done]
                 if not open_:
                     if set(plan(done)) <= set(done):
+                        bar.total = len(done)  # what was expected was an estimate
+                        bar.refresh()
                         return {cell: done[cell] for cell in wanted}
                     continue
                 bar.total = max(expected or 0, len(done) + len(open_))
@@ -184,7 +187,12 @@ class _Pool:
             # a forked copy of a process that has used torch's thread pool may hang
             context = multiprocessing.get_context("spawn")
             threads = max(1, hardware.cores() // most)
-            self.executor = ProcessPoolExecutor(most, context, initializer=_start, initargs=(threads,))
+            gpus, devices = context.SimpleQueue(), hardware.gpus()
+            for index in range(most if devices else 0):
+                gpus.put(devices[index % len(devices)])
+            self.executor = ProcessPoolExecutor(
+                most, context, initializer=_start, initargs=(threads, gpus if devices else None)
+            )
             self.most = most
         return self
 
@@ -248,9 +256,14 @@ def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak
         return json.loads(json.dumps(outcome)), hardware.Peak.now()
 
 
+def processes() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _together() -> tuple[bool, Callable[[Any], Any]]:
     """Whether this is the first process of its `torchrun`, and a function that tells all what the first knows."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes() == 1:
         return True, lambda value: value
     import torch.distributed as dist
     from accelerate import PartialState
@@ -334,8 +347,19 @@ def unsettle(flushed: bool) -> None:
     gc.unfreeze()
 
 
-def _start(threads: int) -> None:
+def _start(threads: int, gpus: Any) -> None:
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    if gpus is not None:  # one each, before CUDA is looked at; of several, all would take the first
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     import torch
 
     torch.set_num_threads(threads)
     settle()
+
+
+def _end_with_the_sweep() -> None:
+    """A worker of a sweep that was killed would wait for its next cell for ever, with its memory and its GPU."""
+    sweep = multiprocessing.parent_process()
+    if sweep is not None:
+        sweep.join()
+        os._exit(1)

@@ -25,7 +25,7 @@ from experiments import cells, flops, hardware, layout, synthetic, tables, tiny_
 from experiments.board import Board
 from experiments.cells import Cell
 from experiments.search import RateSearch, gather
-from experiments.sweep import Outcome, Shard, Sweep, SweepError
+from experiments.sweep import Outcome, Shard, Sweep, SweepError, processes
 from experiments.tables import TABLES, PaperTable, Place, Setting
 
 SMOKE = Setting(
@@ -138,7 +138,8 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
             print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
         done = sweep.carry_out(
             lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
-            workers=1 if arguments.fsdp else arguments.workers,
+            # what is spread over GPUs or shared by processes has all of them to itself
+            workers=1 if processes() > 1 or arguments.device_map else arguments.workers,
             expected=_size(mine.values()),
             progress=first,
             finished=board if board and first else (lambda cell, outcome: None),
@@ -186,7 +187,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
         search_seeds=seeds[:search] if search else None,
         tasks=tuple(arguments.tasks) if arguments.tasks else None,
         labels=tuple(arguments.lines) if arguments.lines else None,
-        dtype=arguments.dtype or _dtype(),
+        dtype=arguments.dtype or cells.usual_dtype(),
         targets=tuple(arguments.targets),
         gradient_checkpointing=arguments.gradient_checkpointing,
         fsdp=arguments.fsdp,
@@ -208,12 +209,6 @@ def _smoke(setting: Setting, table: PaperTable, out: Path) -> Setting:
         synthetic.write(data, table.tasks, train=24, validation=12)
         setting = replace(setting, data_dir=str(data))
     return setting
-
-
-def _dtype() -> str:
-    import torch
-
-    return "float16" if torch.cuda.is_available() else "float32"
 
 
 def _sweep(out: Path) -> Sweep[Cell]:

@@ -1,9 +1,11 @@
 """A cell of the paper's experiments: the protocol's training, the best epoch, kills, and the command that runs one."""
 
+import argparse
 import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from cola import Chain
-from experiments import finetune, models, tasks
+from cola.integrations.transformers import ChainCallback
+from experiments import finetune, models, tables, tasks
+from experiments import run as run_command
 from experiments.__main__ import main
-from experiments.cells import Cell, name
+from experiments.cells import Cell, name, usual_dtype
 from experiments.encoding import Encoder
 from experiments.methods import Method
 from experiments.objectives import examples
@@ -119,6 +124,18 @@ def test_the_rate_falls_linearly_and_gradients_are_clipped(folder, tmp_path):
     assert arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size == 8
 
 
+def test_several_gpus_do_not_make_the_batch_larger(folder, tmp_path, monkeypatch):
+    class OnFour(finetune.TrainingArguments):
+        @property
+        def _setup_devices(self):
+            self.__dict__.setdefault("_n_gpu", 4)
+            return torch.device("cpu")
+
+    monkeypatch.setattr(finetune, "TrainingArguments", OnFour)
+    assert OnFour(str(tmp_path), per_device_train_batch_size=8).train_batch_size == 32
+    assert finetune.training_arguments(cell(folder), tmp_path, 8).train_batch_size == 8
+
+
 def test_accumulated_steps_are_those_of_whole_batches(folder, tmp_path, monkeypatch):
     whole = finetune.run(cell(folder, Method("finetune"), epochs=1, lr=1e-4), tmp_path / "whole")
     monkeypatch.setattr(finetune, "micro_batch", lambda size, batch: 2)
@@ -150,6 +167,56 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, method):
         )
         assert one.keys() == two.keys()
         assert all(torch.equal(one[file][key], two[file][key]) for file in one for key in one[file])
+
+
+class Killed(BaseException):
+    """Stops a run where it stands, as a kill would."""
+
+
+def killed(*args, **kwargs):
+    raise Killed
+
+
+def half_of_it(state, path):
+    whole = json.dumps(dataclasses.asdict(state))
+    Path(path).write_text(whole[: len(whole) // 2])
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "does"),
+    [
+        (finetune.TaskTrainer, "_save_optimizer_and_scheduler", killed),
+        (finetune.TaskTrainer, "_save_rng_state", killed),
+        (TrainerState, "save_to_json", half_of_it),
+        (ChainCallback, "on_save", killed),
+        (finetune, "evaluate", killed),
+        (finetune, "_keep_chain", killed),
+    ],
+    ids=["weights alone", "no state", "half a state", "no chain", "before the scores", "after the scores"],
+)
+def test_what_was_not_written_whole_is_not_gone_on_from(folder, tmp_path, monkeypatch, where, what, does):
+    of = cell(folder, Method.cola(2, ranks=(4, 2)), epochs=4)
+    undisturbed = finetune.run(of, tmp_path / "whole")
+    original, calls = getattr(where, what), []
+
+    def third(*args, **kwargs):
+        calls.append(None)
+        # the third checkpoint is the first one behind the knot
+        if len(calls) < (3 if isinstance(where, type) else 1):
+            return original(*args, **kwargs)
+        return does(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what, third)
+        with pytest.raises(Killed):
+            finetune.run(of, tmp_path / "cut")
+    steps = []
+    train_step = finetune.TaskTrainer.training_step
+    monkeypatch.setattr(finetune.TaskTrainer, "training_step", lambda *a, **k: steps.append(0) or train_step(*a, **k))
+    assert finetune.run(of, tmp_path / "cut") == undisturbed
+    # two epochs of two steps were whole, or all four of them
+    assert len(steps) == (4 if isinstance(where, type) else 0)
 
 
 @pytest.mark.long
@@ -188,6 +255,32 @@ def test_prompting_trains_nothing(folder, tmp_path):
         assert outcome["test"] == score.value
 
 
+def test_prompting_needs_the_test_pool_alone(folder, tmp_path):
+    """Of 24 rows, three files or two, a development set would leave none to train on."""
+    assert "test" in finetune.run(cell(folder, Method("zero-shot"), lr=0.0, train=1000, dev=500), tmp_path)
+    data = tmp_path / "data" / "sst2"
+    data.mkdir(parents=True)
+    for part in ("train", "validation"):
+        shutil.copy(folder / "data" / "SST-2" / f"{part}.jsonl", data)
+    of = cell(folder, Method("zero-shot"), lr=0.0, train=1000, dev=500, data_dir=str(data.parent))
+    assert "test" in finetune.run(of, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "line", "typed"), [
+    (3, "length 3", "--task rte --method cola --links 3 --lr 1e-3"),
+    (5, "LoRA, SGD", "--task cb --method lora --base SGD --lr 1e-3"),
+    (2, "COLA", "--model meta-llama/Llama-2-7b-hf --task rte --method cola --lr 1e-3"),
+    (2, "Finetune", "--model meta-llama/Llama-2-7b-hf --task rte --method finetune --lr 1e-3"),
+])  # fmt: skip
+def test_a_cell_as_typed_is_the_tables(number, line, typed):
+    parser = argparse.ArgumentParser()
+    run_command.add_arguments(parser)
+    of = run_command.make_cell(parser.parse_args(typed.split()))
+    setting = tables.Setting(dtype=usual_dtype())
+    search = tables.searches(tables.TABLES[number], setting)[line, tasks.key(of.task)]
+    assert of == search.cell(1e-3, 0)
+
+
 def test_divergence_is_an_outcome(folder, tmp_path):
     outcome = finetune.run(cell(folder, Method("finetune", base="SGD"), lr=1e30), tmp_path)
     assert set(outcome) == {"diverged"}
@@ -221,6 +314,7 @@ def test_the_command(folder, tmp_path, capsys):
     [
         ("--task nli --method lora --lr 1e-3", "task='nli'"),
         ("--task sst2 --method lora", "lr=0.0"),
+        ("--task sst2 --method lora --lr inf", "lr=inf"),
         ("--task sst2 --method lora --lr 1e-3 --links 2", "one link"),
         ("--task sst2 --method cola --links 9 --lr 1e-3", "links=9 in epochs=5"),
         ("--task sst2 --method lora --lr 1e-3 --train 0", "train=0"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cola import ChainOptimizer, EpochKnots, EvenKnots, NeverKnots, PlateauKnots, StepKnots
+from cola import ChainOptimizer, EpochKnots, EvenKnots, NeverKnots, PlateauKnots, Signal, StepKnots
 from experiments import tiny_opt
 from experiments.methods import Method
 
@@ -15,6 +15,14 @@ from experiments.methods import Method
 def test_a_chain_parts_the_epochs(links, epochs, knots):
     """The first row is the paper's."""
     assert Method.cola(links).knot_epochs(epochs) == knots
+
+
+def test_told_epochs_end_where_they_do_although_steps_were_left_out():
+    """Of ten steps an epoch the first two overflowed: the optimizer's step 8 ends the first epoch."""
+    told = [Signal(step, epoch=(step + 2) / 10) for step in range(1, 49)]
+    for told_epochs, knots in ((True, [18, 38]), (False, [20, 40])):
+        policy = Method.cola(3).policy(5, 10, told=told_epochs)
+        assert [signal.step for signal in told if policy.update(signal)] == knots
 
 
 def test_more_links_than_epochs_are_refused():

@@ -114,6 +114,19 @@ def test_divergence_is_an_outcome_not_a_crash(tmp_path):
     assert "diverged" in run(cell, tmp_path)
 
 
+def test_a_chosen_run_that_diverged_fails_the_command_and_is_named(tmp_path, capsys):
+    arguments = ["study", "--smoke", "--out", str(tmp_path), "--workers", "1", "--arms", "lora"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    (path,) = tmp_path.glob("cells/*seed1-dev*/outcome.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "outcome": {"diverged": "the loss is nan"}}))
+    (path.parent / "weights.safetensors").unlink()
+    (tested,) = tmp_path.glob("cells/*seed1-test*/outcome.json")
+    tested.unlink()
+    assert main(arguments) == 1
+    assert "not complete yet (other shards?) or diverged: lora" in capsys.readouterr().err
+
+
 def test_the_command_and_its_resumption(tmp_path, capsys):
     arguments = ["study", "--smoke", "--out", str(tmp_path), "--workers", "1"]
     assert main(arguments) == 0
@@ -149,6 +162,7 @@ def test_shards_together_make_the_table(tmp_path, capsys):
         (["--search-seeds", "0"], "--search-seeds=0"),
         (["--shard", "2/2"], "--shard 2/2"),
         (["--corpus", "no-such-file", "--model", "no-such-folder"], "no-such"),
+        (["--smoke", "--workers", "1", "--out", "/dev/null/folder"], "/dev/null"),
     ],
 )
 def test_arguments_that_cannot_be(tmp_path, capsys, arguments, message):

@@ -70,6 +70,27 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path):
     assert done == undisturbed
 
 
+def test_workers_end_with_a_killed_sweep(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    command = [sys.executable, "-m", "tests.experiments.toy_sweep", str(tmp_path), "3600", "2"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    (tmp_path / "log").touch()
+    while process.poll() is None and len(lines(tmp_path, "start")) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for name in lines(tmp_path, "start"):  # each lock is free as soon as its holder is gone, within the hour or never
+        with (tmp_path / "cells" / name / "lock").open("w") as file:
+            for _ in range(600):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+            else:
+                pytest.fail("a worker lives on")
+
+
 def test_two_processes_that_share_a_folder_run_nothing_twice(tmp_path):
     command = [sys.executable, "-m", "tests.experiments.toy_sweep", str(tmp_path), "0.05", "1"]
     processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
@@ -134,6 +155,29 @@ def test_nothing_is_written_but_whole_files(tmp_path):
     write_atomically(tmp_path / "file", "two")
     assert (tmp_path / "file").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: ["2", "5"])
+    cells = [Toy("tells", 0.1, seed, 0.2) for seed in range(4)]
+    done = sweep(tmp_path).carry_out(lambda done: cells, workers=2, progress=False)
+    pairs = {(outcome["process"], outcome["gpu"]) for outcome in done.values()}
+    assert {gpu for _, gpu in pairs} <= {"2", "5"}
+    assert len({process for process, _ in pairs}) == len({gpu for _, gpu in pairs}) == len(pairs)
+
+
+def test_gpus_are_named_as_the_caller_does(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-1,9")
+    assert hardware.gpus() == ["3", "GPU-1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert hardware.gpus() == ["0", "1"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        sweep(tmp_path / "file").carry_out(plan(searches()), workers=1, progress=False)
 
 
 def test_workers_that_cannot_be(tmp_path):
