@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.entries import Column, Entry, Row
 from experiments.layout import Table
+from experiments.sweep import write_atomically
 
 # Okabe and Ito's palette, distinguishable with any colour vision; line styles and markers repeat what it says
 OURS = {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "ours"}
@@ -108,7 +109,8 @@ def _draw(
         figure.savefig(paths[0], dpi=150, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"CreationDate": None})
         pyplot.close(figure)
-    paths[2].write_text(json.dumps({**about, **points(table)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    data = json.dumps({**about, **points(table)}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(paths[2], data + "\n")
     return paths
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from experiments import formats, stats
 from experiments.entries import LEVEL, Column, Comparison, Entry, Row
 from experiments.formats import Grid, Text
+from experiments.sweep import write_atomically
 
 MISSING = "–"
 _NO_SPREAD = 1e-9  # of scores in percent; rounding alone gives about 1e-13
@@ -242,7 +243,7 @@ class Table:
         paths = []
         for suffix, text in texts.items():
             path = stem.with_name(stem.name + suffix)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text)
             paths.append(path)
         return paths
 

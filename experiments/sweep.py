@@ -293,7 +293,7 @@ def _read(path: Path, cell: Any) -> Outcome | None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, whatever happens in between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
