@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_quantized, quantized, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_quantized, quantized, refusal, stacked
 from cola.adapters.targets import (
     base_modules,
     base_tensors,
@@ -217,7 +217,7 @@ def settle(model: nn.Module, links: Iterable[Link]) -> None:
     """Give quantised layers that `untie` has left without links their plain classes again."""
     modules = modules_by_name(model)
     for path in paths(links):
-        quantized.settle(modules[path])
+        stacked.settle(modules[path])
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.adapters import quantized
 from cola.adapters.codes import codes_of
+from cola.adapters.stacked import StackedLinear
 from cola.tie import KnotError
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -173,7 +174,7 @@ def test_a_chain_is_trained_tied_saved_resumed_applied_and_undone_bit_for_bit(ki
 
     opt.finish()
     assert [factor.rounding for link in opt.chain for factor in link.factors.values()] == [how] * 8
-    assert isinstance(model.first, quantized.StackedLinear) == (how == "stack")
+    assert isinstance(model.first, StackedLinear) == (how == "stack")
     opt.chain.save(tmp_path / "chain")
     chain, fresh = Chain.load(tmp_path / "chain"), net(kind)
     chain.apply(fresh)
