@@ -126,7 +126,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
 
 @dataclass
-class Origin:
+class OriginalWeight:
     """A weight before the first knot, and what has been tied since: what re-quantising starts from at every knot.
 
     Attributes:
@@ -139,7 +139,7 @@ class Origin:
     B: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, device: str | None = None) -> "Origin":
+    def of(cls, module: nn.Module, device: str | None = None) -> "OriginalWeight":
         """The present weight as origin.
 
         Args:
@@ -151,18 +151,18 @@ class Origin:
         stored = {name: value.to(where, copy=True) for name, value in codes.stored().items()}
         return cls(stored, torch.zeros(0, inner, device=where), torch.zeros(out, 0, device=where))
 
-    def extended(self, links: Sequence[Triple]) -> "Origin":
+    def extended(self, links: Sequence[Triple]) -> "OriginalWeight":
         """With more links tied."""
         A, B = joined(self.A, self.B, links)
-        return Origin(self.stored, A, B)
+        return OriginalWeight(self.stored, A, B)
 
-    def bare(self) -> "Origin":
+    def bare(self) -> "OriginalWeight":
         """With none."""
-        return Origin(self.stored, self.A[:0], self.B[:, :0])
+        return OriginalWeight(self.stored, self.A[:0], self.B[:, :0])
 
 
 @torch.no_grad()
-def obstacle(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> str | None:
+def obstacle(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> str | None:
     """Why tying would leave values that cannot be stored, as the rest of a sentence on the layer; None if it is ok."""
     if not all(torch.isfinite(scaled(B, s)).all() for _, B, s in links):
         return "would get an s·B beyond the largest number of its dtype"
@@ -179,7 +179,7 @@ def obstacle(module: nn.Module, links: Sequence[Triple], origin: Origin | None) 
 
 
 @torch.no_grad()
-def tie(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> list[Tie]:
+def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> list[Tie]:
     """Tie links, in order, to a quantised layer.
 
     Args:
@@ -209,7 +209,7 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> li
 
 
 @torch.no_grad()
-def requantized(codes: Codes, origin: Origin) -> tuple[dict[str, Tensor], float]:
+def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float]:
     """The codes of ``W₀ + ΣΔ``, and how far in Frobenius norm they are from it. Nothing is changed.
 
     It is done a block of rows at a time, from fp32 sums: no matrix of the weight's size but the new codes is held.
