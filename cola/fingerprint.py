@@ -2,7 +2,7 @@
 
 A tensor's digest is the SHA-256 of its bytes in logical order, so every device, sharding and thread count gives the
 same, and no edit goes unseen. It costs one pass over the weights where they are first needed, and is remembered until
-a tensor changes. Hashing runs at about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
+a tensor changes (an edit in place through ``.data``, which autograd does not see either, does not count). Hashing runs at about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
 """
 
 import hashlib
@@ -281,7 +281,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Changes whenever the tensor does; None if that cannot be told."""
+    """Changes whenever the tensor does, but for edits in place through ``.data``; None if that cannot be told."""
     # a part that is changed (a shard) does not raise the version of the whole, batch norm raises that of its running
     # statistics by none, and inference tensors have none
     made_of_others = hasattr(tensor, "__tensor_flatten__")
