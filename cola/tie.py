@@ -217,7 +217,7 @@ def _height(shape: tuple[int, int], device: torch.device) -> int:
         elements = min(_CPU_BLOCK * torch.get_num_threads(), max(_CPU_BLOCK, rows * columns // 160))
     else:
         elements = max(_CPU_BLOCK, rows * columns // 64)
-    return min(rows, max(1, elements // max(1, columns)))
+    return max(1, min(rows, elements // max(1, columns)))  # a shard may have no row
 
 
 def _blocks(rows: int, height: int) -> Iterator[slice]:

@@ -7,6 +7,7 @@ second link and the training FLOPs that it saves. What is missing leaves a gap a
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _LINE = {"linewidth": 1.6, "markersize": 5.5, "capsize": 3.5, "elinewidth": 1.1,
 _GREY = "#555555"
 _SHIFT = 0.06  # of a step, so that the two error bars of a point stand beside each other
 _WIDE = 3  # panels in a line
+_PER_INCH = 13  # characters of a line of the title
 
 
 def chain_lengths(table: Table, stem: Path, **about: Any) -> list[Path]:
@@ -84,8 +86,9 @@ def _draw(
     down = -(-len(columns) // across)
     style = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": stem.name}
     with pyplot.rc_context(style):
+        width = max(5.0, 3.5 * across + 0.4)
         figure, panels = pyplot.subplots(
-            down, across, figsize=(3.5 * across + 0.4, 2.9 * down + 0.9), squeeze=False, layout="constrained"
+            down, across, figsize=(width, 2.9 * down + 1.1), squeeze=False, layout="constrained"
         )
         handles: dict[str, Any] = {}
         for axes, column in zip(panels.flat, columns):
@@ -95,9 +98,10 @@ def _draw(
         figure.supxlabel(xlabel, fontsize=10)
         figure.supylabel("score, %", fontsize=10)
         if handles:
+            title = f"{table.title}; bars: standard deviation over seeds"
             figure.legend(
-                handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False,
-                title=f"{table.title}; bars: standard deviation over seeds",
+                handles.values(), handles.keys(), loc="outside upper center", ncols=4 if across > 1 else 2,
+                frameon=False, title=textwrap.fill(title, round(_PER_INCH * width)),
             )  # fmt: skip
         stem.parent.mkdir(parents=True, exist_ok=True)
         paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf", ".json")]

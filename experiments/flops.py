@@ -18,8 +18,8 @@ and values the first block's keys need none. An adapter of rank r, `s·B(A x)`, 
 
 so 6·n·r·(in + out), or 4·n·r·in + 6·n·r·out where x needs no gradient. `cola`'s layer (one autograd function) and
 PEFT's (two linear layers) do the same products, so both are counted alike. Dropout and the scaling s are elementwise.
-`cola`'s layer adds `B(A x)` in place (`aten.addmm_`), which torch's counter takes for nothing unless its
-`custom_mapping` names it.
+`cola`'s layer adds `B(A x)`, and A's part of the gradient of x, in place (`aten.addmm_`), which torch's counter takes
+for nothing unless its `custom_mapping` names it.
 
 The cost is linear in r. A second link of rank r₂ instead of r₁ therefore saves (`saved_by_rank`)
 

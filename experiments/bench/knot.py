@@ -115,7 +115,10 @@ def live_bytes(opt: ChainOptimizer) -> tuple[int, int]:
     inside = {t.untyped_storage().data_ptr() for link in opt.chain for f in link.factors.values() for t in (f.A, f.B)}
     gc.collect()
     sizes: dict[int, int] = {}
-    for tensor in (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)):
+    # of exactly these types: what the compiler traces with has no memory
+    for tensor in (o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)):
+        if torch._is_functional_tensor(tensor) or tensor.layout != torch.strided:
+            continue
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     # what hangs in C++ alone is not listed by the collector: parameters, gradients and state are
     held: list[torch.Tensor] = [*opt.model.parameters(), *opt.model.buffers()]

@@ -273,3 +273,15 @@ def test_keys_are_stable_and_distinct():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tie_(torch.zeros(2, 2), torch.zeros(2, 1), torch.zeros(1, 2), 1.0, **kwargs)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shard_without_rows_is_tied_to_nothing(dtype, rounding):
+    """Three rows over four processes: the last has none."""
+    weight, residual = torch.zeros(0, 4, dtype=dtype), torch.zeros(0, 4, dtype=torch.bfloat16)
+    tie = tie_(
+        weight, torch.ones(0, 2), torch.ones(2, 4), 1.0,
+        rounding=rounding, residual=residual if rounding == "compensated" else None, part_of=(3, 4), offset=(3, 0),
+    )  # fmt: skip
+    assert (tie.lost, tie.deviation, tie.weight) == (0, 0, 0)

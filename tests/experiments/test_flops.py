@@ -26,7 +26,7 @@ def added(total, left, right, **kwargs):
 
 
 IN_PLACE = {torch.ops.aten.addmm_: added}
-"""The product of our layer's forward that torch's counter has no formula for."""
+"""The products of our layer that torch's counter has no formula for."""
 
 
 def opt(**changes):
@@ -109,13 +109,14 @@ def test_pefts_layers_cost_the_same_and_torch_knows_all_their_products(name, kin
     assert products(model, trained, {}) == (expected.forward, expected.backward)
 
 
-def test_what_torchs_counter_misses_in_our_layer_is_the_product_with_B():
+def test_what_torchs_counter_misses_in_our_layer_are_the_products_added_in_place():
     config, trained = CONFIGS["opt"], TRAINED["q/v, rank 8"]
     forward, backward = products(ours(config, trained), trained, {})
     expected = batch_flops(config, ROWS, LENGTH, trained)
     layers, adapters, width = 2, 2, 16
-    assert expected.forward - forward == layers * adapters * 2 * ROWS * LENGTH * 8 * width
-    assert expected.backward == backward
+    product = 2 * ROWS * LENGTH * 8 * width
+    assert expected.forward - forward == layers * adapters * product  # with B
+    assert expected.backward - backward == (layers - 1) * adapters * product  # with A, where x needs a gradient
 
 
 @pytest.mark.parametrize("name", ["opt, projected embeddings", "llama, grouped queries"])
