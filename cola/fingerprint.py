@@ -2,7 +2,8 @@
 
 A tensor's digest is the SHA-256 of its bytes in logical order, so every device, sharding and thread count gives the
 same, and no edit goes unseen. It costs one pass over the weights where they are first needed, and is remembered until
-a tensor changes (an edit in place through ``.data``, which autograd does not see either, does not count). Hashing runs at about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
+a tensor changes (edits in place through ``.data``, which autograd does not see either, do not count). Hashing runs at
+about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
 """
 
 import hashlib

@@ -221,7 +221,7 @@ def _height(shape: tuple[int, int], device: torch.device) -> int:
 
 
 def _blocks(rows: int, height: int) -> Iterator[slice]:
-    for start in range(0, rows, max(1, height)):  # a process may hold no rows at all of a sharded weight
+    for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 

@@ -183,15 +183,6 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_part_without_rows_is_tied_to_nothing(dtype, rounding):
-    """Five rows in four processes are 2, 2, 1 and 0."""
-    W, L, R = case(5, 7, 2, seed=0, dtype=dtype)
-    tie = tie_(W[5:], L[5:], R, 1.0, rounding=rounding, part_of=(5, 7), offset=(5, 0))
-    assert (tie.lost, tie.deviation, tie.weight) == (0, 0, 0)
-
-
 def test_a_transposed_weight_is_tied_through_its_view():
     W, L, R = case(10, 7, 3, seed=0)
     plain, stored = W.clone(), W.t().contiguous()
