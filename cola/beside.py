@@ -1,6 +1,7 @@
 """What is trained beside the links: biases, heads, norms, and whatever the caller adds. No knot touches it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,3 +60,25 @@ class Beside:
                     same = parameters[other] is parameter
                     values[other] = values[path] if same else whole(parameters[other].detach()).cpu().clone()
         return values
+
+
+def require_apart(param_group: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse to train what knots change: the record of a link could not tell the one change from the other.
+
+    Args:
+        param_group: to be added to an optimizer; an iterator of parameters in it is made a list.
+        weights: of the adapted layers, by path.
+
+    Raises:
+        ValueError: it holds one of them.
+    """
+    if isinstance(param_group["params"], Iterator):
+        param_group["params"] = list(param_group["params"])
+    params = param_group["params"]
+    held = {id(p) for p in ([params] if isinstance(params, Tensor) else params)}
+    for path, weight in weights.items():
+        if id(weight) in held:
+            raise ValueError(
+                f"param_group holds the weight of the adapted layer {path!r}, which its links are tied into: train the "
+                "layer by its link or as a whole (modules_to_save), not both"
+            )

@@ -76,13 +76,13 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
     if ledger is not None and ledger.missing + len(ledger.links) != index:
         held = [link.index for link in ledger.links]
         raise ValueError(f"the state is at link {index} and holds the links {held}: a link is missing")
-    if index and live.origins:
+    if index and live.originals:
         if ledger is None or ledger.missing or not ledger.keep:
             raise ValueError(
                 "quantized='requantize' needs all links at every knot, and the saved state lacks some: keep them "
                 f"(keep_links=True), and save by opt.save, or by torch.save of opt.state_dict() with its {KEY!r} entry"
             )
-        difference = None if ledger.base is None else replay.codes_differ(ledger.base, live.origins)
+        difference = None if ledger.base is None else replay.codes_differ(ledger.base, live.originals)
         if difference is not None:
             raise ValueError(
                 f"quantized='requantize' starts from the original codes at every knot, and {difference}: make the "

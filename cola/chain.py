@@ -141,7 +141,9 @@ class Chain:
             links = [store.link_from_bytes(data, Path("links") / str(i)) for i, data in enumerate(state_dict["links"])]
             base = None if about["base"] is None else Fingerprint.from_json(about["base"])
             missing, keep = about["missing"], about["keep"]
-            if type(keep) is not bool or [link.index for link in links] != list(range(missing, missing + len(links))):
+            if type(missing) is not int or missing < 0 or type(keep) is not bool:
+                raise ValueError(f"missing={missing!r:.40}, keep={keep!r:.40}")
+            if [link.index for link in links] != list(range(missing, missing + len(links))):
                 raise ValueError("a link is missing")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"this is not the state of a chain, or it is damaged: {error}") from None

@@ -5,6 +5,7 @@ them at `load_state_dict`; properties that delegate pass every contract. The fla
 loss scaling (``_step_supports_amp_scaling``) must never be handed on: what goes with it would land here and not there.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -129,3 +130,19 @@ class Composed(Optimizer):
 
     def _settle(self) -> None:
         """Called before the groups are read."""
+
+
+def require_base(base: Any) -> None:
+    """Check the argument ``base`` of `ChainOptimizer`.
+
+    Raises:
+        TypeError: it is neither an optimizer class nor a callable.
+    """
+    if isinstance(base, Optimizer):
+        name = type(base).__name__
+        raise TypeError(
+            f"base={name}(...) is an optimizer instance: pass the class and its arguments, "
+            f"ChainOptimizer({name}, model, policy, lr=...)"
+        )
+    if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
+        raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")

@@ -137,6 +137,10 @@ def origin_of(saved: dict[str, Any]) -> dict[str, TensorPrint]:
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: its origin has no {error!s:.80}") from None
 
 
+#: what `knots_of` gives for one link
+_KNOT = [int, int, int, str]
+
+
 def _well_formed(saved: dict[str, Any]) -> bool:
     """Whether the entries are of the kinds that `write` gives."""
     live = saved["live"]
@@ -148,7 +152,8 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("epoch"), (int, float, type(None)))
         and isinstance(saved.get("policy"), dict)
         and isinstance(saved.get("weights"), (str, type(None)))
-        and all(isinstance(knot, list) and len(knot) == 4 for knot in saved.get("knots", ()))
+        and isinstance(saved.get("knots", []), list)
+        and all(isinstance(knot, list) and [type(x) for x in knot] == _KNOT for knot in saved.get("knots", []))
         and isinstance(saved.get("origin"), (dict, type(None)))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )

@@ -2,7 +2,8 @@
 
 A tensor's digest is the SHA-256 of its bytes in logical order, so every device, sharding and thread count gives the
 same, and no edit goes unseen. It costs one pass over the weights where they are first needed, and is remembered until
-a tensor changes. Hashing runs at about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
+a tensor changes (edits in place through ``.data``, which autograd does not see either, do not count). Hashing runs at
+about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
 """
 
 import hashlib
@@ -188,7 +189,7 @@ def fingerprint(
         transposed: layers whose weight is stored in×out.
         name: of the base, informally.
         others: further parameters and buffers, by name; None to record layers only.
-        known: prints that stand for those of the other tensors of these names.
+        known: prints that stand for those of the tensors of these names.
         cache: where digests are remembered.
 
     >>> weights = {"q_proj": torch.ones(2, 2)}
@@ -199,17 +200,11 @@ def fingerprint(
     flipped, known = set(transposed), known or {}
     tensors = {**(others or {}), **{weight_of(path): weight for path, weight in weights.items()}}
     found = (cache or Digests()).of({name: tensor for name, tensor in tensors.items() if name not in known})
-    layers = {
-        path: LayerPrint(tuple(w.shape), dtype_name(w), path in flipped, found[weight_of(path)])
-        for path, w in weights.items()
-    }
-    rest = None
-    if others is not None:
-        rest = {
-            n: known[n] if n in known else TensorPrint(tuple(t.shape), dtype_name(t), found[n])
-            for n, t in others.items()
-        }
-    return Fingerprint(layers, name, rest)
+    prints = {n: TensorPrint(tuple(tensors[n].shape), dtype_name(tensors[n]), digest) for n, digest in found.items()}
+    prints.update({n: known[n] for n in tensors if n in known})
+    mine = {path: prints[weight_of(path)] for path in weights}
+    layers = {path: LayerPrint(one.shape, one.dtype, path in flipped, one.digest) for path, one in mine.items()}
+    return Fingerprint(layers, name, None if others is None else {n: prints[n] for n in others})
 
 
 def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
@@ -273,6 +268,7 @@ def checksum(tensor: Tensor) -> str:
             return digest.hexdigest()
         data = tensor.detach()
         data = data.to_dense() if data.layout != torch.strided else data
+        data = data.dequantize() if data.is_quantized else data  # torch's own kind has no bytes to view
         data = torch.view_as_real(data.resolve_conj()) if data.is_complex() else data
         for piece in _flat(data).view(torch.uint8).split(_PIECE):
             digest.update(piece.cpu().numpy())
@@ -286,7 +282,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Changes whenever the tensor does; None if that cannot be told."""
+    """Changes whenever the tensor does, but for edits in place through ``.data``; None if that cannot be told."""
     # a part that is changed (a shard) does not raise the version of the whole, batch norm raises that of its running
     # statistics by none, and inference tensors have none
     made_of_others = hasattr(tensor, "__tensor_flatten__")

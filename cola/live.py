@@ -101,8 +101,8 @@ class LiveLink:
                 )
         prepared = self._draw(0, {path: adapted_class(module).shape(module) for path, module in modules.items()})
         device = config.residual_device
-        self.origins = {
-            path: quantized.Origin.of(module, device)
+        self.originals = {
+            path: quantized.OriginalWeight.of(module, device)
             for path, module in modules.items()
             if is_quantized(module) and quantised == "requantize"
         }
@@ -116,7 +116,7 @@ class LiveLink:
         else:
             for path, module in modules.items():
                 self._attach(path, module, prepared)
-                if config.bias == "lora_only" and module._parameters.get("bias") is not None:
+                if config.bias == "lora_only":
                     self.beside.add(module, "bias")
         for module in saved:
             for owner in module.modules():
@@ -208,7 +208,7 @@ class LiveLink:
             left, right = layer.factors(A, B)
             if is_quantized(self.holder(path)):
                 triple = A[: layer.rank], B[:, : layer.rank], layer.scaling
-                reason = quantized.obstacle(self.holder(path), [triple], self.origins.get(path))
+                reason = quantized.obstacle(self.holder(path), [triple], self.originals.get(path))
             else:
                 reason = obstacle_anywhere(layer.weight, left, right, layer.scaling)
             if reason is not None:
@@ -286,10 +286,10 @@ class LiveLink:
     def take_links(self, links: Iterable[Link]) -> None:
         """Count these links among those that the layers to be re-quantised have been given."""
         recorded = list(links)
-        for path, origin in self.origins.items():
+        for path, origin in self.originals.items():
             factors = [link.factors[path] for link in recorded if path in link.factors]
             mine = [(f.A, f.B, f.scaling) for f in factors if f.rounding == "requantize"]
-            self.origins[path] = origin.bare().extended(mine)
+            self.originals[path] = origin.bare().extended(mine)
 
     def tie(self, index: int, snapshot: Mapping[str, Pair], scalings: Mapping[str, float]) -> dict[str, Tie]:
         """Add the snapshot of link ``index`` to the weights, in place; beside or into codes where they are quantised.
@@ -301,7 +301,7 @@ class LiveLink:
         for path, (A, B) in snapshot.items():
             layer, scaling = self.layers[path], scalings[path]
             if is_quantized(self.holder(path)):
-                (ties[path],) = quantized.tie(self.holder(path), [(A, B, scaling)], self.origins.get(path))
+                (ties[path],) = quantized.tie(self.holder(path), [(A, B, scaling)], self.originals.get(path))
                 continue
             left, right = layer.factors(A, B)
             rounding = self.rounding_of(path)
@@ -325,7 +325,7 @@ class LiveLink:
     def replay(self, links: Sequence[Link]) -> None:
         """Tie recorded links, the first ones of the chain, into the untouched weights."""
         self.take_links(())
-        replay.tie_links(self.model, links, self.residuals, self.config.residual_device, self.origins)
+        replay.tie_links(self.model, links, self.residuals, self.config.residual_device, self.originals)
 
     def require_extended(self, snapshot: Mapping[str, Pair]) -> None:
         """Check what a new link must be: one factor zero, and the drawn one not the old one.

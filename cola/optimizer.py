@@ -1,6 +1,5 @@
 """ChainOptimizer: the one place that knows the order  step → knot? → tie → record → extend → reset."""
 
-import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +11,9 @@ from torch.optim import Optimizer
 
 from cola import counters, interrupts, probe
 from cola.adapters.targets import called
+from cola.beside import require_apart
 from cola.chain import Chain
+from cola.composed import require_base
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
@@ -87,7 +88,7 @@ class ChainOptimizer(Saves):
         keep_links: bool = True,
         **base_kwargs: Any,
     ) -> None:
-        _require_base(base)
+        require_base(base)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module (not its parameters)")
         if not isinstance(policy, KnotPolicy):
@@ -102,11 +103,12 @@ class ChainOptimizer(Saves):
         self.live = LiveLink(model, link, rounding, seed, quantized)
         try:
             self.base = self._make_base()
+            self._origin = Origin(model)
         except BaseException:
             self.live.detach()
             raise
         self.chain = Chain(keep=keep_links)
-        self._digests, self._origin = Digests(), Origin(model)
+        self._digests = Digests()
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
         self.steps = 0
         self.finished = False
@@ -125,7 +127,12 @@ class ChainOptimizer(Saves):
         return self.live.model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them."""
+        """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them.
+
+        Raises:
+            ValueError: one is the weight of an adapted layer.
+        """
+        require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
         self.base.add_param_group(param_group)
         factors = {id(p) for p in self.live.adapters()}
         self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
@@ -383,14 +390,3 @@ class ChainOptimizer(Saves):
                         "after the ChainOptimizer had begun, or the optimizer keeps copies of its own (DeepSpeed ZeRO "
                         "does: use DDP or FSDP2), so this layer is not trained"
                     )
-
-
-def _require_base(base: Any) -> None:
-    if isinstance(base, Optimizer):
-        name = type(base).__name__
-        raise TypeError(
-            f"base={name}(...) is an optimizer instance: pass the class and its arguments, "
-            f"ChainOptimizer({name}, model, policy, lr=...)"
-        )
-    if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
-        raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")

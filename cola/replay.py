@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import AdaptedLayer, adapted_class, is_quantized, quantized, refusal
+from cola.adapters import AdaptedLayer, adapted_class, is_quantized, quantized, refusal, stacked
 from cola.adapters.targets import (
     base_modules,
     base_tensors,
@@ -82,11 +82,11 @@ def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
     return [path for path in layers if layer_class(modules[path]).transposed]
 
 
-def codes_differ(recorded: Fingerprint, origins: Mapping[str, quantized.Origin]) -> str | None:
+def codes_differ(recorded: Fingerprint, originals: Mapping[str, quantized.OriginalWeight]) -> str | None:
     """How what quantised layers are re-quantised from differs from the recorded base, in words; None if it does not."""
     tensors = {
         f"{path}.{name}".lstrip("."): tensor
-        for path, origin in origins.items()
+        for path, origin in originals.items()
         for name, tensor in origin.stored.items()
     }
     return next((difference.how for difference in recorded.differences(tensors, all_of_it=False)), None)
@@ -163,7 +163,7 @@ def tie_links(
     links: Iterable[Link],
     residuals: dict[str, Tensor] | None = None,
     device: str | None = "cpu",
-    origins: Mapping[str, quantized.Origin] | None = None,
+    originals: Mapping[str, quantized.OriginalWeight] | None = None,
 ) -> list[dict[str, Tie]]:
     """Tie the links into the weights, in order. Call `check` first.
 
@@ -172,7 +172,7 @@ def tie_links(
         links: to be tied.
         residuals: of compensated rounding, by layer; added to.
         device: where they are kept; None for the weight's own.
-        origins: what quantised layers are re-quantised from, by layer; brought up to date. None for what they hold.
+        originals: what quantised layers are re-quantised from, by layer; brought up to date. None for what they hold.
 
     Returns:
         What each tie did, per link and layer.
@@ -192,7 +192,7 @@ def tie_links(
             mine = [(ours, factor) for ours, factor in both if factor is not None and factor.rounding == way]
             origin = None
             if mine and way == "requantize":
-                origin = (origins or {}).get(path) or quantized.Origin.of(module, device)
+                origin = (originals or {}).get(path) or quantized.OriginalWeight.of(module, device)
             did = quantized.tie(module, [(f.A, f.B, f.scaling) for _, f in mine], origin)
             for (ours, _), one in zip(mine, did):
                 ours[path] = one
@@ -217,7 +217,7 @@ def settle(model: nn.Module, links: Iterable[Link]) -> None:
     """Give quantised layers that `untie` has left without links their plain classes again."""
     modules = modules_by_name(model)
     for path in paths(links):
-        quantized.settle(modules[path])
+        stacked.settle(modules[path])
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:

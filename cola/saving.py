@@ -352,7 +352,9 @@ class Saves(Composed):
             parameters = own.keys() - buffers.keys()
             if parameters and parameters <= trained:
                 always.update(own.keys() - parameters)
-        return origin.moved(buffers, digests(buffers), self._origin.prints, always)
+        # a chain that was loaded apart from the optimizer's state knows its base better
+        known = {**self._origin.prints, **((self.chain.base.others if self.chain.base is not None else None) or {})}
+        return origin.moved(buffers, digests(buffers), known, always)
 
     def _continue(self, counted: dict[str, Any]) -> None:
         self.policy.load_state_dict(counted["policy"])

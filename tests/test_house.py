@@ -20,6 +20,7 @@ FLOORS = [
         "cola.adapters.lora",
         "cola.adapters.conv1d",
         "cola.adapters.codes",
+        "cola.adapters.stacked",
         "cola.adapters.quantized",
         "cola.adapters.peft",
         "cola.adapters",

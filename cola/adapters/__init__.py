@@ -8,7 +8,8 @@ from torch import nn
 
 from cola.adapters import quantized
 from cola.adapters.lora import AdaptedLayer, LoRALinear
-from cola.adapters.quantized import QuantizedLinear, StackedLinear, is_quantized
+from cola.adapters.quantized import QuantizedLinear, is_quantized
+from cola.adapters.stacked import StackedLinear
 
 __all__ = [
     "AdaptedLayer",

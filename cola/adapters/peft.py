@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import quantized
+from cola.adapters import quantized, stacked
 from cola.adapters.lora import put_pair
 from cola.extend import LayerPlan, LinkConfig
 
@@ -108,7 +108,7 @@ class PeftLayer:
         self.allowed_ranks = allowed_ranks
         self._hook = module.register_load_state_dict_pre_hook(self._make_room)
         if quantized.is_quantized(module.base_layer):
-            quantized.begin(module.base_layer)
+            stacked.begin(module.base_layer)
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -167,7 +167,7 @@ class PeftLayer:
         """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
         if spent:
             self.lora_B.zero_()
-        quantized.settle(self.module.base_layer)
+        stacked.settle(self.module.base_layer)
         self._hook.remove()
 
     def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

@@ -16,7 +16,7 @@ Nothing of bitsandbytes is imported before such a layer is tied: layers are know
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,23 @@ from torch.nn import functional as F
 
 from cola.adapters.codes import Codes, codes_of, kind_of
 from cola.adapters.lora import AdaptedLayer
+from cola.adapters.stacked import (
+    STACK,
+    StackedLinear,
+    Triple,
+    begin,
+    joined,
+    no_stack,
+    plain_class_of,
+    scaled,
+    settle,
+    stack_rank,
+    thin,
+)
 from cola.tie import Tie, delta_norm
 
 #: how links are tied to quantised weights
 QUANTIZED = ("stack", "requantize")
-#: the buffers of tied links
-STACK = ("chain_A", "chain_B")
-
-#: (A, B, s) of one link
-Triple = tuple[Tensor, Tensor, float]
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -47,10 +55,10 @@ def refusal(module: Any, *, stacked: bool = False) -> str | None:
         module: for which `is_quantized` holds.
         stacked: whether it may carry tied links already.
     """
-    name, kind = _plain(module).__name__, kind_of(module)
+    name, kind = plain_class_of(module).__name__, kind_of(module)
     if kind is None:
         return f"is a {name} of bitsandbytes: links go on its Linear4bit and Linear8bitLt"
-    if not _plain(module).forward.__module__.startswith("bitsandbytes"):
+    if not plain_class_of(module).forward.__module__.startswith("bitsandbytes"):
         return f"is a {name} with a forward of its own, which a link could not follow"
     if "forward" in vars(module):
         return "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
@@ -78,78 +86,6 @@ def refusal(module: Any, *, stacked: bool = False) -> str | None:
     return None
 
 
-class StackedLinear(nn.Module):
-    """A quantised layer with tied links beside it: ``Q(W) x + b + B̄ (Ā x)``.
-
-    Attributes:
-        chain_A: Ā, Σr×in; chain_B: B̄, out×Σr, the scales in it. Buffers, in the state dict under these names.
-    """
-
-    chain_A: Tensor
-    chain_B: Tensor
-    plain_class: ClassVar[type[nn.Module]] = nn.Module
-    _classes: ClassVar[dict[type, type]] = {}
-
-    @classmethod
-    def over(cls, plain: type[nn.Module]) -> type[nn.Module]:
-        """This class for layers of class ``plain``."""
-        made = StackedLinear._classes.get(plain)
-        if made is None:
-            made = type(f"StackedLinearOver{plain.__name__}", (StackedLinear, plain), {"plain_class": plain})
-            StackedLinear._classes[plain] = made
-        return made
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.plain_class,), self.__dict__
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The plain layer's output, and that of the tied links."""
-        out = self.plain_class.forward(self, x)
-        return out + _thin(x, self.chain_A, self.chain_B) if len(self.chain_A) else out
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """As any module's, with two things more: room for the chain in the state, and the scales of the codes.
-
-        bitsandbytes itself loads no scales into a 4-bit layer, nor into an 8-bit one that has been used.
-        """
-        A, B = (state_dict.get(prefix + name) for name in STACK)
-        if A is not None and B is not None and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]:
-            fits = A.shape[1] == self.chain_A.shape[1] and B.shape[0] == self.chain_B.shape[0]
-            if fits and A.shape != self.chain_A.shape:
-                self.chain_A, self.chain_B = self.chain_A.new_empty(A.shape), self.chain_B.new_empty(B.shape)
-        codes = codes_of(self)
-        mine, unexpected = codes.stored(), list[str]()
-        nn.Module._load_from_state_dict(
-            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
-        )
-        known = {prefix + name for name in (*mine, "weight_format")}
-        unexpected_keys += [name for name in unexpected if name not in known]
-        theirs = {name: state_dict[prefix + name] for name in mine if prefix + name in state_dict}
-        if theirs.keys() != mine.keys():
-            missing_keys += [prefix + name for name in mine if name not in theirs and name != "weight"]
-            return
-        differ = [name for name in mine if theirs[name].shape != mine[name].shape and "quant_state" not in name]
-        if differ:
-            error_msgs.append(
-                f"{prefix}{differ[0]} is {tuple(theirs[differ[0]].shape)}: of other codes than this layer"
-            )
-        else:
-            codes.write(theirs)
-
-    def extra_repr(self) -> str:
-        """The plain layer's, and the rank of the tied links."""
-        return f"{super().extra_repr()}, stacked={len(self.chain_A)}"
-
-
 class QuantizedLinear(AdaptedLayer, StackedLinear):
     """A quantised layer with a live link, and with those tied before it beside the weight or in it."""
 
@@ -158,7 +94,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
     def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         """As `AdaptedLayer.attach`, with an empty stack."""
         super().attach(A, B, scaling, dropout)
-        _add_stack(self)
+        begin(self)
 
     def detach(self, *, spent: bool = False) -> None:
         """Take the live link off. A layer with tied links beside it keeps these; any other is its plain class again."""
@@ -175,7 +111,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """``Q(W) x + b + B̄ Ā x + s·B A x``; dropout, where set, acts on the live link's input in training."""
         link_input = F.dropout(x, self.lora_dropout, self.training)
-        return StackedLinear.forward(self, x) + self.scaling * _thin(link_input, self.lora_A, self.lora_B)
+        return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_B)
 
     def composed(self, x: Tensor) -> Tensor:
         """The same function of the decoded weight: the slow twin."""
@@ -183,14 +119,14 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         out = F.linear(x.float(), weight, None if bias is None else bias.float())
         link_input = F.dropout(x.float(), self.lora_dropout, self.training)
-        return (out + self.scaling * _thin(link_input, self.lora_A, self.lora_B)).to(x.dtype)
+        return (out + self.scaling * thin(link_input, self.lora_A, self.lora_B)).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         AdaptedLayer._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
 
 @dataclass
-class Origin:
+class OriginalWeight:
     """A weight before the first knot, and what has been tied since: what re-quantising starts from at every knot.
 
     Attributes:
@@ -203,7 +139,7 @@ class Origin:
     B: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module, device: str | None = None) -> "Origin":
+    def of(cls, module: nn.Module, device: str | None = None) -> "OriginalWeight":
         """The present weight as origin.
 
         Args:
@@ -215,20 +151,20 @@ class Origin:
         stored = {name: value.to(where, copy=True) for name, value in codes.stored().items()}
         return cls(stored, torch.zeros(0, inner, device=where), torch.zeros(out, 0, device=where))
 
-    def extended(self, links: Sequence[Triple]) -> "Origin":
+    def extended(self, links: Sequence[Triple]) -> "OriginalWeight":
         """With more links tied."""
-        A, B = _joined(self.A, self.B, links)
-        return Origin(self.stored, A, B)
+        A, B = joined(self.A, self.B, links)
+        return OriginalWeight(self.stored, A, B)
 
-    def bare(self) -> "Origin":
+    def bare(self) -> "OriginalWeight":
         """With none."""
-        return Origin(self.stored, self.A[:0], self.B[:, :0])
+        return OriginalWeight(self.stored, self.A[:0], self.B[:, :0])
 
 
 @torch.no_grad()
-def obstacle(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> str | None:
+def obstacle(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> str | None:
     """Why tying would leave values that cannot be stored, as the rest of a sentence on the layer; None if it is ok."""
-    if not all(torch.isfinite(_scaled(B, s)).all() for _, B, s in links):
+    if not all(torch.isfinite(scaled(B, s)).all() for _, B, s in links):
         return "would get an s·B beyond the largest number of its dtype"
     if origin is None:
         return None
@@ -243,7 +179,7 @@ def obstacle(module: nn.Module, links: Sequence[Triple], origin: Origin | None) 
 
 
 @torch.no_grad()
-def tie(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> list[Tie]:
+def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> list[Tie]:
     """Tie links, in order, to a quantised layer.
 
     Args:
@@ -259,10 +195,10 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> li
     if not links:
         return []
     if origin is None:
-        _add_stack(module)
-        scaled = [_scaled(B, s) for _, B, s in links]
-        module.chain_A, module.chain_B = _joined(module.chain_A, module.chain_B, links)  # type: ignore[arg-type]
-        lost = [delta_norm(b.double() - B.double() * s, A, 1.0) for b, (A, B, s) in zip(scaled, links)]
+        begin(module)
+        stored = [scaled(B, s) for _, B, s in links]
+        module.chain_A, module.chain_B = joined(module.chain_A, module.chain_B, links)  # type: ignore[arg-type]
+        lost = [delta_norm(b.double() - B.double() * s, A, 1.0) for b, (A, B, s) in zip(stored, links)]
     else:
         after = origin.extended(links)
         new, error = requantized(codes_of(module), after)
@@ -273,7 +209,7 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: Origin | None) -> li
 
 
 @torch.no_grad()
-def requantized(codes: Codes, origin: Origin) -> tuple[dict[str, Tensor], float]:
+def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float]:
     """The codes of ``W₀ + ΣΔ``, and how far in Frobenius norm they are from it. Nothing is changed.
 
     It is done a block of rows at a time, from fp32 sums: no matrix of the weight's size but the new codes is held.
@@ -286,12 +222,6 @@ def requantized(codes: Codes, origin: Origin) -> tuple[dict[str, Tensor], float]
         error = torch.addmm(decode(rows), B[rows], A).sub_(again(rows))
         squares += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
     return new, squares.sqrt().item()
-
-
-def stack_rank(module: nn.Module) -> int:
-    """Rank of the links beside a layer's weight; 0 if there are none."""
-    A = module._buffers.get("chain_A")
-    return 0 if A is None else len(A)
 
 
 def parts(module: nn.Module) -> dict[str, Tensor]:
@@ -315,7 +245,7 @@ def put_parts(module: nn.Module, found: Mapping[str, Tensor]) -> None:
     """Make a layer of what `parts` gave for another like it."""
     codes = codes_of(module)
     codes.write({name: value for name, value in found.items() if name not in STACK})
-    for name, empty in zip(STACK, _no_stack(module)):
+    for name, empty in zip(STACK, no_stack(module)):
         if name in module._buffers:
             module._buffers[name] = found[name].to(codes.device, copy=True) if name in found else empty
 
@@ -329,19 +259,6 @@ def part_names(module: nn.Module) -> list[str]:
 def untie(module: nn.Module, stored: Mapping[str, Tensor]) -> None:
     """Take all tied links off: ``stored`` is the weight again, with nothing beside it (`settle` if for good)."""
     put_parts(module, {name: value for name, value in stored.items() if name not in STACK})
-
-
-def begin(module: nn.Module) -> None:
-    """Make a plain quantised layer one that links can be stacked beside, as yet none."""
-    _add_stack(module)
-
-
-def settle(module: nn.Module) -> None:
-    """Make a layer that no link is beside, live or tied, the plain one it was."""
-    if isinstance(module, StackedLinear) and not isinstance(module, AdaptedLayer) and not stack_rank(module):
-        for name in STACK:
-            del module._buffers[name]
-        module.__class__ = module.plain_class  # type: ignore[assignment]
 
 
 def hold_layout(model: nn.Module) -> list[nn.Module]:
@@ -360,45 +277,3 @@ def release_layout(held: Sequence[nn.Module]) -> None:
     """Undo `hold_layout`."""
     for module in held:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-
-
-def _thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """``B (A x)`` in x's dtype."""
-    return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
-
-
-def _scaled(B: Tensor, s: float) -> Tensor:
-    """``s·B``, rounded once; at least fp32, where s·B of a half-precision B is exact for most s."""
-    return (B.double() * s).to(torch.promote_types(B.dtype, torch.float32))
-
-
-def _joined(A: Tensor, B: Tensor, links: Sequence[Triple]) -> tuple[Tensor, Tensor]:
-    rows = [A, *(a.to(A.device) for a, _, _ in links)]
-    columns = [B, *(_scaled(b, s).to(B.device) for _, b, s in links)]
-    dtype = torch.float32
-    for tensor in (*rows, *columns):
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.cat([row.to(dtype) for row in rows]), torch.cat([column.to(dtype) for column in columns], 1)
-
-
-def _no_stack(module: nn.Module) -> tuple[Tensor, Tensor]:
-    out, inner = QuantizedLinear.shape(module)
-    device = module.weight.device
-    return torch.zeros(0, inner, device=device), torch.zeros(out, 0, device=device)  # type: ignore[arg-type]
-
-
-def _add_stack(module: Any) -> None:
-    if isinstance(module, StackedLinear) and "chain_A" in module._buffers:
-        return
-    for name, empty in zip(STACK, _no_stack(module)):
-        module.register_buffer(name, empty)
-    if not isinstance(module, StackedLinear):
-        module.__class__ = StackedLinear.over(type(module))
-
-
-def _plain(module: nn.Module) -> type[nn.Module]:
-    return module.plain_class if isinstance(module, StackedLinear) else type(module)
-
-
-def _empty(plain: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(StackedLinear.over(plain))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, is_quantized, peft, quantized, refusal
+from cola.adapters.stacked import STACK
 from cola.tie import TIEABLE
 
 logger = logging.getLogger("cola")
@@ -116,7 +117,7 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
     left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
     held = {**(module._parameters if parameters else {}), **module._buffers}
     if is_quantized(module):
-        left_out.update(quantized.STACK)
+        left_out.update(STACK)
         held.update(quantized.scales(module) if parameters else {})
     return {
         f"{path}.{name}" if path else name: tensor

@@ -93,6 +93,23 @@ def test_state_dicts_go_on_and_know_the_base(tmp_path):
         assert same(model, resumed)
 
 
+def test_a_chain_that_is_loaded_apart_tells_what_has_moved():
+    """As with distributed checkpointing, which keeps no links in the optimizer's state."""
+    model = Normed()
+    opt = wrap(model)
+    train(opt, model, 4)
+    state = {name: value for name, value in copy.deepcopy(opt.state_dict()).items() if name != "cola"}
+    weights, links = copy.deepcopy(model.state_dict()), opt.chain.state_dict()
+    train(opt, model, 2, start=4)
+    resumed = Normed()
+    again = wrap(resumed)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    again.chain.load_state_dict(links)
+    train(again, resumed, 2, start=4)
+    assert sorted(again.chain[1].trained) == sorted(opt.chain[1].trained) == MOVED
+
+
 def test_only_what_has_moved_is_written(tmp_path):
     model = Normed()
     opt = wrap(model)

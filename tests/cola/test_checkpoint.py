@@ -1,5 +1,6 @@
 """A resumed run is the run that never stopped, bit for bit; whatever does not belong together is refused."""
 
+import contextlib
 import copy
 import json
 import math
@@ -427,6 +428,50 @@ def test_a_damaged_entry_is_refused_before_anything_changes(damage):
     with pytest.raises(ValueError, match=r"'cola' entry|a link is missing"):
         other.load_state_dict(state)
     unchanged(before, everything(other))
+
+
+JUNK = (None, True, -1, 10**400, 0.5, "x", [], [None], {}, {"a": None})
+
+
+def places(value, path=()):
+    """Where in nested JSON something could be put in the place of what is there."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from places(item, (*path, key))
+
+
+def replaced(value, path, junk):
+    if not path:
+        return junk
+    copied = copy.copy(value)
+    copied[path[0]] = replaced(value[path[0]], path[1:], junk)
+    return copied
+
+
+@pytest.mark.parametrize("stop", [1, KNOT + 1])
+def test_counters_with_anything_in_the_place_of_anything_are_refused_or_harmless(stop):
+    """No other error than ValueError, and where it is raised nothing has changed."""
+    model, opt, _ = undisturbed("fp32", stop)
+    state, weights = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
+    counters = json.loads(state["param_groups"][0]["cola"])
+    for path in (
+        p for p in places(counters) if p[:1] != ("policy",) or len(p) < 2
+    ):  # those values are the policy's own
+        for junk in JUNK:
+            fresh = Net()
+            other = wrap(fresh, "fp32")
+            before = everything(other)
+            state["param_groups"][0]["cola"] = json.dumps(replaced(counters, path, junk))
+            try:
+                other.load_state_dict(state)
+            except ValueError:
+                unchanged(before, everything(other))
+            else:  # numbers and names that only say how far the run was
+                fresh.load_state_dict(weights)
+                with contextlib.suppress(RuntimeError):  # of the step that compares weights and links
+                    train(other, fresh, 1)
+                other.state_dict()
 
 
 # the encoding of an optimizer's state

@@ -288,6 +288,7 @@ def test_a_chains_state_survives_files_and_is_empty_without_links(steps):
         (lambda state: {**state, "links": state["links"][1:]}, "a link is missing"),
         (lambda state: {**state, "links": [state["links"][0][:100], state["links"][1]]}, "links/0"),
         (lambda state: {**state, "links": 3}, "not iterable"),
+        (lambda state: {"about": state["about"].replace('"missing": 0', '"missing": -1'), "links": []}, "missing=-1"),
     ],
 )
 def test_a_damaged_chains_state_is_refused_before_anything_changes(spoil, message):

@@ -434,6 +434,31 @@ def test_what_another_optimizer_trains_is_the_bases_as_it_was(tmp_path):
     assert torch.equal(fresh.head.weight, Net().head.weight)
 
 
+def test_an_adapted_weight_is_trained_by_its_links_alone():
+    model = Net()
+    opt = wrap(model)
+    groups = len(opt.param_groups)
+    for params in (model.first.weight, [model.head.weight, model.first.weight], model.first.parameters()):
+        with pytest.raises(ValueError, match="param_group holds the weight of the adapted layer 'first'"):
+            opt.add_param_group({"params": params})
+    assert len(opt.param_groups) == groups
+    assert not model.first.weight.requires_grad
+    opt.add_param_group({"params": iter([model.head.weight])})
+    assert len(opt.param_groups[-1]["params"]) == 1
+
+
+def test_an_adapted_weight_that_another_optimizer_trains_is_the_bases_as_it_was():
+    model = Net()
+    opt = wrap(model)
+    model.first.weight.requires_grad_(True)
+    other = torch.optim.SGD([model.first.weight], lr=0.1)
+    for step in range(3):
+        train(opt, model, 1, start=step)
+        other.step()
+    opt.finish()
+    assert opt.chain.base.layers["first"].digest == checksum(Net().first.weight)
+
+
 # what the chain replaces may differ
 
 
@@ -529,6 +554,13 @@ def test_a_tensor_made_of_others_and_one_that_is_quantised_have_digests():
 
     one, two = TwoTensor(torch.ones(2), torch.zeros(2)), TwoTensor(torch.ones(2), torch.ones(2))
     assert checksum(one) == checksum(TwoTensor(torch.ones(2), torch.zeros(2))) != checksum(two)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_torchs_own_quantised_tensors_have_digests():
+    """Their bytes cannot be viewed: reading them that way ends the process."""
+    one, two = (torch.quantize_per_tensor(torch.full((3,), x), 0.1, 0, torch.qint8) for x in (1.0, 2.0))
+    assert checksum(one) == checksum(one.clone()) != checksum(two)
 
 
 # the cost

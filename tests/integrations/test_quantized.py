@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.adapters import quantized
 from cola.adapters.codes import codes_of
+from cola.adapters.stacked import StackedLinear
 from cola.tie import KnotError
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -173,7 +174,7 @@ def test_a_chain_is_trained_tied_saved_resumed_applied_and_undone_bit_for_bit(ki
 
     opt.finish()
     assert [factor.rounding for link in opt.chain for factor in link.factors.values()] == [how] * 8
-    assert isinstance(model.first, quantized.StackedLinear) == (how == "stack")
+    assert isinstance(model.first, StackedLinear) == (how == "stack")
     opt.chain.save(tmp_path / "chain")
     chain, fresh = Chain.load(tmp_path / "chain"), net(kind)
     chain.apply(fresh)
@@ -242,7 +243,7 @@ def test_requantised_codes_are_those_of_the_original_weight_and_all_links(kind):
     for name in BODY:
         module, original = getattr(model, name), getattr(base, name)
         # ΣΔ as the links are stacked, in fp32
-        stacked = opt.live.origins[name]
+        stacked = opt.live.originals[name]
         weight = torch.addmm(codes_of(original).values(), stacked.B, stacked.A)
         assert torch.allclose(stacked.B @ stacked.A, opt.chain.delta(name).float(), atol=1e-5)
         if kind == "int8":
@@ -318,7 +319,7 @@ def test_codes_keep_all_of_a_large_update_and_nothing_of_a_small_one(kind, share
     before = codes_of(module).values()
     A, B = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
     s = (share * before.norm() / (B @ A).norm()).item()
-    (tie,) = quantized.tie(module, [(A, B, s)], quantized.Origin.of(module))
+    (tie,) = quantized.tie(module, [(A, B, s)], quantized.OriginalWeight.of(module))
     moved, update = codes_of(module).values() - before, s * B @ A
     assert (moved * update).sum() / update.norm() ** 2 == pytest.approx(kept, abs=0.1)
     assert tie.lost / tie.delta == pytest.approx(error, abs=0.1)
@@ -591,7 +592,7 @@ def test_small_links_that_add_up_come_through_because_the_original_weight_is_whe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = KINDS["nf4"](256, 256).to("cpu")
-    before, origin, kept = codes_of(module).values(), quantized.Origin.of(module), []
+    before, origin, kept = codes_of(module).values(), quantized.OriginalWeight.of(module), []
     A, B = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
     s = (0.01 * before.norm() / (B @ A).norm()).item()
     for links in range(1, 31):
@@ -670,8 +671,8 @@ def test_requantising_makes_no_matrix_of_the_weights_size(kind, monkeypatch):
     monkeypatch.setattr("cola.adapters.codes._BLOCK", 1 << 12)
     pair = torch.randn(2, 256), torch.randn(512, 2), 0.1
     with Largest() as made:
-        quantized.tie(module, [pair], quantized.Origin.of(module))
-        assert quantized.obstacle(module, [pair], quantized.Origin.of(module)) is None
+        quantized.tie(module, [pair], quantized.OriginalWeight.of(module))
+        assert quantized.obstacle(module, [pair], quantized.OriginalWeight.of(module)) is None
     # blocks of 16 rows; and the scales, one per 64 codes or per row
     assert 0 < made.elements <= 1 << 12
 
