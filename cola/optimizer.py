@@ -159,7 +159,8 @@ class ChainOptimizer(Saves):
         self._require_running("step()")
         args, kwargs = self._before_step(closure)
         closure = args[0] if args else kwargs.get("closure")
-        probing = closure is None and not probe.moves(self.param_groups)
+        groups = self.param_groups
+        probing = closure is None and not probe.moves(groups)
         if probing:
             self._require_live_groups()
             self._probed = probe.stateless(self.base)
@@ -170,9 +171,9 @@ class ChainOptimizer(Saves):
             self._settle_origin()
             if self._probed:
                 self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
-        groups = self._groups.before(self.param_groups)
+        before = self._groups.before(groups)
         result = self.base.step() if closure is None else self.base.step(closure)
-        self._groups.after(groups, self.param_groups)
+        self._groups.after(before, self.base.param_groups)
         if not probing:
             self._after_real_step(result)
         self._after_step(args, kwargs)
@@ -284,7 +285,8 @@ class ChainOptimizer(Saves):
     def _after_real_step(self, result: Any) -> None:
         self._bound = None
         self.steps += 1
-        self._probed = []
+        if self._probed:
+            self._probed = []
         self._loss = self._losses.take(result)
         signal = Signal(self.steps, self._epoch, self._loss, agreed_mean)
         if self.policy.update(signal):

@@ -16,13 +16,16 @@ def moves(groups: Sequence[dict[str, Any]]) -> bool:
     A warm-up step from learning rate 0 is real: it has gradients. They are read (which waits for their device) only
     when all learning rates are zero.
     """
-    grads = (p.grad for group in groups for p in group["params"] if p.grad is not None)
-    first = next(grads, None)
-    if first is None:
+    for first in (p for group in groups for p in group["params"]):
+        if first.grad is not None:
+            break
+    else:
         return False
-    if any(not _is_zero(group.get("lr", 1.0)) for group in groups):
-        return True
-    return any(bool(torch.count_nonzero(whole(grad))) for grad in (first, *grads))
+    for group in groups:
+        if not _is_zero(group.get("lr", 1.0)):
+            return True
+    grads = (p.grad for group in groups for p in group["params"] if p.grad is not None)
+    return any(bool(torch.count_nonzero(whole(grad))) for grad in grads)
 
 
 def stateless(base: Optimizer) -> list[int]:

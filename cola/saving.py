@@ -279,9 +279,9 @@ class Saves(Composed):
 
     def _require_weights(self) -> None:
         """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
-        expected, self._expected = self._expected, None
-        if expected is None:
+        if self._expected is None:
             return
+        expected, self._expected = self._expected, None
         if self._expected_format == 1:
             flipped = replay.transposed(self.live.model, self.live.layers)
             found = digest_1({path: layer.weight for path, layer in self.live.layers.items()}, flipped)

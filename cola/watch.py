@@ -75,6 +75,8 @@ class _Mean:
         self.count += 1
 
     def take(self) -> Tensor | None:
+        if self.total is None:
+            return None
         total, count = self.total, self.count
         self.total, self.count = None, 0
-        return None if total is None else torch.as_tensor(total) / count
+        return torch.as_tensor(total) / count

@@ -5,15 +5,19 @@
 
 Contenders run interleaved, in a random order within each round, on the same number of threads; a row is the ratio
 within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain,
-export, import, scaling. The exit status is 1 if a result is wrong (ours and a peer's differ) or, with --strict, if a
-target is missed.
+export, import, scaling. bench.md, bench.json and, with scaling, scaling.png land in --out.
+
+The exit status is 1 if a result is wrong (ours and a peer's differ), if a group of rows raised an error (the others are
+measured and written all the same) or, with --strict, if a target is missed; 2 if the arguments cannot be.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,33 +50,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments bench`; 1 if a result is wrong."""
     tiny_opt.quiet()
+    refused = obstacle(arguments)
+    if refused:
+        print(refused, file=sys.stderr)
+        return 2
     chosen = dict(cases(arguments.rows))
-    if not chosen:
-        names = ", ".join(name for name, _ in cases(None))
-        print(f"--rows {' '.join(arguments.rows)} names no row: choose from {names}", file=sys.stderr)
-        return 2
-    if arguments.clock == "cpu" and (arguments.threads or torch.get_num_threads()) != 1:
-        print("--clock cpu adds up the time of all threads: use it with --threads 1", file=sys.stderr)
-        return 2
     settings = Settings(arguments.seed, arguments.seconds, arguments.smoke, arguments.clock)
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or before)
     started = time.perf_counter()
     rows: list[Row] = []
+    failed: list[str] = []
     try:
         for name, measure in (bar := tqdm(chosen.items(), unit="group")):
             bar.set_description(name)
-            rows += measure(settings)
+            try:
+                rows += measure(settings)
+            except Exception:
+                failed.append(name)  # minutes of other rows are not to be lost
+                bar.write(traceback.format_exc(), file=sys.stderr)
     finally:
         torch.set_num_threads(before)
     minutes = (time.perf_counter() - started) / 60
-    arguments.out.mkdir(parents=True, exist_ok=True)
     print(report.write(rows, settings, arguments, minutes))
+    if failed:
+        print(f"not measured, for the errors above: {', '.join(failed)}", file=sys.stderr)
     wrong = [row.name for row in rows if row.right is False]
     missed = [row.name for row in rows if row.reached is False]
     if wrong:
         print(f"wrong results: {', '.join(wrong)}", file=sys.stderr)
-    return int(bool(wrong) or (arguments.strict and bool(missed)))
+    if arguments.strict and missed:
+        print(f"missed targets: {', '.join(missed)}", file=sys.stderr)
+    return int(bool(wrong or failed) or (arguments.strict and bool(missed)))
+
+
+def obstacle(arguments: argparse.Namespace) -> str | None:
+    """Why the run cannot be what was asked for, before any of it; makes the folder. None if it can."""
+    unknown = [wanted for wanted in arguments.rows or () if not wanted or not any(cases([wanted]))]
+    if unknown:
+        names = ", ".join(name for name, _ in cases(None))
+        return f"--rows {' '.join(map(repr, unknown))} names no row: choose from {names}, or the start of some"
+    if arguments.threads is not None and arguments.threads < 1:
+        return f"--threads {arguments.threads}: at least 1"
+    if not (math.isfinite(arguments.seconds) and arguments.seconds > 0):
+        return f"--seconds {arguments.seconds}: a positive number"
+    if arguments.clock == "cpu" and (arguments.threads or torch.get_num_threads()) != 1:
+        return "--clock cpu adds up the time of all threads: use it with --threads 1"
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name in report.FILES:
+            (arguments.out / name).open("a").close()
+    except OSError as error:
+        return f"--out {arguments.out} cannot be written: {error}"
+    return None
 
 
 def cases(wanted: list[str] | None) -> Iterator[tuple[str, Any]]:

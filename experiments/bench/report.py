@@ -15,6 +15,8 @@ from experiments.bench import scaling
 from experiments.bench.measure import Row, Settings
 from experiments.hardware import describe_processor
 
+#: what a run leaves in its folder, whatever is measured
+FILES = ("bench.md", "bench.json")
 PACKAGES = ("torch", "transformers", "peft", "loralib", "numpy")
 
 

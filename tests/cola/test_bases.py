@@ -202,3 +202,33 @@ def test_schedule_free_keeps_the_evaluation_loss_across_a_knot():
     shown = loss_of(model, 50, torch.float64).item()
     opt.finish()
     assert loss_of(model, 50, torch.float64).item() == pytest.approx(shown, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda g: None, set()),
+        (lambda g: g.update(lr=0.5, betas=(0.1, 0.2)), set()),  # settings, whoever writes them
+        (lambda g: g.update(k=1), {"k"}),
+        (lambda g: g.update(k=float("0")), set()),  # another object of the same value
+        (lambda g: g["d"].add_(1), {"d"}),
+        (lambda g: g.update(d=g["d"].clone()), {"d"}),
+        (lambda g: g.update(new=None), {"new"}),
+        (lambda g: g.update(other=g.pop("k")), {"other"}),  # as many entries, of the same values
+        (lambda g: g.update(d=3.0), {"d"}),
+    ],
+)
+def test_group_entries_that_a_step_changes(change, found):
+    from cola.reset import GroupWatch
+
+    for tensor in (True, False):
+        group = {"lr": 0.1, "betas": (0.9, 0.99), "k": 0.0}
+        if tensor:
+            group["d"] = torch.zeros(2)
+        elif "d" in found:
+            continue
+        watch = GroupWatch()
+        before = watch.before([group])
+        change(group)
+        watch.after(before, [group])
+        assert watch.changed == found

@@ -40,12 +40,44 @@ def test_from_end_to_end(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--rows", "nonsense"], "names no row: choose from layer/fp32"),
+        (["--rows", "chain", "nonsense"], "--rows 'nonsense' names no row"),
+        (["--rows", ""], "--rows '' names no row"),
+        (["--threads", "0"], "--threads 0: at least 1"),
+        (["--seconds", "0"], "--seconds 0.0: a positive number"),
+        (["--seconds", "nan"], "a positive number"),
         (["--clock", "cpu", "--threads", "2"], "use it"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message, tmp_path, capsys):
     assert main(["bench", "--out", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bench" / "bench.md").mkdir(parents=True)
+    for out in ("file", "file/below", "bench"):
+        assert main(["bench", "--out", str(tmp_path / out)]) == 2
+        assert f"--out {tmp_path / out} cannot be written" in capsys.readouterr().err
+
+
+def test_one_group_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):
+    def broken(settings):
+        yield Row("a/half", "", Spread.of([1.0]))
+        raise RuntimeError("no compiler")
+
+    class Group:
+        @staticmethod
+        def cases():
+            yield "a", broken
+            yield "b", lambda settings: [Row("b", "", Spread.of([1.0]))]
+
+    monkeypatch.setattr(bench, "GROUPS", (Group,))
+    assert main(["bench", "--out", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert "no compiler" in errors
+    assert "not measured, for the errors above: a" in errors
+    assert [row["name"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["a/half", "b"]
 
 
 @pytest.mark.parametrize(
