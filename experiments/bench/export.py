@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from cola import Chain, Factor, KnotReport, Link
-from experiments.bench.measure import Row, Settings, Spread, medians, race, ratio
+from experiments.bench.measure import CLOCKS, Row, Settings, Spread, medians, race, ratio
 
 RANK = 8
 
@@ -29,26 +29,29 @@ def svd(settings: Settings) -> Iterator[Row]:
     report = KnotReport(0, 0, RANK, 0.0, 0.0, None, 0.0)
     pairs = [(torch.randn(RANK, d, generator=g), torch.randn(d, RANK, generator=g)) for _ in range(links)]
     chain = Chain(Link(i, 0, {"proj": Factor(A, B, 2.0, "nearest")}, {}, report) for i, (A, B) in enumerate(pairs))
-    ours, errors = [], {}
+    update = 2.0 * torch.cat([B for _, B in pairs], dim=1) @ torch.cat([A for A, _ in pairs])
+    ours, errors, missed, clock = [], {}, 0.0, CLOCKS[settings.clock]
     for _ in range(2 if settings.smoke else 4):
         with tempfile.TemporaryDirectory() as directory:
-            started = time.perf_counter()
+            started = clock()
             errors = chain.to_peft(directory, r=r)
-            ours.append(time.perf_counter() - started)
-    # in single precision, the faster of the two, and once: it takes half a minute
-    update = 2.0 * torch.cat([B for _, B in pairs], dim=1) @ torch.cat([A for A, _ in pairs])
-    started = time.perf_counter()
+            ours.append(clock() - started)
+            written = Chain.from_peft(directory)[0].factors["proj"].delta(torch.float32)
+        missed = (update - written).double().norm().item()
+    # in single precision, the faster of the two, and once: it takes a minute or more
+    started = clock()
     _, values, _ = torch.linalg.svd(update, full_matrices=False)
-    dense = time.perf_counter() - started
+    dense = clock() - started
     wanted = values[r:].double().square().sum().sqrt().item()
     total = links * RANK
     yield Row(
         "export/svd", f"export with SVD to rank {r}, Σr = {total}, d = {d}, in float64, files written: times faster "
-        "than a dense SVD in fp32", Spread.of(dense / torch.tensor(ours[1:]).numpy()), 20.0, at_least=True,
+        "than a dense SVD in fp32", Spread.of(dense / np.array(ours[1:])), 20.0, at_least=True,
         limit=20 * d**3 / (2 * 4 * d * total**2 + 20 * total**3),
         limited_by="FLOPs: two QRs of d×Σr and an SVD of Σr×Σr for one of d×d",
         between="float64 runs at half the rate; the norm of the update is a decomposition of its own",
-        right=abs(errors["proj"] - wanted) <= 1e-3 * wanted, beside={"dense_s": dense, "export_s": min(ours)},
+        right=all(abs(error - wanted) <= 1e-3 * wanted for error in (errors["proj"], missed)),  # said, and written
+        beside={"dense_s": dense, "export_s": float(np.median(ours[1:]))},
     )  # fmt: skip
 
 

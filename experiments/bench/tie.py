@@ -81,10 +81,11 @@ def is_right(weight: Tensor, left: Tensor, right: Tensor, rounding: str, seed: i
     exact = part.double() + 1e-3 * left.double() @ right.double()
     tie = tie_(part, left, right, 1e-3, rounding=rounding, seed=seed, residual=kept)
     error = part.double() - exact
-    # a unit in the last place, and the rounding in fp32 of products of length r and of the sum
+    # half a unit in the last place, or a whole one at random, and the rounding of products of length r and of the sum
     products = 1e-3 * left.double().abs() @ right.double().abs()
     slack = torch.finfo(torch.float32).eps * ((RANK + 2) * products + exact.abs())
-    near = bool((error.abs() <= torch.finfo(weight.dtype).eps * exact.abs() + slack).all())
+    unit = torch.finfo(weight.dtype).eps * (1.0 if rounding == "stochastic" else 0.5)
+    near = bool((error.abs() <= unit * exact.abs() + slack).all())
     return near and abs(tie.deviation - error.norm().item()) <= slack.norm().item()
 
 

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots
 from experiments import bench
 from experiments.__main__ import main
-from experiments.bench import layer, measure, scaling, step, tie
+from experiments.bench import export, knot, layer, measure, scaling, step, tie
 from experiments.bench.measure import Row, Settings, Spread, peak_bytes, race, ratio, saved_bytes
 
 pytest.importorskip("peft", reason="PEFT is what the benchmark compares with")
@@ -135,9 +137,31 @@ def test_the_comparisons_notice_a_wrong_result():
     W, L, R = torch.randn(64, 32), torch.randn(64, 8), torch.randn(8, 32)
     assert tie.is_right(W, L, R, "nearest", 0)
     assert not tie.is_right(W, L, R * float("nan"), "nearest", 0)
+    model = nn.Sequential(nn.Linear(2, 2))
+    ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=1, target_modules="all-linear"), lr=0.1)
+    nn.init.ones_(model[0].lora_B)
+    inputs = torch.ones(1, 2)
+    base = nn.functional.linear(inputs, model[0].weight, model[0].bias).sum().item()
+    assert knot.without_link(model, lambda: model(inputs).sum().item()) == base
+    assert model[0].lora_B.eq(1).all()
     with step.Reads() as reads:
         torch.ones(()).item()
     assert reads.count == 1
+
+
+def test_an_export_that_writes_something_else_is_wrong(monkeypatch):
+    (row,) = export.svd(SMOKE)
+    assert row.right
+    honest = Chain.to_peft
+
+    def other(self, directory, r):
+        errors = honest(self, directory, r=r)
+        honest(self, directory, r=r - 1)
+        return errors
+
+    monkeypatch.setattr(Chain, "to_peft", other)
+    (row,) = export.svd(SMOKE)
+    assert row.right is False
 
 
 def test_slopes_are_those_of_the_points():
