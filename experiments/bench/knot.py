@@ -98,6 +98,7 @@ def peft_merge(make: object, settings: Settings) -> dict[str, float]:
 def chain(settings: Settings) -> Iterator[Row]:
     """A hundred links on the q and v of OPT-125M: tensors outside the ledger, and the ledger's own."""
     layers, width, links = (2, 32, 10) if settings.smoke else (24, 768, 100)
+    others = plain_tensors()  # held, lest what others leave behind is freed in between and counted as a shrinking
     model = models.stack(layers, width)
     opt = ChainOptimizer(
         torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules="all-linear"), lr=1e-4
@@ -116,6 +117,7 @@ def chain(settings: Settings) -> Iterator[Row]:
     for _ in range(links - 1):
         link()
     later, grown = live_bytes(opt)
+    del others
     per_link = sum(2 * 8 * width * 4 for _ in range(layers))
     yield Row(
         "chain/device", f"chain of {links} links on {layers} layers of width {width}: growth of all tensors that are "
@@ -128,15 +130,18 @@ def chain(settings: Settings) -> Iterator[Row]:
     )  # fmt: skip
 
 
+def plain_tensors() -> list[torch.Tensor]:
+    """All tensors that the collector knows, of exactly these types: what a compiler traces with has no memory."""
+    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    return [t for t in found if not torch._is_functional_tensor(t) and t.layout == torch.strided]
+
+
 def live_bytes(opt: ChainOptimizer) -> tuple[int, int]:
     """Bytes of the storages of all tensors that are alive: outside the chain, and in it."""
     inside = {t.untyped_storage().data_ptr() for link in opt.chain for f in link.factors.values() for t in (f.A, f.B)}
     gc.collect()
     sizes: dict[int, int] = {}
-    # of exactly these types: what the compiler traces with has no memory
-    for tensor in (o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)):
-        if torch._is_functional_tensor(tensor) or tensor.layout != torch.strided:
-            continue
+    for tensor in plain_tensors():
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     # what hangs in C++ alone is not listed by the collector: parameters, gradients and state are
     held: list[torch.Tensor] = [*opt.model.parameters(), *opt.model.buffers()]
