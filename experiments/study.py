@@ -63,8 +63,8 @@ ARMS: Mapping[str, Arm] = {
     "cola-3-16": _adam("COLA, 3 links, rank 16", Method.cola(3, ranks=(16,))),
     "lora-32": _adam("LoRA, rank 32", Method.lora(32)),
     "cola-3-32": _adam("COLA, 3 links, rank 32", Method.cola(3, ranks=(32,))),
-    "sgd-lora": Arm("SGD LoRA", Method.lora(base="SGD"), _SGD, 0.8),
-    "sgd-cola-3": Arm("SGD COLA, 3 links", Method.cola(3, base="SGD"), _SGD, 0.8),
+    "sgd-lora": Arm("SGD LoRA", Method.lora(base="SGD"), _SGD, 0.1),
+    "sgd-cola-3": Arm("SGD COLA, 3 links", Method.cola(3, base="SGD"), _SGD, 0.1),
     "adagrad-lora": Arm("Adagrad LoRA", Method.lora(base="Adagrad"), _ADAGRAD, 1.6e-2),
     "adagrad-cola-3": Arm("Adagrad COLA, 3 links", Method.cola(3, base="Adagrad"), _ADAGRAD, 1.6e-2),
 }
