@@ -53,21 +53,24 @@ class LowRankLinear(torch.autograd.Function):
         x, weight, A, B, reduced = ctx.saved_tensors
         s = ctx.scaling
         flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        down, up = A.to(grad.dtype), B.to(grad.dtype)
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         mask = kept(flat, ctx.dropout, ctx.seed) if ctx.dropout and (needs_x or needs_A) else None
         if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
-            reduced = _masked(flat, mask) @ A.to(x.dtype).t()
+            reduced = _masked(flat, mask) @ down.t()
         grad_x = grad_bias = grad_A = grad_B = None
+        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone
         if needs_x or needs_A:
-            grad_reduced = (grad @ B.to(grad.dtype)) * s
+            grad_reduced = grad @ up
             if needs_A:
-                grad_A = (grad_reduced.t() @ _masked(flat, mask)).to(A.dtype)
+                grad_A = torch.addmm(down, grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s).to(A.dtype)
             if needs_x and mask is None:
-                grad_x = (grad @ weight).addmm_(grad_reduced, A.to(grad.dtype)).view(x.shape)
+                grad_x = (grad @ weight).addmm_(grad_reduced, down, alpha=s).view(x.shape)
             elif needs_x:
-                grad_x = (grad @ weight).add_(_masked(grad_reduced @ A.to(grad.dtype), mask)).view(x.shape)
-        if needs_B:  # r×out first: BLAS is twice as fast that way round
-            grad_B = ((reduced.t() @ grad) * s).t().contiguous().to(B.dtype)
+                through = torch.addmm(flat, grad_reduced, down, beta=0, alpha=s)
+                grad_x = (grad @ weight).add_(_masked(through, mask)).view(x.shape)
+        if needs_B:  # r×out first: BLAS is twice as fast that way round, and autograd turns it as it stores it
+            grad_B = torch.addmm(up.t(), reduced.t(), grad, beta=0, alpha=s).t().to(B.dtype)
         if needs_bias:
             grad_bias = grad.sum(0)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None

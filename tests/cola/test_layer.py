@@ -66,6 +66,32 @@ def test_fast_path_equals_composed(conv1d, out, inner, r, bias, lead, train_bias
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
+def test_stored_gradients_are_laid_out_as_their_parameters(conv1d):
+    """Fused and foreach optimizers, and buckets of gradients, want that; the backward makes B's transposed."""
+    layer = adapted(conv1d=conv1d)
+    for _ in range(2):  # stored, then added to
+        layer(inputs(layer, 4)).sum().backward()
+        assert layer.lora_A.grad.stride() == layer.lora_A.stride()
+        assert layer.lora_B.grad.stride() == layer.lora_B.stride()
+
+
+def test_a_batch_without_rows_has_zero_gradients():
+    layer = adapted()
+    layer(inputs(layer, 0)).sum().backward()
+    assert not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
+
+
+def test_what_lends_its_shape_alone_may_hold_anything():
+    """`addmm` with beta=0 reads no value of its first argument: a zero link passes no NaN of A on."""
+    layer = adapted()
+    with torch.no_grad():
+        layer.lora_A.fill_(float("nan"))
+        layer.lora_B.zero_()
+    found = torch.autograd.grad(layer(inputs(layer, 4)).sum(), [layer.lora_A])
+    assert torch.equal(found[0], torch.zeros_like(found[0]))
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("trained", ["AB", "A", "B"])
 def test_gradients_to_second_order(conv1d, trained):
     layer = adapted(3, 4, 2, conv1d=conv1d)
