@@ -110,6 +110,7 @@ class ChainOptimizer(Saves):
         self.chain = Chain(keep=keep_links)
         self._digests = Digests()
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
+        self._ready = False
         self.steps = 0
         self.finished = False
         self._knotting = False
@@ -136,7 +137,7 @@ class ChainOptimizer(Saves):
         self.base.add_param_group(param_group)
         factors = {id(p) for p in self.live.adapters()}
         self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
-        self._origin.settled = False
+        self._origin.settled = self._ready = False
 
     # training
 
@@ -163,19 +164,19 @@ class ChainOptimizer(Saves):
         probing = closure is None and not probe.moves(groups)
         if probing:
             self._require_live_groups()
-            self._probed = probe.stateless(self.base)
-        else:
-            self._require_weights()
-            if self._bound is not None:
-                self._require_live_groups()
-            self._settle_origin()
-            if self._probed:
-                self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
+            self._probed, self._ready = probe.stateless(self.base), False
+        elif not self._ready:
+            self._get_ready()
         before = self._groups.before(groups)
         result = self.base.step() if closure is None else self.base.step(closure)
         self._groups.after(before, self.base.param_groups)
         if not probing:
-            self._after_real_step(result)
+            if not self._ready:
+                self._bound, self._probed, self._ready = None, [], True
+            self.steps += 1
+            self._loss = self._losses.take(result)
+            if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):
+                self._knot(extend=True)
         self._after_step(args, kwargs)
         return result
 
@@ -282,15 +283,14 @@ class ChainOptimizer(Saves):
         self.base.state.clear()
         self._reset([p for group in self.base.param_groups for p in group["params"]])
 
-    def _after_real_step(self, result: Any) -> None:
-        self._bound = None
-        self.steps += 1
+    def _get_ready(self) -> None:
+        """Before the first real step, and the first after groups were added, a state loaded or a probe step taken."""
+        self._require_weights()
+        if self._bound is not None:
+            self._require_live_groups()
+        self._settle_origin()
         if self._probed:
-            self._probed = []
-        self._loss = self._losses.take(result)
-        signal = Signal(self.steps, self._epoch, self._loss, agreed_mean)
-        if self.policy.update(signal):
-            self._knot(extend=True)
+            self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
 
     def _knot(self, *, extend: bool) -> KnotReport:
         """Prepare, commit, announce: all that can fail comes first, on copies; then the weights change, whole."""

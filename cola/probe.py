@@ -16,11 +16,14 @@ def moves(groups: Sequence[dict[str, Any]]) -> bool:
     A warm-up step from learning rate 0 is real: it has gradients. They are read (which waits for their device) only
     when all learning rates are zero.
     """
-    for first in (p for group in groups for p in group["params"]):
-        if first.grad is not None:
-            break
-    else:
-        return False
+    for group in groups:  # plain loops: nearly always the first parameter decides, at every step
+        for p in group["params"]:
+            if p.grad is not None:
+                return _may_move(groups)
+    return False
+
+
+def _may_move(groups: Sequence[dict[str, Any]]) -> bool:
     for group in groups:
         if not _is_zero(group.get("lr", 1.0)):
             return True

@@ -33,6 +33,7 @@ class Saves(Composed):
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
+    _ready: bool  # what must be looked at before a step has been
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
     _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
     _expected_format: int = counters.VERSION
@@ -362,6 +363,7 @@ class Saves(Composed):
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
         self._expected, self._expected_format = counted.get("weights"), counted["version"]
         self._knots = counted.get("knots")
+        self._ready = False
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):

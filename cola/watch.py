@@ -50,8 +50,8 @@ class LossWatch:
         A closure may run the model many times in one step (LBFGS); what it returns is the loss of the first.
         """
         told, seen = self.told.take(), self.seen.take()
-        if told is not None:
-            return told
+        if told is not None or result is None:
+            return seen if told is None else told
         if isinstance(result, numbers.Real) or (isinstance(result, Tensor) and result.numel() == 1):
             return torch.as_tensor(result).detach().reshape(())
         return seen
@@ -70,7 +70,7 @@ class _Mean:
 
     def add(self, value: Tensor | float) -> None:
         if isinstance(value, Tensor):
-            value = value.detach().reshape(())
+            value = value.detach() if value.dim() == 0 else value.detach().reshape(())
         self.total = value if self.total is None else self.total + value
         self.count += 1
 
@@ -79,4 +79,4 @@ class _Mean:
             return None
         total, count = self.total, self.count
         self.total, self.count = None, 0
-        return torch.as_tensor(total) / count
+        return torch.as_tensor(total) / count  # a copy: the caller's loss may be a buffer that is written again
