@@ -59,7 +59,10 @@ class LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
             reduced = _masked(flat, mask) @ down.t()
         grad_x = grad_bias = grad_A = grad_B = None
-        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone
+        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone. The small
+        # products come before the large one, which leaves nothing of the gradient in the caches.
+        if needs_B:  # r×out first: BLAS is twice as fast that way round, and autograd turns it as it stores it
+            grad_B = torch.addmm(up.t(), reduced.t(), grad, beta=0, alpha=s).t().to(B.dtype)
         if needs_x or needs_A:
             grad_reduced = grad @ up
             if needs_A:
@@ -69,8 +72,6 @@ class LowRankLinear(torch.autograd.Function):
             elif needs_x:
                 through = torch.addmm(flat, grad_reduced, down, beta=0, alpha=s)
                 grad_x = (grad @ weight).add_(_masked(through, mask)).view(x.shape)
-        if needs_B:  # r×out first: BLAS is twice as fast that way round, and autograd turns it as it stores it
-            grad_B = torch.addmm(up.t(), reduced.t(), grad, beta=0, alpha=s).t().to(B.dtype)
         if needs_bias:
             grad_bias = grad.sum(0)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None
