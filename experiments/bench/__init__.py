@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from experiments import tiny_opt
 from experiments.bench import compiled, export, knot, layer, report, scaling, step, tie
-from experiments.bench.measure import CLOCKS, Row, Settings
+from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
 
 GROUPS = (layer, step, tie, compiled, knot, export, scaling)
 
@@ -58,6 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
     settings = Settings(arguments.seed, arguments.seconds, arguments.smoke, arguments.clock)
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or before)
+    warm_heap()
     started = time.perf_counter()
     rows: list[Row] = []
     failed: list[str] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -17,6 +18,7 @@ from cola.tie import tie_
 from experiments.bench.measure import Row, Settings, medians, race, ratio
 
 RANK = 8
+COMPILERS = ("g++", "clang++", "c++")
 
 
 def cases() -> Iterator[tuple[str, object]]:
@@ -27,7 +29,8 @@ def cases() -> Iterator[tuple[str, object]]:
 
 def rows(dtype: str, settings: Settings) -> Iterator[Row]:
     """Time to ``W.add_`` of a tie compiled for its shape; needs a C++ compiler."""
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if not any(map(shutil.which, COMPILERS)):
+        warnings.warn(f"compiled/{dtype} is left out: it needs one of {', '.join(COMPILERS)} on the PATH", stacklevel=2)
         return
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     size = 64 if settings.smoke else 4096

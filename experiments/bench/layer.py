@@ -21,8 +21,8 @@ TO_PEFT = {("fp32", "1024x768", 0.0): 0.92}
 TO_FROZEN = {("fp32", "1024x768"): 1.12, ("fp32", "2048x2048"): 1.11, ("bf16", "2048x2048"): 1.06}
 BETWEEN = (
     "products with a side of 8 run at bandwidth, not at the arithmetic peak: x and the gradient are read twice more, "
-    "the output and dx are read and written once more, as long as four copies of x; `floor` has these four beside the "
-    "frozen layer, and only a kernel that fuses the link into the large product could go below it"
+    "the output and dx are read and written once more, as long as four copies of x; the floor has these four beside "
+    "the frozen layer, and only a kernel that fuses the link into the large product could go below it"
 )
 
 
@@ -59,7 +59,7 @@ def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) 
         f"{name}/frozen", f"layer, {words}: time to the frozen one's", ratio(times, "cola", "frozen"),
         None if dropout else TO_FROZEN.get((dtype, shape)), limit=1 + 3 * RANK / d,
         limited_by="FLOPs: 12·tokens·r·d beside 4·tokens·d², 1 + 3r/d", between=BETWEEN, right=right,
-        beside={"peft": ratio(times, "peft", "frozen").median, "floor": 1 + 4 * ratio(times, "copy", "frozen").median},
+        floor=1 + 4 * ratio(times, "copy", "frozen").median, beside={"peft": ratio(times, "peft", "frozen").median},
     )  # fmt: skip
     saved = {key: saved_bytes(layer, x) for key, layer in layers.items()}
     yield Row(

@@ -69,6 +69,7 @@ class Row:
         at_least: whether the value should be above its target, not below.
         limit: what arithmetic and bandwidth allow; None if nothing bounds it.
         limited_by: where the limit comes from.
+        floor: the least that a program of today's kernels can take, measured in the same rounds; None if unknown.
         between: what stands between the value and its limit.
         right: whether the results were what they should be; None if there is nothing to compare.
         beside: other figures of the same run.
@@ -81,6 +82,7 @@ class Row:
     at_least: bool = False
     limit: float | None = None
     limited_by: str = ""
+    floor: float | None = None
     between: str = ""
     right: bool | None = None
     beside: Mapping[str, float] = field(default_factory=dict)
@@ -91,6 +93,19 @@ class Row:
         if self.target is None:
             return None
         return self.value.median >= self.target if self.at_least else self.value.median <= self.target
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether the target lies below the floor."""
+        return self.target is not None and self.floor is not None and not self.at_least and self.target < self.floor
+
+
+def warm_heap() -> None:
+    """Make the C library keep freed memory of up to 32 MB, as it does once a training process has freed so much.
+
+    Until then it gives freed activations back, and whoever is timed next pays for hundreds of page faults.
+    """
+    torch.empty(1 << 25, dtype=torch.uint8).fill_(1)
 
 
 def race(work: Mapping[str, Work], settings: Settings, rounds: tuple[int, int] = (7, 400)) -> dict[str, np.ndarray]:

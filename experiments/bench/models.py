@@ -46,8 +46,8 @@ def llama_like(smoke: bool) -> nn.Module:
 #: name -> (in words, model, sequences, tokens)
 MODELS: Mapping[str, tuple[str, Callable[[bool], nn.Module], int, int]] = {
     "tiny-opt": ("the demo's tiny OPT", tiny, 4, 256),
-    "opt-125m": ("OPT-125M's shape", opt_125m, 1, 128),
-    "llama": ("Llama-like, width 512", llama_like, 2, 128),
+    "opt-125m": ("OPT-125M's shape", opt_125m, 2, 256),
+    "llama": ("Llama-like, width 512", llama_like, 4, 256),
 }
 
 

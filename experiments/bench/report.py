@@ -27,7 +27,7 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
     written = {
         "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(), "minutes": minutes,
         "settings": asdict(settings),
-        "rows": [asdict(row) | {"reached": row.reached} for row in rows],
+        "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
     (arguments.out / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
     curves = [scaling.Curve(**row.beside) for row in rows if row.name.startswith("scaling/")]  # type: ignore[arg-type]
@@ -39,20 +39,24 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
 def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace, minutes: float) -> str:
     """The table: measured, target, verdict, limit; then what stands between, once per kind."""
     reached = [row.reached for row in rows if row.reached is not None]
+    out_of_reach = sum(row.out_of_reach and row.reached is False for row in rows)
     lines = [
         f"{describe_processor()}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
         + ", ".join(f"{name} {number}" for name, number in versions().items())
         + f"; {settings.clock} time; {minutes:.1f} minutes; {sum(reached)} of {len(reached)} targets reached"
+        + (f", {out_of_reach} of the others lie below their floors" if out_of_reach else "")
         + ("; SMOKE: the figures mean nothing" if settings.smoke else "")
         + ".",
         "",
-        "| row | what | median (10–90 %) | target | | limit | beside |",
-        "|---|---|---|---|---|---|---|",
+        "| row | what | median (10–90 %) | target | | floor | limit | beside |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
-        limit = "" if row.limit is None else f"{row.limit:.3g}"
-        lines.append(f"| {row.name} | {row.what} | {row.value} | {target} | {verdict(row)} | {limit} | {beside(row)} |")
+        floor, limit = ("" if bound is None else f"{bound:.3g}" for bound in (row.floor, row.limit))
+        lines.append(
+            f"| {row.name} | {row.what} | {row.value} | {target} | {verdict(row)} | {floor} | {limit} | {beside(row)} |"
+        )
     kinds: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.limited_by:
@@ -64,13 +68,17 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
 
 
 def verdict(row: Row) -> str:
-    """PASS, FAIL or nothing; `~` where the middle 80 % of the rounds lie on both sides; WRONG results."""
+    """PASS, FAIL or nothing; `~` where the middle 80 % of the rounds lie on both sides; WRONG results.
+
+    `FLOOR` for FAIL where the target itself lies below what today's kernels can do.
+    """
     if row.right is False:
         return "WRONG"
     if row.reached is None or row.target is None:
         return ""
     between = row.value.count > 1 and row.value.low < row.target < row.value.high
-    return ("PASS" if row.reached else "FAIL") + ("~" if between else "")
+    missed = "FLOOR" if row.out_of_reach else "FAIL"
+    return ("PASS" if row.reached else missed) + ("~" if between else "")
 
 
 def beside(row: Row) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,53 +16,65 @@ from experiments.bench import models
 from experiments.bench.measure import Row, Settings, Spread, medians, race, ratio
 
 LR = 1e-4
+RANK = 8
+#: by what stands behind the model's name: the paper's targets, and those of QLoRA
+ADAPTED: Mapping[str, list[str] | str] = {"": models.TARGETS, "/all-linear": "all-linear"}
 
 
 def cases() -> Iterator[tuple[str, object]]:
     """Name and function of each group of rows."""
-    for name in models.MODELS:
-        yield f"step/{name}", partial(training, f"step/{name}", name)
+    for model in models.MODELS:
+        for suffix, targets in ADAPTED.items():
+            yield f"step/{model}{suffix}", partial(training, f"step/{model}{suffix}", model, targets)
     yield "overhead", overhead
 
 
-def training(name: str, key: str, settings: Settings) -> Iterator[Row]:
+def training(name: str, key: str, targets: list[str] | str, settings: Settings) -> Iterator[Row]:
     """A whole step: forward, backward, update, gradients set to None."""
     words, make, sequences, tokens = models.MODELS[key]
     if settings.smoke:
         sequences, tokens = 1, 8
-    steps = contenders(make, sequences, tokens, settings)
+    steps = contenders(make, targets, sequences, tokens, settings)
     losses = [(steps["cola"]().item(), steps["peft"]().item()) for _ in range(3)]
     right = all(abs(a - b) <= 1e-3 * abs(b) for a, b in losses)  # both are trained: three equal steps
     times = race(steps, settings)
+    adapted = "q and v" if targets == models.TARGETS else "all linear layers"
     yield Row(
-        name, f"training step, {words}, {sequences}×{tokens} tokens, fp32: time to PEFT's with AdamW",
+        name, f"training step, {words}, {adapted}, {sequences}×{tokens} tokens, fp32: time to PEFT's with AdamW",
         ratio(times, "cola", "peft"), 0.95, limit=ratio(times, "frozen", "peft").median,
-        limited_by="the model's own forward and backward to the first adapted layer, measured in the same run",
-        between="the links' products in q and v, and AdamW's step", right=right, beside=medians(times),
+        floor=ratio(times, "floor", "peft").median,
+        limited_by="the model's own forward and backward to the first adapted layer, with nothing adapted; the floor "
+        "is that, AdamW's step, and the links' bare products",
+        between="the links' products between large ones, whose data have left the caches; some 20 calls per layer",
+        right=right, beside=medians(times),
     )  # fmt: skip
 
 
-def contenders(make: Any, sequences: int, tokens: int, settings: Settings) -> dict[str, Callable[[], Tensor]]:
-    """Steps, returning the loss, of a chain and of PEFT from the same weights and factors; and of neither."""
+def contenders(
+    make: Any, targets: list[str] | str, sequences: int, tokens: int, settings: Settings
+) -> dict[str, Callable[[], Tensor]]:
+    """Steps, returning the loss, of a chain and of PEFT from the same weights and factors; of neither; of the floor."""
     import peft
 
     mine = make(settings.smoke)
     other, frozen = copy.deepcopy(mine), copy.deepcopy(mine).requires_grad_(False)
     ids = models.batch(mine, sequences, tokens, settings.generator())
-    link = LinkConfig(r=8, lora_alpha=16, target_modules=models.TARGETS)
+    link = LinkConfig(r=RANK, lora_alpha=16, target_modules=targets)
     opt = ChainOptimizer(torch.optim.AdamW, mine, NeverKnots(), link=link, lr=LR)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=models.TARGETS)
-    adapted = peft.get_peft_model(other, config)
+    adapted = peft.get_peft_model(other, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=targets))
     factors = {n: p for n, p in mine.named_parameters() if "lora_A" in n}
     with torch.no_grad():
         for name, p in adapted.named_parameters():
             if "lora_A" in name:
                 p.copy_(factors[name.removeprefix("base_model.model.").replace(".default.weight", "")])
     base = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR)
+    layers = {n: m for n, m in mine.named_modules() if hasattr(m, "lora_A")}
     # a frozen model that is differentiated as far down as an adapted one, and has nothing to update
-    first = {t: next(m for n, m in frozen.named_modules() if n.endswith(t)) for t in models.TARGETS}
-    for module in first.values():
-        module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    for name in {name.rpartition(".")[2]: name for name in reversed(layers)}.values():
+        frozen.get_submodule(name).register_forward_hook(lambda module, args, output: output.requires_grad_())
+    for model in (mine, adapted, frozen):
+        model.train()
+    least = bare(layers, lambda: mine(input_ids=ids))
 
     def run(model: Any, optimizer: Any) -> Tensor:
         loss = model(input_ids=ids, labels=ids).loss
@@ -72,20 +84,63 @@ def contenders(make: Any, sequences: int, tokens: int, settings: Settings) -> di
             optimizer.zero_grad()
         return loss
 
-    for model in (mine, adapted, frozen):
-        model.train()
+    def floor() -> Tensor:
+        least()
+        return run(frozen, None)
+
     return {
         "cola": partial(run, mine, opt),
         "peft": partial(run, adapted, base),
         "frozen": partial(run, frozen, None),
+        "floor": floor,
     }
+
+
+def bare(layers: Mapping[str, Any], forward: Callable[[], object]) -> Callable[[], None]:
+    """The links' products and AdamW's step and nothing else: without autograd, into buffers that are reused.
+
+    Each layer has an input of its own, which is read from memory once and from the caches from then on.
+    """
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
+        for name, layer in layers.items()
+    ]
+    forward()
+    for handle in handles:
+        handle.remove()
+    outputs: dict[tuple[int, int], Tensor] = {}
+    work = []
+    for name, layer in layers.items():
+        (r, n), m, rows = layer.lora_A.shape, layer.lora_B.shape[0], inputs[name].numel() // layer.lora_A.shape[1]
+        y = outputs.setdefault((rows, m), torch.zeros(rows, m))
+        buffers = [torch.zeros(shape) for shape in ((rows, n), (rows, r), (r, n), (r, m))]
+        work.append((y, *buffers, layer.lora_A.detach(), layer.lora_B.detach(), inputs[name].requires_grad))
+    factors = [p.detach().clone().requires_grad_() for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    for p in factors:
+        p.grad = torch.zeros_like(p)
+    base = torch.optim.AdamW(factors, lr=LR)
+
+    @torch.no_grad()
+    def least() -> None:
+        for y, x, h, dA, dB, A, B, wants_dx in work:
+            torch.mm(x, A.t(), out=h)
+            y.addmm_(h, B.t())
+            torch.mm(y, B, out=h)
+            torch.mm(h.t(), x, out=dA)
+            torch.mm(h.t(), y, out=dB)
+            if wants_dx:
+                x.addmm_(h, A)
+        base.step()
+
+    return least
 
 
 def overhead(settings: Settings) -> Iterator[Row]:
     """`step()` without a knot over `base.step()`, on the factors of OPT-125M, and how often each waits."""
     layers, width = (2, 16) if settings.smoke else (24, 768)
     model = models.stack(layers, width)
-    link = LinkConfig(r=8, target_modules="all-linear")
+    link = LinkConfig(r=RANK, target_modules="all-linear")
     opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=link, lr=1e-6)
     g = settings.generator()
     for group in opt.param_groups:

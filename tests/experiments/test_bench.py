@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots
 from experiments import bench
 from experiments.__main__ import main
-from experiments.bench import export, knot, layer, measure, scaling, step, tie
+from experiments.bench import export, knot, layer, measure, models, report, scaling, step, tie
 from experiments.bench.measure import Row, Settings, Spread, peak_bytes, race, ratio, saved_bytes
 
 pytest.importorskip("peft", reason="PEFT is what the benchmark compares with")
@@ -34,7 +35,7 @@ def test_from_end_to_end(tmp_path, capsys):
     assert written["settings"]["seed"] == 3
     assert {"torch", "peft"} <= set(written["versions"])
     assert (tmp_path / "bench.md").read_text().strip() == shown.strip()
-    assert all(len(line.split("|")) == 9 for line in shown.splitlines() if line.startswith("|"))
+    assert all(len(line.split("|")) == 10 for line in shown.splitlines() if line.startswith("|"))
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,6 +102,38 @@ def test_the_exit_status(row, strict, status, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "GROUPS", (Group,))
     assert main(["bench", "--out", str(tmp_path), *["--strict"] * strict]) == status
     assert ("wrong results: a" in capsys.readouterr().err) == (row.right is False)
+
+
+@pytest.mark.parametrize(
+    ("value", "floor", "shown"),
+    [(1.2, None, "FAIL"), (1.2, 1.05, "FAIL"), (1.2, 1.15, "FLOOR"), (1.05, 1.15, "PASS")],
+)
+def test_a_target_below_the_floor_is_told_from_one_that_was_missed(value, floor, shown):
+    row = Row("a", "", Spread.of([value]), 1.1, floor=floor)
+    assert report.verdict(row) == shown
+    assert row.reached is (shown == "PASS")
+
+
+def test_the_floor_of_a_step_multiplies_as_often_as_the_links():
+    """Six products a layer, but five in the first q, k and v, whose input asks for no gradient."""
+    model = models.llama_like(smoke=True)
+    ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules="all-linear"))
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    least = step.bare(layers, lambda: model(input_ids=models.batch(model, 1, 8, SMOKE.generator())))
+    assert products(least) == 2 * 7 * 6 - 3
+
+
+def products(run):
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.__name__.split(".")[0] in ("mm", "addmm_")
+            return func(*args, **(kwargs or {}))
+
+    with Products() as seen:
+        run()
+    return seen.count
 
 
 def test_a_race_runs_everyone_in_every_round():
