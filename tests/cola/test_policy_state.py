@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import cola
 from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.knots import Signal
+from tests.cola.json_places import places, replaced
 from tests.models import BODY, Net, train
 
 NO_COUNT = [-1, 0.5, 3.0, "3", None, True, math.nan, math.inf, [], [3], {}]
@@ -120,24 +121,13 @@ JSON = st.recursive(
 )
 
 
-def places(value, path=()):
-    """Where in nested JSON something could be put in the place of what is there."""
-    yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inside:
-        yield from places(item, (*path, key))
-
-
 @pytest.mark.parametrize("name", MAKERS)
 @given(data=st.data(), cut=st.integers(0, 6))
 def test_any_json_in_any_place_is_refused_or_harmless(name, data, cut):
     """ValueError and nothing changed, or a policy that goes on and whose state is good again."""
     state = run(MAKERS[name](), last=cut).state_dict()
-    *above, last = data.draw(st.sampled_from([path for path in places(state) if path]))
-    where = state
-    for key in above:
-        where = where[key]
-    where[last] = data.draw(JSON)
+    path = data.draw(st.sampled_from([path for path in places(state) if path]))
+    state = replaced(state, path, data.draw(JSON))
     state = json.loads(json.dumps(state))
     given_state, policy = copy.deepcopy(state), MAKERS[name]()
     before = policy.state_dict()
