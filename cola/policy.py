@@ -80,24 +80,26 @@ class KnotPolicy(ABC):
         self._require_own(state)
         try:
             self._require_sense(state)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter where a value is nested too deeply to be shown
             raise ValueError(f"the saved policy is damaged: {error!s:.300}") from None
         vars(self).update({name: copy.deepcopy(value) for name, value in state.items() if name != "policy"})
 
     def _require_own(self, state: Any) -> None:
         """The state has this policy's name and entries, whatever their values are."""
         own = type(self).__name__
-        if not isinstance(state, dict):
-            raise ValueError(f"the saved policy is {state!r:.80}, not a state of {own}: it is damaged")
-        theirs, mine = set(map(str, state)) - {"policy"}, set(vars(self))
-        if state.get("policy") != own:
+        if not isinstance(state, dict) or not isinstance(state.get("policy"), str):
             raise ValueError(
-                f"the saved policy is {state.get('policy')!s:.80} with {sorted(theirs)!s:.200}, this one is {own} with "
+                f"the saved policy is damaged: a {type(state).__name__} without a name, not a state of {own}"
+            )
+        theirs, mine = set(map(str, state)) - {"policy"}, set(vars(self))
+        if state["policy"] != own:
+            raise ValueError(
+                f"the saved policy is {state['policy']:.80} with {sorted(theirs)!s:.200}, this one is {own} with "
                 f"{sorted(mine)}: resume with the policy of the saved run"
             )
         if theirs != mine:
             differ = [f"lacks {name!r}" for name in sorted(mine - theirs)]
-            differ += [f"has {name!r:.40}={state.get(name)!r:.40}" for name in sorted(theirs - mine)]
+            differ += [f"has {name!r:.40}, which this one has not" for name in sorted(theirs - mine)]
             raise ValueError(
                 f"the saved policy {own} {', '.join(differ)!s:.300}: it is damaged or of another version of the class; "
                 "resume with the policy of the saved run"

@@ -1,6 +1,7 @@
 """What a policy's saved state may hold: senseless values are refused by name, before anything changes."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -107,11 +108,21 @@ def test_missing_and_unknown_entries_are_named(name):
         with pytest.raises(ValueError, match=rf"the saved policy {saved['policy']} lacks '{entry}'"):
             policy.load_state_dict({key: value for key, value in saved.items() if key != entry})
         assert policy.state_dict() == before
-    with pytest.raises(ValueError, match=rf"the saved policy {saved['policy']} has 'extra'=7"):
+    with pytest.raises(ValueError, match=rf"the saved policy {saved['policy']} has 'extra'"):
         MAKERS[name]().load_state_dict({**saved, "extra": 7})
-    for state in (None, [], "x", 3):
-        with pytest.raises(ValueError, match=r"the saved policy is .*, not a state of "):
+    for state in (None, [], "x", 3, {}, {**saved, "policy": None}):
+        with pytest.raises(ValueError, match=r"the saved policy is damaged: a \w+ without a name, not a state of "):
             MAKERS[name]().load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_values_too_deep_to_be_shown_are_refused_too(name):
+    for entry, depth in itertools.product(MAKERS[name]().state_dict(), (200, *range(900, 1000, 3))):
+        deep: list = []
+        for _ in range(depth):
+            deep = [deep]
+        with pytest.raises(ValueError, match="the saved policy is damaged"):
+            MAKERS[name]().load_state_dict({**MAKERS[name]().state_dict(), entry: deep})
 
 
 JSON = st.recursive(
