@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola.arguments import integer
+from cola.arguments import integer, is_finite
 from cola.policy import KnotPolicy, Signal
 
 __all__ = ["EpochKnots", "EvenKnots", "KnotPolicy", "NeverKnots", "PlateauKnots", "Signal", "StepKnots"]
@@ -58,6 +58,9 @@ class StepKnots(KnotPolicy):
         left = [at for at in self.at or () if at > step]
         return f"knots after steps {left}" if left else None
 
+    def _require_sense(self, state: dict[str, Any]) -> None:
+        StepKnots(at=state["at"], every=state["every"])
+
 
 class EpochKnots(KnotPolicy):
     """Knots after given epochs: ``EpochKnots(at=[3], steps_per_epoch=n)`` is the paper's chain of length 2.
@@ -100,6 +103,10 @@ class EpochKnots(KnotPolicy):
         left = self.at[self.done :]
         return f"knots after epochs {left}" if left else None
 
+    def _require_sense(self, state: dict[str, Any]) -> None:
+        at = EpochKnots(at=state["at"], steps_per_epoch=state["steps_per_epoch"]).at
+        _positive("EpochKnots", "done", state["done"], least=0, most=len(at))
+
 
 class EvenKnots(KnotPolicy):
     """A chain of ``length`` links of equal size: ``length − 1`` knots inside a run of ``total_steps``.
@@ -119,15 +126,21 @@ class EvenKnots(KnotPolicy):
 
     def update(self, signal: Signal) -> bool:
         """True at step round(i·total_steps/length), i = 1 … length−1."""
-        return signal.step in self._steps()
+        near = signal.step * self.length // self.total_steps  # i or i − 1, if there is such an i
+        return any(1 <= i < self.length and self._step(i) == signal.step for i in (near, near + 1))
 
     def unreached(self, step: int) -> str | None:
         """The planned steps after ``step``."""
-        left = [at for at in self._steps() if at > step]
+        left = [at for at in map(self._step, range(1, self.length)) if at > step]
         return f"knots after steps {left}" if left else None
 
-    def _steps(self) -> list[int]:
-        return [round(i * self.total_steps / self.length) for i in range(1, self.length)]
+    def _step(self, i: int) -> int:
+        # round(), in integers: half to even, and no total is too large
+        step, rest = divmod(i * self.total_steps, self.length)
+        return step + (2 * rest > self.length or (2 * rest == self.length and step % 2 == 1))
+
+    def _require_sense(self, state: dict[str, Any]) -> None:
+        EvenKnots(state["length"], state["total_steps"])
 
 
 class PlateauKnots(KnotPolicy):
@@ -161,7 +174,7 @@ class PlateauKnots(KnotPolicy):
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"PlateauKnots(mode={mode!r}): choose 'min' or 'max'")
-        if not (isinstance(threshold, (int, float)) and 0 <= threshold < 1):
+        if not (is_finite(threshold) and 0 <= threshold < 1):
             raise ValueError(f"PlateauKnots(threshold={threshold!r}) must be in [0, 1): it is a relative improvement")
         self.mode = mode
         self.patience = _positive("PlateauKnots", "patience", patience, least=0)
@@ -218,6 +231,25 @@ class PlateauKnots(KnotPolicy):
             self.losses = self._stacked().tolist()
         return super().state_dict()
 
+    def _require_sense(self, state: dict[str, Any]) -> None:
+        options = ("mode", "patience", "threshold", "window", "cooldown", "max_links")
+        PlateauKnots(**{name: state[name] for name in options})
+        for name in ("bad_windows", "knots", "steps_in_window"):
+            _positive("PlateauKnots", name, state[name], least=0)
+        _positive("PlateauKnots", "cooling", state["cooling"], least=0, most=state["cooldown"])
+        _positive("PlateauKnots", "deaf_steps", state["deaf_steps"], least=-1)
+        best, losses = state["best"], state["losses"]
+        # the mean of a window may overflow, and a single loss may be anything
+        if not (best is None or is_finite(best) or (isinstance(best, float) and math.isinf(best))):
+            raise ValueError(f"PlateauKnots(best={best!r:.80}) must be a number, or None before the first window")
+        if not (isinstance(losses, list) and all(isinstance(loss, float) for loss in losses)):
+            raise ValueError(f"PlateauKnots(losses={losses!r:.80}) must be a list of floats")
+        if len(losses) > state["steps_in_window"]:
+            raise ValueError(
+                f"PlateauKnots(losses={losses!r:.80}) must be at most one for each of the window's "
+                f"{state['steps_in_window']} steps so far"
+            )
+
     def _stacked(self) -> Tensor:
         device = next((x.device for x in self.losses if isinstance(x, Tensor)), None)
         return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).reshape(()) for x in self.losses])
@@ -231,19 +263,24 @@ class PlateauKnots(KnotPolicy):
         return loss < self.best - margin if self.mode == "min" else loss > self.best + margin
 
 
-def _positive(policy: str, name: str, value: Any, least: int = 1) -> int:
+def _positive(policy: str, name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     number = integer(value)
-    if number is None or number < least:
-        raise ValueError(f"{policy}({name}={value!r}) must be an integer of at least {least}")
+    if number is None or number < least or (most is not None and number > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{policy}({name}={value!r}) must be an integer of at least {least}{upper}")
     return number
 
 
 def _increasing(policy: str, name: str, values: Sequence[int], total: int | None, unit: str) -> list[int]:
-    if isinstance(values, (str, int)) or not len(values):
+    try:
+        items = [] if isinstance(values, str) else list(values)
+    except TypeError:  # one number, or nothing of the kind
+        items = []
+    if not items:
         raise ValueError(
             f"{policy}({name}={values!r}) needs a non-empty list of {unit}s; for no knots use NeverKnots()"
         )
-    numbers = [_positive(policy, name, value) for value in values]
+    numbers = [_positive(policy, name, value) for value in items]
     if any(b <= a for a, b in itertools.pairwise(numbers)):
         raise ValueError(f"{policy}({name}={numbers}) must be strictly increasing")
     if total is not None and numbers[-1] >= total:

@@ -1,5 +1,6 @@
 """What a knot policy is: it sees a `Signal` after every real optimizer step and answers yes or no."""
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -73,18 +74,39 @@ class KnotPolicy(ABC):
         """Take over what `state_dict` of an equal policy gave.
 
         Raises:
-            ValueError: the state is another policy's.
+            ValueError: the state is another policy's, lacks an entry, or (of the built-in policies) holds a value that
+                the policy can never have; nothing is changed then.
         """
-        self._check(state)
-        vars(self).update({name: value for name, value in state.items() if name != "policy"})
+        self._require_own(state)
+        try:
+            self._require_sense(state)
+        except (ValueError, RecursionError) as error:  # the latter where a value is nested too deeply to be shown
+            raise ValueError(f"the saved policy is damaged: {error!s:.300}") from None
+        vars(self).update({name: copy.deepcopy(value) for name, value in state.items() if name != "policy"})
 
-    def _check(self, state: dict[str, Any]) -> None:
-        mine = {"policy", *vars(self)}
-        if state.get("policy") != type(self).__name__ or set(state) != mine:
+    def _require_own(self, state: Any) -> None:
+        """The state has this policy's name and entries, whatever their values are."""
+        own = type(self).__name__
+        if not isinstance(state, dict) or not isinstance(state.get("policy"), str):
             raise ValueError(
-                f"the saved policy is {state.get('policy')} with {sorted(set(state) - {'policy'})}, this one is "
-                f"{type(self).__name__} with {sorted(mine - {'policy'})}: resume with the policy of the saved run"
+                f"the saved policy is damaged: a {type(state).__name__} without a name, not a state of {own}"
             )
+        theirs, mine = set(map(str, state)) - {"policy"}, set(vars(self))
+        if state["policy"] != own:
+            raise ValueError(
+                f"the saved policy is {state['policy']:.80} with {sorted(theirs)!s:.200}, this one is {own} with "
+                f"{sorted(mine)}: resume with the policy of the saved run"
+            )
+        if theirs != mine:
+            differ = [f"lacks {name!r}" for name in sorted(mine - theirs)]
+            differ += [f"has {name!r:.40}, which this one has not" for name in sorted(theirs - mine)]
+            raise ValueError(
+                f"the saved policy {own} {', '.join(differ)!s:.300}: it is damaged or of another version of the class; "
+                "resume with the policy of the saved run"
+            )
+
+    def _require_sense(self, state: dict[str, Any]) -> None:  # noqa: B027 (a hook, not a duty)
+        """Raise ValueError for a value that this policy cannot have; built-in policies know theirs."""
 
     def __or__(self, other: "KnotPolicy") -> "KnotPolicy":
         return _Either(self, other)
@@ -128,7 +150,7 @@ class _Pair(KnotPolicy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give both their states back."""
-        self._check(state)
+        self._require_own(state)
         before = self.first.state_dict()
         self.first.load_state_dict(state["first"])
         try:

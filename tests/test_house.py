@@ -72,9 +72,22 @@ def test_imports_point_downward(name, path):
 
 @pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("theory")])
 def test_theory_stands_alone(name, path):
-    if name == "theory.llm_gap" or name.startswith("theory.llm"):
+    if name in LLM:
         return
     assert not {i.split(".")[0] for i in imports(path)} & {"cola", "experiments"}
+
+
+#: what joins theory to cola, lowest first
+LLM = [f"theory.llm_{part}" for part in ("sketch", "decomposition", "probe", "demo", "plots", "gap")]
+
+
+@pytest.mark.parametrize("name", LLM)
+def test_the_gap_of_a_real_run_imports_downward(name):
+    found = set()
+    for node in ast.walk(ast.parse(dict(modules("theory"))[name].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    assert found & {n for n, _ in modules("theory") if n.startswith("theory.llm")} <= set(LLM[: LLM.index(name)])
 
 
 @pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("experiments")])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cola import ChainOptimizer, EvenKnots, KnotReport, LinkConfig
-from theory.llm_gap import GapProbe
+from theory.llm_probe import GapProbe
 
 Item = TypeVar("Item")
 

@@ -11,7 +11,7 @@ import numpy as np
 from theory.plots import BLUE, GREEN, ORANGE, RED, canvas, save, styled
 
 if TYPE_CHECKING:
-    from theory.llm_gap import Decomposition, Probe
+    from theory.llm_decomposition import Decomposition, Probe
 
 
 @styled

@@ -1,7 +1,6 @@
 """What the ecosystem asks of an optimizer, and when a step is a step: the measured traps, each a test."""
 
 import copy
-import io
 import logging
 import pickle
 
@@ -11,16 +10,9 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
+from tests.cola.chained import chained
 from tests.models import BODY, Net, loss_of, tiny_opt, train
-
-LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
-
-
-def chained(model=None, policy=None, base=torch.optim.AdamW, link=LINK, **kwargs):
-    model = model or Net()
-    return model, ChainOptimizer(base, model, policy or StepKnots(every=3), link=link, **{"lr": 0.02, **kwargs})
-
 
 SCHEDULERS = {
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda e: 0.9**e),
@@ -118,59 +110,6 @@ def test_an_average_of_weights_is_begun_anew_at_a_knot():
     assert not torch.allclose(effective(mixed.module), torch.stack(weights).mean(0), atol=1e-3)
 
 
-def test_accumulation_counts_optimizer_steps_and_averages_losses():
-    losses = []
-    policy = PlateauKnots(window=1)
-    policy.update = lambda signal: losses.append(signal.loss.item()) or False
-    model = tiny_opt()
-    opt = ChainOptimizer(torch.optim.SGD, model, policy, link=LinkConfig(r=2), lr=0.0)
-    ids = torch.arange(24).view(2, 12) % 32
-    micro = [model(input_ids=ids, labels=ids).loss, model(input_ids=ids.flip(1), labels=ids.flip(1)).loss]
-    sum(micro).backward()
-    opt.step()
-    assert opt.steps == 1
-    assert losses == pytest.approx([sum(x.item() for x in micro) / 2])
-
-
-def test_losses_seen_in_evaluation_or_without_gradients_do_not_count():
-    model = tiny_opt()
-    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=2), lr=0.1)
-    ids = torch.arange(12).view(1, 12)
-    model.eval()
-    model(input_ids=ids, labels=ids)
-    model.train()
-    with torch.no_grad():
-        model(input_ids=ids, labels=ids)
-    model(input_ids=ids)
-    assert opt._losses.seen.count == 0
-    model(input_ids=ids, labels=ids)
-    assert opt._losses.seen.count == 1
-    opt.finish()
-    assert not model._forward_hooks
-
-
-def test_closure_and_told_losses_reach_the_policy():
-    seen = []
-    policy = NeverKnots()
-    policy.update = lambda signal: seen.append(float(signal.loss)) or False
-    model, opt = chained(policy=policy)
-
-    def closure():
-        opt.zero_grad()
-        loss = loss_of(model, 0)
-        loss.backward()
-        return loss
-
-    value = opt.step(closure)
-    assert seen == [value.item()]
-    loss_of(model, 1).backward()
-    opt.observe(3.0), opt.observe(torch.tensor([5.0]))
-    opt.step()
-    assert seen[1] == 4.0
-    with pytest.raises(ValueError, match=r"observe\(loss\) needs one number, got a tensor of shape \(2,\)"):
-        opt.observe(torch.zeros(2))
-
-
 def test_steps_without_gradient_do_not_count():
     _, opt = chained(policy=StepKnots(every=1))
     opt.step()
@@ -204,118 +143,6 @@ def test_a_probe_right_after_a_knot_leaves_the_run_as_it_was(base):
         train(one, disturbed, 3, start), train(two, plain, 3, start)
     assert one.steps == two.steps == 9
     assert all(torch.equal(p, q) for p, q in zip(disturbed.parameters(), plain.parameters()))
-
-
-def test_distributed_checkpointing_at_a_knot():
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    (model, opt), (plain, other) = chained(), chained()
-    train(opt, model, 3), train(other, plain, 3)
-    assert not opt.state  # right after a knot
-    saved = get_optimizer_state_dict(model, opt)
-    weights = {k: v.clone() for k, v in get_model_state_dict(model).items()}
-    resumed, again = chained()
-    set_model_state_dict(resumed, weights)
-    set_optimizer_state_dict(resumed, again, saved)
-    assert (again.steps, again.live.index) == (3, 1)
-    for m, o in ((model, opt), (resumed, again)):
-        train(o, m, 4, start=3)
-    train(other, plain, 4, start=3)
-    for p, q, r in zip(model.parameters(), resumed.parameters(), plain.parameters()):
-        assert torch.equal(p, r)
-        assert torch.equal(q, r)
-
-
-@pytest.mark.parametrize("chain_first", [True, False])
-def test_links_that_a_framework_drops_come_back_by_the_chains_own_state(tmp_path, chain_first):
-    """As torch.distributed.checkpoint loads it: into place, whatever number of links was there before."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model, opt = chained()
-    train(opt, model, 7)
-    states = {"optimizer": get_optimizer_state_dict(model, opt), "model": model.state_dict(), "chain": opt.chain}
-    dcp.save(states, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    resumed, again = chained()
-    states = {"optimizer": get_optimizer_state_dict(resumed, again), "model": resumed.state_dict()}
-    if chain_first:
-        states["chain"] = again.chain
-    dcp.load(states, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    resumed.load_state_dict(states["model"])
-    set_optimizer_state_dict(resumed, again, states["optimizer"])
-    if not chain_first:
-        assert again.chain.missing == 2
-        with pytest.raises(RuntimeError, match=r"lacks its first 2: .*\(save opt\.chain beside the optimizer's state"):
-            again.chain.to_peft(tmp_path / "adapter")
-        dcp.load({"chain": again.chain}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    assert again.chain.missing == 0
-    train(opt, model, 4, start=7), train(again, resumed, 4, start=7)
-    for one, two in zip(opt.chain, again.chain, strict=True):
-        assert (one.index, one.step, one.seed) == (two.index, two.step, two.seed)
-        for path, factor in one.factors.items():
-            assert torch.equal(factor.A, two.factors[path].A)
-            assert torch.equal(factor.B, two.factors[path].B)
-    again.finish()
-    base = Net()
-    again.chain.apply(base)  # the fingerprint came along
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in base.state_dict().items())
-
-
-@pytest.mark.parametrize("steps", [3, 7])
-def test_a_chains_state_survives_files_and_is_empty_without_links(steps):
-    file = io.BytesIO()
-    model, opt = chained(policy=StepKnots(every=3), keep_links=steps == 7)
-    train(opt, model, steps)
-    torch.save(opt.chain.state_dict(), file)
-    file.seek(0)
-    again = Chain()
-    again.load_state_dict(torch.load(file, weights_only=True))
-    assert (len(again), again.missing, again.keep, again.base) == (len(opt.chain), 0, opt.chain.keep, opt.chain.base)
-    again.load_state_dict(Chain().state_dict())
-    assert len(again) == 0
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda state: {}, "'about'"),
-        (lambda state: {**state, "about": state["about"].replace('"version": 1', '"version": 2')}, "reads format 1"),
-        (lambda state: {**state, "links": state["links"][1:]}, "a link is missing"),
-        (lambda state: {**state, "links": [state["links"][0][:100], state["links"][1]]}, "links/0"),
-        (lambda state: {**state, "links": 3}, "not iterable"),
-        (lambda state: {"about": state["about"].replace('"missing": 0', '"missing": -1'), "links": []}, "missing=-1"),
-    ],
-)
-def test_a_damaged_chains_state_is_refused_before_anything_changes(spoil, message):
-    model, opt = chained()
-    train(opt, model, 7)
-    links = list(opt.chain)
-    with pytest.raises(ValueError, match=message):
-        opt.chain.load_state_dict(spoil(opt.chain.state_dict()))
-    assert list(opt.chain) == links
-
-
-def test_the_links_of_another_run_are_noticed_at_the_next_step():
-    model, opt = chained()
-    train(opt, model, 7)
-    states = copy.deepcopy((model.state_dict(), opt.state_dict(), opt.chain.state_dict()))
-    states[1].pop("cola")  # as torch.distributed.checkpoint does
-    for changes in ({"seed": 1}, {"policy": StepKnots(at=[2, 6])}, {"lr": 0.01}, {"policy": StepKnots(at=[2])}):
-        stranger, other = chained(**changes)
-        train(other, stranger, 7)
-        resumed, again = chained()
-        resumed.load_state_dict(states[0])
-        again.load_state_dict(states[1])
-        again.chain.load_state_dict(other.chain.state_dict())
-        with pytest.raises(RuntimeError, match="load the chain that was saved with it"):
-            train(again, resumed, 1, start=7)
-        again.chain.load_state_dict(states[2])
-        train(again, resumed, 1, start=7)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -402,71 +229,6 @@ def test_replaced_parameters_are_noticed_at_the_knot():
     opt.param_groups[0]["params"] = [nn.Parameter(p.detach().clone()) for p in opt.param_groups[0]["params"]]
     with pytest.raises(RuntimeError, match="param_groups do not hold lora_A of layer 'first'"):
         opt.tie()
-
-
-@pytest.mark.parametrize("steps", [2, 3, 4])
-@pytest.mark.parametrize("r", [2, (3, 2, 1)], ids=str)
-def test_state_dicts_resume_bit_for_bit_through_a_file(steps, r):
-    link = LinkConfig(r=r, lora_alpha=2, target_modules=BODY, bias="lora_only")
-    model, opt = chained(policy=StepKnots(every=3) | PlateauKnots(window=2), link=link)
-    train(opt, model, steps)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed, again = chained(policy=StepKnots(every=3) | PlateauKnots(window=2), link=link)
-    resumed.load_state_dict(saved["model"])
-    again.load_state_dict(saved["opt"])
-    assert train(again, resumed, 6, start=steps) == train(opt, model, 6, start=steps)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters()))
-
-
-def test_loading_in_either_order_makes_room_for_the_links_rank():
-    link = LinkConfig(r=(3, 1), lora_alpha=2, target_modules=BODY)
-    model, opt = chained(link=link)
-    train(opt, model, 4)
-    states = copy.deepcopy((model.state_dict(), opt.state_dict()))
-    resumed, again = chained(link=link)
-    again.load_state_dict(states[1])
-    resumed.load_state_dict(states[0])
-    assert train(again, resumed, 4, start=4) == train(opt, model, 4, start=4)
-
-
-def other_state(**changes):
-    model, opt = chained(**changes)
-    train(opt, model, 2)
-    return opt.state_dict()
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        (lambda: torch.optim.AdamW(Net().parameters()).state_dict(), "not saved by a ChainOptimizer"),
-        (lambda: other_state(seed=5), r"seed differs \(saved 5, here 0\)"),
-        (
-            lambda: other_state(link=LinkConfig(r=1, lora_alpha=2, target_modules=BODY)),
-            r"link differs \(r: saved \[1\], here",
-        ),
-        (lambda: other_state(link=LinkConfig(r=2, lora_alpha=2, target_modules=["first"])), "layers differs"),
-        (lambda: other_state(policy=NeverKnots()), "the saved policy is NeverKnots"),
-    ],
-)
-def test_state_of_another_chain_is_refused_before_anything_changes(state, message):
-    model, opt = chained()
-    train(opt, model, 2)
-    before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match=message):
-        opt.load_state_dict(state())
-    after = opt.state_dict()
-    assert before["param_groups"] == after["param_groups"]
-    assert all(torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items())
-
-
-def test_a_rank_that_is_not_in_the_plan_is_refused_by_the_model():
-    model, _ = chained(link=LinkConfig(r=3, target_modules=BODY))
-    other, _ = chained()
-    with pytest.raises(RuntimeError, match=r"size mismatch for first\.lora_A"):
-        other.load_state_dict(model.state_dict())
 
 
 def test_a_knot_is_one_line_of_logging_and_a_report(caplog):

@@ -52,6 +52,7 @@ def test_even_knots_make_that_many_links_of_nearly_equal_size(length, extra):
     assert len(sizes) == length
     assert max(sizes) - min(sizes) <= 2
     assert min(sizes) >= 1
+    assert at[1:-1] == [round(i * total / length) for i in range(1, length)]
 
 
 def test_the_papers_chain_of_length_two_ties_after_epoch_three_of_five():

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, Signal, StepKnots
-from cola.distributed import agreed_mean
+from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.extend import draw
 from cola.tie import key
 from tests.models import BODY, Net, loss_of, tiny_opt, train
@@ -281,103 +280,6 @@ def test_what_is_trained_after_the_last_knot_is_recorded_though_the_link_is_zero
     base = Net()
     opt.chain.apply(base)
     assert all(torch.equal(p, q) for p, q in zip(base.parameters(), model.parameters()))
-
-
-# losses and policies
-
-
-class Sees(KnotPolicy):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.losses, self.epochs = [], []
-
-    def update(self, signal):
-        self.losses.append(None if signal.loss is None else float(signal.loss))
-        self.epochs.append(signal.epoch)
-        return False
-
-
-def test_what_the_caller_tells_replaces_what_was_seen():
-    model, policy = tiny_opt(), Sees()
-    opt = ChainOptimizer(torch.optim.SGD, model, policy, link=LinkConfig(r=2), lr=0.1)
-    ids = torch.arange(12).view(1, 12)
-    model(input_ids=ids, labels=ids).loss.backward()
-    opt.observe(0.9)
-    opt.step()
-    assert policy.losses == [pytest.approx(0.9)]
-
-
-def test_a_closure_that_runs_the_model_many_times_gives_the_loss_it_returns():
-    model, policy = tiny_opt(), Sees()
-    opt = ChainOptimizer(torch.optim.LBFGS, model, policy, link=LinkConfig(r=2), lr=0.1, max_iter=4)
-    ids = torch.arange(12).view(1, 12)
-
-    def closure():
-        opt.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss
-
-    returned = opt.step(closure)
-    assert policy.losses == [pytest.approx(returned.item())]
-
-
-def test_a_closure_may_return_what_is_no_loss():
-    model, opt = chained(policy=Sees())
-
-    def closure():
-        opt.zero_grad()
-        loss = loss_of(model, 0)
-        loss.backward()
-        return loss, {"accuracy": 1.0}
-
-    opt.step(closure)
-    assert opt.policy.losses == [None]
-
-
-@pytest.mark.parametrize("bad", ["x", [1.0], {"loss": 1.0}])
-def test_a_loss_that_is_no_number_is_refused_when_it_is_told(bad):
-    _, opt = chained()
-    with pytest.raises(TypeError, match=r"observe\(loss=.*needs a number"):
-        opt.observe(bad)
-
-
-def test_epochs_survive_a_resume():
-    (model, opt), (resumed, again) = (chained(policy=Sees()) for _ in range(2))
-    opt.observe(epoch=2.5)
-    train(opt, model, 1)
-    resumed.load_state_dict(model.state_dict())
-    again.load_state_dict(opt.state_dict())
-    train(again, resumed, 1, start=1)
-    assert again.policy.epochs == [2.5, 2.5]
-
-
-def test_plateau_misses_its_loss_even_if_other_policies_tie():
-    policy = StepKnots(every=5) | PlateauKnots(window=20)
-    for step in range(1, 20):
-        if policy.update(Signal(step)):
-            policy.knotted(step)
-    with pytest.raises(RuntimeError, match="PlateauKnots has seen 20 steps"):
-        policy.update(Signal(20))
-
-
-def test_plateau_on_negative_losses_asks_for_a_real_improvement():
-    policy = PlateauKnots(window=1, patience=0, threshold=0.1)
-    fired = [policy.update(Signal(i, None, torch.tensor(loss))) for i, loss in enumerate([-1.0, -1.05])]
-    assert fired == [False, True]  # 5 % better is not 10 % better
-
-
-def test_agreed_means_leave_out_what_is_not_finite():
-    assert agreed_mean(torch.tensor([1.0, float("inf"), 3.0, float("nan")])) == 2.0
-    assert agreed_mean(torch.tensor([float("inf")])) != agreed_mean(torch.tensor([float("inf")]))
-
-
-def test_policy_state_with_keys_that_json_would_change_is_refused():
-    policy = Sees()
-    policy.at = {3: True}
-    with pytest.raises(TypeError, match=r"Sees\.at={3: True} cannot be saved as JSON"):
-        policy.state_dict()
 
 
 # ranks, scalings, draws

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.integrations.test_quantized import StepKnots, chained, inputs, net
+from cola import StepKnots
+from tests.integrations.quantized_nets import chained, inputs, net
 
 
 def run(kind, how, rank, n):
