@@ -84,6 +84,21 @@ class StudyCell:
         """The cell that evaluates this one's weights on the test split."""
         return replace(self, split="test")
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of this run, over ``model``.
+
+        Raises:
+            ValueError: the model cannot carry the method, or the epochs cannot.
+        """
+        return self.method.optimizer(
+            model,
+            lr=self.lr,
+            seed=self.seed,
+            epochs=self.setting.epochs,
+            steps_per_epoch=math.ceil(len(self.setting.blocks().train) / self.setting.batch),
+            targets=TARGETS[self.setting.targets],
+        )
+
 
 def name(cell: StudyCell) -> str:
     """Such as ``cola3-r8-lr0.004-seed0-dev``."""
@@ -135,16 +150,8 @@ def train(model: nn.Module, cell: StudyCell) -> Outcome:
     """
     setting = cell.setting
     blocks = setting.blocks()
-    per_epoch = math.ceil(len(blocks.train) / setting.batch)
-    total = setting.epochs * per_epoch
-    optimizer = cell.method.optimizer(
-        model,
-        lr=cell.lr,
-        seed=cell.seed,
-        epochs=setting.epochs,
-        steps_per_epoch=per_epoch,
-        targets=TARGETS[setting.targets],
-    )
+    total = setting.epochs * math.ceil(len(blocks.train) / setting.batch)
+    optimizer = cell.optimizer(model)
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     knots: list[KnotReport] = []
     if isinstance(optimizer, ChainOptimizer):
