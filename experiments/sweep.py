@@ -5,6 +5,9 @@ dictionary of JSON values. Which cells are wanted may depend on what came out of
 before the remaining seeds are run), so a sweep asks a *plan*: a pure function from the outcomes so far to the cells
 wanted. A sweep that was killed asks the same function the same question and goes on where it was.
 
+Processes that share a folder share the work: a cell is run under its lock, a cell whose lock is taken is left to its
+holder, and only when nothing else is left does a sweep wait for the others' outcomes, or take over from one that died.
+
 The digest in a cell's place is of its values alone. Code and files that a cell names (data, a model's folder) are not
 in it: after a change there, take another folder. A new field in a cell's class makes all cells new ones; what was there
 before stays and is not read.
@@ -38,6 +41,7 @@ Runner = Callable[[Any, Path], Outcome]
 """``run(cell, folder) -> outcome``, importable by name; it may keep files in ``folder``."""
 
 OUTCOME = "outcome.json"
+_PAUSE = 0.5  # seconds between looks at cells that other processes run
 _MEMORY_SHARE = 0.8  # of what is free now, so that a cell somewhat larger than the first one still fits
 
 
@@ -171,12 +175,16 @@ class Sweep(Generic[C]):
 
 
 class _Pool:
-    """Runs cells in this process or in several; keeps as many going as there is room for."""
+    """Runs cells in this process or in several; keeps as many going as there is room for.
+
+    Cells that other processes are running are left aside for a while.
+    """
 
     def __init__(self, sweep: Sweep[Any], workers: int | None) -> None:
         self.sweep, self.workers = sweep, workers
         self.room = workers or 1
-        self.running: dict[Future[tuple[Outcome, hardware.Peak]], Any] = {}
+        self.running: dict[Future[tuple[Outcome, hardware.Peak] | None], Any] = {}
+        self.elsewhere: set[Any] = set()
         self.executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Pool:
@@ -203,41 +211,55 @@ class _Pool:
             unsettle(self.flushed)
 
     def some(self, cells: Sequence[Any]) -> Iterator[tuple[Any, Outcome]]:
-        """Start cells while there is room, and yield those that finish next, at least one."""
+        """Start cells while there is room, and yield those that finish next; none if others run all that is left."""
         if self.executor is None:
-            outcome, _ = run_one(self.sweep.run, cells[0], self.sweep.place(cells[0]))
-            yield cells[0], outcome
+            for cell in cells:
+                ran = run_one(self.sweep.run, cell, self.sweep.place(cell))
+                if ran is not None:
+                    yield cell, ran[0]
+                    return
+            time.sleep(_PAUSE)
             return
-        started = set(self.running.values())
+        started = {*self.running.values(), *self.elsewhere}
         for cell in cells:
             if len(self.running) >= self.room:
                 break
             if cell not in started:
                 future = self.executor.submit(run_one, self.sweep.run, cell, self.sweep.place(cell))
                 self.running[future] = cell
-        ready, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        ready, _ = wait(self.running, _PAUSE if self.elsewhere else None, FIRST_COMPLETED)
+        if not ready:
+            if not self.running:
+                time.sleep(_PAUSE)
+            self.elsewhere.clear()  # look again
         for future in ready:
             cell = self.running.pop(future)
             try:
-                outcome, peak = future.result()
+                ran = future.result()
             except BrokenProcessPool:
                 raise SweepError(
                     f"a process died while running {self.sweep.name(cell)} or beside it (out of memory?); what is "
                     "finished is kept: start the sweep again, with fewer --workers"
                 ) from None
+            if ran is None:
+                self.elsewhere.add(cell)
+                continue
+            outcome, peak = ran
             if self.workers is None:
                 self.room = max(1, min(self.most, peak.how_many(_MEMORY_SHARE)))
             yield cell, outcome
 
 
-def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak]:
-    """Run one cell under its lock, unless another process has by the time the lock is free; keep its outcome.
+def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak] | None:
+    """Run one cell under its lock, unless another process has by then, and keep its outcome; None if one is at it.
 
     The processes of one `torchrun` run the cell together: the first of them holds the lock and writes.
     """
     place.mkdir(parents=True, exist_ok=True)
     first, told = _together()
-    with locked(place / "lock") if first else nullcontext():
+    with locked(place / "lock") if first else nullcontext(False) as held:
+        if not told(held):
+            return None
         found = told(_read(place / OUTCOME, cell) if first else None)
         if found is not None:
             return found, hardware.Peak.now()
@@ -301,16 +323,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; it is free again when its holder dies, however that happens."""
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file, or say (False) that another process does.
+
+    It is free again when its holder dies, however that happens.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on this system: one process at a time is then the user's to see to
-        yield
+        yield True
         return
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def as_json(cell: Any) -> dict[str, Any]:
