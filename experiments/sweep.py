@@ -21,6 +21,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ Runner = Callable[[Any, Path], Outcome]
 """``run(cell, folder) -> outcome``, importable by name; it may keep files in ``folder``."""
 
 OUTCOME = "outcome.json"
+SCRATCH = "scratch"
+"""What a cell leaves here, in its folder, is kept while it has no outcome, and removed once that is written."""
 _PAUSE = 0.5  # seconds between looks at cells that other processes run
 _MEMORY_SHARE = 0.8  # of what is free now, so that a cell somewhat larger than the first one still fits
 
@@ -154,6 +157,8 @@ class Sweep(Generic[C]):
                     found = told(self.read(cell) if first else None)
                     if found is not None:
                         done[cell] = found
+                        if first:
+                            _clear(self.place(cell))  # a kill may have come between the outcome and this
                         if not bar.disable:
                             bar.initial += 1  # found, not run: the rate is that of runs
                             bar.update()
@@ -275,6 +280,7 @@ def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak
         write_atomically(
             place / OUTCOME, json.dumps({"cell": as_json(cell), "outcome": outcome, "made": made}, indent=1)
         )
+        _clear(place)
         return json.loads(json.dumps(outcome)), hardware.Peak.now()
 
 
@@ -340,6 +346,10 @@ def locked(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def _clear(place: Path) -> None:
+    shutil.rmtree(place / SCRATCH, ignore_errors=True)
 
 
 def as_json(cell: Any) -> dict[str, Any]:
