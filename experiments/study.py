@@ -19,20 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import stats, text, tiny_opt
+from experiments.arms import Arm, require_possible
 from experiments.methods import Method
 from experiments.search import RateSearch, gather
 from experiments.study_run import TARGETS, TINY, Setting, StudyCell, load, name, run
 from experiments.sweep import Outcome, Shard, Sweep, SweepError, write_atomically
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method with its label and its rates: a grid, and where the search begins."""
-
-    label: str
-    method: Method
-    rates: tuple[float, ...]
-    start: float
 
 
 def _doubling(first: float, count: int) -> tuple[float, ...]:
@@ -106,7 +97,14 @@ def main(arguments: argparse.Namespace) -> int:
     tiny_opt.quiet()
     try:
         searches, shard = make_plan(arguments), Shard.parse(arguments.shard)
-        require_possible(searches)
+        first = next(iter(searches.values()))
+        setting = first.cell(first.rates[0], first.seeds[0]).setting
+        setting.blocks()
+        require_possible(
+            {arm: ARMS[arm] for arm in searches},
+            load(setting.model),
+            lambda arm, model: StudyCell(setting, arm.method, arm.start, 0).optimizer(model),
+        )
     except (ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -127,8 +125,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"study: {error}", file=sys.stderr)
         return 1
     found = [row for arm, search in searches.items() if (row := Row.of(arm, search, done, searches)) is not None]
-    first = next(iter(searches.values()))
-    shown = table(found, first.cell(first.rates[0], first.seeds[0]).setting)
+    shown = table(found, setting)
     stem = arguments.out / f"study-{arguments.targets}"
     write_atomically(stem.with_suffix(".md"), shown + "\n")
     write_atomically(stem.with_suffix(".json"), json.dumps([row.as_json() for row in found], indent=1) + "\n")
@@ -176,30 +173,6 @@ def make_plan(arguments: argparse.Namespace) -> dict[str, RateSearch[StudyCell]]
         )
         for arm in arms
     }
-
-
-def require_possible(searches: Mapping[str, RateSearch[StudyCell]]) -> None:
-    """Set every arm up once, on the model, before anything is run or written.
-
-    Raises:
-        ValueError: the text is too short, or the model cannot carry an arm; the message names the arms that cannot be,
-            why (rank, layer, shape), and those that are left.
-        OSError: the model or the text cannot be read.
-    """
-    refused = {}
-    for arm, search in searches.items():
-        cell = search.cell(search.rates[0], search.seeds[0])
-        cell.setting.blocks()
-        model = load(cell.setting.model)  # anew: an arm's adapters stay on it
-        try:
-            cell.optimizer(model)
-        except ValueError as error:
-            refused[arm] = error
-    if refused:
-        reasons = "".join(f"\n  arm {arm} ({ARMS[arm].label}): {error}" for arm, error in refused.items())
-        left = " ".join(arm for arm in searches if arm not in refused)
-        advice = f"leave out what cannot be: --arms {left}" if left else "choose other --arms"
-        raise ValueError(f"nothing was run, because of{reasons}\n{advice}")
 
 
 @dataclass(frozen=True)

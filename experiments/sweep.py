@@ -119,6 +119,7 @@ class Sweep(Generic[C]):
         plan: Callable[[Mapping[C, Outcome]], Sequence[C]],
         *,
         workers: int | None = None,
+        threads: int | None = None,
         expected: int | None = None,
         progress: bool = True,
         finished: Callable[[C, Outcome], None] = lambda cell, outcome: None,
@@ -129,6 +130,7 @@ class Sweep(Generic[C]):
             plan: outcomes so far -> all cells wanted, in order of urgency; done ones may be among them.
             workers: cells at a time, each in a process of its own; 1 runs them in this process. None: as many as there
                 are cores (or one per GPU), but no more than fit the memory, judged by the first cell's peak.
+            threads: of each process of its own; None: the cores are shared among them.
             expected: how many cells it will be in all, if known, for the estimate of the time left.
             progress: show a bar.
             finished: called with each outcome once, those that were there before included.
@@ -147,7 +149,7 @@ class Sweep(Generic[C]):
         done: dict[C, Outcome] = {}
         first, told = _together()
         with (
-            _Pool(self, workers) as pool,
+            _Pool(self, workers, threads) as pool,
             tqdm(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
         ):
             while True:
@@ -185,8 +187,8 @@ class _Pool:
     Cells that other processes are running are left aside for a while.
     """
 
-    def __init__(self, sweep: Sweep[Any], workers: int | None) -> None:
-        self.sweep, self.workers = sweep, workers
+    def __init__(self, sweep: Sweep[Any], workers: int | None, threads: int | None) -> None:
+        self.sweep, self.workers, self.threads = sweep, workers, threads
         self.room = workers or 1
         self.running: dict[Future[tuple[Outcome, hardware.Peak] | None], Any] = {}
         self.elsewhere: set[Any] = set()
@@ -199,7 +201,7 @@ class _Pool:
             most = self.workers or hardware.most_workers()
             # a forked copy of a process that has used torch's thread pool may hang
             context = multiprocessing.get_context("spawn")
-            threads = max(1, hardware.cores() // most)
+            threads = self.threads or max(1, hardware.cores() // most)
             gpus, devices = context.SimpleQueue(), hardware.gpus()
             for index in range(most if devices else 0):
                 gpus.put(devices[index % len(devices)])

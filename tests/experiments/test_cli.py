@@ -60,7 +60,7 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert main(["demo", "--smoke", "--workers", "1", "--seed", "5", "--out", str(tmp_path), "--arms", *arms]) == 0
     shown = capsys.readouterr()
     assert "seeds 5, 6" in shown.out
-    assert "runs: 100%" in shown.err
+    assert "100%" in shown.err
     written = json.loads((tmp_path / "results.json").read_text())
     assert [row["arm"] for row in written["rows"]] == arms
     assert written["seeds"] == [5, 6]
@@ -84,8 +84,9 @@ def test_the_demo_says_what_is_wrong(tmp_path, capsys):
         ("--rank", "0", "r=0"),
         ("--init", "zero", "init='zero'"),
         ("--decay", "2", "--decay=2.0"),
+        ("--rank", "60", "arm lora-wide (LoRA, rank 180): r=180 is above the rank of layer"),
     ):
-        assert main(["demo", "--out", str(tmp_path), flag, value]) == 2
+        assert main(["demo", "--full", "--out", str(tmp_path), flag, value]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from experiments import study, study_run, text, tiny_opt
 from experiments.__main__ import main
+from experiments.evaluation import held_out_loss
 from experiments.methods import Method
 from experiments.study_run import Setting, StudyCell
 from experiments.sweep import Sweep
@@ -81,8 +82,8 @@ def test_a_run_repeats_to_the_bit_and_leaves_the_weights_it_reports(tmp_path, me
     study_run.load_model(
         model, str(Sweep(tmp_path / "one", study_run.run, study_run.name).place(cell) / "weights.safetensors")
     )
-    assert tested == {"test": study_run.held_out_loss(model, SMALL.blocks().test)}
-    assert one["dev"] == study_run.held_out_loss(model, SMALL.blocks().dev)
+    assert tested == {"test": held_out_loss(model, SMALL.blocks().test)}
+    assert one["dev"] == held_out_loss(model, SMALL.blocks().dev)
 
 
 def test_the_loss_is_the_mean_over_predicted_tokens():
@@ -92,7 +93,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens():
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     # a logit's rounding is half a unit in the last place, and moves a log-probability by twice that at most; then sums
     bound = 4 * torch.finfo(torch.float32).eps * logits.abs().max().item()
-    assert abs(study_run.held_out_loss(model, ids, batch=1) - nats) < bound
+    assert abs(held_out_loss(model, ids, batch=1) - nats) < bound
 
 
 def test_the_same_order_for_all_arms_of_a_seed(monkeypatch, tmp_path):
@@ -105,7 +106,7 @@ def test_the_same_order_for_all_arms_of_a_seed(monkeypatch, tmp_path):
             lambda module, args, kwargs, ids=ids: ids.append(kwargs["input_ids"]) if module.training else None,
             with_kwargs=True,
         )
-        study_run.train(model, StudyCell(SMALL, method, 1e-3, 3))
+        study_run.fine_tune(model, StudyCell(SMALL, method, 1e-3, 3))
         seen.append(torch.cat(ids))
     assert torch.equal(*seen)
 

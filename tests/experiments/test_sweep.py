@@ -197,7 +197,8 @@ def test_nothing_is_written_but_whole_files(tmp_path):
 def test_every_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "gpus", lambda: ["2", "5"])
     cells = [Toy("tells", 0.1, seed, 0.2) for seed in range(4)]
-    done = sweep(tmp_path).carry_out(lambda done: cells, workers=2, progress=False)
+    done = sweep(tmp_path).carry_out(lambda done: cells, workers=2, threads=3, progress=False)
+    assert {outcome["threads"] for outcome in done.values()} == {3}
     pairs = {(outcome["process"], outcome["gpu"]) for outcome in done.values()}
     assert {gpu for _, gpu in pairs} <= {"2", "5"}
     assert len({process for process, _ in pairs}) == len({gpu for _, gpu in pairs}) == len(pairs)

@@ -35,7 +35,10 @@ def run(cell, folder):
     if cell.arm == "dies":
         os._exit(9)
     if cell.arm == "tells":
-        return {"process": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        import torch
+
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return {"process": os.getpid(), "gpu": gpu, "threads": torch.get_num_threads()}
     if cell.arm == "fails":
         raise ZeroDivisionError("on purpose")
     (folder / "kept").write_text(cell.arm)
