@@ -23,7 +23,7 @@ class Arm:
         label: as in tables and plots.
         method: what is trained, and when it ties a knot.
         rates: peak learning rates to choose from, rising.
-        start: of these the best so far by held-out loss (RESULTS.md), where a search begins.
+        start: of these the one that a search begins with; the demo's is the best so far (RESULTS.md).
     """
 
     label: str
