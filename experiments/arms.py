@@ -1,138 +1,98 @@
-"""The arms of the comparison: what each trains, when it ties a knot, which rates it may choose from."""
+"""What an arm of a comparison is, and the demo's arms; the study's are in `study.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import nn
 
-from cola import ChainOptimizer, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots
-
-TARGETS = ["q_proj", "v_proj"]
-"""The layers that get adapters, the paper's."""
+from experiments.methods import Method
 
 SCALING = 2.0
-"""s of W + s·B·A for every link: the paper's lora_alpha / r = 16 / 8, kept when the rank changes."""
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """What the adapters of all arms share.
-
-    Attributes:
-        rank: of LoRA and of a chain's links; arms of other ranks keep their ratio to it.
-        targets: names of the layers that get adapters, or `("all-linear",)`.
-        init: how A is drawn, as in `cola.LinkConfig`.
-    """
-
-    rank: int = 8
-    targets: tuple[str, ...] = tuple(TARGETS)
-    init: str = "gaussian"
-
-    def link(self, shares: tuple[float, ...]) -> LinkConfig:
-        """A link's configuration for ranks of `shares` x `rank`."""
-        ranks = self.ranks(shares)
-        return LinkConfig(
-            r=ranks if len(ranks) > 1 else ranks[0],
-            lora_alpha=SCALING * ranks[0],
-            target_modules="all-linear" if self.targets == ("all-linear",) else list(self.targets),
-            init=self.init,
-        )
-
-    def ranks(self, shares: tuple[float, ...]) -> tuple[int, ...]:
-        """`shares` x `rank`, at least 1 each."""
-        return tuple(max(1, round(self.rank * share)) if self.rank > 0 else self.rank for share in shares)
+"""s of W + s·B·A for every link of the demo: the paper's lora_alpha / r = 16 / 8, kept when the rank changes."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method.
+    """A method with its label and its rates.
 
     Attributes:
-        name: as on the command line and in the results.
-        label: as in the table and the plot; `{ranks}` in it becomes the ranks.
-        policy: total steps of the run -> when to tie; None trains all weights with the plain base optimizer.
-        rates: AdamW's peak learning rates for the whole grid, rising.
-        recorded: the best rate so far by validation loss (RESULTS.md); a default run tries it and its neighbours.
-        shares: ranks of the links relative to `Adapters.rank`: one number for all, or one per link.
-        control: True for an arm of the whole comparison only.
+        label: as in tables and plots.
+        method: what is trained, and when it ties a knot.
+        rates: peak learning rates to choose from, rising.
+        start: of these the one that a search begins with; the demo's is the best so far (RESULTS.md).
     """
 
-    name: str
     label: str
-    policy: Callable[[int], KnotPolicy] | None
+    method: Method
     rates: tuple[float, ...]
-    recorded: float
-    shares: tuple[float, ...] = (1.0,)
-    control: bool = False
+    start: float
 
     def __post_init__(self) -> None:
-        if self.recorded not in self.rates:
-            raise ValueError(f"{self.name}: recorded={self.recorded} is not among rates={self.rates}")
+        if self.start not in self.rates:
+            raise ValueError(f"{self.label}: start={self.start} is not among rates={self.rates}")
 
     def nearby(self, count: int) -> tuple[float, ...]:
-        """The `count` rates of the grid nearest to the recorded one, the higher where two are as near."""
-        at = self.rates.index(self.recorded)
+        """The `count` rates of the grid nearest to the start, the higher where two are as near."""
+        at = self.rates.index(self.start)
         order = sorted(range(len(self.rates)), key=lambda index: (abs(index - at), -index))
         return tuple(self.rates[index] for index in sorted(order[:count]))
 
-    def title(self, adapters: Adapters) -> str:
-        """The label, with the ranks that the links have."""
-        return self.label.format(ranks=", ".join(map(str, adapters.ranks(self.shares))))
 
-    def optimizer(
-        self, model: nn.Module, adapters: Adapters, *, lr: float, seed: int, total_steps: int
-    ) -> torch.optim.Optimizer:
-        """AdamW without weight decay on what this arm trains, in a `ChainOptimizer` for adapters."""
-        if self.policy is None:
-            return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        return ChainOptimizer(
-            torch.optim.AdamW,
-            model,
-            self.policy(total_steps),
-            link=adapters.link(self.shares),
-            seed=seed,
-            lr=lr,
-            weight_decay=0.0,
-        )
+def demo(rank: int = 8) -> dict[str, Arm]:
+    """The demo's arms, name -> arm in the order of the table, with links of `rank` where the arm says no other.
 
+    Raises:
+        ValueError: `rank` is not a rank.
+    """
 
-def _even(length: int) -> Callable[[int], KnotPolicy]:
-    return lambda total_steps: EvenKnots(length=length, total_steps=total_steps)
+    def adapters(label: str, start: float, *ranks: int, **more: Any) -> Arm:
+        method = Method("cola" if more else "lora", ranks=ranks, alpha=SCALING * ranks[0], **more)
+        return Arm(label, method, (2e-3, 4e-3, 8e-3, 1.6e-2), start)
 
-
-def _plateau(total_steps: int) -> KnotPolicy:
-    # a link is judged by means over a twelfth of the run and may miss one of them
-    return PlateauKnots(window=max(1, total_steps // 12), patience=1, threshold=0.01, max_links=4)
+    half = max(1, round(rank / 2))
+    return {
+        "lora": adapters("LoRA", 8e-3, rank),
+        "cola-2": adapters("COLA, 2 links", 4e-3, rank, links=2, knots="even"),
+        "cola-3": adapters("COLA, 3 links", 4e-3, rank, links=3, knots="even"),
+        "cola-plateau": adapters("COLA, plateau", 4e-3, rank, links=4, knots="plateau"),
+        "cola-stepdown": adapters(f"COLA, ranks {rank}, {half}", 4e-3, rank, half, links=2, knots="even"),
+        "lora-wide": adapters(f"LoRA, rank {3 * rank}", 8e-3, 3 * rank),
+        "full": Arm("full fine-tuning", Method("finetune"), (2.5e-4, 5e-4, 1e-3, 2e-3), 5e-4),
+    }
 
 
-_CHAIN_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
-_FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+def require_possible(arms: Mapping[str, Arm], model: nn.Module, set_up: Callable[[Arm, nn.Module], object]) -> None:
+    """Set every arm up once, before anything is run or written.
 
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("lora", "LoRA", lambda total_steps: NeverKnots(), _CHAIN_RATES, recorded=8e-3),
-        Arm("cola-2", "COLA, 2 links", _even(2), _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-3", "COLA, 3 links", _even(3), _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-plateau", "COLA, plateau", _plateau, _CHAIN_RATES, recorded=4e-3),
-        Arm("cola-stepdown", "COLA, ranks {ranks}", _even(2), _CHAIN_RATES, recorded=4e-3, shares=(1, 0.5)),
-        Arm(
-            "lora-wide",
-            "LoRA, rank {ranks}",
-            lambda total_steps: NeverKnots(),
-            _CHAIN_RATES,
-            recorded=8e-3,
-            shares=(3,),
-            control=True,
-        ),
-        Arm("full", "full fine-tuning", None, _FULL_RATES, recorded=5e-4),
-    )
-}
-"""Name -> arm, in the order of the table. The order of the text and the seeds are the same for all."""
+    Args:
+        arms: name -> arm.
+        model: untouched, and left so.
+        set_up: arm, a copy of the model -> its optimizer; a ValueError says that the arm cannot be.
 
+    Raises:
+        ValueError: the message names the arms that cannot be, why (rank, layer, shape), and those that are left.
+    """
+    refused = {}
+    for name, arm in arms.items():
+        try:
+            set_up(arm, copy.deepcopy(model))
+        except ValueError as error:
+            refused[name] = error
+    if refused:
+        reasons = "".join(f"\n  arm {name} ({arms[name].label}): {error}" for name, error in refused.items())
+        left = " ".join(name for name in arms if name not in refused)
+        advice = f"leave out what cannot be: --arms {left}" if left else "choose other --arms"
+        raise ValueError(f"nothing was run, because of{reasons}\n{advice}")
+
+
+DEMO = tuple(demo())
+"""The names of the demo's arms."""
+CONTROL = "lora-wide"
+"""The arm of the demo's whole comparison only."""
 REFERENCE = "lora"
 """The arm that the others are compared with."""
 CEILING = "full"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from experiments.methods import Method
 from experiments.search import RateSearch
@@ -13,8 +14,42 @@ from experiments.sweep import Outcome
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """The part of a cell that is the same for all cells of a table.
+
+    Attributes:
+        dtype: of the weights; with ``float16`` training is mixed: fp32 weights, fp16 arithmetic.
+        targets: names of the layers with adapters; empty for query and value.
+        data_dir: folder of local JSONL files; None for the hub.
+        max_length: tokens of a prompt with its answer.
+        gradient_checkpointing: recompute activations in the backward pass.
+        device_map: as for transformers; None for one device.
+        fsdp: shard the model over the processes of `torchrun`.
+    """
+
+    dtype: str = "float32"
+    targets: tuple[str, ...] = ()
+    data_dir: str | None = None
+    max_length: int = 2048
+    gradient_checkpointing: bool = False
+    device_map: str | None = None
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length}: at least 1 is needed")
+
+    def circumstances(self) -> dict[str, Any]:
+        """These attributes alone, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(Circumstances)}
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Circumstances):
     """What one run is, whole; the same values always give the same cell of a sweep.
 
     Attributes:
@@ -29,13 +64,6 @@ class Cell:
         epochs: passes over the training examples.
         batch: examples per optimizer step.
         bias: train the biases of the adapted layers too (the paper: OPT yes, Llama no).
-        dtype: of the weights; with ``float16`` training is mixed: fp32 weights, fp16 arithmetic.
-        targets: names of the layers with adapters; empty for query and value.
-        data_dir: folder of local JSONL files; None for the hub.
-        max_length: tokens of a prompt with its answer.
-        gradient_checkpointing: recompute activations in the backward pass.
-        device_map: as for transformers; None for one device.
-        fsdp: shard the model over the processes of `torchrun`.
     """
 
     model: str
@@ -49,19 +77,10 @@ class Cell:
     epochs: int = 5
     batch: int = 8
     bias: bool = False
-    dtype: str = "float32"
-    targets: tuple[str, ...] = ()
-    data_dir: str | None = None
-    max_length: int = 2048
-    gradient_checkpointing: bool = False
-    device_map: str | None = None
-    fsdp: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-        for name in ("train", "test", "epochs", "batch", "max_length"):
+        super().__post_init__()
+        for name in ("train", "test", "epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.dev is not None and self.dev < 1:

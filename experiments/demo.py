@@ -16,16 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from cola import KnotError
-from experiments import corpus, tiny_opt
-from experiments.arms import ARMS, REFERENCE, Adapters, Arm
-from experiments.compare import Plan, Results, Run, compare
+from experiments import arms, demo_run, tiny_opt
+from experiments.arms import CONTROL, DEMO, REFERENCE, Arm, require_possible
+from experiments.compare import Plan, Results
+from experiments.demo_run import CHAIN, DemoCell, Setting
 from experiments.hardware import cores
 from experiments.plots import draw
 from experiments.report import checks, record, rows, statements, table
-from experiments.train import Setting
+from experiments.sweep import Sweep, SweepError
 
 NEARBY = 2
 """How many rates around the recorded one a default run tries."""
@@ -39,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arms",
         nargs="+",
-        choices=list(ARMS),
+        choices=DEMO,
         metavar="ARM",
-        help=f"which to compare: {', '.join(ARMS)} (default: all, {_controls()} only with --full)",
+        help=f"which to compare: {', '.join(DEMO)} (default: all, {CONTROL} only with --full)",
     )
     parser.add_argument(
         "--full",
@@ -65,15 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Setting()
     other = parser.add_argument_group("another setting", "the defaults are what the recorded rates belong to")
     other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
-    other.add_argument("--rank", type=int, default=default.adapters.rank, help="of the adapters (default: %(default)s)")
+    other.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
     other.add_argument(
         "--targets",
         nargs="+",
-        default=list(default.adapters.targets),
+        default=list(default.targets),
         metavar="NAME",
         help="layers, or all-linear (default: query and value)",
     )
-    other.add_argument("--init", default=default.adapters.init, help="how A is drawn (default: %(default)s)")
+    other.add_argument("--init", default=default.init, help="how A is drawn (default: %(default)s)")
     other.add_argument("--epochs", type=int, default=default.epochs, help="passes over the text (default: %(default)s)")
     other.add_argument("--bytes", type=int, default=default.train_bytes, help="of prose (default: %(default)s)")
     other.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
@@ -98,28 +96,25 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"demo: {error}", file=sys.stderr)
             return 2
         print(_announcement(plan, arguments))
-        with tqdm(total=plan.size(), desc="runs", unit="run") as progress:
-
-            def tick(done: str) -> None:
-                progress.set_postfix_str(done, refresh=False)
-                progress.update()
-
-            try:
-                results = compare(plan, tick)
-            except (FloatingPointError, KnotError, ValueError) as error:
-                progress.close()
-                print(f"demo: {error}", file=sys.stderr)
-                return 1
-        _keep_chains(plan, results, arguments.out / "chains")
-        found = rows(results, plan.setting.adapters)
-        verdicts = checks(plan, results, found, learned=not arguments.smoke)
+        # in a folder of this call alone: a demo is to be run, not remembered
+        sweep = Sweep(Path(scratch), demo_run.run, demo_run.name)
+        tests = len(plan.arms) * len(plan.seeds) + 1
+        try:
+            done = sweep.carry_out(plan.wanted, workers=arguments.workers, threads=1, expected=plan.size() + tests)
+        except (FloatingPointError, SweepError, ValueError) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            return 1
+        results = Results(plan, done)
+        _keep_chains(results, sweep, arguments.out / "chains")
+        found = rows(results)
+        verdicts = checks(results, found, learned=not arguments.smoke)
         minutes, cpu_minutes = (time.perf_counter() - started) / 60, sum(os.times()[:4]) / 60
-        written = record(plan, results, found, verdicts, minutes, cpu_minutes, _command(arguments))
+        written = record(results, found, verdicts, minutes, cpu_minutes, _command(arguments), arguments.workers)
     (arguments.out / "results.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     (arguments.out / "table.txt").write_text(table(found) + "\n")
     draw(results, found, arguments.out / "curves.png")
     print(f"\nuntouched model: {results.untouched:.4f} bits per byte on the test topics\n\n{table(found)}\n")
-    if REFERENCE in results.chosen and len(found) > 1:
+    if REFERENCE in plan.arms and len(found) > 1:
         print("Against LoRA, paired by seed, t test, Holm's correction at 5 %:")
         print("\n".join(f"  {said}" for said in statements(found)))
     print("\nChecks:")
@@ -142,61 +137,65 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
         if value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed")
     seeds = tuple(range(arguments.seed, arguments.seed + count))
-    arms = arguments.arms or [name for name, arm in ARMS.items() if arguments.full or not arm.control]
-    rates = {name: _rates(ARMS[name], arguments) for name in arms}
+    wanted = arguments.arms or [arm for arm in DEMO if arguments.full or arm != CONTROL]
+    chosen = {name: arm for name, arm in arms.demo(arguments.rank).items() if name in wanted}
+    rates = {name: _rates(arm, arguments) for name, arm in chosen.items()}
     search = seeds[: 2 if arguments.full else 1]
     if arguments.smoke:
         model = scratch / "model"
         tiny_opt.save(tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {})
-        setting = Setting(epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
+        setting = Setting(str(model), epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
     else:
-        model, setting = arguments.model, _setting(arguments)
-        tiny_opt.load(model)
-    return Plan(rates, search, seeds, setting, model, scratch, arguments.workers)
+        setting = _setting(arguments)
+    require_possible(
+        chosen,
+        tiny_opt.load(Path(setting.model)),
+        lambda arm, model: DemoCell(setting, arm.method, arm.start, 0).optimizer(model),
+    )
+    return Plan(chosen, rates, search, seeds, setting)
 
 
 def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
-    prose = corpus.prose()
     rates = "the whole grid of rates" if arguments.full else f"the {NEARBY} rates nearest to the recorded best"
     if arguments.rates:
         rates = f"the rates {', '.join(f'{rate:g}' for rate in sorted(arguments.rates))}"
     return (
-        f"{len(plan.rates)} arms, seeds {', '.join(map(str, plan.seeds))}, {plan.setting.epochs} epochs of "
-        f"{len(plan.setting.training_text(prose)):,} bytes of prose; "
-        f"{plan.size()} runs in {plan.workers} processes.\n"
+        f"{len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}, {plan.setting.epochs} epochs of "
+        f"{len(plan.setting.training_text()):,} bytes of prose; "
+        f"{plan.size()} runs in {arguments.workers} processes.\n"
         f"Learning rate: per arm, from {rates}, by validation loss over {len(plan.search_seeds)} seed(s)"
         f"{'' if arguments.full else '; --full searches the whole grid'}."
     )
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
-    adapters = Adapters(arguments.rank, tuple(arguments.targets), arguments.init)
-    adapters.link((1.0,))  # refuses what no link can be
     for name in ("epochs", "bytes", "batch"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}={getattr(arguments, name)}: at least 1 is needed")
     if not 0 < arguments.decay <= 1:
         raise ValueError(f"--decay={arguments.decay}: a share of the run, above 0 and at most 1")
     return Setting(
+        model=str(arguments.model),
         epochs=arguments.epochs,
         train_bytes=arguments.bytes,
         batch_size=arguments.batch,
         warmup=arguments.warmup,
         decay=arguments.decay,
-        adapters=adapters,
+        targets=tuple(arguments.targets),
+        init=arguments.init,
     )
 
 
 def _rates(arm: Arm, arguments: argparse.Namespace) -> tuple[float, ...]:
     if arguments.rates:
-        return tuple(sorted(arguments.rates))
+        return tuple(sorted(set(arguments.rates)))
     return arm.rates if arguments.full else arm.nearby(NEARBY)
 
 
-def _keep_chains(plan: Plan, results: Results, target: Path) -> None:
+def _keep_chains(results: Results, sweep: Sweep[DemoCell], target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    for arm, lr in results.chosen.items():
-        chain = Run(arm, lr, plan.seeds[0]).folder(plan.scratch) / "chain"
+    for arm in results.plan.arms:
+        chain = sweep.place(results.chosen(arm)[0]) / CHAIN
         if chain.exists():
             shutil.copytree(chain, target / arm)
 
@@ -214,7 +213,3 @@ def _command(arguments: argparse.Namespace) -> str:
         if given is not True:
             parts += map(str, given if isinstance(given, list) else [given])
     return " ".join(parts)
-
-
-def _controls() -> str:
-    return ", ".join(name for name, arm in ARMS.items() if arm.control)

@@ -1,4 +1,4 @@
-"""Held-out bits per byte."""
+"""Held-out loss of a language model, in nats per token and in bits per byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from experiments import corpus
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, text: bytes, context: int, batch_size: int = 32) -> float:
+def held_out_loss(model: nn.Module, ids: torch.Tensor, batch: int = 16) -> float:
+    """The mean cost of a predicted token under `model`, in nats; `model` keeps its mode.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: blocks of equal length, int64, n × tokens.
+        batch: blocks per forward pass; it does not change the result beyond rounding.
+    """
+    training = model.training
+    model.eval()
+    total = sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in ids.split(batch))
+    model.train(training)
+    return total / len(ids)
+
+
+def bits_per_byte(model: nn.Module, text: bytes, context: int, batch: int = 32) -> float:
     """The mean cost of a byte of `text` under `model`, in bits; `model` keeps its mode.
 
     The text is cut into consecutive blocks of `context` bytes, each predicted from `BOS` on, so a byte is
@@ -21,13 +36,6 @@ def bits_per_byte(model: nn.Module, text: bytes, context: int, batch_size: int =
         model: a causal language model of transformers over `corpus.VOCABULARY` tokens.
         text: the bytes to predict.
         context: bytes per block.
-        batch_size: blocks per forward pass; it does not change the result beyond rounding.
+        batch: blocks per forward pass, as for `held_out_loss`.
     """
-    training = model.training
-    model.eval()
-    nats, count = 0.0, 0
-    for ids in corpus.blocks(text, context).split(batch_size):
-        nats += model(input_ids=ids, labels=ids).loss.item() * len(ids)
-        count += len(ids)
-    model.train(training)
-    return nats / count / math.log(2)
+    return held_out_loss(model, corpus.blocks(text, context), batch) / math.log(2)

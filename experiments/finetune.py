@@ -27,21 +27,21 @@ from experiments.encoding import Encoder, Tokenizer, window
 from experiments.methods import BASES
 from experiments.objectives import LOSSES, Collator, Example, examples, objective_of
 from experiments.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
-from experiments.sweep import Outcome, processes
+from experiments.sweep import SCRATCH, Outcome, processes
 from experiments.tasks.loading import Splits, split
 
-_SCRATCH = "trainer"  # checkpoints, until the run is over: a killed run goes on from the last whole one
 _WHOLE = "whole"  # file that is written into a checkpoint last
 
 
 def run(cell: Cell, folder: Path) -> Outcome:
     """Run a cell; a chain is left in ``folder/chain``.
 
-    A run that was killed goes on from its last epoch, bit for bit.
+    A run that was killed goes on from its last epoch, bit for bit; one that had ended, its outcome not written yet, is
+    scored again.
 
     Args:
         cell: which.
-        folder: for checkpoints while it runs, and for the chain.
+        folder: for the chain, and for checkpoints in `sweep.SCRATCH`, which a sweep removes once it has the outcome.
 
     Returns:
         ``test`` and, if the method trains, ``dev``: scores in per cent; ``metrics``: further ones of each;
@@ -78,7 +78,7 @@ def run(cell: Cell, folder: Path) -> Outcome:
     if not splits.dev:
         raise ValueError(f"dev={cell.dev}: {task.name} has no development samples, by which an epoch could be chosen")
     try:
-        model, outcome = _train(cell, folder / _SCRATCH, model, tokenizer, splits, length)
+        model, outcome = _train(cell, folder / SCRATCH, model, tokenizer, splits, length)
     except (FloatingPointError, KnotError) as error:
         return {"diverged": str(error)}
     dev, test = score(model, splits.dev), score(model, splits.test)
@@ -290,9 +290,8 @@ def _metrics(score: Score) -> dict[str, float]:
 
 
 def _keep_chain(folder: Path) -> None:
-    """Move the chain out of the checkpoints' folder, and drop that."""
-    chain, kept = folder / _SCRATCH / CHAIN_DIR, folder / CHAIN_DIR
+    """Move the chain out of the checkpoints' folder; a run that goes on from the last of them writes it anew."""
+    chain, kept = folder / SCRATCH / CHAIN_DIR, folder / CHAIN_DIR
     if chain.is_dir():
         shutil.rmtree(kept, ignore_errors=True)
         chain.replace(kept)
-    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)

@@ -141,13 +141,20 @@ class Method:
             return PlateauKnots(window=window, patience=1, threshold=0.01, max_links=self.links)
         return StepKnots(**_steps(self.knots))
 
-    def link(self, targets: str | Sequence[str] | None, *, bias: bool = False) -> LinkConfig:
-        """What a link is, on the layers ``targets`` (as for `cola.LinkConfig`); ``bias``: train their biases too."""
+    def link(self, targets: str | Sequence[str] | None, *, bias: bool = False, init: str = "gaussian") -> LinkConfig:
+        """What a link is, on the layers ``targets``.
+
+        Args:
+            targets: as for `cola.LinkConfig`.
+            bias: train their biases too.
+            init: how A is drawn, as for `cola.LinkConfig`.
+        """
         return LinkConfig(
             r=self.ranks[0] if len(self.ranks) == 1 else self.ranks,
             lora_alpha=self.alpha,
             target_modules=targets,
             bias="lora_only" if bias else "none",
+            init=init,
         )
 
     def base_kwargs(self, lr: float) -> dict[str, Any]:
@@ -164,6 +171,7 @@ class Method:
         steps_per_epoch: int,
         targets: str | Sequence[str] | None = None,
         bias: bool = False,
+        init: str = "gaussian",
     ) -> torch.optim.Optimizer:
         """The optimizer of a run: a `ChainOptimizer`, or the plain base over all weights for ``"finetune"``.
 
@@ -179,7 +187,7 @@ class Method:
             base,
             model,
             self.policy(epochs, steps_per_epoch),
-            link=self.link(targets, bias=bias),
+            link=self.link(targets, bias=bias, init=init),
             seed=seed,
             **self.base_kwargs(lr),
         )

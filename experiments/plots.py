@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.arms import ARMS, CEILING, REFERENCE
+from experiments.arms import CEILING, REFERENCE
 from experiments.compare import Results
 from experiments.report import Row, inside
 
@@ -38,7 +38,7 @@ def draw(results: Results, rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     labels = {row.arm: row.label for row in rows}
-    compared = REFERENCE in results.chosen and len(results.chosen) > 1
+    compared = REFERENCE in labels and len(labels) > 1
     with pyplot.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
         figure, panels = pyplot.subplots(1, 2 + compared, figsize=(9.5 + 4.5 * compared, 4.6), layout="constrained")
         _curves(panels[0], results, labels, None)
@@ -58,11 +58,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _curves(axes: Any, results: Results, labels: Mapping[str, str], reference: str | None) -> None:
-    losses = {
-        arm: np.mean([outcome.losses for outcome in results.final(arm)], axis=0)
-        for arm in ARMS
-        if arm in results.chosen
-    }
+    losses = {arm: np.mean([outcome["losses"] for outcome in results.final(arm)], axis=0) for arm in labels}
     steps = len(next(iter(losses.values())))
     width = max(1, steps // 10)
     shown = []
@@ -70,7 +66,7 @@ def _curves(axes: Any, results: Results, labels: Mapping[str, str], reference: s
         color, line, marker = _STYLES[arm]
         curve = smooth(values if reference is None else values - losses[reference], width)
         axes.plot(np.arange(1, steps + 1), curve, color=color, linestyle=line, linewidth=1.6, label=labels[arm])
-        ties = sorted({knot.step for outcome in results.final(arm) for knot in inside(outcome)})
+        ties = sorted({knot["step"] for outcome in results.final(arm) for knot in inside(outcome)})
         axes.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white")
         if reference is None or arm != CEILING or len(losses) == 2:
             shown.append(curve[width:])

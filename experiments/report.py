@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import transformers
 
-from experiments import corpus
-from experiments.arms import ARMS, CEILING, REFERENCE, Adapters
-from experiments.compare import Plan, Results
+from experiments.arms import CEILING, REFERENCE
+from experiments.compare import Results
+from experiments.demo_run import prose
 from experiments.hardware import commit, describe_processor
 from experiments.stats import Interval, Paired, gap_closed, paired, t_interval
+from experiments.sweep import Outcome
 
 LEVEL = 0.05
 """The level of significance of all statements, after Holm's correction."""
@@ -57,9 +58,9 @@ class Check:
     found: str
 
 
-def rows(results: Results, adapters: Adapters = Adapters()) -> list[Row]:  # noqa: B008 (frozen)
-    """The table, one row per arm in the order of `ARMS`; `adapters` are those of the runs."""
-    arms = [arm for arm in ARMS if arm in results.chosen]
+def rows(results: Results) -> list[Row]:
+    """The table, one row per arm in the plan's order."""
+    arms = results.plan.arms
     losses = {arm: results.losses(arm) for arm in arms}
     means = {arm: math.fsum(values) / len(values) for arm, values in losses.items()}
     against = paired(losses, REFERENCE) if REFERENCE in losses else {}
@@ -70,22 +71,22 @@ def rows(results: Results, adapters: Adapters = Adapters()) -> list[Row]:  # noq
         table.append(
             Row(
                 arm=arm,
-                label=ARMS[arm].title(adapters),
-                lr=results.chosen[arm],
+                label=arms[arm].label,
+                lr=results.chosen(arm)[0].lr,
                 test=t_interval(losses[arm]),
                 against=against.get(arm),
                 gap=gap_closed(means[arm], means[REFERENCE], means[CEILING]) if gap else math.nan,
-                parameters=final[0].parameters,
-                seconds=math.fsum(outcome.cpu_seconds for outcome in final) / len(final),
+                parameters=final[0]["parameters"],
+                seconds=math.fsum(outcome["cpu_seconds"] for outcome in final) / len(final),
                 knots=math.fsum(len(inside(outcome)) for outcome in final) / len(final),
             )
         )
     return table
 
 
-def inside(outcome: Any) -> list[Any]:
+def inside(outcome: Outcome) -> list[dict[str, Any]]:
     """The knots of a run without the last tie, which ends it."""
-    return [knot for knot in outcome.knots if knot.step < len(outcome.losses)]
+    return [knot for knot in outcome["knots"] if knot["step"] < len(outcome["losses"])]
 
 
 def table(rows: list[Row]) -> str:
@@ -142,26 +143,24 @@ def statements(rows: list[Row]) -> list[str]:
     return said
 
 
-def checks(plan: Plan, results: Results, rows: list[Row], learned: bool = True) -> list[Check]:
+def checks(results: Results, rows: list[Row], learned: bool = True) -> list[Check]:
     """Whether the comparison can be trusted.
 
     Args:
-        plan: what was asked for.
         results: what came out.
         rows: `rows(results)`.
-        learned: also require that fine-tuning helped and that there is a gap to close; False for runs too
-        short
-            for either.
+        learned: also require that fine-tuning helped and that there is a gap to close; False for runs too short for
+            either.
     """
     found = []
-    losses = [loss for outcome in results.outcomes.values() for loss in outcome.losses]
+    outcomes = [outcome for _, _, outcome in results.runs()]
+    losses = [loss for outcome in outcomes for loss in outcome["losses"]]
     found.append(Check("every loss is finite", all(map(math.isfinite, losses)), f"{len(losses)} steps"))
-    short = [run for run, outcome in results.outcomes.items() if len(outcome.losses) != plan_steps(plan)]
-    found.append(
-        Check("every run took the same steps", not short, f"{plan_steps(plan)} steps, {len(short)} runs differ")
-    )
-    if results.rebuilt:
-        worst = max(results.rebuilt.values())
+    steps = results.plan.setting.steps()
+    short = [outcome for outcome in outcomes if len(outcome["losses"]) != steps]
+    found.append(Check("every run took the same steps", not short, f"{steps} steps, {len(short)} runs differ"))
+    if rebuilt := [outcome["rebuilt"] for outcome in outcomes if outcome["rebuilt"] is not None]:
+        worst = max(rebuilt)
         found.append(Check("saved chains rebuild the tuned weights", worst <= 1e-6, f"largest difference {worst:.1e}"))
     if not learned:
         return found
@@ -186,32 +185,27 @@ def checks(plan: Plan, results: Results, rows: list[Row], learned: bool = True) 
     return found
 
 
-def plan_steps(plan: Plan) -> int:
-    """Optimizer steps in each run of `plan`."""
-    return plan.setting.epochs * plan.setting.steps_per_epoch(corpus.prose())
-
-
 def record(
-    plan: Plan,
     results: Results,
     rows: list[Row],
     checks: list[Check],
     minutes: float,
     cpu_minutes: float,
     command: str,
+    workers: int,
 ) -> dict[str, Any]:
     """Everything as JSON values; NaN becomes null.
 
     Args:
-        plan: what was asked for.
         results: what came out.
         rows: `rows(results)`.
-        checks: `checks(plan, results, rows)`.
+        checks: `checks(results, rows)`.
         minutes: the command took.
         cpu_minutes: of one core, over all processes; unlike `minutes` they hardly depend on what else runs.
         command: as typed.
+        workers: processes.
     """
-    text = corpus.prose()
+    plan, text = results.plan, prose()
     return _jsonable(
         {
             "command": command,
@@ -219,7 +213,7 @@ def record(
             "hardware": describe_processor(),
             "minutes": minutes,
             "cpu_minutes": cpu_minutes,
-            "processes": plan.workers,
+            "processes": workers,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -230,8 +224,9 @@ def record(
                 "bytes": {split: len(body) for split, body in text.text.items()},
                 "topics": text.topics,
             },
-            "setting": asdict(plan.setting),
-            "steps": plan_steps(plan),
+            "setting": {name: value for name, value in asdict(plan.setting).items() if name != "model"},
+            "methods": {name: asdict(arm.method) for name, arm in plan.arms.items()},
+            "steps": plan.setting.steps(),
             "seeds": plan.seeds,
             "search_seeds": plan.search_seeds,
             "untouched": results.untouched,
@@ -239,10 +234,7 @@ def record(
             "rows": [asdict(row) for row in rows],
             "statements": statements(rows),
             "checks": [asdict(check) for check in checks],
-            "runs": [
-                {**asdict(outcome), "test": results.test.get(run), "rebuilt": results.rebuilt.get(run)}
-                for run, outcome in sorted(results.outcomes.items())
-            ],
+            "runs": [{"arm": arm, "lr": run.lr, "seed": run.seed, **outcome} for arm, run, outcome in results.runs()],
         }
     )
 

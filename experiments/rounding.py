@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from cola import ChainOptimizer, EvenKnots, LinkConfig
 from experiments import corpus, stats, tiny_opt
-from experiments.arms import TARGETS
 from experiments.evaluation import bits_per_byte
 from experiments.hardware import describe_processor
 
@@ -105,7 +104,7 @@ def run(cell: Cell, steps: int, prose: corpus.Prose, folder: Path) -> Measured:
         torch.optim.AdamW,
         model,
         EvenKnots(length=cell.links, total_steps=steps),
-        link=LinkConfig(r=8, target_modules=TARGETS),
+        link=LinkConfig(r=8),  # on query and value
         rounding="nearest" if exact else cell.rounding,
         seed=cell.seed,
         lr=cell.lr,

@@ -19,20 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import stats, text, tiny_opt
+from experiments.arms import Arm, require_possible
 from experiments.methods import Method
 from experiments.search import RateSearch, gather
-from experiments.study_run import TARGETS, TINY, Setting, StudyCell, name, run
+from experiments.study_run import TARGETS, TINY, Setting, StudyCell, load, name, run
 from experiments.sweep import Outcome, Shard, Sweep, SweepError, write_atomically
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method with its label and its rates: a grid, and where the search begins."""
-
-    label: str
-    method: Method
-    rates: tuple[float, ...]
-    start: float
 
 
 def _doubling(first: float, count: int) -> tuple[float, ...]:
@@ -101,12 +92,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments study`: 0; 1 if a run that counts diverged or is missing; 2 for bad arguments."""
+    """Run `python -m experiments study`: 0; 1 if a run that counts diverged or is missing; 2 for bad arguments or
+    arms that the model cannot carry."""
     tiny_opt.quiet()
     try:
         searches, shard = make_plan(arguments), Shard.parse(arguments.shard)
         first = next(iter(searches.values()))
-        first.cell(first.rates[0], 0).setting.blocks()
+        setting = first.cell(first.rates[0], first.seeds[0]).setting
+        setting.blocks()
+        require_possible(
+            {arm: ARMS[arm] for arm in searches},
+            load(setting.model),
+            lambda arm, model: StudyCell(setting, arm.method, arm.start, 0).optimizer(model),
+        )
     except (ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -127,7 +125,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"study: {error}", file=sys.stderr)
         return 1
     found = [row for arm, search in searches.items() if (row := Row.of(arm, search, done, searches)) is not None]
-    shown = table(found, first.cell(first.rates[0], 0).setting)
+    shown = table(found, setting)
     stem = arguments.out / f"study-{arguments.targets}"
     write_atomically(stem.with_suffix(".md"), shown + "\n")
     write_atomically(stem.with_suffix(".json"), json.dumps([row.as_json() for row in found], indent=1) + "\n")

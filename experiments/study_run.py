@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from cola import ChainOptimizer, KnotError, KnotReport
+from cola import KnotError
 from experiments import text, tiny_opt
+from experiments.evaluation import held_out_loss
 from experiments.methods import Method
 from experiments.sweep import Outcome, Sweep
+from experiments.train import WarmDecay, train
 
 TINY = "tiny"
 """The name of the repository's own model; any other is a folder or a hub name."""
@@ -84,6 +86,21 @@ class StudyCell:
         """The cell that evaluates this one's weights on the test split."""
         return replace(self, split="test")
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of this run, over ``model``.
+
+        Raises:
+            ValueError: the model cannot carry the method, or the epochs cannot.
+        """
+        return self.method.optimizer(
+            model,
+            lr=self.lr,
+            seed=self.seed,
+            epochs=self.setting.epochs,
+            steps_per_epoch=math.ceil(len(self.setting.blocks().train) / self.setting.batch),
+            targets=TARGETS[self.setting.targets],
+        )
+
 
 def name(cell: StudyCell) -> str:
     """Such as ``cola3-r8-lr0.004-seed0-dev``."""
@@ -108,7 +125,7 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
         load_model(model, str(sweep.place(trained) / WEIGHTS))
         return {"test": held_out_loss(model, cell.setting.blocks().test)}
     try:
-        outcome = train(model, cell)
+        outcome = fine_tune(model, cell)
     except (FloatingPointError, KnotError) as error:
         return {"diverged": str(error)}
     save_model(model, str(folder / WEIGHTS))
@@ -126,7 +143,7 @@ def load(model: str) -> nn.Module:
     return loaded
 
 
-def train(model: nn.Module, cell: StudyCell) -> Outcome:
+def fine_tune(model: nn.Module, cell: StudyCell) -> Outcome:
     """Fine-tune in place: shuffled epochs, the rate falling linearly to zero over the run, as in the paper.
 
     Raises:
@@ -135,56 +152,24 @@ def train(model: nn.Module, cell: StudyCell) -> Outcome:
     """
     setting = cell.setting
     blocks = setting.blocks()
-    per_epoch = math.ceil(len(blocks.train) / setting.batch)
-    total = setting.epochs * per_epoch
-    optimizer = cell.method.optimizer(
-        model,
-        lr=cell.lr,
-        seed=cell.seed,
-        epochs=setting.epochs,
-        steps_per_epoch=per_epoch,
-        targets=TARGETS[setting.targets],
-    )
-    parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    knots: list[KnotReport] = []
-    if isinstance(optimizer, ChainOptimizer):
-        optimizer.on_knot(knots.append)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    epochs = setting.epochs
+    total = epochs * math.ceil(len(blocks.train) / setting.batch)
     order = torch.Generator().manual_seed(cell.seed)
-    losses: list[float] = []
     by_epoch: list[float] = []
-    model.train()
-    for epoch in range(setting.epochs):
-        for ids in blocks.train[torch.randperm(len(blocks.train), generator=order)].split(setting.batch):
-            loss = model(input_ids=ids, labels=ids).loss
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} at step {len(losses)}")
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if epoch + 1 < setting.epochs:
-            by_epoch.append(held_out_loss(model, blocks.dev))
-    if isinstance(optimizer, ChainOptimizer):
-        optimizer.finish()
+    trained = train(
+        model,
+        cell.optimizer(model),
+        (blocks.train[torch.randperm(len(blocks.train), generator=order)].split(setting.batch) for _ in range(epochs)),
+        WarmDecay(total),
+        between=lambda: by_epoch.append(held_out_loss(model, blocks.dev)),
+    )
     by_epoch.append(held_out_loss(model, blocks.dev))
     if not math.isfinite(by_epoch[-1]):
         raise FloatingPointError(f"the held-out loss is {by_epoch[-1]}")
     return {
         "dev": by_epoch[-1],
         "dev_by_epoch": by_epoch,
-        "losses": [float(f"{loss:.6g}") for loss in losses],
-        "knots": [{"step": k.step, "rank": k.rank, "norm": k.delta_norm} for k in knots if k.step < total],
-        "parameters": parameters,
+        "losses": [float(f"{loss:.6g}") for loss in trained.losses],
+        "knots": [{"step": k.step, "rank": k.rank, "norm": k.delta_norm} for k in trained.knots if k.step < total],
+        "parameters": trained.parameters,
     }
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, ids: torch.Tensor, batch: int = 16) -> float:
-    """Mean loss over blocks of equal length, in nats per predicted token; the model keeps its mode."""
-    training = model.training
-    model.eval()
-    total = sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in ids.split(batch))
-    model.train(training)
-    return total / len(ids)

@@ -5,6 +5,9 @@ dictionary of JSON values. Which cells are wanted may depend on what came out of
 before the remaining seeds are run), so a sweep asks a *plan*: a pure function from the outcomes so far to the cells
 wanted. A sweep that was killed asks the same function the same question and goes on where it was.
 
+Processes that share a folder share the work: a cell is run under its lock, a cell whose lock is taken is left to its
+holder, and only when nothing else is left does a sweep wait for the others' outcomes, or take over from one that died.
+
 The digest in a cell's place is of its values alone. Code and files that a cell names (data, a model's folder) are not
 in it: after a change there, take another folder. A new field in a cell's class makes all cells new ones; what was there
 before stays and is not read.
@@ -18,6 +21,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +42,9 @@ Runner = Callable[[Any, Path], Outcome]
 """``run(cell, folder) -> outcome``, importable by name; it may keep files in ``folder``."""
 
 OUTCOME = "outcome.json"
+SCRATCH = "scratch"
+"""What a cell leaves here, in its folder, is kept while it has no outcome, and removed once that is written."""
+_PAUSE = 0.5  # seconds between looks at cells that other processes run
 _MEMORY_SHARE = 0.8  # of what is free now, so that a cell somewhat larger than the first one still fits
 
 
@@ -112,6 +119,7 @@ class Sweep(Generic[C]):
         plan: Callable[[Mapping[C, Outcome]], Sequence[C]],
         *,
         workers: int | None = None,
+        threads: int | None = None,
         expected: int | None = None,
         progress: bool = True,
         finished: Callable[[C, Outcome], None] = lambda cell, outcome: None,
@@ -122,6 +130,7 @@ class Sweep(Generic[C]):
             plan: outcomes so far -> all cells wanted, in order of urgency; done ones may be among them.
             workers: cells at a time, each in a process of its own; 1 runs them in this process. None: as many as there
                 are cores (or one per GPU), but no more than fit the memory, judged by the first cell's peak.
+            threads: of each process of its own; None: the cores are shared among them.
             expected: how many cells it will be in all, if known, for the estimate of the time left.
             progress: show a bar.
             finished: called with each outcome once, those that were there before included.
@@ -140,7 +149,7 @@ class Sweep(Generic[C]):
         done: dict[C, Outcome] = {}
         first, told = _together()
         with (
-            _Pool(self, workers) as pool,
+            _Pool(self, workers, threads) as pool,
             tqdm(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
         ):
             while True:
@@ -150,6 +159,8 @@ class Sweep(Generic[C]):
                     found = told(self.read(cell) if first else None)
                     if found is not None:
                         done[cell] = found
+                        if first:
+                            _clear(self.place(cell))  # a kill may have come between the outcome and this
                         if not bar.disable:
                             bar.initial += 1  # found, not run: the rate is that of runs
                             bar.update()
@@ -171,12 +182,16 @@ class Sweep(Generic[C]):
 
 
 class _Pool:
-    """Runs cells in this process or in several; keeps as many going as there is room for."""
+    """Runs cells in this process or in several; keeps as many going as there is room for.
 
-    def __init__(self, sweep: Sweep[Any], workers: int | None) -> None:
-        self.sweep, self.workers = sweep, workers
+    Cells that other processes are running are left aside for a while.
+    """
+
+    def __init__(self, sweep: Sweep[Any], workers: int | None, threads: int | None) -> None:
+        self.sweep, self.workers, self.threads = sweep, workers, threads
         self.room = workers or 1
-        self.running: dict[Future[tuple[Outcome, hardware.Peak]], Any] = {}
+        self.running: dict[Future[tuple[Outcome, hardware.Peak] | None], Any] = {}
+        self.elsewhere: set[Any] = set()
         self.executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Pool:
@@ -186,7 +201,7 @@ class _Pool:
             most = self.workers or hardware.most_workers()
             # a forked copy of a process that has used torch's thread pool may hang
             context = multiprocessing.get_context("spawn")
-            threads = max(1, hardware.cores() // most)
+            threads = self.threads or max(1, hardware.cores() // most)
             gpus, devices = context.SimpleQueue(), hardware.gpus()
             for index in range(most if devices else 0):
                 gpus.put(devices[index % len(devices)])
@@ -203,41 +218,55 @@ class _Pool:
             unsettle(self.flushed)
 
     def some(self, cells: Sequence[Any]) -> Iterator[tuple[Any, Outcome]]:
-        """Start cells while there is room, and yield those that finish next, at least one."""
+        """Start cells while there is room, and yield those that finish next; none if others run all that is left."""
         if self.executor is None:
-            outcome, _ = run_one(self.sweep.run, cells[0], self.sweep.place(cells[0]))
-            yield cells[0], outcome
+            for cell in cells:
+                ran = run_one(self.sweep.run, cell, self.sweep.place(cell))
+                if ran is not None:
+                    yield cell, ran[0]
+                    return
+            time.sleep(_PAUSE)
             return
-        started = set(self.running.values())
+        started = {*self.running.values(), *self.elsewhere}
         for cell in cells:
             if len(self.running) >= self.room:
                 break
             if cell not in started:
                 future = self.executor.submit(run_one, self.sweep.run, cell, self.sweep.place(cell))
                 self.running[future] = cell
-        ready, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        ready, _ = wait(self.running, _PAUSE if self.elsewhere else None, FIRST_COMPLETED)
+        if not ready:
+            if not self.running:
+                time.sleep(_PAUSE)
+            self.elsewhere.clear()  # look again
         for future in ready:
             cell = self.running.pop(future)
             try:
-                outcome, peak = future.result()
+                ran = future.result()
             except BrokenProcessPool:
                 raise SweepError(
                     f"a process died while running {self.sweep.name(cell)} or beside it (out of memory?); what is "
                     "finished is kept: start the sweep again, with fewer --workers"
                 ) from None
+            if ran is None:
+                self.elsewhere.add(cell)
+                continue
+            outcome, peak = ran
             if self.workers is None:
                 self.room = max(1, min(self.most, peak.how_many(_MEMORY_SHARE)))
             yield cell, outcome
 
 
-def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak]:
-    """Run one cell under its lock, unless another process has by the time the lock is free; keep its outcome.
+def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak] | None:
+    """Run one cell under its lock, unless another process has by then, and keep its outcome; None if one is at it.
 
     The processes of one `torchrun` run the cell together: the first of them holds the lock and writes.
     """
     place.mkdir(parents=True, exist_ok=True)
     first, told = _together()
-    with locked(place / "lock") if first else nullcontext():
+    with locked(place / "lock") if first else nullcontext(False) as held:
+        if not told(held):
+            return None
         found = told(_read(place / OUTCOME, cell) if first else None)
         if found is not None:
             return found, hardware.Peak.now()
@@ -253,6 +282,7 @@ def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak
         write_atomically(
             place / OUTCOME, json.dumps({"cell": as_json(cell), "outcome": outcome, "made": made}, indent=1)
         )
+        _clear(place)
         return json.loads(json.dumps(outcome)), hardware.Peak.now()
 
 
@@ -301,16 +331,27 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; it is free again when its holder dies, however that happens."""
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file, or say (False) that another process does.
+
+    It is free again when its holder dies, however that happens.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on this system: one process at a time is then the user's to see to
-        yield
+        yield True
         return
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _clear(place: Path) -> None:
+    shutil.rmtree(place / SCRATCH, ignore_errors=True)
 
 
 def as_json(cell: Any) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class PaperTable:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(cells.Circumstances):
     """How a table is run; the defaults are the paper's.
 
     Attributes:
@@ -101,7 +101,6 @@ class Setting:
         train, dev, test: at most so many examples; None for the table's.
         epochs: passes; None for the paper's.
         bias: train the adapted layers' biases; None for what the paper does with its model.
-        dtype, targets, data_dir, max_length, gradient_checkpointing, device_map, fsdp: as in `cells.Cell`.
     """
 
     model: str | None = None
@@ -115,13 +114,6 @@ class Setting:
     test: int | None = None
     epochs: int | None = None
     bias: bool | None = None
-    dtype: str = "float32"
-    targets: tuple[str, ...] = ()
-    data_dir: str | None = None
-    max_length: int = 2048
-    gradient_checkpointing: bool = False
-    device_map: str | None = None
-    fsdp: bool = False
 
 
 Place = tuple[str, str]
@@ -218,13 +210,7 @@ def _cell(table: PaperTable, line: Line, name: str, setting: Setting) -> Cell:
         epochs=setting.epochs or protocol.epochs,
         batch=protocol.batch[model],
         bias=line.method.adapts and (protocol.adapter_bias[model] if setting.bias is None else setting.bias),
-        dtype=setting.dtype,
-        targets=setting.targets,
-        data_dir=setting.data_dir,
-        max_length=setting.max_length,
-        gradient_checkpointing=setting.gradient_checkpointing,
-        device_map=setting.device_map,
-        fsdp=setting.fsdp,
+        **setting.circumstances(),
     )
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cola import ChainOptimizer, EvenKnots, KnotReport, LinkConfig
+from cola import ChainOptimizer, EvenKnots, LinkConfig
 from theory.llm_probe import GapProbe
 
 Item = TypeVar("Item")
@@ -34,23 +35,21 @@ def train(options: argparse.Namespace) -> Trained:
 def _demo(options: argparse.Namespace) -> Trained:
     """The demo's chain: its model, text, arm and schedule."""
     try:
-        from experiments import corpus, tiny_opt
-        from experiments.arms import ARMS
-        from experiments.train import Setting, WarmDecay
+        from experiments import arms, corpus, tiny_opt
+        from experiments.demo_run import DemoCell, Setting
+        from experiments.train import train as fine_tune
     except ImportError as error:
         raise ImportError(f"--model demo needs transformers ({error}): install it, or use --model random") from error
-    if options.arm not in ARMS or ARMS[options.arm].policy is None:
-        chains = [name for name, arm in ARMS.items() if arm.policy is not None]
+    chains = {name: arm for name, arm in arms.demo().items() if arm.method.adapts}
+    if options.arm not in chains:
         raise ValueError(f"--arm {options.arm!r} is not a chain: choose from {', '.join(chains)}")
     tiny_opt.quiet()
-    arm, setting, prose = ARMS[options.arm], Setting(epochs=options.epochs), corpus.prose()
-    model, text = tiny_opt.load(), setting.training_text(prose)
-    total = setting.epochs * setting.steps_per_epoch(prose)
-    lr = arm.recorded if options.lr is None else options.lr
-    optimizer = arm.optimizer(model, setting.adapters, lr=lr, seed=options.seed, total_steps=total)
+    arm, setting, model = chains[options.arm], Setting(epochs=options.epochs), tiny_opt.load()
+    lr = arm.start if options.lr is None else options.lr
+    optimizer = DemoCell(setting, arm.method, lr, options.seed).optimizer(model)
     assert isinstance(optimizer, ChainOptimizer)
     # the fixed loss: blocks spread evenly over the text, as many for the fresh pass from between them
-    blocks = corpus.blocks(text, setting.context)
+    blocks = corpus.blocks(setting.training_text(), setting.context)
     wanted = 2 * options.probe_batches * setting.batch_size
     if wanted > len(blocks):
         raise ValueError(
@@ -69,31 +68,11 @@ def _demo(options: argparse.Namespace) -> Trained:
         rank=options.rank,
         seed=options.seed,
     )
-    ties: list[int] = []
-
-    def note(report: KnotReport) -> None:
-        ties.append(report.step)
-
-    optimizer.on_knot(note)
-    factor = WarmDecay(total, setting.warmup, ties, setting.decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator().manual_seed(options.seed)
-    losses: list[float] = []
-    model.train()
-
-    def steps() -> Iterator[Tensor]:
-        for _ in range(setting.epochs):
-            yield from corpus.epoch(text, setting.context, setting.batch_size, generator)
-
-    for ids in _progress(steps(), total):
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(_finite(loss, len(losses)))
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    optimizer.finish()
-    return Trained(probe, losses)
+    steps = _progress(itertools.chain.from_iterable(setting.read(options.seed)), setting.steps())
+    try:
+        return Trained(probe, fine_tune(model, optimizer, [steps], setting.schedule()).losses)
+    except FloatingPointError as error:
+        raise ValueError(f"{error}: lower --lr") from error
 
 
 def _random(options: argparse.Namespace) -> Trained:

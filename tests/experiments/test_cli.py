@@ -60,10 +60,11 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert main(["demo", "--smoke", "--workers", "1", "--seed", "5", "--out", str(tmp_path), "--arms", *arms]) == 0
     shown = capsys.readouterr()
     assert "seeds 5, 6" in shown.out
-    assert "runs: 100%" in shown.err
+    assert "100%" in shown.err
     written = json.loads((tmp_path / "results.json").read_text())
     assert [row["arm"] for row in written["rows"]] == arms
     assert written["seeds"] == [5, 6]
+    assert {arm: method["links"] for arm, method in written["methods"].items()} == dict(zip(arms, (1, 2, 4, 1)))
     assert all(check["holds"] for check in written["checks"])
     tested = [run for run in written["runs"] if run["test"] is not None]
     assert len(tested) == len(arms) * 2 < len(written["runs"])
@@ -72,6 +73,8 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("scratch-*"))
     assert any("rebuild" in check["what"] for check in written["checks"])
+    assert {run["rebuilt"] for run in tested} == {0.0, None}
+    assert len([run for run in tested if run["rebuilt"] is None]) == 2  # those of full fine-tuning
     assert [len(Chain.load(tmp_path / "chains" / arm)) for arm in arms[:2]] == [1, 2]
 
 
@@ -84,8 +87,9 @@ def test_the_demo_says_what_is_wrong(tmp_path, capsys):
         ("--rank", "0", "r=0"),
         ("--init", "zero", "init='zero'"),
         ("--decay", "2", "--decay=2.0"),
+        ("--rank", "60", "arm lora-wide (LoRA, rank 180): r=180 is above the rank of layer"),
     ):
-        assert main(["demo", "--out", str(tmp_path), flag, value]) == 2
+        assert main(["demo", "--full", "--out", str(tmp_path), flag, value]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -4,86 +4,97 @@ import dataclasses
 
 import pytest
 
-from experiments import compare, report
-from experiments.arms import ARMS
-from experiments.compare import Plan, Run, choose
-from experiments.train import Outcome, Setting
+from experiments import arms, report
+from experiments.arms import Arm
+from experiments.compare import Plan, Results
+from experiments.demo_run import Setting
+from experiments.methods import Method
 
 
-def outcome(arm="lora", lr=1e-3, seed=0, validation=1.0):
-    return Outcome(arm, lr, seed, validation, (2.0, 1.0), (), 10, 0.5, 0.5)
+def outcome(validation=1.0, steps=2):
+    losses = [2.0, 1.0, 0.5][:steps]
+    return {
+        "validation": validation,
+        "losses": losses,
+        "knots": [],
+        "parameters": 10,
+        "seconds": 0.5,
+        "cpu_seconds": 0.5,
+    }
+
+
+class Steps(Setting):
+    """A setting of two steps, whatever the text."""
+
+    def steps(self):
+        return 2
 
 
 @pytest.fixture
-def plan(tmp_path):
+def plan():
     rates = {"lora": (1e-3, 2e-3), "cola-2": (1e-3, 2e-3), "full": (5e-4,)}
-    return Plan(rates, (0,), (0, 1, 2), Setting(epochs=1), tmp_path, tmp_path)
+    return Plan({arm: arms.demo()[arm] for arm in rates}, rates, (0,), (0, 1, 2), Steps())
 
 
-def test_the_lowest_mean_validation_loss_chooses():
-    outcomes = [
-        outcome(lr=1e-3, seed=0, validation=1.0),
-        outcome(lr=1e-3, seed=1, validation=1.4),
-        outcome(lr=2e-3, seed=0, validation=1.1),
-        outcome(lr=2e-3, seed=1, validation=1.1),
-    ]
-    assert choose(outcomes) == 2e-3
-    assert choose(outcomes[:1] + outcomes[2:3]) == 1e-3
-    assert choose([outcome(lr=2e-3), outcome(lr=1e-3)]) == 1e-3
-    with pytest.raises(ValueError, match="no run to choose"):
-        choose([])
+def carried_out(plan, validation, test):
+    """A plan's cells, each done in the order in which it is wanted."""
+    done, log = {}, []
+    while new := [cell for cell in plan.wanted(done) if cell not in done]:
+        cell = new[0]
+        log.append(cell)
+        done[cell] = outcome(validation(cell)) if cell.split == "validation" else {"test": test(cell), "rebuilt": None}
+    return done, log
 
 
-def test_test_loss_is_read_after_all_choices_and_once_per_chosen_run(plan, monkeypatch):
+def test_test_loss_is_read_after_all_choices_and_once_per_chosen_run(plan):
     """Validation prefers the higher rate, the test split would prefer the lower: validation decides."""
-    log = []
-
-    def train(run, plan):
-        log.append(("train", run))
-        return outcome(run.arm, run.lr, run.seed, validation=-run.lr)
-
-    def test(run, plan):
-        log.append(("test", run))
-        return run.lr
-
-    monkeypatch.setattr(compare, "_train", train)
-    monkeypatch.setattr(compare, "_test", test)
-    monkeypatch.setattr(compare, "_rebuild", lambda run, plan: None)
-    monkeypatch.setattr(compare, "_untouched", lambda plan: 3.0)
-    ticks = []
-    results = compare.compare(plan, ticks.append)
-    assert results.chosen == {"lora": 2e-3, "cola-2": 2e-3, "full": 5e-4}
-    kinds = [kind for kind, _ in log]
-    assert kinds == ["train"] * plan.size() + ["test"] * 9
-    assert len(ticks) == plan.size() == 2 + 2 + 2 + 2 + 3
-    tested = [run for kind, run in log if kind == "test"]
-    assert sorted(tested) == sorted(Run(arm, lr, seed) for arm, lr in results.chosen.items() for seed in (0, 1, 2))
-    assert len({run for kind, run in log if kind == "train"}) == plan.size()
+    done, log = carried_out(plan, validation=lambda cell: -cell.lr, test=lambda cell: cell.lr)
+    results = Results(plan, done)
+    assert {arm: results.chosen(arm)[0].lr for arm in plan.arms} == {"lora": 2e-3, "cola-2": 2e-3, "full": 5e-4}
+    kinds = [cell.split for cell in log]
+    assert plan.size() == 2 + 2 + 2 + 2 + 3
+    assert kinds == ["validation"] * plan.size() + ["test"] * 10
+    assert log[-10:] == [*(run.tested for arm in plan.arms for run in results.chosen(arm)), plan.untouched]
+    assert len(set(log)) == len(log) == len(done)
     assert results.losses("lora") == [2e-3] * 3
+    assert log[0].method == Method("finetune")  # the longest first
 
 
-def test_a_search_uses_the_first_seeds_of_the_comparison(plan):
-    with pytest.raises(ValueError, match="must be the first of seeds"):
-        dataclasses.replace(plan, search_seeds=(7,))
+def test_the_lowest_mean_validation_loss_chooses(plan):
+    plan = dataclasses.replace(plan, search_seeds=(0, 1))
+    losses = {(1e-3, 0): 1.0, (1e-3, 1): 1.4, (2e-3, 0): 1.1, (2e-3, 1): 1.1}
+    done, _ = carried_out(plan, lambda cell: losses.get((cell.lr, cell.seed), 0.0), lambda cell: 0.0)
+    assert Results(plan, done).chosen("lora")[0].lr == 2e-3
+    done, log = carried_out(plan, lambda cell: 1.0, lambda cell: 0.0)
+    assert Results(plan, done).chosen("lora")[0].lr == 1e-3  # the lower of two that tie
+    assert len([cell for cell in log if cell.split == "validation"]) == plan.size()
 
 
 def test_rates_near_the_recorded_one():
-    arm = dataclasses.replace(ARMS["lora"], rates=(1.0, 2.0, 4.0, 8.0), recorded=2.0)
+    arm = Arm("LoRA", Method.lora(), (1.0, 2.0, 4.0, 8.0), 2.0)
     assert arm.nearby(1) == (2.0,)
     assert arm.nearby(2) == (2.0, 4.0)
     assert arm.nearby(3) == (1.0, 2.0, 4.0)
-    assert dataclasses.replace(arm, recorded=1.0).nearby(3) == (1.0, 2.0, 4.0)
-    with pytest.raises(ValueError, match=r"recorded=3.0 is not among"):
-        dataclasses.replace(arm, recorded=3.0)
+    assert dataclasses.replace(arm, start=1.0).nearby(3) == (1.0, 2.0, 4.0)
+    with pytest.raises(ValueError, match=r"start=3.0 is not among"):
+        dataclasses.replace(arm, start=3.0)
 
 
 @pytest.fixture
 def results(plan):
     losses = {"lora": [2.0, 2.1, 2.2], "cola-2": [1.95, 2.04, 2.16], "full": [1.8, 1.91, 1.99]}
-    chosen = {"lora": 1e-3, "cola-2": 2e-3, "full": 5e-4}
-    runs = {Run(arm, chosen[arm], seed): loss for arm in losses for seed, loss in enumerate(losses[arm])}
-    outcomes = {run: outcome(run.arm, run.lr, run.seed) for run in runs}
-    return compare.Results(outcomes, chosen, runs, 3.0, {})
+    of = {plan.arms[arm].method: values for arm, values in losses.items()}
+    done, _ = carried_out(plan, lambda cell: 1.0, lambda cell: of[cell.method][cell.seed] if cell.lr else 3.0)
+    return Results(plan, done)
+
+
+def changed(results, **changes):
+    """The results, with other values in the outcomes that have them."""
+    return Results(
+        results.plan,
+        {cell: {key: changes.get(key, lambda c, v: v)(cell, value) for key, value in out.items()}
+         for cell, out in results.done.items()},
+    )  # fmt: skip
 
 
 def test_the_table_compares_with_lora_and_measures_the_gap(results):
@@ -100,20 +111,19 @@ def test_the_table_compares_with_lora_and_measures_the_gap(results):
     assert second.startswith("full fine-tuning: 0.2000 bits per byte below LoRA, significant")
 
 
-def test_checks_fail_when_there_is_nothing_to_learn_from_the_results(plan, results, monkeypatch):
-    monkeypatch.setattr(report, "plan_steps", lambda plan: 2)
-
+def test_checks_fail_when_there_is_nothing_to_learn_from_the_results(results):
     def failed(results):
-        return [check.what for check in report.checks(plan, results, report.rows(results)) if not check.holds]
+        return [check.what for check in report.checks(results, report.rows(results)) if not check.holds]
 
     assert failed(results) == []
-    assert failed(dataclasses.replace(results, untouched=1.99)) == ["every arm beats the untouched model"]
-    swapped = {run: 4.1 - loss for run, loss in results.test.items()}
-    assert failed(dataclasses.replace(results, test=swapped)) == [
-        "full fine-tuning beats LoRA, so there is a gap to close"
-    ]
-    assert failed(dataclasses.replace(results, rebuilt={next(iter(results.test)): 0.1})) == [
-        "saved chains rebuild the tuned weights"
-    ]
-    monkeypatch.setattr(report, "plan_steps", lambda plan: 3)
-    assert failed(results) == ["every run took the same steps"]
+    better = changed(results, test=lambda cell, loss: loss if cell.lr else 1.99)
+    assert failed(better) == ["every arm beats the untouched model"]
+    swapped = changed(results, test=lambda cell, loss: 4.1 - loss if cell.lr else loss)
+    assert failed(swapped) == ["full fine-tuning beats LoRA, so there is a gap to close"]
+    assert failed(changed(results, rebuilt=lambda cell, _: 0.0 if cell.lr else None)) == []
+    wrong = changed(results, rebuilt=lambda cell, _: 0.1 if cell.seed == 2 else 0.0)
+    assert failed(wrong) == ["saved chains rebuild the tuned weights"]
+    short = changed(results, losses=lambda cell, losses: losses[:1] if cell.seed == 1 else losses)
+    assert failed(short) == ["every run took the same steps"]
+    infinite = changed(results, losses=lambda cell, losses: [float("nan"), 1.0])
+    assert failed(infinite) == ["every loss is finite"]

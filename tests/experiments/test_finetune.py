@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from cola import Chain
 from cola.integrations.transformers import ChainCallback
-from experiments import finetune, models, tables, tasks
+from experiments import finetune, models, sweep, tables, tasks
 from experiments import run as run_command
 from experiments.__main__ import main
 from experiments.cells import Cell, name, usual_dtype
@@ -27,7 +27,7 @@ from experiments.encoding import Encoder
 from experiments.methods import Method
 from experiments.objectives import examples
 from experiments.scoring import dev_loss, evaluate
-from experiments.sweep import OUTCOME, Sweep
+from experiments.sweep import OUTCOME, SCRATCH, Sweep
 from experiments.tasks.loading import split
 from tests.experiments import small
 
@@ -82,7 +82,6 @@ def test_an_outcome_is_what_the_weights_give(folder, tmp_path, changes):
     """The chain applied to the untouched model has the scores and the lowest development loss that are reported."""
     of = cell(folder, **changes)
     outcome = finetune.run(of, tmp_path)
-    assert not (tmp_path / "trainer").exists()
     assert len(outcome["losses"]) == outcome["steps"] == 6
     assert len(outcome["dev_loss_by_epoch"]) == 3
     assert outcome["dev_loss_by_epoch"][outcome["best_epoch"] - 1] == min(outcome["dev_loss_by_epoch"])
@@ -152,7 +151,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, method):
     killed = Sweep(tmp_path / "killed", finetune.run, name)
     command = [sys.executable, "-m", "tests.experiments.torchrun_cell", str(tmp_path / "killed"), as_text(of)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    scratch = killed.place(of) / "trainer"
+    scratch = killed.place(of) / SCRATCH
     while process.poll() is None and not list(scratch.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -160,13 +159,17 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path, method):
     assert not (killed.place(of) / OUTCOME).exists()
     assert killed.carry_out(lambda done: [of], workers=1, progress=False)[of] == undisturbed
     if method.adapts:
-        one, two = (
-            # the rest of a name is of the contents, and a report has the seconds that a knot took
-            {path.name[:10]: load_file(path) for path in sorted((s.place(of) / "chain").glob("link-*"))}
-            for s in (whole, killed)
-        )
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[file][key], two[file][key]) for file in one for key in one[file])
+        require_same_chains(*(s.place(of) / "chain" for s in (whole, killed)))
+
+
+def require_same_chains(*folders):
+    one, two = (
+        # the rest of a name is of the contents, and a report has the seconds that a knot took
+        {path.name[:10]: load_file(path) for path in sorted(folder.glob("link-*"))}
+        for folder in folders
+    )
+    assert one.keys() == two.keys() != set()
+    assert all(torch.equal(one[file][key], two[file][key]) for file in one for key in one[file])
 
 
 class Killed(BaseException):
@@ -217,6 +220,29 @@ def test_what_was_not_written_whole_is_not_gone_on_from(folder, tmp_path, monkey
     assert finetune.run(of, tmp_path / "cut") == undisturbed
     # two epochs of two steps were whole, or all four of them
     assert len(steps) == (4 if isinstance(where, type) else 0)
+
+
+@pytest.mark.parametrize(("where", "again"), [("write_atomically", True), ("_clear", False)])
+def test_a_kill_around_the_outcome_repeats_no_step(folder, tmp_path, monkeypatch, where, again):
+    """Before it is written the run is scored again, from its last checkpoint; after it, found; then cleared up."""
+    of = cell(folder, Method.cola(2, ranks=(4, 2)), epochs=4)
+    whole = Sweep(tmp_path / "whole", finetune.run, name)
+    undisturbed = whole.carry_out(lambda done: [of], workers=1, progress=False)[of]
+    cut = Sweep(tmp_path / "cut", finetune.run, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, where, killed)
+        with pytest.raises(Killed):
+            cut.carry_out(lambda done: [of], workers=1, progress=False)
+    assert (cut.read(of) is None) == again
+    assert (cut.place(of) / SCRATCH).exists()
+    steps, scored = [], []
+    train_step, evaluate = finetune.TaskTrainer.training_step, finetune.evaluate
+    monkeypatch.setattr(finetune.TaskTrainer, "training_step", lambda *a, **k: steps.append(0) or train_step(*a, **k))
+    monkeypatch.setattr(finetune, "evaluate", lambda *a, **k: scored.append(0) or evaluate(*a, **k))
+    assert cut.carry_out(lambda done: [of], workers=1, progress=False)[of] == undisturbed
+    assert (len(steps), len(scored)) == (0, 2 if again else 0)
+    assert {path.name for path in cut.place(of).iterdir()} == {"lock", "chain", OUTCOME}
+    require_same_chains(whole.place(of) / "chain", cut.place(of) / "chain")
 
 
 @pytest.mark.long

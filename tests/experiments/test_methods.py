@@ -94,10 +94,10 @@ def test_optimizers(base):
     whole = Method("finetune", base).optimizer(make(), **common)
     assert type(whole).__name__ == base
     assert sum(p.numel() for p in whole.param_groups[0]["params"]) == sum(p.numel() for p in make().parameters())
-    chain = Method.cola(2, ranks=(4, 2), base=base).optimizer(make(), **common, bias=True)
+    chain = Method.cola(2, ranks=(4, 2), base=base).optimizer(make(), **common, bias=True, init="orthogonal")
     assert isinstance(chain, ChainOptimizer)
     assert type(chain.base).__name__ == base
-    assert chain.live.scaling == 16 / 4
+    assert (chain.live.scaling, chain.live.config.init) == (16 / 4, "orthogonal")
     assert sum(p.numel() for p in chain.param_groups[1]["params"]) == 2 * 16  # the biases of q and v
     for optimizer in (whole, chain):
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}

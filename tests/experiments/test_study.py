@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from experiments import study, study_run, text, tiny_opt
 from experiments.__main__ import main
+from experiments.evaluation import held_out_loss
 from experiments.methods import Method
 from experiments.study_run import Setting, StudyCell
 from experiments.sweep import Sweep
+from tests.experiments import small
 
 SMALL = Setting(epochs=2, train=4, held_out=2, length=16, batch=2)
 
@@ -80,8 +82,8 @@ def test_a_run_repeats_to_the_bit_and_leaves_the_weights_it_reports(tmp_path, me
     study_run.load_model(
         model, str(Sweep(tmp_path / "one", study_run.run, study_run.name).place(cell) / "weights.safetensors")
     )
-    assert tested == {"test": study_run.held_out_loss(model, SMALL.blocks().test)}
-    assert one["dev"] == study_run.held_out_loss(model, SMALL.blocks().dev)
+    assert tested == {"test": held_out_loss(model, SMALL.blocks().test)}
+    assert one["dev"] == held_out_loss(model, SMALL.blocks().dev)
 
 
 def test_the_loss_is_the_mean_over_predicted_tokens():
@@ -91,7 +93,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens():
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     # a logit's rounding is half a unit in the last place, and moves a log-probability by twice that at most; then sums
     bound = 4 * torch.finfo(torch.float32).eps * logits.abs().max().item()
-    assert abs(study_run.held_out_loss(model, ids, batch=1) - nats) < bound
+    assert abs(held_out_loss(model, ids, batch=1) - nats) < bound
 
 
 def test_the_same_order_for_all_arms_of_a_seed(monkeypatch, tmp_path):
@@ -104,7 +106,7 @@ def test_the_same_order_for_all_arms_of_a_seed(monkeypatch, tmp_path):
             lambda module, args, kwargs, ids=ids: ids.append(kwargs["input_ids"]) if module.training else None,
             with_kwargs=True,
         )
-        study_run.train(model, StudyCell(SMALL, method, 1e-3, 3))
+        study_run.fine_tune(model, StudyCell(SMALL, method, 1e-3, 3))
         seen.append(torch.cat(ids))
     assert torch.equal(*seen)
 
@@ -168,6 +170,32 @@ def test_shards_together_make_the_table(tmp_path, capsys):
 def test_arguments_that_cannot_be(tmp_path, capsys, arguments, message):
     assert main(["study", "--out", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["0/1", "1/2"])  # any machine refuses what one of them cannot run
+def test_an_arm_that_the_model_cannot_carry_is_refused_before_anything_is_run(tmp_path, capsys, shard):
+    """Grouped queries: the value projections are 16x32, as those of the small Llama are 32x64."""
+    small.model("llama", torch.float32).save_pretrained(tmp_path / "model")
+    small.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join("It was great. " * 150 for _ in range(20)))
+    given = ["--model", str(tmp_path / "model"), "--corpus", str(tmp_path / "text.txt"), "--smoke", "--shard", shard]
+    command = ["study", "--out", str(tmp_path / "out"), *given]
+    capsys.readouterr()
+    assert main([*command, "--arms", "lora", "lora-24", "cola-5", "cola-3-16", "lora-32"]) == 2
+    shown = capsys.readouterr()
+    for arm in ("lora-24 (LoRA, rank 24 = 3·8): r=24", "lora-32 (LoRA, rank 32): r=32"):
+        assert (
+            f"arm {arm} is above the rank of layer 'model.layers.0.self_attn.v_proj', whose weight is 16x32: "
+            "choose r of at most 16\n"
+        ) in shown.err
+    assert "arm cola-5 (COLA, 5 links): links=5 in epochs=2" in shown.err
+    assert "arm cola-3-16 (COLA, 3 links, rank 16): links=3 in epochs=2" in shown.err
+    assert shown.err.endswith("leave out what cannot be: --arms lora\n")
+    assert not shown.out
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--arms", "lora-24"]) == 2
+    assert capsys.readouterr().err.endswith("choose other --arms\n")
+    assert main([*command, "--arms", "lora"]) == 0
 
 
 def test_chains_are_compared_with_their_own_kind():

@@ -98,6 +98,43 @@ def test_two_processes_that_share_a_folder_run_nothing_twice(tmp_path):
     assert set(Counter(lines(tmp_path, "start")).values()) == {1}
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_processes_that_share_a_folder_share_the_work(tmp_path, workers):
+    """A cell ends only once both sweeps run one: if one waited for the other's cell, neither would end."""
+    command = [sys.executable, "-m", "tests.experiments.toy_sweep", str(tmp_path), "meets", str(workers)]
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    cells = [*(Toy("meets", 0.1, seed) for seed in range(2 * workers)), Toy("last", 0.1, 0)]
+    assert Counter(lines(tmp_path, "start")) == {sweep(tmp_path).place(cell).name: 1 for cell in cells}
+    sweeps = {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()}
+    assert len(sweeps) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_whose_process_was_killed_is_taken_over(tmp_path, workers):
+    command = [sys.executable, "-m", "tests.experiments.toy_sweep", str(tmp_path), "hangs", "1"]
+    (tmp_path / "log").touch()
+    holder = subprocess.Popen(command, cwd=ROOT)
+    while holder.poll() is None and not list(tmp_path.glob("cells/*/hung")):
+        time.sleep(0.01)
+    assert holder.poll() is None
+    hangs, other = Toy("hangs", 0.1, 0), Toy("b", 0.1, 0)
+    asked = []
+
+    def plan(done):
+        asked.append(set(done))
+        if asked.count({other}) == 4 and holder.poll() is None:  # all else is done, and the sweep looks again and again
+            holder.kill()
+            holder.wait()
+        return [hangs, other]
+
+    done = sweep(tmp_path).carry_out(plan, workers=workers, progress=False)
+    assert set(done) == {hangs, other}
+    names = [sweep(tmp_path).place(cell).name for cell in (hangs, other)]
+    assert Counter(lines(tmp_path, "start")) == dict(zip(names, (2, 1)))
+    assert Counter(lines(tmp_path, "end")) == dict(zip(names, (1, 1)))
+
+
 @given(st.integers(1, 12), st.integers(0, 40))
 def test_shards_part_the_groups(count, groups):
     owners = [[shard for shard in range(count) if Shard(shard, count).has(group)] for group in range(groups)]
@@ -160,7 +197,8 @@ def test_nothing_is_written_but_whole_files(tmp_path):
 def test_every_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "gpus", lambda: ["2", "5"])
     cells = [Toy("tells", 0.1, seed, 0.2) for seed in range(4)]
-    done = sweep(tmp_path).carry_out(lambda done: cells, workers=2, progress=False)
+    done = sweep(tmp_path).carry_out(lambda done: cells, workers=2, threads=3, progress=False)
+    assert {outcome["threads"] for outcome in done.values()} == {3}
     pairs = {(outcome["process"], outcome["gpu"]) for outcome in done.values()}
     assert {gpu for _, gpu in pairs} <= {"2", "5"}
     assert len({process for process, _ in pairs}) == len({gpu for _, gpu in pairs}) == len(pairs)
