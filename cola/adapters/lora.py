@@ -2,13 +2,15 @@
 
 `LowRankLinear` is the fast path, one autograd function that adds the link into the output buffer and keeps only the
 input, ``A x`` and, of a dropout, the seed. `AdaptedLayer.composed` is its slow twin, made of ordinary operations; it
-also serves where those are needed (autocast, a base weight that is itself trained, dropout in a compiled model).
+also serves where those are needed (autocast, a base weight that is itself trained, dropout in a compiled model, the
+transforms of `torch.func`).
 """
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from cola.distributed import copy_whole
@@ -195,7 +197,8 @@ class AdaptedLayer(nn.Module):
         """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
         weight = self.weight.t() if self.transposed else self.weight
         dropout = self.lora_dropout if self.training else 0.0
-        if weight.requires_grad or torch.is_autocast_enabled(x.device.type) or (dropout and _records(x)):
+        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
+        if plain_operations or (dropout and _records(x)):
             return self.composed(x)
         return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
 
@@ -231,6 +234,11 @@ class LoRALinear(AdaptedLayer, nn.Linear):
 def _records(x: Tensor) -> bool:
     """Whether what runs is being compiled or captured: a seed drawn then would serve every later call."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` transforms or forward-mode AD are at work, which the autograd function has no rule for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _empty(kind: type[AdaptedLayer], plain: type[nn.Module]) -> nn.Module:
