@@ -72,17 +72,15 @@ class Composed(Optimizer):
     def _before_step(self, closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args: tuple[Any, ...] = (closure,)
         kwargs: dict[str, Any] = {}
-        if self._optimizer_step_pre_hooks:
-            for hook in list(self._optimizer_step_pre_hooks.values()):
-                replaced = hook(self, args, kwargs)
-                if replaced is not None:
-                    args, kwargs = replaced
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            replaced = hook(self, args, kwargs)
+            if replaced is not None:
+                args, kwargs = replaced
         return args, kwargs
 
     def _after_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._optimizer_step_post_hooks:
-            for hook in list(self._optimizer_step_post_hooks.values()):
-                hook(self, args, kwargs)
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # like torch's optimizers: hooks, and the wrapper that a scheduler puts around step, stay behind

@@ -157,10 +157,13 @@ class ChainOptimizer(Saves):
             KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
             RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
         """
-        self._require_running("step()")
-        args, kwargs = self._before_step(closure)
+        if (
+            self.finished
+        ):  # asked here, like the two below: between large products every call in vain costs a microsecond
+            self._require_running("step()")
+        args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
-        groups = self.param_groups
+        groups = self.base.param_groups if self._ready else self.param_groups
         probing = closure is None and not probe.moves(groups)
         if probing:
             self._require_live_groups()
@@ -177,7 +180,8 @@ class ChainOptimizer(Saves):
             self._loss = self._losses.take(result)
             if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):
                 self._knot(extend=True)
-        self._after_step(args, kwargs)
+        if self._optimizer_step_post_hooks:
+            self._after_step(args, kwargs)
         return result
 
     step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it: it runs its hooks itself

@@ -4,16 +4,14 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from cola.distributed import agreed_mean
 
 
-@dataclass(frozen=True)
-class Signal:
+class Signal(NamedTuple):
     """What a policy may know of a run, given right after an optimizer step.
 
     Attributes:
