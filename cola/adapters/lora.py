@@ -41,42 +41,48 @@ class LowRankLinear(torch.autograd.Function):
         if dropout:
             ctx.seed = int(torch.randint(1 << 62, ()))
             mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
-        reduced = _masked(flat, mask) @ A.to(x.dtype).t()
+        down, up = _used(A, B, x.dtype)
+        reduced = _masked(flat, mask).mm(down.t())
         out = F.linear(flat, weight, bias)
-        out.addmm_(reduced, B.to(x.dtype).t(), alpha=scaling)
+        out.addmm_(reduced, up.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, reduced)
         ctx.scaling, ctx.dropout = scaling, dropout
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Gradients for x, bias, A and B; none for W."""
+        """Gradients for x, bias, A and B; none for W. Autograd casts those of A and B to their own dtype."""
         (grad,) = grads
         x, weight, A, B, reduced = ctx.saved_tensors
         s = ctx.scaling
         flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        down, up = A.to(grad.dtype), B.to(grad.dtype)
+        down, up = _used(A, B, grad.dtype)
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         mask = kept(flat, ctx.dropout, ctx.seed) if ctx.dropout and (needs_x or needs_A) else None
         if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
-            reduced = _masked(flat, mask) @ down.t()
+            reduced = _masked(flat, mask).mm(down.t())
         grad_x = grad_bias = grad_A = grad_B = None
         # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone. The small
         # products come before the large one, which leaves nothing of the gradient in the caches.
         if needs_B:  # r×out first: BLAS is twice as fast that way round, and autograd turns it as it stores it
-            grad_B = torch.addmm(up.t(), reduced.t(), grad, beta=0, alpha=s).t().to(B.dtype)
+            grad_B = torch.addmm(up.t(), reduced.t(), grad, beta=0, alpha=s).t()
         if needs_x or needs_A:
-            grad_reduced = grad @ up
+            grad_reduced = grad.mm(up)
             if needs_A:
-                grad_A = torch.addmm(down, grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s).to(A.dtype)
+                grad_A = torch.addmm(down, grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s)
             if needs_x and mask is None:
-                grad_x = (grad @ weight).addmm_(grad_reduced, down, alpha=s).view(x.shape)
+                grad_x = grad.mm(weight).addmm_(grad_reduced, down, alpha=s).view(x.shape)
             elif needs_x:
                 through = torch.addmm(flat, grad_reduced, down, beta=0, alpha=s)
-                grad_x = (grad @ weight).add_(_masked(through, mask)).view(x.shape)
+                grad_x = grad.mm(weight).add_(_masked(through, mask)).view(x.shape)
         if needs_bias:
             grad_bias = grad.sum(0)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None
+
+
+def _used(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # a cast that changes nothing is a call all the same, and calls are what a short step is made of
+    return (A, B) if A.dtype == B.dtype == dtype else (A.to(dtype), B.to(dtype))
 
 
 def kept(like: Tensor, dropout: float, seed: int) -> Tensor:
