@@ -175,7 +175,9 @@ class ChainOptimizer(Saves):
         self._groups.after(before, self.base.param_groups)
         if not probing:
             if not self._ready:
-                self._bound, self._probed, self._ready = None, [], True
+                self._bound, self._probed = None, []
+                # a closure, or a hook of the base, may have added groups or loaded a state meanwhile
+                self._ready = self._expected is None and (self._origin.settled or not self.chain.keep)
             self.steps += 1
             self._loss = self._losses.take(result)
             if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):

@@ -33,7 +33,7 @@ class Saves(Composed):
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
-    _ready: bool  # what must be looked at before a step has been
+    _ready: bool = False  # whether what must be looked at before a step has been
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
     _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
     _expected_format: int = counters.VERSION
@@ -282,27 +282,24 @@ class Saves(Composed):
         """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
         if self._expected is None:
             return
-        expected, self._expected = self._expected, None
         if self._expected_format == 1:
             flipped = replay.transposed(self.live.model, self.live.layers)
             found = digest_1({path: layer.weight for path, layer in self.live.layers.items()}, flipped)
         else:
             found = self._weights().digest
-        if found != expected:
-            self._expected = expected
+        if found != self._expected:
             raise RuntimeError(
                 f"the model's weights are not those that the optimizer's state was saved with, after {self.live.index} "
                 "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
             )
-        told, self._knots = self._knots, None
-        held = counters.knots_of(self.chain)
+        told, held = self._knots, counters.knots_of(self.chain)
         # links that one of them lacks were lost on one way, and are there again by another
         if told is not None and (self.chain.missing + len(self.chain) != self.live.index or not _agree(told, held)):
-            self._knots = told
             raise RuntimeError(
                 f"the chain's links are not those of the optimizer's state (index, step, rank, ‖ΔW‖: the chain has "
                 f"{held}, the state tells of {told}): load the chain that was saved with it"
             )
+        self._expected = self._knots = None
 
     # the untouched base
 

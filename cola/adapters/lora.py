@@ -62,18 +62,18 @@ class LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
             reduced = _masked(flat, mask).mm(down.t())
         grad_x = grad_bias = grad_A = grad_B = None
-        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone. The small
-        # products come before the large one, which leaves nothing of the gradient in the caches.
-        if needs_B:  # r×out first: BLAS is twice as fast that way round, and autograd turns it as it stores it
-            grad_B = torch.addmm(up.t(), reduced.t(), grad, beta=0, alpha=s).t()
+        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone, and no edge to
+        # the graph. The small products come before the large one, which leaves nothing of the gradient in the caches.
+        if needs_B:  # r×out first: BLAS is twice as fast that way round
+            grad_B = torch.addmm(up.detach().t(), reduced.t(), grad, beta=0, alpha=s).t().contiguous()
         if needs_x or needs_A:
             grad_reduced = grad.mm(up)
             if needs_A:
-                grad_A = torch.addmm(down, grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s)
+                grad_A = torch.addmm(down.detach(), grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s)
             if needs_x and mask is None:
                 grad_x = grad.mm(weight).addmm_(grad_reduced, down, alpha=s).view(x.shape)
             elif needs_x:
-                through = torch.addmm(flat, grad_reduced, down, beta=0, alpha=s)
+                through = torch.addmm(flat.detach(), grad_reduced, down, beta=0, alpha=s)
                 grad_x = grad.mm(weight).add_(_masked(through, mask)).view(x.shape)
         if needs_bias:
             grad_bias = grad.sum(0)

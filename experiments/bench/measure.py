@@ -69,7 +69,7 @@ class Row:
         at_least: whether the value should be above its target, not below.
         limit: what arithmetic and bandwidth allow; None if nothing bounds it.
         limited_by: where the limit comes from.
-        floor: the least that a program of today's kernels can take, measured in the same rounds; None if unknown.
+        floor: what the same work takes without what we add to it, in the same rounds; None if there is no such thing.
         between: what stands between the value and its limit.
         right: whether the results were what they should be; None if there is nothing to compare.
         beside: other figures of the same run.
@@ -82,7 +82,7 @@ class Row:
     at_least: bool = False
     limit: float | None = None
     limited_by: str = ""
-    floor: float | None = None
+    floor: Spread | None = None
     between: str = ""
     right: bool | None = None
     beside: Mapping[str, float] = field(default_factory=dict)
@@ -96,8 +96,8 @@ class Row:
 
     @property
     def out_of_reach(self) -> bool:
-        """Whether the target lies below the floor."""
-        return self.target is not None and self.floor is not None and not self.at_least and self.target < self.floor
+        """Whether the target lies below the floor, and below nine in ten of its rounds."""
+        return self.target is not None and self.floor is not None and not self.at_least and self.target < self.floor.low
 
 
 def warm_heap() -> None:

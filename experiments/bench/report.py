@@ -53,7 +53,8 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
     ]
     for row in rows:
         target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
-        floor, limit = ("" if bound is None else f"{bound:.3g}" for bound in (row.floor, row.limit))
+        floor = "" if row.floor is None else f"{row.floor.median:.3g} ({row.floor.low:.3g}–{row.floor.high:.3g})"
+        limit = "" if row.limit is None else f"{row.limit:.3g}"
         lines.append(
             f"| {row.name} | {row.what} | {row.value} | {target} | {verdict(row)} | {floor} | {limit} | {beside(row)} |"
         )
@@ -70,7 +71,7 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
 def verdict(row: Row) -> str:
     """PASS, FAIL or nothing; `~` where the middle 80 % of the rounds lie on both sides; WRONG results.
 
-    `FLOOR` for FAIL where the target itself lies below what today's kernels can do.
+    `FLOOR` for FAIL where the target itself lies below what the same products take alone.
     """
     if row.right is False:
         return "WRONG"

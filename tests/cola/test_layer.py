@@ -66,9 +66,12 @@ def test_fast_path_equals_composed(conv1d, out, inner, r, bias, lead, train_bias
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
-def test_stored_gradients_are_laid_out_as_their_parameters(conv1d):
-    """Fused and foreach optimizers, and buckets of gradients, want that; the backward makes B's transposed."""
+def test_gradients_are_laid_out_as_their_parameters(conv1d):
+    """Whoever flattens them by `view`, fused optimizers and buckets want that; the backward makes B's transposed."""
     layer = adapted(conv1d=conv1d)
+    factors = [layer.lora_A, layer.lora_B]
+    for factor, found in zip(factors, torch.autograd.grad(layer(inputs(layer, 4)).sum(), factors)):
+        assert found.stride() == factor.stride()
     for _ in range(2):  # stored, then added to
         layer(inputs(layer, 4)).sum().backward()
         assert layer.lora_A.grad.stride() == layer.lora_A.stride()
@@ -90,6 +93,21 @@ def test_what_lends_its_shape_alone_may_hold_anything():
         layer.lora_B.zero_()
     found = torch.autograd.grad(layer(inputs(layer, 4)).sum(), [layer.lora_A])
     assert torch.equal(found[0], torch.zeros_like(found[0]))
+
+
+def test_what_lends_its_shape_alone_has_no_second_derivative():
+    layer = adapted()
+    y = layer(inputs(layer, 4))
+    (first,) = torch.autograd.grad(y.sum(), layer.lora_B, create_graph=True)
+    assert torch.autograd.grad(first.sum(), layer.lora_B, allow_unused=True) == (None,)
+    direction = torch.zeros_like(layer.lora_A)
+    direction[0, 0] = torch.inf
+    found, expected = (
+        torch.autograd.grad(torch.autograd.grad(fn(inputs(layer, 4)).square().sum(), layer.lora_A, create_graph=True),
+                            layer.lora_A, direction)[0]
+        for fn in (layer, layer.composed)
+    )  # fmt: skip
+    assert torch.equal(found.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])

@@ -106,7 +106,13 @@ def test_the_exit_status(row, strict, status, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("value", "floor", "shown"),
-    [(1.2, None, "FAIL"), (1.2, 1.05, "FAIL"), (1.2, 1.15, "FLOOR"), (1.05, 1.15, "PASS")],
+    [
+        (1.2, None, "FAIL"),
+        (1.2, Spread(1.05, 1.04, 1.06, 9), "FAIL"),
+        (1.2, Spread(1.15, 1.14, 1.16, 9), "FLOOR"),
+        (1.2, Spread(1.15, 1.09, 1.16, 9), "FAIL"),
+        (1.05, Spread(1.15, 1.14, 1.16, 9), "PASS"),
+    ],
 )
 def test_a_target_below_the_floor_is_told_from_one_that_was_missed(value, floor, shown):
     row = Row("a", "", Spread.of([value]), 1.1, floor=floor)
