@@ -4,14 +4,16 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from cola.distributed import agreed_mean
 
 
-class Signal(NamedTuple):
+@dataclass(slots=True)  # not frozen: then a field would be set by a call, at every step
+class Signal:
     """What a policy may know of a run, given right after an optimizer step.
 
     Attributes:
@@ -77,7 +79,8 @@ class KnotPolicy(ABC):
         """
         self._require_own(state)
         try:
-            self._require_sense(state)
+            if "_require_sense" in vars(type(self)):  # what a user's subclass makes of its attributes is its own affair
+                self._require_sense(state)
         except (ValueError, RecursionError) as error:  # the latter where a value is nested too deeply to be shown
             raise ValueError(f"the saved policy is damaged: {error!s:.300}") from None
         vars(self).update({name: copy.deepcopy(value) for name, value in state.items() if name != "policy"})
@@ -149,13 +152,9 @@ class _Pair(KnotPolicy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give both their states back."""
         self._require_own(state)
-        before = self.first.state_dict()
+        copy.deepcopy(self.first).load_state_dict(state["first"])  # rehearsed, so that a refusal changes neither
+        self.second.load_state_dict(state["second"])
         self.first.load_state_dict(state["first"])
-        try:
-            self.second.load_state_dict(state["second"])
-        except BaseException:
-            self.first.load_state_dict(before)
-            raise
 
     def __repr__(self) -> str:
         return f"({self.first!r} {self.word} {self.second!r})"

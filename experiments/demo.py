@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -88,7 +89,11 @@ def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for senseless arguments."""
     started = time.perf_counter()
     tiny_opt.quiet()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"demo: --out {arguments.out} cannot be made: {error}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=arguments.out) as scratch:
         try:
             plan = make_plan(arguments, Path(scratch))
@@ -172,6 +177,8 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     for name in ("epochs", "bytes", "batch"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}={getattr(arguments, name)}: at least 1 is needed")
+    if arguments.warmup < 0:
+        raise ValueError(f"--warmup={arguments.warmup}: a number of steps, 0 for none")
     if not 0 < arguments.decay <= 1:
         raise ValueError(f"--decay={arguments.decay}: a share of the run, above 0 and at most 1")
     return Setting(
@@ -188,6 +195,8 @@ def _setting(arguments: argparse.Namespace) -> Setting:
 
 def _rates(arm: Arm, arguments: argparse.Namespace) -> tuple[float, ...]:
     if arguments.rates:
+        if not all(math.isfinite(rate) and rate > 0 for rate in arguments.rates):
+            raise ValueError(f"--rates {' '.join(map(str, arguments.rates))}: positive numbers")
         return tuple(sorted(set(arguments.rates)))
     return arm.rates if arguments.full else arm.nearby(NEARBY)
 

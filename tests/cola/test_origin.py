@@ -162,3 +162,23 @@ def test_an_adapted_weight_that_another_optimizer_trains_is_the_bases_as_it_was(
         other.step()
     opt.finish()
     assert opt.chain.base.layers["first"].digest == checksum(Net().first.weight)
+
+
+def test_what_is_added_inside_the_first_step_is_looked_at_before_the_next():
+    """A closure, or a hook of the base, may add groups; Lightning runs the whole training step in one."""
+    model = Wide()
+    opt = wrap(model)
+
+    def closure():
+        if len(opt.param_groups) == 1:
+            model.scale.requires_grad_()
+            opt.add_param_group({"params": [model.scale]})
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert not opt._origin.settled
+    opt.step(closure)
+    assert opt._origin.settled
+    assert "scale" in opt._origin.prints

@@ -87,10 +87,15 @@ def test_the_demo_says_what_is_wrong(tmp_path, capsys):
         ("--rank", "0", "r=0"),
         ("--init", "zero", "init='zero'"),
         ("--decay", "2", "--decay=2.0"),
+        ("--warmup", "-1", "--warmup=-1"),
+        ("--rates", "nan", "--rates nan"),
         ("--rank", "60", "arm lora-wide (LoRA, rank 180): r=180 is above the rank of layer"),
     ):
         assert main(["demo", "--full", "--out", str(tmp_path), flag, value]) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert f"--out {tmp_path / 'file'} cannot be made" in capsys.readouterr().err
 
 
 def test_a_check_that_fails_is_the_exit_status(tmp_path, capsys, monkeypatch):
