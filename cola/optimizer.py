@@ -167,7 +167,7 @@ class ChainOptimizer(Saves):
         probing = closure is None and not probe.moves(groups)
         if probing:
             self._require_live_groups()
-            self._probed, self._ready = probe.stateless(self.base), False
+            self._probed, self._ready = sorted({*self._probed, *probe.stateless(self.base)}), False
         elif not self._ready:
             self._get_ready()
         before = self._groups.before(groups)

@@ -35,6 +35,10 @@ class Plan:
     seeds: tuple[int, ...]
     setting: Setting
 
+    def __post_init__(self) -> None:
+        if self.search_seeds != self.seeds[: len(self.search_seeds)] or not self.search_seeds:
+            raise ValueError(f"search_seeds={self.search_seeds} must be the first of seeds={self.seeds}")
+
     @cached_property
     def searches(self) -> dict[str, RateSearch[DemoCell]]:
         """Arm -> its runs."""

@@ -43,11 +43,11 @@ class LowRankLinear(torch.autograd.Function):
             mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
         down, up = _used(A, B, x.dtype)
         reduced = _masked(flat, mask).mm(down.t())
-        out = F.linear(flat, weight, bias)
-        out.addmm_(reduced, up.t(), alpha=scaling)
+        out = F.linear(x, weight, bias)  # the base's own call; views of it stay inside (FSDP2 warns of others)
+        out.view(-1, out.shape[-1]).addmm_(reduced, up.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, reduced)
         ctx.scaling, ctx.dropout = scaling, dropout
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

@@ -140,6 +140,7 @@ def test_a_probe_right_after_a_knot_leaves_the_run_as_it_was(base):
             one.step()
             group["lr"] = lr
         one.zero_grad()
+        one.step()  # without any gradient: a probe that fills nothing, and forgets nothing
         train(one, disturbed, 3, start), train(two, plain, 3, start)
     assert one.steps == two.steps == 9
     assert all(torch.equal(p, q) for p, q in zip(disturbed.parameters(), plain.parameters()))

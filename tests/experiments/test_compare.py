@@ -70,6 +70,12 @@ def test_the_lowest_mean_validation_loss_chooses(plan):
     assert len([cell for cell in log if cell.split == "validation"]) == plan.size()
 
 
+@pytest.mark.parametrize("search_seeds", [(7,), ()])
+def test_a_search_uses_the_first_seeds_of_the_comparison(plan, search_seeds):
+    with pytest.raises(ValueError, match="must be the first of seeds"):
+        dataclasses.replace(plan, search_seeds=search_seeds)
+
+
 def test_rates_near_the_recorded_one():
     arm = Arm("LoRA", Method.lora(), (1.0, 2.0, 4.0, 8.0), 2.0)
     assert arm.nearby(1) == (2.0,)
