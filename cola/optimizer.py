@@ -157,9 +157,8 @@ class ChainOptimizer(Saves):
             KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
             RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
         """
-        if (
-            self.finished
-        ):  # asked here, like the two below: between large products every call in vain costs a microsecond
+        # what is mostly in vain is asked without a call: between large products each costs microseconds
+        if self.finished:
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
