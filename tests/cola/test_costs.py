@@ -3,35 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.tie import residual_like, tie_
+from tests.kernels import kernels
 from tests.models import BODY, Net, loss_of
 
-VIEWS = {"t", "view", "slice", "select", "detach", "alias", "as_strided", "unsqueeze", "expand", "transpose", "reshape",
-         "_unsafe_view", "split", "unbind"}  # fmt: skip
 READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"}
-
-
-class Kernels(TorchDispatchMode):
-    """Counts what is computed, by name; views cost nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        if name not in VIEWS:
-            self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-def kernels(run):
-    with Kernels() as seen:
-        run()
-    return seen.counts
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam])

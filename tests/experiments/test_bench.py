@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots
 from experiments import bench
 from experiments.__main__ import main
 from experiments.bench import export, knot, layer, measure, models, report, scaling, step, tie
 from experiments.bench.measure import Row, Settings, Spread, peak_bytes, race, ratio, saved_bytes
+from tests.kernels import kernels
 
 pytest.importorskip("peft", reason="PEFT is what the benchmark compares with")
 SMOKE = Settings(smoke=True)
@@ -126,20 +126,8 @@ def test_the_floor_of_a_step_multiplies_as_often_as_the_links():
     ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules="all-linear"))
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
     least = step.bare(layers, lambda: model(input_ids=models.batch(model, 1, 8, SMOKE.generator())))
-    assert products(least) == 2 * 7 * 6 - 3
-
-
-def products(run):
-    class Products(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func.__name__.split(".")[0] in ("mm", "addmm_")
-            return func(*args, **(kwargs or {}))
-
-    with Products() as seen:
-        run()
-    return seen.count
+    counts = kernels(least)
+    assert counts["mm"] + counts["addmm_"] == 2 * 7 * 6 - 3
 
 
 def test_a_race_runs_everyone_in_every_round():
