@@ -26,8 +26,9 @@ from experiments.cells import Cell
 from experiments.encoding import Encoder, Tokenizer, window
 from experiments.methods import BASES
 from experiments.objectives import LOSSES, Collator, Example, examples, objective_of
+from experiments.processes import processes
 from experiments.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
-from experiments.sweep import SCRATCH, Outcome, processes
+from experiments.sweep import SCRATCH, Outcome
 from experiments.tasks.loading import Splits, split
 
 _WHOLE = "whole"  # file that is written into a checkpoint last

@@ -16,13 +16,11 @@ before stays and is not read.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -35,6 +33,7 @@ from typing import Any, Generic, TypeVar
 from tqdm.auto import tqdm
 
 from experiments import hardware
+from experiments.processes import settle, start, together, unsettle
 
 Outcome = dict[str, Any]
 C = TypeVar("C")
@@ -147,7 +146,7 @@ class Sweep(Generic[C]):
             raise ValueError(f"workers={workers}: at least one is needed")
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         done: dict[C, Outcome] = {}
-        first, told = _together()
+        first, told = together()
         with (
             _Pool(self, workers, threads) as pool,
             tqdm(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
@@ -206,7 +205,7 @@ class _Pool:
             for index in range(most if devices else 0):
                 gpus.put(devices[index % len(devices)])
             self.executor = ProcessPoolExecutor(
-                most, context, initializer=_start, initargs=(threads, gpus if devices else None)
+                most, context, initializer=start, initargs=(threads, gpus if devices else None)
             )
             self.most = most
         return self
@@ -263,7 +262,7 @@ def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak
     The processes of one `torchrun` run the cell together: the first of them holds the lock and writes.
     """
     place.mkdir(parents=True, exist_ok=True)
-    first, told = _together()
+    first, told = together()
     with locked(place / "lock") if first else nullcontext(False) as held:
         if not told(held):
             return None
@@ -284,28 +283,6 @@ def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak
         )
         _clear(place)
         return json.loads(json.dumps(outcome)), hardware.Peak.now()
-
-
-def processes() -> int:
-    """How many processes `torchrun` has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _together() -> tuple[bool, Callable[[Any], Any]]:
-    """Whether this is the first process of its `torchrun`, and a function that tells all what the first knows."""
-    if processes() == 1:
-        return True, lambda value: value
-    import torch.distributed as dist
-    from accelerate import PartialState
-
-    PartialState()  # joins the processes, as the Trainer would a moment later
-
-    def told(value: Any) -> Any:
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    return dist.get_rank() == 0, told
 
 
 def _read(path: Path, cell: Any) -> Outcome | None:
@@ -363,44 +340,3 @@ def digest(cell: Any) -> str:
     """Ten hexadecimal digits of everything in a cell."""
     text = json.dumps(as_json(cell), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def settle() -> bool:
-    """Settings of every process that runs cells, so that an outcome does not depend on which one ran it.
-
-    Returns:
-        Whether numbers below the normal range were flushed to zero before, for `unsettle`.
-    """
-    import torch
-
-    before = bool(torch.tensor(1e-40) * 1 == 0)
-    # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
-    torch.set_flush_denormal(True)
-    gc.freeze()  # what is imported stays: Accelerate collects garbage with every model it prepares
-    return before
-
-
-def unsettle(flushed: bool) -> None:
-    """Undo `settle` in a process that goes on to other things."""
-    import torch
-
-    torch.set_flush_denormal(flushed)
-    gc.unfreeze()
-
-
-def _start(threads: int, gpus: Any) -> None:
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    if gpus is not None:  # one each, before CUDA is looked at; of several, all would take the first
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    import torch
-
-    torch.set_num_threads(threads)
-    settle()
-
-
-def _end_with_the_sweep() -> None:
-    """A worker of a sweep that was killed would wait for its next cell for ever, with its memory and its GPU."""
-    sweep = multiprocessing.parent_process()
-    if sweep is not None:
-        sweep.join()
-        os._exit(1)

@@ -24,8 +24,9 @@ from typing import Any
 from experiments import cells, flops, hardware, layout, synthetic, tables, tiny_opt
 from experiments.board import Board
 from experiments.cells import Cell
+from experiments.processes import processes
 from experiments.search import RateSearch, gather
-from experiments.sweep import Outcome, Shard, Sweep, SweepError, processes
+from experiments.sweep import Outcome, Shard, Sweep, SweepError
 from experiments.tables import TABLES, PaperTable, Place, Setting
 
 SMOKE = Setting(
