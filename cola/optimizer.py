@@ -110,7 +110,6 @@ class ChainOptimizer(Saves):
         self.chain = Chain(keep=keep_links)
         self._digests = Digests()
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
-        self._ready = False
         self.steps = 0
         self.finished = False
         self._knotting = False

@@ -50,8 +50,10 @@ class LossWatch:
         A closure may run the model many times in one step (LBFGS); what it returns is the loss of the first.
         """
         told, seen = self.told.take(), self.seen.take()
-        if told is not None or result is None:
-            return seen if told is None else told
+        if told is not None:
+            return told
+        if result is None:
+            return seen
         if isinstance(result, numbers.Real) or (isinstance(result, Tensor) and result.numel() == 1):
             return torch.as_tensor(result).detach().reshape(())
         return seen
@@ -70,7 +72,7 @@ class _Mean:
 
     def add(self, value: Tensor | float) -> None:
         if isinstance(value, Tensor):
-            value = value.detach() if value.dim() == 0 else value.detach().reshape(())
+            value = value.detach().reshape(())
         self.total = value if self.total is None else self.total + value
         self.count += 1
 
