@@ -47,7 +47,8 @@ class LowRankLinear(torch.autograd.Function):
         out.view(-1, out.shape[-1]).addmm_(reduced, up.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, reduced)
         ctx.scaling, ctx.dropout = scaling, dropout
-        return out
+        # F.linear may return a view, and autograd forbids in-place operations on a view that a Function returns
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -201,6 +202,8 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
+        if not isinstance(self, AdaptedLayer):  # a hook has kept this bound method, and the chain is finished
+            return type(self).forward(self, x)
         weight = self.weight.t() if self.transposed else self.weight
         dropout = self.lora_dropout if self.training else 0.0
         plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()

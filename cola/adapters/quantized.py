@@ -110,6 +110,8 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Q(W) x + b + B̄ Ā x + s·B A x``; dropout, where set, acts on the live link's input in training."""
+        if not isinstance(self, QuantizedLinear):  # a hook has kept this bound method, and the chain is finished
+            return type(self).forward(self, x)
         link_input = F.dropout(x, self.lora_dropout, self.training)
         return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_B)
 
