@@ -14,6 +14,7 @@ from cola.adapters.targets import called
 from cola.beside import require_apart
 from cola.chain import Chain
 from cola.composed import require_base
+from cola.contexts import unaffected
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
@@ -75,6 +76,7 @@ class ChainOptimizer(Saves):
 
     own_entries = (counters.GROUP_KEY,)
 
+    @unaffected()
     def __init__(
         self,
         base: Callable[..., Optimizer],

@@ -15,6 +15,7 @@ from cola import carry, checkpoint, counters, interrupts, origin, replay
 from cola.adapters.targets import base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 from cola.chain import Chain
 from cola.composed import Composed
+from cola.contexts import unaffected
 from cola.distributed import is_sharded
 from cola.fingerprint import Digests, Fingerprint, TensorPrint, digest_1, digests
 from cola.knots import KnotPolicy
@@ -91,6 +92,7 @@ class Saves(Composed):
         state, weights, buffers = self._base_state(), self._weights(), self._moved()
         checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights, buffers)
 
+    @unaffected()
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
         """Continue where `save` was called, bit for bit, on the same device and library versions.
 
@@ -125,7 +127,7 @@ class Saves(Composed):
             self._continue(counted)
             self._expected = None  # `rebuild` has compared
             self.chain.restore(saved.ledger)
-            self._loss = None if saved.loss is None else torch.tensor(saved.loss)
+            self._loss = None if saved.loss is None else torch.tensor(saved.loss, dtype=torch.float32, device="cpu")
         if rng:
             checkpoint.restore_rng(saved.rng)
 
@@ -147,6 +149,7 @@ class Saves(Composed):
             state = state if replaced is None else replaced
         return state
 
+    @unaffected()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. The model's own state dict brings the weights and the live link.
 
@@ -185,6 +188,7 @@ class Saves(Composed):
 
     # along the chain
 
+    @unaffected()
     def follow(self, chain: Chain) -> None:
         """Tie an earlier chain's links into the untouched base, and go on as the link after them.
 
@@ -212,6 +216,7 @@ class Saves(Composed):
             self.live.replay(links)
         self.chain.restore(Ledger(links, base=base))
 
+    @unaffected()
     def undo(self, base: replay.Base) -> Link:
         """Untie the last knot: the weights are rebuilt without its link, and that link begins again.
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 #: lower floors first; a module may import from its own floor's left and from lower floors, never upwards
 FLOORS = [
-    ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
+    ["cola.version", "cola.contexts", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
     ["cola.arguments", "cola.extend", "cola.reset", "cola.probe", "cola.policy", "cola.knots"],
     [
         "cola.adapters.lora",

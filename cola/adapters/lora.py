@@ -39,7 +39,7 @@ class LowRankLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         mask = None
         if dropout:
-            ctx.seed = int(torch.randint(1 << 62, ()))
+            ctx.seed = int(torch.randint(1 << 62, (), device="cpu"))
             mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
         down, up = _used(A, B, x.dtype)
         reduced = _masked(flat, mask).mm(down.t())
@@ -226,7 +226,7 @@ class AdaptedLayer(nn.Module):
             rank, ((out, _), (_, inner)) = A.shape[0], (self.lora_B.shape, self.lora_A.shape)
             fits = A.shape[1] == inner and B.shape == (out, rank)
             if fits and (self.allowed_ranks is None or rank in self.allowed_ranks):
-                self.put(torch.zeros(A.shape), torch.zeros(B.shape), self.scaling, mask=False)
+                self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -178,7 +178,7 @@ class PeftLayer:
             return
         fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
         if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
-            self.put(torch.zeros(A.shape), torch.zeros(B.shape), self.scaling, mask=False)
+            self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
 
 
 class PeftConv1D(PeftLayer):

@@ -137,8 +137,8 @@ def joined(A: Tensor, B: Tensor, links: Sequence[Triple]) -> tuple[Tensor, Tenso
 
 def no_stack(module: Any) -> tuple[Tensor, Tensor]:
     """Ā and B̄ of no link."""
-    device = module.weight.device
-    return torch.zeros(0, module.in_features, device=device), torch.zeros(module.out_features, 0, device=device)
+    like: Any = {"device": module.weight.device, "dtype": torch.float32}
+    return torch.zeros(0, module.in_features, **like), torch.zeros(module.out_features, 0, **like)
 
 
 def plain_class_of(module: nn.Module) -> type[nn.Module]:
