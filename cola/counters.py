@@ -26,22 +26,25 @@ def write(
     probed: list[int],
     stepped: Iterable[str],
     policy: KnotPolicy,
-    live: LiveLink,
+    live: dict[str, Any],
     weights: str | None,
     knots: list[list[Any]],
     origin: dict[str, Any] | None,
+    finished: int | None = None,
 ) -> str:
-    """The counters of a running chain.
+    """The counters of a chain.
 
     Args:
         steps, epoch: taken so far.
         probed: groups whose state a probe step made.
         stepped: group entries that are the base's state.
-        policy, live: described in full, so that `read` can tell another chain's state.
+        policy: described in full, as is the live link, so that `read` can tell another chain's state.
+        live: as `describe` gives it.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
         knots: of the tied links that the chain holds, as `knots_of` gives them.
         origin: before it, prints of those of the base's tensors that training has moved; None later, when the chain has
             them.
+        finished: the number of links, after `finish`; None while the chain runs.
     """
     return json.dumps(
         {
@@ -51,10 +54,11 @@ def write(
             "probed": probed,
             "stepped": sorted(stepped),
             "policy": policy.state_dict(),
-            "live": describe(live),
+            "live": live,
             "weights": weights,
             "knots": knots,
             "origin": origin,
+            "finished": finished,
         }
     )
 
@@ -71,7 +75,7 @@ def describe(live: LiveLink) -> dict[str, Any]:
     """What identifies a live link, as JSON values."""
     return {
         "index": live.index,
-        "rank": live.rank,
+        "rank": live.rank_of(live.index),
         "seed": live.seed,
         "rounding": live.rounding,
         "quantized": live.quantized,
@@ -85,12 +89,20 @@ def _own(plan: LayerPlan) -> list[float]:
     return [] if plan.rank is None or plan.scaling is None else [plan.rank, plan.scaling]
 
 
-def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
-    """The counters in an optimizer's state dict, checked against the chain that is to go on from them.
+def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The counters in an optimizer's state dict, checked against the chain that is to take them.
+
+    Args:
+        state_dict: of a `ChainOptimizer`.
+        live: the chain's link.
+        finished: what `describe` said of it before `finish`; None while it runs.
 
     Raises:
-        ValueError: none there, unreadable, or of another chain; the message names the first difference.
+        ValueError: none there, unreadable, of another chain, or of one that is finished where this one is not, or the
+            other way round; the message names the first difference.
     """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict={state_dict!r:.80} must be a dict, as state_dict() returns it")
     groups = state_dict.get("param_groups")
     first = groups[0] if isinstance(groups, (list, tuple)) and groups else None
     text = first.get(GROUP_KEY) if isinstance(first, dict) else None
@@ -108,7 +120,17 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
             f"the state has format {version!r:.40}, and this version of cola reads formats "
             f"{' and '.join(map(str, READS))}"
         )
-    mine = describe(live)
+    if saved.get("finished") is not None and finished is None:
+        raise ValueError(
+            "the state was saved after finish(), when its chain was complete, and this one is running: load a state "
+            "that was saved before the end; or, to train on, load the finished model and make a ChainOptimizer over it"
+        )
+    if saved.get("finished") is None and finished is not None:
+        raise ValueError(
+            "the state is of a running chain, and this one is finished: make a new ChainOptimizer over the untouched "
+            "model, and load the state there"
+        )
+    mine = finished or describe(live)
     theirs.setdefault("quantized", "stack")
     for name in ("layers", "seed", "rounding", "quantized", "link"):
         if theirs[name] != mine[name]:
@@ -155,6 +177,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("knots", []), list)
         and all(isinstance(knot, list) and [type(x) for x in knot] == _KNOT for knot in saved.get("knots", []))
         and isinstance(saved.get("origin"), (dict, type(None)))
+        and (saved.get("finished") is None or (type(saved["finished"]) is int and saved["finished"] >= 0))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

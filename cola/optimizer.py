@@ -18,6 +18,7 @@ from cola.contexts import unaffected
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
+from cola.integrity import require_intact, require_removable, require_same_weights, weights_of
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
@@ -115,6 +116,7 @@ class ChainOptimizer(Saves):
         self.steps = 0
         self.finished = False
         self._knotting = False
+        self._held = {}
         self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
         self._groups = GroupWatch()
         self._losses = LossWatch(called(model))
@@ -134,6 +136,7 @@ class ChainOptimizer(Saves):
         Raises:
             ValueError: one is the weight of an adapted layer.
         """
+        self._require_running("add_param_group()")
         require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
         self.base.add_param_group(param_group)
         factors = {id(p) for p in self.live.adapters()}
@@ -166,7 +169,7 @@ class ChainOptimizer(Saves):
         groups = self.base.param_groups if self._ready else self.param_groups
         probing = closure is None and not probe.moves(groups)
         if probing:
-            self._require_live_groups()
+            self._require_trainable()
             self._probed, self._ready = sorted({*self._probed, *probe.stateless(self.base)}), False
         elif not self._ready:
             self._get_ready()
@@ -201,6 +204,7 @@ class ChainOptimizer(Saves):
 
     def on_knot(self, fn: Callable[[KnotReport], None]) -> Callable[[KnotReport], None]:
         """Call ``fn(report)`` after every knot; usable as a decorator."""
+        self._require_running("on_knot()")
         if not callable(fn):
             raise TypeError(f"on_knot(fn={fn!r}) needs a callable that takes a KnotReport")
         self._listeners.append(fn)
@@ -233,7 +237,11 @@ class ChainOptimizer(Saves):
             RuntimeError: called twice.
         """
         self._require_running("finish()")
-        self._require_live_groups()
+        self._require_outside_a_knot("finish()")
+        if merge:
+            self._require_trainable()
+        else:
+            require_removable(self.live)
         # what has moved beside an untrained link still has its values to record
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
         if merge and (not self.live.is_zero() or trained or self._has_unrecorded()):
@@ -249,14 +257,16 @@ class ChainOptimizer(Saves):
     # saving: in Saves
 
     def __repr__(self) -> str:
-        return f"ChainOptimizer(link {self.live.index}, r={self.live.rank}, {self.policy!r}, base={self.base!r})"
+        link = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
+        where = f"finished with {len(self.chain)} links" if self.finished else link
+        return f"ChainOptimizer({where}, {self.policy!r}, base={self.base!r})"
 
     # inside
 
     def _make_base(self) -> Optimizer:
         adapters, others = self.live.adapters(), list(self.live.trained().values())
         groups = [{"params": adapters}, {"params": others}] if others else [{"params": adapters}]
-        base = self._new_base(groups)
+        base = self._factory(groups, **self._base_kwargs)
         if not isinstance(base, Optimizer):
             raise TypeError(f"base={self._factory!r} returned {type(base).__name__}, not a torch.optim.Optimizer")
         held = {id(p) for group in base.param_groups for p in group["params"]}
@@ -265,6 +275,7 @@ class ChainOptimizer(Saves):
         if isinstance(base, torch.optim.SparseAdam):
             raise ValueError("base=SparseAdam needs sparse gradients, and a link's are dense: use torch.optim.Adam")
         base.param_groups[0][counters.GROUP_KEY] = ""
+        self._made = len(base.param_groups)
         return base
 
     def _all_trained(self) -> list[nn.Parameter]:
@@ -293,15 +304,15 @@ class ChainOptimizer(Saves):
         """Before the first real step, and the first after groups were added, a state loaded or a probe step taken."""
         self._require_weights()
         if self._bound is not None:
-            self._require_live_groups()
+            self._require_trainable()
         self._settle_origin()
+        self._held = weights_of(self.live)
         if self._probed:
             self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
 
     def _knot(self, *, extend: bool) -> KnotReport:
         """Prepare, commit, announce: all that can fail comes first, on copies; then the weights change, whole."""
-        if self._knotting:
-            raise RuntimeError("a knot inside a knot: policies and on_knot listeners must not call tie() or finish()")
+        self._require_outside_a_knot("tie()")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
         self._knotting = True
@@ -317,7 +328,7 @@ class ChainOptimizer(Saves):
 
     def _tie(self, extend: bool) -> KnotReport:
         started = time.perf_counter()
-        self._require_live_groups()
+        self._require_trainable()
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
         self._require_weights()
@@ -343,14 +354,16 @@ class ChainOptimizer(Saves):
             report = self._report(index, rank, ties, started)
             self.chain.base = base
             self.chain.append(Link(index, live.seed, factors, trained, report))
+            self._held = {} if self.finished else weights_of(live)
         return report
 
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
+        ended = counters.describe(self.live)
         self._losses.remove()
         self._origin.remove()
         self.live.detach(spent=True)
-        self.finished = True
+        self._ended, self._bound, self._held, self.finished = ended, None, {}, True
 
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0
@@ -387,7 +400,15 @@ class ChainOptimizer(Saves):
         if self.finished:
             raise RuntimeError(f"{call} after finish(): this chain is complete; make a new ChainOptimizer to go on")
 
-    def _require_live_groups(self) -> None:
+    def _require_outside_a_knot(self, call: str) -> None:
+        if self._knotting:
+            raise RuntimeError(
+                f"{call} is called in a listener of on_knot, which would be a knot inside a knot: do it after step()"
+            )
+
+    def _require_trainable(self) -> None:
+        """The layers are as the chain left them, and their factors are in the groups."""
+        require_intact(self.live)
         held = {id(p) for group in self.param_groups for p in group["params"]}
         for path, layer in self.live.layers.items():
             for name in ("lora_A", "lora_B"):
@@ -398,3 +419,4 @@ class ChainOptimizer(Saves):
                         "after the ChainOptimizer had begun, or the optimizer keeps copies of its own (DeepSpeed ZeRO "
                         "does: use DDP or FSDP2), so this layer is not trained"
                     )
+        require_same_weights(self.live, self._held)

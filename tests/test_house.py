@@ -31,7 +31,7 @@ FLOORS = [
     ["cola.chain"],
     ["cola.beside", "cola.live"],
     ["cola.counters", "cola.carry", "cola.checkpoint"],
-    ["cola.composed", "cola.saving"],
+    ["cola.composed", "cola.untouched", "cola.integrity", "cola.reminder", "cola.untrained", "cola.saving"],
     ["cola.optimizer"],
     ["cola.schedule"],
     ["cola"],
