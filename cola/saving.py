@@ -257,6 +257,7 @@ class Saves(KnowsBase):
             raise ValueError("undo(): no knot has been tied yet")
         if base is self.live.model:
             raise ValueError("undo(base): base is the model itself; it must be the untouched one, or its state dict")
+        self._require_weights()
         replaced = [name for link in links[:-1] for name in link.trained]
         replay.check(self.live.model, links, self.chain.base, base=base, live=True, replaced=replaced)
         with self._restarted(len(links) - 1):
