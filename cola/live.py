@@ -354,7 +354,8 @@ class LiveLink:
             layer.detach(spent=spent)
         quantized.release_layout(self._held)
         for name, parameter in unwrap(self.model).named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+            if parameter.is_floating_point():  # one that the user has quantised since can have no gradient
+                parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
     # inside
 

@@ -26,6 +26,7 @@ from cola.origin import Origin
 from cola.reset import GroupWatch
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
+from cola.untrained import Untrained
 from cola.watch import LossWatch
 
 logger = logging.getLogger("cola")
@@ -117,6 +118,7 @@ class ChainOptimizer(Saves):
         self.finished = False
         self._knotting = False
         self._held = {}
+        self._untrained = Untrained()
         self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
         self._groups = GroupWatch()
         self._losses = LossWatch(called(model))
@@ -170,6 +172,7 @@ class ChainOptimizer(Saves):
         probing = closure is None and not probe.moves(groups)
         if probing:
             self._require_trainable()
+            self._untrained.count(groups, self.steps)
             self._probed, self._ready = sorted({*self._probed, *probe.stateless(self.base)}), False
         elif not self._ready:
             self._get_ready()
@@ -244,10 +247,13 @@ class ChainOptimizer(Saves):
             require_removable(self.live)
         # what has moved beside an untrained link still has its values to record
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
+        self._untrained.end(self.live, self.steps, self._tied_at())
         if merge and (not self.live.is_zero() or trained or self._has_unrecorded()):
             report = self._knot(extend=False)
         else:
             report = None
+            if merge:
+                self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
         plan = self.policy.unreached(self.steps)
         if plan:
@@ -336,6 +342,7 @@ class ChainOptimizer(Saves):
         mode = self._leave_training_mode()
         try:
             live.check()
+            self._untrained.look(live, self.base, self.steps - self._tied_at())
             snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
             factors = live.factors(snapshot) if keep else {}
             trained = {**live.beside.values(), **self._moved()} if keep else {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola.adapters.codes import codes_of
-from cola.adapters.lora import AdaptedLayer
+from cola.adapters.lora import AdaptedLayer, rebind
 
 #: the buffers of tied links
 STACK = ("chain_A", "chain_B")
@@ -113,6 +113,7 @@ def settle(module: nn.Module) -> None:
         for name in STACK:
             del module._buffers[name]
         module.__class__ = module.plain_class  # type: ignore[assignment]
+        rebind(module)
 
 
 def thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
