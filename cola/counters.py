@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from torch.optim import Optimizer
+
 from cola.extend import LayerPlan
 from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
@@ -30,6 +32,7 @@ def write(
     weights: str | None,
     knots: list[list[Any]],
     origin: dict[str, Any] | None,
+    base_class: str,
     finished: int | None = None,
 ) -> str:
     """The counters of a chain.
@@ -44,6 +47,7 @@ def write(
         knots: of the tied links that the chain holds, as `knots_of` gives them.
         origin: before it, prints of those of the base's tensors that training has moved; None later, when the chain has
             them.
+        base_class: of the base optimizer, as `class_name` gives it.
         finished: the number of links, after `finish`; None while the chain runs.
     """
     return json.dumps(
@@ -58,6 +62,7 @@ def write(
             "weights": weights,
             "knots": knots,
             "origin": origin,
+            "base_class": base_class,
             "finished": finished,
         }
     )
@@ -147,6 +152,33 @@ def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | 
     return saved
 
 
+def class_name(base: Optimizer) -> str:
+    """A base optimizer's class, as states and checkpoints name it."""
+    return f"{type(base).__module__.partition('.')[0]}.{type(base).__qualname__}"
+
+
+def require_same_groups(state_dict: dict[str, Any], saved: dict[str, Any], base: Optimizer) -> None:
+    """Refuse a state that torch would load, or refuse in words of its own, and that does not fit the base.
+
+    Args:
+        state_dict: of a `ChainOptimizer`.
+        saved: what `read` made of it.
+        base: that is to load it.
+
+    Raises:
+        ValueError: it is of another class of optimizer, or its groups hold other numbers of parameters.
+    """
+    if saved.get("base_class", class_name(base)) != class_name(base):
+        raise ValueError(f"the saved run's base optimizer is {saved['base_class']}, here it is {class_name(base)}")
+    ours = [len(group["params"]) for group in base.param_groups]
+    theirs = [len(group["params"]) for group in state_dict["param_groups"] if "params" in group]
+    if ours != theirs:
+        raise ValueError(
+            f"the saved run's groups hold {theirs} parameters, here they hold {ours}: make the ChainOptimizer with the "
+            "saved run's arguments, and add what it had added by add_param_group"
+        )
+
+
 def origin_of(saved: dict[str, Any]) -> dict[str, TensorPrint]:
     """Prints of what training had moved before the first knot, from `read`'s counters.
 
@@ -177,6 +209,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("knots", []), list)
         and all(isinstance(knot, list) and [type(x) for x in knot] == _KNOT for knot in saved.get("knots", []))
         and isinstance(saved.get("origin"), (dict, type(None)))
+        and isinstance(saved.get("base_class", ""), str)
         and (saved.get("finished") is None or (type(saved["finished"]) is int and saved["finished"] >= 0))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )

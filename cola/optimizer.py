@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from cola import counters, interrupts, probe
 from cola.adapters.targets import called
-from cola.beside import require_apart
+from cola.beside import require_apart, warn_of_half
 from cola.chain import Chain
 from cola.composed import require_base
 from cola.contexts import unaffected
@@ -125,6 +125,7 @@ class ChainOptimizer(Saves):
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
+        warn_of_half({**self.live.factors_by_name(), **self.live.trained()})
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
     @property
@@ -141,8 +142,12 @@ class ChainOptimizer(Saves):
         self._require_running("add_param_group()")
         require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
         self.base.add_param_group(param_group)
+        before = self.live.trained()
         factors = {id(p) for p in self.live.adapters()}
         self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
+        names = {id(p): name for name, p in self.live.trained().items() if name not in before}
+        added = self.param_groups[-1]["params"]
+        warn_of_half({names.get(id(p), f"the added parameter {i} {tuple(p.shape)}"): p for i, p in enumerate(added)})
         self._origin.settled = self._ready = False
 
     # training
@@ -277,7 +282,10 @@ class ChainOptimizer(Saves):
             raise TypeError(f"base={self._factory!r} returned {type(base).__name__}, not a torch.optim.Optimizer")
         held = {id(p) for group in base.param_groups for p in group["params"]}
         if held != {id(p) for p in (*adapters, *others)}:
-            raise ValueError(f"base={self._factory!r} did not take the parameters it was given: it must train them all")
+            raise ValueError(
+                f"base={self._factory!r} did not take the parameters it was given: it must train those of all "
+                f"{len(groups)} groups, {len(adapters) + len(others)} in number, and took {len(held)}"
+            )
         if isinstance(base, torch.optim.SparseAdam):
             raise ValueError("base=SparseAdam needs sparse gradients, and a link's are dense: use torch.optim.Adam")
         base.param_groups[0][counters.GROUP_KEY] = ""

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,7 @@ class Saves(KnowsBase):
                 "the model's weights are not those that the finished chain's state was saved with: load the model's "
                 "own state dict first"
             )
+        counters.require_same_groups(state_dict, counted, self.base)
         known = counters.origin_of(counted)
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
@@ -224,6 +225,8 @@ class Saves(KnowsBase):
         self._require_untouched("follow()")
         if self.steps:
             raise RuntimeError(f"follow() after {self.steps} steps: call it before the first one")
+        if not isinstance(chain, Chain):
+            raise TypeError(f"follow(chain={chain!r:.80}) needs a Chain, e.g. Chain.load(directory)")
         links = chain.complete("follow()")
         replay.check(self.live.model, links, chain.base, live=True)
         base = self._untouched(chain.layers())
@@ -255,6 +258,8 @@ class Saves(KnowsBase):
         links = self.chain.complete("undo()")
         if not links:
             raise ValueError("undo(): no knot has been tied yet")
+        if not isinstance(base, (nn.Module, Mapping)):
+            raise TypeError(f"undo(base={base!r:.80}) needs the untouched model, or its state dict")
         if base is self.live.model:
             raise ValueError("undo(base): base is the model itself; it must be the untouched one, or its state dict")
         self._require_weights()
@@ -301,6 +306,7 @@ class Saves(KnowsBase):
             weights,
             counters.knots_of(self.chain),
             moving,
+            counters.class_name(self.base),
             None if self._ended is None else self.chain.missing + len(self.chain),
         )
         return self.base.state_dict()
