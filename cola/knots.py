@@ -250,7 +250,7 @@ class PlateauKnots(KnotPolicy):
             )
 
     def _stacked(self) -> Tensor:
-        device = next((x.device for x in self.losses if isinstance(x, Tensor)), None)
+        device = next((x.device for x in self.losses if isinstance(x, Tensor)), "cpu")
         return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).reshape(()) for x in self.losses])
 
     def _improves(self, loss: float) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola.contexts import without_autocast
+
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 #: what a link may record: how it was rounded or, on a quantised layer, what was done instead
 RECORDED = (*ROUNDINGS, "stack", "requantize")
@@ -71,6 +73,7 @@ def residual_like(weight: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
+@without_autocast()
 def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
     """Why tying would leave a value that is not finite, as the rest of a sentence on the layer; None if it would not.
 
@@ -95,6 +98,7 @@ def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str
 
 
 @torch.no_grad()
+@without_autocast()
 def tie_(
     weight: Tensor,
     left: Tensor,
@@ -190,7 +194,7 @@ def tie_(
             squares[0] += _square(error.sub_(new.copy_(stored)))
     if residual is None:
         squares[0] = squares[1]
-    lost, deviation, norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().tolist()
+    lost, deviation, norm = torch.as_tensor(squares, dtype=torch.float64, device="cpu").sqrt().tolist()
     return Tie(delta, lost, deviation, norm)
 
 

@@ -55,7 +55,7 @@ class LossWatch:
         if result is None:
             return seen
         if isinstance(result, numbers.Real) or (isinstance(result, Tensor) and result.numel() == 1):
-            return torch.as_tensor(result).detach().reshape(())
+            return _number(result).detach().reshape(())
         return seen
 
     def remove(self) -> None:
@@ -81,4 +81,9 @@ class _Mean:
             return None
         total, count = self.total, self.count
         self.total, self.count = None, 0
-        return torch.as_tensor(total) / count  # a copy: the caller's loss may be a buffer that is written again
+        return _number(total) / count  # a copy: the caller's loss may be a buffer that is written again
+
+
+def _number(value: Any) -> Tensor:
+    # a Python number would take the caller's default dtype and device
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")

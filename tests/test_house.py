@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 #: lower floors first; a module may import from its own floor's left and from lower floors, never upwards
 FLOORS = [
-    ["cola.version", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
+    ["cola.version", "cola.contexts", "cola.tie", "cola.distributed", "cola.watch", "cola.interrupts"],
     ["cola.arguments", "cola.extend", "cola.reset", "cola.probe", "cola.policy", "cola.knots"],
     [
         "cola.adapters.lora",
@@ -29,9 +29,9 @@ FLOORS = [
     ["cola.link", "cola.fingerprint", "cola.origin", "cola.replay", "cola.subspace"],
     ["cola.files", "cola.packing", "cola.tensorfile", "cola.store", "cola.export", "cola.peft_import"],
     ["cola.chain"],
-    ["cola.beside", "cola.live"],
+    ["cola.beside", "cola.reminder", "cola.live"],
     ["cola.counters", "cola.carry", "cola.checkpoint"],
-    ["cola.composed", "cola.saving"],
+    ["cola.composed", "cola.untouched", "cola.integrity", "cola.untrained", "cola.saving"],
     ["cola.optimizer"],
     ["cola.schedule"],
     ["cola"],
