@@ -269,6 +269,7 @@ class Saves(KnowsBase):
             self.live.residuals.clear()
             replay.untie(self.live.model, links, base, also=self._moved())
             self.live.replay(links[:-1])
+        self.chain.live = False
         return self.chain.undo()
 
     # inside
@@ -340,9 +341,11 @@ class Saves(KnowsBase):
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
         self._expected, self._expected_format = counted.get("weights"), counted["version"]
         self._knots = counted.get("knots")
+        self.chain.live = self.steps > max((step for _, step, *_ in self._knots or ()), default=0)
         self._ready, self._held = False, {}
         if self.finished:
             self._expected = self._knots = None
+            self.chain.live = False
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
