@@ -78,6 +78,7 @@ class LiveLink:
         config, plans = link_config(config, tuned) if tuned else (config, {})
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.quantized, self.index = quantised, 0
+        self.in_checkpoint = False  # whether a framework is writing a checkpoint, to which the live link belongs
         self.residuals: dict[str, Tensor] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
