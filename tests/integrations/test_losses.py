@@ -1,10 +1,14 @@
 """Every loop shows a policy, and records, the mean loss that each optimizer step has optimised."""
 
+import tempfile
+import warnings
+
 import pytest
 import torch
 
 from cola import ChainOptimizer, KnotPolicy, LinkConfig, PlateauKnots, Signal
-from tests.models import tiny_opt
+from tests.models import Net, tiny_opt
+from tests.models import batch as rows
 
 transformers = pytest.importorskip("transformers")
 
@@ -426,6 +430,240 @@ def bfloat16(policy):
             found.append(loss)
         opt.step()
         opt.zero_grad()
+        losses.append(mean(found))
+    return opt, losses
+
+
+def trained(policy, cls=None, n=14, data=None, model=None, **changes):
+    """A Trainer's run; it logs the loss of each step, and the wanted ones are those it logs."""
+    from cola.integrations.transformers import attach
+
+    arguments = {
+        "num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate": 0.02, "save_strategy": "no",
+        "report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "lr_scheduler_type": "constant",
+        **{name: value for name, value in changes.items() if name not in ("compute_loss_func",)},
+    }  # fmt: skip
+    extra = {name: value for name, value in changes.items() if name in ("compute_loss_func",)}
+    data = data or [{name: value[0] for name, value in batch.items()} for batch in batches(n, size=1)]
+    with tempfile.TemporaryDirectory() as out:
+        args = transformers.TrainingArguments(out, **arguments)
+        trainer = (cls or transformers.Trainer)(model or tiny_opt(), args, train_dataset=data, **extra)
+        opt = attach(trainer, torch.optim.AdamW, policy, link=LINK, finish=False)
+        trainer.train()
+    return opt, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class MeanOfTokens(transformers.Trainer):
+    """Computes the wanted loss from the logits of a window, whatever the Trainer says."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs).logits
+        losses = cross_entropy(logits, inputs["labels"], reduction="sum")
+        return losses / num_items_in_batch
+
+
+class OwnMean(transformers.Trainer):
+    """A mean of its own, which the Trainer is to divide."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.loss_is_scaled_for_ga = False
+        output = model(**inputs)
+        loss = 2 * output.loss + 0.01 * output.logits.square().mean()
+        return (loss, output) if return_outputs else loss
+
+
+def cross_entropy(logits, labels, **kwargs):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **kwargs)
+
+
+def smoothed(output, labels, num_items_in_batch=None):
+    return cross_entropy(output.logits, labels, reduction="sum", label_smoothing=0.1) / num_items_in_batch
+
+
+@loop
+def trainer(policy):
+    return trained(policy)
+
+
+@loop
+def trainer_that_accumulates(policy):  # 7 batches an epoch: the last window is short
+    return trained(policy, gradient_accumulation_steps=2)
+
+
+@loop
+def trainer_that_accumulates_three(policy):
+    return trained(policy, gradient_accumulation_steps=3)
+
+
+@loop
+def trainer_with_compute_loss(policy):
+    return trained(policy, MeanOfTokens, gradient_accumulation_steps=2)
+
+
+@loop
+def trainer_with_a_mean_of_its_own(policy):
+    return trained(policy, OwnMean, gradient_accumulation_steps=2)
+
+
+@loop
+def trainer_with_compute_loss_func(policy):
+    return trained(policy, compute_loss_func=smoothed, gradient_accumulation_steps=2)
+
+
+@loop
+def trainer_with_label_smoothing(policy):
+    return trained(policy, label_smoothing_factor=0.1, gradient_accumulation_steps=3)
+
+
+@loop
+def trainer_with_gradient_checkpointing(policy):
+    return trained(policy, activation_checkpointing=True, gradient_accumulation_steps=2)
+
+
+@loop
+def trainer_without_attach(policy):
+    """The ChainOptimizer as any other optimizer: the model's own loss is seen."""
+    model, opt = chained(policy)
+    data = [{name: value[0] for name, value in batch.items()} for batch in batches(14, size=1)]
+    with tempfile.TemporaryDirectory() as out:
+        args = transformers.TrainingArguments(
+            out, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no",
+            report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=1, lr_scheduler_type="constant",
+        )  # fmt: skip
+        run = transformers.Trainer(model, args, train_dataset=data, optimizers=(opt, None))
+        run.train()
+    assert not opt.finished
+    return opt, [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def lit(policy, automatic=True, divide=None, outputs=False, of=2, **changes):
+    """A Lightning run over 7 batches; the loss is not the model's own unless ``outputs``."""
+    lightning = pytest.importorskip("lightning")
+    from cola.integrations.lightning import ChainKnots
+
+    found = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = automatic
+            self.net = tiny_opt() if outputs else Net()
+            self.opt = ChainOptimizer(
+                torch.optim.AdamW, self.net, policy, lr=0.02,
+                link=LINK if outputs else LinkConfig(r=2, lora_alpha=2, target_modules=["first", "second"]),
+            )  # fmt: skip
+
+        def configure_optimizers(self):
+            return self.opt
+
+        def training_step(self, batch, index):
+            loss = self.net(**batch).loss if outputs else (self.net(batch[0]) - batch[1]).square().mean()
+            found.append(loss.item())
+            if automatic:
+                return loss
+            self.manual_backward(loss / divide if divide else loss)
+            if (index + 1) % of == 0 or index == 6:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+            return None
+
+    data = list(batches(7)) if outputs else [rows(i) for i in range(7)]
+    module = Module()
+    with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning.Trainer(
+            max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, default_root_dir=out,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[ChainKnots(finish=False)],
+            **changes,
+        ).fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # fmt: skip
+    epochs = [found[:7], found[7:]]
+    return module.opt, [mean(epoch[i : i + of]) for epoch in epochs for i in range(0, 7, of)]
+
+
+@loop
+def lightning(policy):
+    return lit(policy, of=1)
+
+
+@loop
+def lightning_that_accumulates(policy):
+    return lit(policy, accumulate_grad_batches=2)
+
+
+@loop
+def lightning_that_accumulates_three_with_outputs(policy):
+    return lit(policy, of=3, outputs=True, accumulate_grad_batches=3, gradient_clip_val=0.5)
+
+
+@loop
+def lightning_by_hand(policy):
+    return lit(policy, automatic=False, of=1)
+
+
+@loop
+def lightning_by_hand_that_accumulates(policy):
+    return lit(policy, automatic=False)
+
+
+@loop
+def lightning_by_hand_that_accumulates_and_divides(policy):
+    return lit(policy, automatic=False, divide=2)
+
+
+@loop
+def lightning_by_hand_with_outputs(policy):
+    return lit(policy, automatic=False, divide=2, outputs=True)
+
+
+def accelerated(policy, told):
+    accelerate = pytest.importorskip("accelerate")
+    model = Net() if told else tiny_opt()
+    link = LinkConfig(r=2, lora_alpha=2, target_modules=["first", "second"]) if told else LINK
+    opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, lr=0.02)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, wrapped = accelerator.prepare(model, opt)
+    found = []
+    for i, batch in enumerate(batches(12)):
+        with accelerator.accumulate(model):
+            x, y = rows(i)
+            loss = (model(x) - y).square().mean() if told else model(**batch).loss
+            found.append(loss.item())
+            accelerator.backward(loss)
+            if told:
+                opt.observe(loss)
+            wrapped.step()
+            wrapped.zero_grad()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    return opt, [mean(found[i : i + 2]) for i in range(0, 12, 2)]
+
+
+@loop
+def accelerate(policy):
+    return accelerated(policy, told=False)
+
+
+@loop
+def accelerate_told(policy):
+    return accelerated(policy, told=True)
+
+
+@loop
+def fabric(policy):
+    lightning = pytest.importorskip("lightning")
+    model, opt = chained(policy)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    model, wrapped = fabric.setup(model, opt)
+    losses = []
+    for window in windows(9):
+        found = []
+        for i, batch in enumerate(window):
+            with fabric.no_backward_sync(model, enabled=i + 1 < len(window)):
+                loss = model(**batch).loss
+                found.append(loss.item())
+                fabric.backward(loss / 2)
+        wrapped.step()
+        wrapped.zero_grad()
         losses.append(mean(found))
     return opt, losses
 
