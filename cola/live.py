@@ -135,15 +135,6 @@ class LiveLink:
 
     # what it holds
 
-    @property
-    def in_checkpoint(self) -> bool:
-        """Whether a framework is writing a checkpoint: the live link belongs there, so nobody is reminded of it."""
-        return self.note.in_checkpoint
-
-    @in_checkpoint.setter
-    def in_checkpoint(self, value: bool) -> None:
-        self.note.in_checkpoint = value
-
     def adapters(self) -> list[nn.Parameter]:
         """The factors that are trained, A before B, in the model's order."""
         names = {"both": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}[self.config.train]

@@ -182,7 +182,7 @@ class ChainOptimizer(Saves):
         elif not self._ready:
             self._get_ready()
         before = self._groups.before(groups)
-        result = self.base.step() if closure is None else self.base.step(closure)
+        result = self.base.step() if closure is None else self.base.step(self._losses.first_of(closure))
         self._groups.after(before, self.base.param_groups)
         if not probing:
             if not self._ready:
@@ -191,7 +191,7 @@ class ChainOptimizer(Saves):
                 self._ready = self._expected is None and (self._origin.settled or not self.chain.keep)
             self.steps += 1
             self.chain.live = True
-            self._loss = self._losses.take(result)
+            self._loss = self._losses.take(groups)
             if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):
                 self._knot(extend=True)
         if self._optimizer_step_post_hooks:
@@ -203,13 +203,23 @@ class ChainOptimizer(Saves):
     def observe(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
         """Tell the policy of the coming step's loss (several calls are averaged) or of the epochs completed.
 
-        Not needed for the loss where the model's output has ``.loss`` in training mode, or the step gets a closure.
+        Not needed for the loss where the model's output has ``.loss`` and the loop backpropagates it, the step gets a
+        closure, or an integration gives the loss. A loss that is told replaces those.
         """
         self._require_running("observe()")
         if epoch is not None:
             self._epoch = float(epoch)
         if loss is not None:
             self._losses.tell(loss)
+
+    def _optimised(self, loss: Tensor) -> None:
+        """Set the coming step's mean loss, as a training framework computed it; `observe` wins over it."""
+        self._losses.give(loss)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's; the losses that the gradients belong to are forgotten with them."""
+        self._losses.drop(self.base.param_groups)
+        self.base.zero_grad(set_to_none=set_to_none)
 
     def on_knot(self, fn: Callable[[KnotReport], None]) -> Callable[[KnotReport], None]:
         """Call ``fn(report)`` after every knot; usable as a decorator."""

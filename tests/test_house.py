@@ -43,7 +43,14 @@ FLOORS = [
     ["cola.optimizer"],
     ["cola.schedule"],
     ["cola"],
-    ["cola.integrations", "cola.integrations.transformers", "cola.integrations.lightning"],
+    [
+        "cola.integrations",
+        "cola.integrations.checkpoints",
+        "cola.integrations.references",
+        "cola.integrations.settings",
+        "cola.integrations.transformers",
+        "cola.integrations.lightning",
+    ],
     ["cola.base_model", "cola.figure", "cola.cli"],
 ]
 ORDER = {name: i for i, name in enumerate(name for floor in FLOORS for name in floor)}
@@ -136,7 +143,7 @@ assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
 
 @pytest.mark.parametrize("name", [n for package in ("cola", "theory") for n, _ in modules(package)])
 def test_docstring_examples(name):
-    if name in ("cola.adapters.conv1d", "cola.integrations.transformers"):
+    if name == "cola.adapters.conv1d" or name.startswith("cola.integrations."):
         pytest.importorskip("transformers")
     if name == "cola.integrations.lightning":
         pytest.importorskip("lightning")

@@ -76,9 +76,9 @@ def test_nothing_is_said_where_nothing_is_left_out(caplog, tmp_path, done):
     steps(model, opt, done)
     model.save_pretrained(tmp_path / "a")
     steps(model, opt, 1, start=done)
-    opt.live.in_checkpoint = True
+    opt.live.note.in_checkpoint = True
     model.save_pretrained(tmp_path / "b")
-    opt.live.in_checkpoint = False
+    opt.live.note.in_checkpoint = False
     assert not words(caplog)
     model.save_pretrained(tmp_path / "c")
     assert len(words(caplog)) == 1
