@@ -14,6 +14,7 @@ from cola.adapters.targets import called
 from cola.beside import require_apart
 from cola.chain import Chain
 from cola.composed import require_base
+from cola.coverage import Coverage, announced, covered
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
@@ -119,6 +120,7 @@ class ChainOptimizer(Saves):
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
+        self._coverage = announced(self.live)
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
     @property
@@ -137,6 +139,14 @@ class ChainOptimizer(Saves):
         factors = {id(p) for p in self.live.adapters()}
         self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
         self._origin.settled = self._ready = False
+        self._coverage = covered(self.live)
+
+    def coverage(self) -> Coverage:
+        """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
+
+        It works at any time; after `finish` it says what the run has reached.
+        """
+        return self._coverage
 
     # training
 
