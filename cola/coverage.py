@@ -164,7 +164,7 @@ def covered(live: LiveLink) -> Coverage:
 
 
 def announced(live: LiveLink) -> Coverage:
-    """The coverage of a live link, logged. It warns where half a model is left out, or where a task's head is frozen."""
+    """The coverage of a live link, logged. It warns where half a model is left out, or a task's head is frozen."""
     found = covered(live)
     logger.info("%s", found.summary())
     if live.config.target_modules == "all-linear" and found.share < 0.5:
