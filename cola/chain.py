@@ -1,6 +1,7 @@
 """The ledger of a chain: every link that was tied, as it was tied. It knows names and tensors, never optimizers."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from cola import export, interrupts, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
+
+logger = logging.getLogger("cola")
 
 #: of `Chain.state_dict`
 VERSION = 1
@@ -29,6 +32,7 @@ class Chain:
         keep, base: as given; a run sets ``base`` at its first knot.
         missing: links before the first one held. More than 0 only if a framework's checkpoint dropped them: training
             goes on from such a checkpoint, but the chain cannot be applied or exported any more.
+        live: whether a running optimizer has trained a link that it has not tied yet, which is no part of the chain.
 
     >>> len(Chain())
     0
@@ -39,6 +43,7 @@ class Chain:
         self.base = base
         self._links = list(links)
         self.missing = self._links[0].index if self._links else 0
+        self.live = False
         if [link.index for link in self._links] != list(range(self.missing, self.missing + len(self._links))):
             raise ValueError(f"links={[link.index for link in self._links]} are not consecutive: a link is missing")
 
@@ -59,6 +64,7 @@ class Chain:
         """Record a link. Its index must be the next one."""
         self.require_next(link.index)
         self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
+        self.live = False
 
     def require_next(self, index: int) -> None:
         """Raise ValueError if link ``index`` is not the one to come."""
@@ -155,7 +161,7 @@ class Chain:
         """Write the chain: a file per link, and a manifest. The format is described in FORMAT.md.
 
         The directory's former chain is replaced as a whole or, if anything fails, left as it was; links that are
-        there already are not written again.
+        there already are not written again. In mid-link a warning says that the live link is not part of the chain.
 
         Args:
             directory: made if need be.
@@ -170,6 +176,7 @@ class Chain:
         ...     Chain.load(directory)
         Chain(0 links, ranks [])
         """
+        self._warn_of_live_link("save()")
         store.save(Path(directory), self.ledger())
 
     @classmethod
@@ -189,7 +196,14 @@ class Chain:
         """Write the whole chain as one LoRA adapter in PEFT's format, for the ORIGINAL base.
 
         Without ``r`` its rank is the sum of the links' ranks and it is exact. Biases and modules that were trained
-        beside the links go along.
+        beside the links go along. All layers are given the largest rank: those with less are padded with zeros, so that
+        readers which ignore ``rank_pattern`` read them right. ``lora_alpha`` is that rank, so the scale is 1, and
+        the links' scales are in B.
+
+        ``target_modules`` lists the layers' plain names where these select the adapted layers alone, else their paths;
+        where neither does, or the base's modules are not known, it is a regular expression. In mixtures of experts PEFT
+        takes names like ``gate_proj`` for parts of the fused experts; layers of those names are in
+        ``target_parameters``. ``task_type`` or ``auto_mapping`` tell ``AutoPeftModel…`` the base's class.
 
         Args:
             directory: for ``adapter_model.safetensors`` and ``adapter_config.json``; made if need be.
@@ -198,14 +212,17 @@ class Chain:
 
         Returns:
             Per layer, ``‖ΔW − ΔW_r‖`` (Frobenius) of the truncation; zeros without ``r``. Also written to
-            ``export.json``, with ``‖ΔW‖`` beside it.
+            ``export.json``, with ``‖ΔW‖`` and the ranks before padding.
 
         Raises:
             ValueError: r is not positive, the chain is empty, or training has moved what PEFT's format has no place
-                for: part of a module (a norm's running statistics, without its weight), or the model's own tensors.
+                for: part of a module (a norm's running statistics, without its weight), the model's own tensors, or a
+                layer that the model has at several places; PEFT would adapt other layers; or PEFT had changed the base
+                before training (``init_lora_weights="pissa"``, …). Nothing is written then.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("to_peft()")
+        self._warn_of_live_link("to_peft()")
         return export.to_peft(self._links, Path(directory), r, self.base, base_model)
 
     @classmethod
@@ -243,6 +260,7 @@ class Chain:
         links = self._links[: self._count(upto)]
         replaced = [name for link in links for name in link.trained]
         replay.check(model, self._links, self.base if check else None, replaced=replaced)
+        self._warn_of_live_link("apply()")
         with interrupts.deferred():
             replay.tie_links(model, links)
 
@@ -336,6 +354,15 @@ class Chain:
         if not 0 <= upto <= len(self):
             raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
         return upto
+
+    def _warn_of_live_link(self, call: str) -> None:
+        if self.live:
+            logger.warning(
+                "chain.%s has %d tied links; the live link, which has been trained since the last knot, is not among "
+                "them: call opt.finish() before, or opt.tie() to go on training (opt.save() keeps the live link too)",
+                call,
+                len(self),
+            )
 
     def _require_kept(self, call: str) -> None:
         if not self.keep and len(self):

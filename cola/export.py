@@ -1,12 +1,11 @@
 """Write a whole chain as one LoRA adapter in PEFT's format: the files alone, PEFT is not needed.
 
 ``Σ s_i B_i A_i = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`` is one product of rank Σr, so with the scales folded into B and
-``lora_alpha = r`` a single adapter on the original base equals the chain.
+``lora_alpha = r`` a single adapter on the original base equals the chain. Layers of a lower rank are padded with zeros,
+so that one rank holds for all and no reader needs patterns.
 """
 
 import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola import subspace, tensorfile
+from cola import peft_targets, subspace, tensorfile
 from cola.files import write
 from cola.fingerprint import Fingerprint
 from cola.link import Link
@@ -33,7 +32,8 @@ def to_peft(
     paths = list(dict.fromkeys(path for link in links for path in link.factors))
     if not paths:
         raise ValueError("an empty chain has nothing to export: finish() ties the last link")
-    tensors: dict[str, Tensor] = {}
+    _require_original(base)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks, errors, norms = {}, {}, {}
     for path in paths:
         require_plain_name(path)
@@ -46,14 +46,19 @@ def to_peft(
             A, B, values = subspace.truncate(factors, r)
             errors[path], norms[path] = values[r:].norm().item(), values.norm().item()
         ranks[path] = A.shape[0]
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = A.to(dtype)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = B.to(dtype)
+        pairs[path] = A.to(dtype), B.to(dtype)
+    rank = max(ranks.values())
+    tensors: dict[str, Tensor] = {}
+    for path, (A, B) in pairs.items():
+        extra = rank - len(A)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([A, A.new_zeros(extra, A.shape[1])])
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([B, B.new_zeros(B.shape[0], extra)], 1)
     biases, saved = _trained(links, paths)
     _require_whole(saved, paths, base)
     tensors.update(biases)
     tensors.update(saved)
     name = base_model or (base.name if base is not None else None)
-    config = _config(ranks, base, name, _bias(biases), sorted({_owner(key) for key in saved}))
+    config = _config(rank, paths, base, name, _bias(biases), sorted({_owner(key) for key in saved}))
     account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
     write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
     write(directory / CONFIG, json.dumps(config, indent=2).encode())
@@ -62,31 +67,37 @@ def to_peft(
 
 
 def _config(
-    ranks: dict[str, int], base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
+    rank: int, paths: Sequence[str], base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
 ) -> dict[str, Any]:
-    """``adapter_config.json``. Layers whose rank is not the usual one are listed; alpha = r everywhere, so s = 1."""
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT reads these keys as regular expressions for the end of a path; ^ pins them to the whole
-    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
-    flipped = base is not None and any(base.layers[path].transposed for path in ranks if path in base.layers)
+    """``adapter_config.json``; alpha = r, so s = 1."""
+    flipped = base is not None and any(base.layers[path].transposed for path in paths if path in base.layers)
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        **peft_targets.task(saved, base),
         "base_model_name_or_path": name,
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": other,
-        "alpha_pattern": other,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": bias,
-        # an expression, because PEFT takes listed names for ends of paths as well, and adapts (or trips over) others
-        "target_modules": "|".join(re.escape(path) for path in ranks),
+        **peft_targets.choose(paths, saved, base),
         "modules_to_save": saved or None,
         "fan_in_fan_out": flipped,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _require_original(base: Fingerprint | None) -> None:
+    changed = base.architecture.changed if base is not None and base.architecture is not None else None
+    if changed is not None:
+        raise ValueError(
+            f"to_peft() writes an adapter for the original base, and {changed}: the chain belongs on the changed one. "
+            "Save the merged model instead; or train from an init that leaves the base alone, like "
+            "init_lora_weights=True"
+        )
 
 
 def _bias(biases: dict[str, Tensor]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cola.architecture import Architecture
 from cola.distributed import is_sharded, shared_out, whole
 
 _PIECE = 1 << 25  # bytes that are fetched from a device at a time
@@ -56,11 +57,13 @@ class Fingerprint:
         layers: per adapted layer, by path.
         name: hub name or directory that the model says it came from; informal, never compared.
         others: all other parameters and persistent buffers, by name; None where only layers were recorded (format 1).
+        architecture: of the model, which is never compared; None where it was not recorded.
     """
 
     layers: Mapping[str, LayerPrint] = field(default_factory=dict)
     name: str | None = None
     others: Mapping[str, TensorPrint] | None = None
+    architecture: Architecture | None = field(default=None, compare=False)
 
     @property
     def digest(self) -> str:
@@ -111,7 +114,8 @@ class Fingerprint:
         """As JSON values."""
         others = None if self.others is None else {name: asdict(other) for name, other in self.others.items()}
         layers = {path: asdict(layer) for path, layer in self.layers.items()}
-        return {"name": self.name, "layers": layers, "others": others}
+        found = {"name": self.name, "layers": layers, "others": others}
+        return found if self.architecture is None else {**found, "architecture": self.architecture.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
@@ -129,7 +133,9 @@ class Fingerprint:
         others, name = value.get("others"), value["name"]
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name={name!r:.40}")
-        return cls(layers, name, None if others is None else prints_from_json(others))
+        built = value.get("architecture")
+        architecture = None if built is None else Architecture.from_json(built)
+        return cls(layers, name, None if others is None else prints_from_json(others), architecture)
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,7 @@ def fingerprint(
     *,
     known: Mapping[str, TensorPrint] | None = None,
     cache: Digests | None = None,
+    architecture: Architecture | None = None,
 ) -> Fingerprint:
     """Take the fingerprint of weights.
 
@@ -191,6 +198,7 @@ def fingerprint(
         others: further parameters and buffers, by name; None to record layers only.
         known: prints that stand for those of the tensors of these names.
         cache: where digests are remembered.
+        architecture: of the model, to be recorded.
 
     >>> weights = {"q_proj": torch.ones(2, 2)}
     >>> base = fingerprint(weights)
@@ -204,7 +212,7 @@ def fingerprint(
     prints.update({n: known[n] for n in tensors if n in known})
     mine = {path: prints[weight_of(path)] for path in weights}
     layers = {path: LayerPrint(one.shape, one.dtype, path in flipped, one.digest) for path, one in mine.items()}
-    return Fingerprint(layers, name, None if others is None else {n: prints[n] for n in others})
+    return Fingerprint(layers, name, None if others is None else {n: prints[n] for n in others}, architecture)
 
 
 def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cola import replay
 from cola.adapters import AdaptedLayer, adapted_class, is_conv1d, is_quantized, quantized
-from cola.adapters.peft import PeftConv1D, PeftLayer, link_config
+from cola.adapters.peft import PeftConv1D, PeftLayer, link_config, require_whole
 from cola.adapters.targets import (
+    called,
     find_peft_layers,
     find_saved,
     find_targets,
@@ -74,8 +75,9 @@ class LiveLink:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} must be an integer")
         require_supported(model)
+        require_whole(called(model))
         tuned = find_peft_layers(model)
-        config, plans = link_config(config, tuned) if tuned else (config, {})
+        config, plans = link_config(config, tuned, called(model)) if tuned else (config, {})
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.quantized, self.index = quantised, 0
         self.residuals: dict[str, Tensor] = {}

@@ -187,6 +187,7 @@ class ChainOptimizer(Saves):
                 # a closure, or a hook of the base, may have added groups or loaded a state meanwhile
                 self._ready = self._expected is None and (self._origin.settled or not self.chain.keep)
             self.steps += 1
+            self.chain.live = True
             self._loss = self._losses.take(result)
             if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):
                 self._knot(extend=True)
@@ -358,7 +359,7 @@ class ChainOptimizer(Saves):
         self._losses.remove()
         self._origin.remove()
         self.live.detach(spent=True)
-        self.finished = True
+        self.finished, self.chain.live = True, False
 
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cola import tensorfile
+from cola.adapters.peft import CHANGES_BASE
 from cola.arguments import is_finite
 from cola.export import CONFIG, PREFIX, WEIGHTS
 from cola.files import MAX_JSON, StoreError, parse, read
@@ -27,11 +28,9 @@ _HARMLESS = {
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "task_type",
+    "target_modules", "target_parameters", "task_type",
 }  # fmt: skip
 _UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-#: initialisations that also change the base, so that the adapter fits another base than the original one
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 #: what a pattern may be made of: characters, classes of them, repeated or not, and alternatives of these
 _ATOM = r"(?:[^\\()\[\]{}*+?|^$]|\\[\W_dw]|\[\^?[\w.-]+\])[*+]?"
 _GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"
@@ -67,8 +66,13 @@ def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
             raise StoreError(
                 f"{path} has {name}={value!r:.60}: such an adapter is not a plain s·B A, so it cannot be a link"
             )
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(str(name).endswith(".weight") for name in parameters):
+        raise StoreError(
+            f"{path} has target_parameters={parameters!r:.60}: only weights of linear layers can be in a link"
+        )
     init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(_CHANGES_BASE):
+    if init.startswith(CHANGES_BASE):
         raise StoreError(
             f"{path} has init_lora_weights={init!r:.40}, which changes the base weights too: convert the adapter to "
             "plain LoRA first (PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...))"
@@ -112,7 +116,15 @@ def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], 
         raise StoreError(f"{path}: layer {layer!r:.120} has rank {r}, and {CONFIG} says otherwise")
     if r == 0:
         raise StoreError(f"{path}: layer {layer!r:.120} has rank 0")
-    return Factor(A, B, alpha / (math.sqrt(r) if config.get("use_rslora") else r), rounding)
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return Factor(*_unpadded(A, B), scaling, rounding)
+
+
+def _unpadded(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors without the zeros at their end by which an export brings layers to one rank."""
+    used = (A.ne(0).any(1) | B.ne(0).any(0)).nonzero()
+    rank = int(used.max()) + 1 if len(used) else 1
+    return (A, B) if rank == len(A) else (A[:rank].clone(), B[:, :rank].clone())
 
 
 @functools.lru_cache(maxsize=1 << 14)

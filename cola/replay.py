@@ -21,6 +21,7 @@ from cola.adapters.targets import (
     shared_weights,
     unwrap,
 )
+from cola.architecture import Architecture
 from cola.distributed import copy_whole, tie_anywhere
 from cola.fingerprint import Digests, Fingerprint, TensorPrint, fingerprint, weight_of
 from cola.link import Factor, Link
@@ -54,7 +55,7 @@ def take_fingerprint(
     Args:
         model: as it is without links.
         layers: paths of the adapted ones.
-        whole: cover all its parameters and persistent buffers, not those layers' weights alone.
+        whole: cover all its parameters and persistent buffers, and its architecture, not those layers' weights alone.
         known: prints that stand for tensors which are no longer the base's.
         cache: where digests are remembered.
     """
@@ -64,7 +65,9 @@ def take_fingerprint(
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
     named = name if isinstance(name, str) and name else None
     rest = values if whole else beside or None
-    return fingerprint(weights, transposed(model, weights), named, rest, known=known, cache=cache)
+    built = Architecture.of(model) if whole else None
+    flipped = transposed(model, weights)
+    return fingerprint(weights, flipped, named, rest, known=known, cache=cache, architecture=built)
 
 
 def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:

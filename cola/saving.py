@@ -241,6 +241,7 @@ class Saves(Composed):
             self.live.residuals.clear()
             replay.untie(self.live.model, links, base, also=self._moved())
             self.live.replay(links[:-1])
+        self.chain.live = False
         return self.chain.undo()
 
     # inside
@@ -360,6 +361,7 @@ class Saves(Composed):
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
         self._expected, self._expected_format = counted.get("weights"), counted["version"]
         self._knots = counted.get("knots")
+        self.chain.live = self.steps > max((step for _, step, *_ in self._knots or ()), default=0)
         self._ready = False
 
     def _require_in_one_piece(self, call: str) -> None:

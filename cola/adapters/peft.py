@@ -5,9 +5,10 @@ forward, dropout, dtype and state-dict keys stay PEFT's.
 """
 
 import dataclasses
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,22 @@ from torch import Tensor, nn
 from cola.adapters import quantized, stacked
 from cola.adapters.lora import put_pair
 from cola.extend import LayerPlan, LinkConfig
+
+logger = logging.getLogger("cola")
+
+#: how values of ``init_lora_weights`` begin that change the base's weights before training
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: values of ``init_lora_weights``, and the init of later links that draws as PEFT does
+_INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian"}
+#: others, and the init that is nearest to them; "kaiming" for all that are not here
+_NEAREST = {"orthogonal": "orthogonal", "eva": "orthogonal"}
+#: fields of LoraConfig that a chain cannot honour where they are set, and why; the layers show all others
+_REFUSED = {
+    "trainable_token_indices": "trains rows of an embedding, which a chain does not record, so that exports and "
+    "unload() would lose them: train the whole embedding by modules_to_save instead",
+    "layer_replication": "repeats layers that share their weights, so that a knot in one would change the others: "
+    "make the larger model with weights of its own first",
+}
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
@@ -56,6 +73,56 @@ def original(parent: nn.Module) -> str | None:
 def _trains_copy(parent: nn.Module) -> bool:
     """Whether PEFT trains a copy of a whole module (a head) in its place."""
     return "original_module" in parent._modules and isinstance(parent._modules.get("modules_to_save"), nn.ModuleDict)
+
+
+def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's configurations in ``model``, with the adapters' names, however they got there."""
+    seen: set[int] = set()
+    for module in model.modules():
+        found = vars(module).get("peft_config")
+        for name, config in found.items() if isinstance(found, dict) else ():
+            if id(config) not in seen:
+                seen.add(id(config))
+                yield name, config
+
+
+def changed_base(model: nn.Module) -> str | None:
+    """How PEFT has changed the weights of its base, as a clause; None if it has not."""
+    for _, config in configs(model):
+        init = str(getattr(config, "init_lora_weights", True)).lower()
+        if init.startswith(CHANGES_BASE):
+            return f"PEFT's init_lora_weights={init!r} has changed the base's weights before training"
+    return None
+
+
+def require_whole(model: nn.Module) -> None:
+    """Check that a chain on PEFT's LoRA layers takes all that PEFT trains in ``model``, and changes nothing else.
+
+    Raises:
+        ValueError: it does not; the message says why.
+    """
+    for name, config in configs(model):
+        for option, why in _REFUSED.items():
+            value = getattr(config, option, None)
+            if value:
+                raise ValueError(f"model: {option}={value!r:.60} of PEFT's adapter {name!r} {why}")
+    modules = dict(model.named_modules())
+    tuned = {path: module for path, module in modules.items() if is_tuner_layer(module)}
+    layers = {path: module for path, module in tuned.items() if is_lora_layer(module)}
+    for path in tuned.keys() - layers.keys() if layers else ():
+        raise ValueError(
+            f"model: PEFT has put a {type(tuned[path]).__name__} at {path!r}, which is no LoRA layer, so a chain would "
+            "leave out what it trains: use LoRA alone"
+        )
+    bases = {id(module._modules["base_layer"]): path for path, module in layers.items()}
+    for parent, module in modules.items():
+        for name, child in () if parent in layers else module._modules.items():
+            if id(child) in bases:
+                raise ValueError(
+                    f"PEFT's layer {bases[id(child)]!r}: the model has its base layer at {f'{parent}.{name}'!r} as "
+                    "well, where PEFT has not wrapped it. A knot would change that one too: make them two layers, or "
+                    "leave them out of target_modules"
+                )
 
 
 def refusal(module: Any) -> str | None:
@@ -187,8 +254,10 @@ class PeftConv1D(PeftLayer):
     transposed = True
 
 
-def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConfig, dict[str, LayerPlan]]:
-    """``config`` with what the PEFT layers have already decided: rank and scale of the first link.
+def link_config(
+    config: LinkConfig, layers: Mapping[str, Any], model: nn.Module
+) -> tuple[LinkConfig, dict[str, LayerPlan]]:
+    """``config`` with what PEFT has decided already: rank and scale of the first link, and how links start.
 
     The configuration gets what most layers have, or most of those with the rank that it starts with. A layer that
     differs (``rank_pattern``, ``alpha_pattern``) has a plan of its own, as `LayerPlan` describes.
@@ -196,6 +265,7 @@ def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConf
     Args:
         config: the caller's. Where PEFT decides, it must have its default or agree.
         layers: PEFT's modules by path.
+        model: that they are in, for PEFT's own configuration.
 
     Returns:
         The configuration, and the plan of every layer.
@@ -234,5 +304,23 @@ def link_config(config: LinkConfig, layers: Mapping[str, Any]) -> tuple[LinkConf
             f"model's PEFT layers have {scale:g}: make them agree, or leave lora_alpha out"
         )
     width = math.sqrt(rank) if config.scaling == "rslora" else rank
-    config = dataclasses.replace(config, lora_alpha=scale * width)
+    init = _init_like(layers, model) if config.init == default.init else config.init
+    config = dataclasses.replace(config, lora_alpha=scale * width, init=init)
     return config, {path: LayerPlan(config, *(() if values == usual else values)) for path, values in own.items()}
+
+
+def _init_like(layers: Mapping[str, Any], model: nn.Module) -> str:
+    """The init that draws later links as PEFT has drawn the first."""
+    names = {name for module in layers.values() for name in module.lora_A}
+    theirs = next((getattr(c, "init_lora_weights", True) for name, c in configs(model) if name in names), True)
+    word = str(theirs).lower()
+    if word in _INITS:
+        return _INITS[word]
+    init = _NEAREST.get(word, "kaiming")
+    logger.warning(
+        "PEFT started the first link by init_lora_weights=%r; later links start by init=%r, with B = 0. Another one "
+        "is chosen by LinkConfig(init=...)",
+        theirs,
+        init,
+    )
+    return init

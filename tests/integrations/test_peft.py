@@ -58,7 +58,7 @@ def logits(model):
 def test_a_chain_on_pefts_layers_is_the_chain_on_plain_layers(how):
     """Same first factors, same draws by name: the runs differ only in how each forward is summed."""
     ours, theirs = tiny_opt(), wrapped(how=how)
-    link = LinkConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    link = LinkConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init="kaiming")
     one, two = chained(ours, link=link), chained(theirs)
     assert one.live.layers.keys() == two.live.layers.keys()
     with torch.no_grad():
@@ -219,6 +219,19 @@ def test_copies_go_on_alone():
     assert train(twin_model, twin, 4, start=2) == train(model, opt, 4, start=2)
 
 
+def with_a_base_at_two_places():
+    model = wrapped()
+    layer = model.get_submodule("base_model.model.model.decoder.layers.0.self_attn.q_proj")
+    model.get_base_model().again = layer.base_layer
+    return model
+
+
+def with_two_methods():
+    model = wrapped()
+    peft.inject_adapter_in_model(peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), model)
+    return model
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -269,6 +282,13 @@ REFUSED = {
     "tied head": (
         lambda: wrapped(tiny_opt(tie_word_embeddings=True), target_modules=["lm_head"]),
         "the weight of 'lm_head' is tied",
+    ),
+    "base at two places": (with_a_base_at_two_places, r"has its base layer at '.*again' as well"),
+    "two methods": (with_two_methods, "is no LoRA layer, so a chain would leave out"),
+    "tokens": (lambda: wrapped(trainable_token_indices=[1]), "trainable_token_indices=.* trains rows of an embedding"),
+    "tokens, injected": (
+        lambda: wrapped(how="inject", trainable_token_indices={"embed_tokens": [1]}),
+        "trainable_token_indices=.* train the whole embedding by modules_to_save",
     ),
 }  # fmt: skip
 
