@@ -14,6 +14,9 @@ from cola.live import LiveLink
 
 logger = logging.getLogger("cola")
 
+#: kinds of encoders by words in their paths
+_TOWERS = {"vision": ("vis", "image", "video"), "audio": ("audio", "speech")}
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -38,7 +41,7 @@ class LeftOut:
 
     Attributes:
         group: what they are: ``"fused experts"``, ``"output head"``, ``"embeddings"``, ``"norms and biases"``,
-            ``"vision tower"``, ``"audio tower"``, ``"shared weights"``, ``"convolutions"``,
+            ``"vision tower"``, ``"audio tower"``, ``"other tower"``, ``"shared weights"``, ``"convolutions"``,
             ``"refused linear layers"``, ``"other linear layers"`` or ``"other"``.
         parameters: how many.
         why: the reason, in words.
@@ -194,8 +197,8 @@ class _Groups:
     def of(self, path: str, module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, str]:
         tower = next((tower for tower in self.towers if within(path, [tower])), None)
         if tower is not None:
-            sound = any(word in tower for word in ("audio", "speech"))
-            return f"{'audio' if sound else 'vision'} tower", f"{tower} feeds the language model"
+            kind = next((kind for kind, words in _TOWERS.items() if any(word in tower for word in words)), "other")
+            return f"{kind} tower", f"{tower} feeds the language model"
         if path in self.heads:
             return "output head", f"{self.heads[path]} is the model's output"
         expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower() and not is_linear_map(module)

@@ -55,7 +55,7 @@ _TASKS = ("Classification", "QuestionAnswering", "MultipleChoice")
 #: parts in which a model reads images or sounds
 ENCODERS = (
     "vision_tower", "visual", "vision_model", "vision_encoder", "vision_embed_tokens", "image_tower", "image_encoder",
-    "vision_backbone", "vision", "vpm", "vqmodel", "audio_tower", "audio_encoder", "audio_model", "speech_encoder",
+    "vision_backbone", "vision", "vpm", "vqmodel", "audio_tower", "audio_encoder", "audio_model",
     "embed_tokens_extend",
 )  # fmt: skip
 
@@ -163,7 +163,8 @@ def within(path: str, parts: list[str]) -> bool:
 
 
 def _is_dual(modules: Mapping[str, nn.Module]) -> bool:
-    return any(hasattr(m, "get_text_features") and hasattr(m, "get_image_features") for m in modules.values())
+    seen = ("get_image_features", "get_video_features", "get_audio_features")
+    return any(hasattr(m, "get_text_features") and any(hasattr(m, name) for name in seen) for m in modules.values())
 
 
 def _last(path: str) -> str:

@@ -49,6 +49,7 @@ def _candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     takes = inspect.signature(model.forward).parameters
     ids = torch.arange(24).view(2, 12) * 7 % 60 + 3
     text: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text["mm_token_type_ids"] = torch.zeros_like(ids)
     text = {name: value for name, value in text.items() if name in takes}
     decoder = {"decoder_input_ids": ids[:, :6]} if "decoder_input_ids" in takes else {}
     main = getattr(model, "main_input_name", "input_ids")

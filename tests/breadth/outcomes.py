@@ -34,6 +34,11 @@ def build(name: str) -> nn.Module:
     kind = getattr(transformers, name)
     try:
         config = tiny_config(kind.config_class)
+        if name.endswith("MaskedLM") and getattr(config, "is_decoder", False):
+            config.is_decoder = False
+        for one in (config, *(getattr(config, sub, None) for sub in getattr(config, "sub_configs", None) or {})):
+            if hasattr(one, "use_cache"):
+                one.use_cache = False
         with torch.device("meta"):
             size = sum(p.numel() for p in kind(config).parameters())
     except Exception as error:
@@ -121,8 +126,12 @@ def _export(base: nn.Module, inputs: dict[str, Any], opt: ChainOptimizer, tied: 
 
 def _train(opt: ChainOptimizer, model: nn.Module, inputs: dict[str, Any], steps: int) -> None:
     model.train()
+    if not output_of(model, inputs).requires_grad:  # as with gradient checkpointing: the inputs must ask for it
+        model.enable_input_require_grads()
     for _ in range(steps):
         out = output_of(model, inputs)
+        if not out.requires_grad:
+            raise Untried("no gradient: the inputs do not reach the adapted layers")
         target = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
         (out.float() - target).square().mean().backward()
         opt.step()

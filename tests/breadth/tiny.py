@@ -71,10 +71,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ReformerConfig": {
         "is_decoder": True,
         "axial_pos_embds_dim": (16, 16),
-        "axial_pos_shape": (8, 8),
+        "axial_pos_shape": (3, 4),
         "attn_layers": ["local", "lsh"],
     },
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    **{
+        name: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+        for name in (
+            "Qwen2VLTextConfig",
+            "Qwen2_5_VLTextConfig",
+            "Qwen2_5OmniTextConfig",
+            "PaddleOCRTextConfig",
+            "Glm4vTextConfig",
+            "GlmOcrTextConfig",
+        )
+    },
     "BambaConfig": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "FalconH1Config": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "GraniteMoeHybridConfig": {"mamba_n_heads": 4, "mamba_d_head": 16},
@@ -89,24 +100,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "GraniteSpeech5CTCConfig": {"context_size": 32},
     "FunAsrNanoAdaptorConfig": {"intermediate_size": 8},
     "Swinv2Config": {
-        "num_heads": (1, 2, 4, 8),
-        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2),
+        "depths": (1, 1),
         "embed_dim": 16,
         "image_size": 64,
         "patch_size": 4,
         "window_size": 4,
     },
     "DonutSwinConfig": {
-        "num_heads": (1, 2, 4, 8),
-        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2),
+        "depths": (1, 1),
         "embed_dim": 16,
         "image_size": 64,
         "patch_size": 4,
         "window_size": 4,
     },
     "SwinConfig": {
-        "num_heads": (1, 2, 4, 8),
-        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2),
+        "depths": (1, 1),
         "embed_dim": 16,
         "image_size": 64,
         "patch_size": 4,
