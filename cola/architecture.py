@@ -21,11 +21,8 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-#: methods that PEFT's class for the task calls
-_NEEDED = {
-    "CAUSAL_LM": ("prepare_inputs_for_generation",),
-    "SEQ_2_SEQ_LM": ("prepare_inputs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation"),
-}
+#: tasks for which PEFT's class needs a model that generates
+_GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True)
@@ -141,4 +138,5 @@ def _task(model: nn.Module, kind: type[nn.Module]) -> str | None:
         if not (text and getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
             return None  # a vision-language model, or one that hears
     known = hasattr(getattr(model, "config", None), "model_type")
-    return task if known and all(hasattr(model, name) for name in _NEEDED.get(task or "", ())) else None
+    generates = hasattr(model, "prepare_inputs_for_generation")
+    return task if known and (generates or task not in _GENERATES) else None

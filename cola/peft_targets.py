@@ -27,6 +27,14 @@ _FUSED = {
 }  # fmt: skip
 #: a tensor with such a name belongs to fused experts; decides where the model_type was not recorded
 _EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)$")
+#: layers whose keys PEFT 0.21 renames when it loads them with transformers 5, so that they are lost, by model_type
+_RENAMED = {
+    **dict.fromkeys(("inkling2", "inkling2_text"), r"\.[kv]_sconv\.weight_proj$"),
+    **dict.fromkeys(("laguna", "mistral_large4", "mistral_large4_text"), r"\.shared_experts\."),
+    "maskformer": r"\.layers\.\d+\.blocks\.\d+\.",
+    "pi0": r"(^|\.)embed_action_time\.",
+    "unlimited_ocr": r"(^|\.)language_model\.layers\.",
+}
 #: layers that PEFT refuses in these models, whose kernels read the weight without calling the layer
 _MAMBA, _UNCALLED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "conv1d")
 #: modules that PEFT's classes for a task train whole, whatever the adapter says
@@ -133,6 +141,11 @@ def _require_free(
             raise ValueError(
                 f"PEFT refuses adapters on layer {path!r} of a {built.model_type} model, whose kernels read the weight "
                 "without calling the layer: save the merged model, or leave the layer out of target_modules"
+            )
+        if built is not None and re.search(_RENAMED.get(built.model_type or "", "$^"), path):
+            raise ValueError(
+                f"PEFT loads a {built.model_type} model's layer {path!r} under another name, so that its part of an "
+                "adapter would be lost: save the merged model, or leave the layer out of target_modules"
             )
     for name in saved:
         other = next((m for m in sorted(modules) if m.endswith(name) and m not in saved), None)

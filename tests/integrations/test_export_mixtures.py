@@ -87,6 +87,50 @@ def test_the_table_is_pefts():
     assert {kind: set(names) for kind, names in theirs.items()} == {k: set(names) for k, names in _FUSED.items()}
 
 
+#: a layer of each model type whose keys PEFT renames, and one that it leaves alone
+RENAMED = {
+    "laguna": ("model.layers.1.mlp.shared_experts.up_proj", "model.layers.0.mlp.up_proj"),
+    "mistral_large4_text": ("layers.1.mlp.shared_experts.up_proj", "layers.0.mlp.up_proj"),
+    "inkling2_text": ("model.layers.5.self_attn.k_sconv.weight_proj", "model.layers.5.self_attn.k_proj"),
+    "maskformer": (
+        "model.pixel_level_module.encoder.model.encoder.layers.0.blocks.0.attention.output.dense",
+        "model.transformer_module.decoder.layers.0.mlp.fc1",
+    ),
+    "pi0": ("embed_action_time.state_proj", "action_out_proj"),
+    "unlimited_ocr": ("model.language_model.layers.0.self_attn.q_proj", "model.multi_modal_projector"),
+}
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_a_layer_whose_keys_peft_renames_is_refused(kind, tmp_path):
+    lost, kept = RENAMED[kind]
+    for path in (lost, kept):
+        base = Fingerprint({path: LayerPrint((4, 4), "float32", False, None)}, None, {}, Architecture("X", "x", kind))
+        factor = Factor(torch.randn(2, 4), torch.randn(4, 2), 1.0, "nearest")
+        link = Link(0, 0, {path: factor}, {}, KnotReport(0, 1, 2, 1.0, 0.0, None, 0.0))
+        if path == kept:
+            Chain([link], base=base).to_peft(tmp_path / "kept")
+            continue
+        with pytest.raises(ValueError, match=f"PEFT loads a {kind} model's layer '{lost}' under another name"):
+            Chain([link], base=base).to_peft(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+def test_peft_does_rename_them():
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    for kind in ("laguna", "mistral_large4_text"):
+        config = transformers.CONFIG_MAPPING[kind](num_hidden_layers=1)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config)
+        prefix = "base_model.model."
+        for path, kept in zip(RENAMED[kind], (False, True), strict=True):
+            key = f"{prefix}{path}.lora_A.weight"
+            converted = conversion.convert_peft_adapter_state_dict_for_transformers(
+                model, peft.LoraConfig(), {key: torch.zeros(1)}
+            )
+            assert (key in converted) == kept
+
+
 def test_a_mixture_whose_layers_peft_cannot_tell_apart_is_refused(tmp_path):
     """Layers of one name, of which some are adapted: in a mixture an expression would be reduced to that name."""
     base = mixture("deepseek_v3")
