@@ -26,7 +26,8 @@ class LinkConfig:
         r: rank: an int, a sequence (one per link; the last repeats) or a callable of the link index (from 0).
         lora_alpha: the first link's scale is ``s = lora_alpha / r``.
         target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
-            path, ``"all-linear"`` (every linear layer but the output head), or None for query and value projections.
+            path, ``"all-linear"`` (every linear layer but output embeddings and the heads of transformers'
+            classifiers), or None for query and value projections; in a vision-language model the language model's.
         lora_dropout: probability of dropping an input of the link in training.
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules that are trained whole (heads, embeddings).

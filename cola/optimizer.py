@@ -15,6 +15,7 @@ from cola.beside import require_apart, warn_of_half
 from cola.chain import Chain
 from cola.composed import require_base
 from cola.contexts import unaffected
+from cola.coverage import Coverage, announced, covered
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
@@ -126,6 +127,7 @@ class ChainOptimizer(Saves):
         self._loss: Tensor | None = None
         self._epoch: float | None = None
         warn_of_half({**self.live.factors_by_name(), **self.live.trained()})
+        self._coverage = announced(self.live)
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
     @property
@@ -149,6 +151,14 @@ class ChainOptimizer(Saves):
         added = self.param_groups[-1]["params"]
         warn_of_half({names.get(id(p), f"the added parameter {i} {tuple(p.shape)}"): p for i, p in enumerate(added)})
         self._origin.settled = self._ready = False
+        self._coverage = covered(self.live)
+
+    def coverage(self) -> Coverage:
+        """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
+
+        It works at any time; after `finish` it says what the run has reached.
+        """
+        return self._coverage
 
     # training
 

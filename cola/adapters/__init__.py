@@ -23,6 +23,10 @@ __all__ = [
 ]
 
 
+#: subclasses of nn.Linear whose own forward is ``W x + b`` all the same: transformers' Falcon
+LINEAR = ("FalconLinear",)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D (the linear layer of GPT-2), without importing transformers."""
     return _conv1d_class(module) is not None
@@ -54,13 +58,16 @@ def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
     if isinstance(module, AdaptedLayer):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
     if not is_linear_map(module):
-        return f"is a {type(module).__name__}: links go on nn.Linear and transformers' Conv1D"
+        kind_name = type(module).__name__
+        if kind_name == "Linear":  # one of that name which is not torch's
+            kind_name = f"{type(module).__module__}.{kind_name}"
+        return f"is a {kind_name}: links go on nn.Linear and transformers' Conv1D"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "is the output projection of nn.MultiheadAttention, which reads its weight without calling it"
     if is_quantized(module):
         return quantized.refusal(module, stacked=stacked)
     kind = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
-    if type(module).forward is not kind.forward:  # type: ignore[union-attr]
+    if type(module).forward is not kind.forward and type(module).__name__ not in LINEAR:  # type: ignore[union-attr]
         return f"is a {type(module).__name__} with a forward of its own, which a link could not follow"
     if "forward" in vars(module):
         return "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"

@@ -7,26 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cola.adapters import AdaptedLayer, adapted_class, is_linear_map, is_quantized, peft, quantized, refusal
+from cola.adapters.defaults import heads, left_encoders, query_value, read_directly, within
 from cola.adapters.stacked import STACK
 from cola.tie import TIEABLE
 
 logger = logging.getLogger("cola")
 
-#: names of query and value projections (or of a fused projection that holds them), tried in this order
-QUERY_VALUE = (
-    ("q_proj", "v_proj"),  # OPT, Llama, Mistral, Qwen, CLIP, Whisper, …
-    ("query", "value"),  # BERT, RoBERTa, ViT
-    ("q_lin", "v_lin"),  # DistilBERT
-    ("q", "v"),  # T5
-    ("query_proj", "value_proj"),  # DeBERTa
-    ("c_attn",),  # GPT-2: query, key and value in one
-    ("query_key_value",),  # Falcon, BLOOM, GPT-NeoX
-    ("qkv_proj",),  # Phi-3
-    ("Wqkv",),  # MPT
-    ("qkv",),  # timm
-)
 # parameters of an adapted layer that the plain one does not have
 _LINK = ("lora_A", "lora_B")
 # what torch.compile, DDP, FSDP and activation checkpointing put into a module's path
@@ -146,17 +136,16 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
         ValueError: nothing matches, a name matches nothing, or a match cannot carry a link; the message says why.
     """
     modules = modules_by_name(model)
-    if target_modules is None:
-        found = _query_value(modules)
-    elif isinstance(target_modules, str):
-        found = _all_linear(model, modules) if target_modules == "all-linear" else _by_regex(modules, target_modules)
-    else:
-        found = _by_names(modules, target_modules)
-    shared, read = shared_weights(model), _read_directly(modules)
+    _require_initialised(model)
+    if target_modules is None or target_modules == "all-linear":
+        return _usable(model, modules, target_modules)
+    by = _by_regex if isinstance(target_modules, str) else _by_names
+    found = by(modules, target_modules)  # type: ignore[arg-type]
+    reasons = obstacles(model)
     for path, module in found.items():
-        if id(module) in read:
-            raise ValueError(f"target_modules: layer {path!r} {_UNCALLED}")
-        _require_tieable(path, module, shared)
+        reason = reasons[path] if path in reasons else refusal(module)
+        if reason is not None:
+            raise ValueError(f"target_modules: {_about(path, reason)}")
     return found
 
 
@@ -169,25 +158,50 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     modules = modules_by_name(model)
     tuned = [module for module in unwrap(model).modules() if peft.is_tuner_layer(module)]
     layers = [module for module in tuned if peft.is_lora_layer(module)]
+    paths = {id(module): path for path, module in modules.items()}
     if not layers:
         if tuned or peft.is_peft_model(called(model)):
-            what = type(tuned[0]).__name__ if tuned else type(called(model)).__name__
+            what = f"a {type(tuned[0]).__name__} at {paths.get(id(_wrapped(tuned[0])))!r}" if tuned else "an adapter"
             raise ValueError(
-                f"model: PEFT has given it a {what} and no LoRA layer; chains are made of LoRA: use LoraConfig, or the "
+                f"model: PEFT has given it {what} and no LoRA layer; chains are made of LoRA: use LoraConfig, or the "
                 "model without an adapter"
             )
         return {}
-    paths = {id(module): path for path, module in modules.items()}
-    shared, found = shared_weights(model), {}
+    _require_initialised(model)
+    reasons, found = obstacles(model), {}
     for layer in layers:
-        base: nn.Module = layer.base_layer  # type: ignore[assignment]
+        base = _wrapped(layer)
         path = paths.get(id(base), type(base).__name__)
-        reason = peft.refusal(layer)
+        if isinstance(getattr(layer, "parameter_name", None), str):
+            raise ValueError(
+                f"PEFT's layer {path!r} adapts the parameter {layer.parameter_name!r} by itself (target_parameters), "
+                "and a chain's links go on whole linear layers: leave it out of LoraConfig(target_parameters=...)"
+            )
+        reason = peft.refusal(layer) or (reasons[path] if path in reasons else refusal(base))
         if reason is not None:
-            raise ValueError(f"PEFT's layer {path!r} {reason}")
-        _require_tieable(path, base, shared)
+            raise ValueError(f"PEFT's {_about(path, reason)}")
         found[path] = layer
     return found
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """The linear layers of ``model`` that cannot carry a link, by canonical path: why, as the end of a sentence."""
+    modules = modules_by_name(model)
+    shared, read = shared_weights(model), read_directly(modules)
+    found = {}
+    for path, module in modules.items():
+        if is_linear_map(module):
+            reason = refusal(module) or read.get(id(module)) or _untieable(module, shared)
+            if reason is not None:
+                found[path] = reason
+    return found
+
+
+def _wrapped(layer: nn.Module) -> nn.Module:
+    """The module of the model inside a layer of PEFT's, or inside several around one another."""
+    while peft.is_tuner_layer(layer):
+        layer = layer._modules["base_layer"]  # type: ignore[assignment]
+    return layer
 
 
 def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -235,34 +249,59 @@ def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
     return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
 
 
-def _query_value(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    for names in QUERY_VALUE:
-        groups = [[path for path in named(modules, name) if is_linear_map(modules[path])] for name in names]
-        if all(groups):
-            wanted = {path for group in groups for path in group}
-            return {path: module for path, module in modules.items() if path in wanted}
-    linear = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
-    raise ValueError(
-        "target_modules=None means the query and value projections, and this model has none that is known by name: "
-        f"give target_modules='all-linear' or names among {', '.join(linear[:12]) or '(no linear layer)'}"
-    )
-
-
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    ask = getattr(unwrap(model), "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
-    found, read = {}, _read_directly(modules)
-    for path, module in modules.items():
-        if not is_linear_map(module) or module is head:
-            continue
-        reason = _UNCALLED if id(module) in read else refusal(module)
-        if reason is None or isinstance(module, AdaptedLayer):
-            found[path] = module  # an adapted layer goes on to the error that explains it
-        else:
-            logger.warning("target_modules='all-linear' leaves out %s: it %s", path, reason)
+def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | None) -> dict[str, nn.Module]:
+    """What ``None`` or "all-linear" means here; layers that cannot carry a link are left out, with a word."""
+    linear = [path for path, module in modules.items() if is_linear_map(module)]
+    inner = unwrap(model)
+    if target_modules is None:
+        encoders = left_encoders(inner, modules)
+        wanted = [path for path in query_value(modules) if not within(path, encoders)]
+        if not wanted:
+            names = dict.fromkeys(path.rsplit(".", 1)[-1] for path in linear)
+            raise ValueError(
+                "target_modules=None means the query and value projections, and this model has none that is known by "
+                f"name: give target_modules='all-linear' or names among {', '.join([*names][:12]) or _kinds(modules)}"
+            )
+        if encoders:
+            logger.warning(
+                "target_modules=None puts links on the language model alone and leaves out %s: to train these parts, "
+                "name their layers in target_modules",
+                _listed(encoders),
+            )
+    else:
+        output = heads(inner, modules)
+        wanted = [path for path in linear if path not in output]
+    reasons = obstacles(model)
+    found = {path: modules[path] for path in wanted if path not in reasons}
+    by_reason: dict[str, list[str]] = {}
+    for path in wanted:
+        if path in reasons:
+            by_reason.setdefault(reasons[path], []).append(path)
+            if any(reasons[path].startswith(end) for end in _UNREADY):  # the user's next move, and not the model's kind
+                raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")
     if not found:
-        raise ValueError("target_modules='all-linear': the model has no linear layer that can carry a link")
+        why = "; ".join(f"{_listed(paths)} {reason}" for reason, paths in by_reason.items())
+        raise ValueError(
+            f"target_modules={target_modules!r}: the model has no linear layer that can carry a link: "
+            f"{why or _kinds(modules)}"
+        )
+    for reason, paths in by_reason.items():
+        logger.warning("target_modules=%r leaves out %s: it %s", target_modules, _listed(paths), reason)
     return found
+
+
+def _about(path: str, reason: str) -> str:
+    return f"{'the weight of' if reason.startswith('is tied') else 'layer'} {path!r} {reason}"
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more
+
+
+def _kinds(modules: dict[str, nn.Module]) -> str:
+    kinds = dict.fromkeys(type(m).__name__ for m in modules.values() if _has_weight(m))
+    return f"(no linear layer; it has {', '.join([*kinds][:6])})" if kinds else "(no linear layer)"
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
@@ -296,23 +335,11 @@ def _has_weight(module: nn.Module) -> bool:
     return "weight" in module._parameters or isinstance(getattr(module, "weight", None), torch.Tensor)
 
 
-_UNCALLED = (
-    "belongs to an nn.TransformerEncoderLayer, whose fast path in evaluation reads the weight without calling the "
-    "layer, so a link would not be seen there"
-)
-
-
-def _read_directly(modules: dict[str, nn.Module]) -> set[int]:
-    """Layers (by id) whose weights their parent reads instead of calling them."""
-    parents = [module for module in modules.values() if isinstance(module, nn.TransformerEncoderLayer)]
-    return {id(layer) for parent in parents for layer in (parent.linear1, parent.linear2)}
-
-
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     """Names of the parameters that share memory with each parameter (by id), where there are several."""
     spans: dict[int, list[tuple[int, int, int, str]]] = {}  # storage to (first byte, end, id, name)
     for name, parameter in parameters_by_name(model).items():
-        if parameter.is_meta or not parameter.numel():
+        if parameter.is_meta or not parameter.numel() or _odd_storage(parameter):
             spans.setdefault(id(parameter), []).append((0, 1, id(parameter), name))
             continue
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
@@ -328,25 +355,46 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return shared
 
 
-def _require_tieable(path: str, module: nn.Module, shared: dict[int, list[str]]) -> None:
-    reason = refusal(module)
-    if reason is not None:
-        raise ValueError(f"target_modules: layer {path!r} {reason}")
+_META = "has its weight on the meta device: load the weights before making a chain"
+_INFERENCE = "was made under torch.inference_mode: its weight cannot be changed in place"
+_OWNED = "already carries a link"
+# what stands in the way of the whole model until the caller has done something
+_UNREADY = (_META, _INFERENCE, _OWNED)
+
+
+def _odd_storage(weight: torch.Tensor) -> bool:
+    """Whether a tensor is sparse or made of others (torchao's quantised ones), and so has no memory of its own."""
+    made = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
+    return made or weight.layout != torch.strided
+
+
+def _untieable(module: nn.Module, shared: dict[int, list[str]]) -> str | None:
     weight = module._parameters["weight"]
     assert weight is not None  # refusal() has looked
     if id(weight) in shared:
-        raise ValueError(
-            f"target_modules: the weight of {path!r} is tied ({' and '.join(shared[id(weight)])} are one tensor), so a "
-            "knot would change them all: leave the layer out, or untie the weights before"
+        return (
+            f"is tied ({' and '.join(shared[id(weight)])} are one tensor), so a knot would change them all: leave the "
+            "layer out, or untie the weights before"
         )
     if weight.is_meta:
-        raise ValueError(f"layer {path!r} has its weight on the meta device: load the weights before making a chain")
-    if weight.dtype not in TIEABLE and not is_quantized(module):
-        raise ValueError(
-            f"layer {path!r} has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
-        )
-    if weight.is_inference():
-        raise ValueError(f"layer {path!r} was made under torch.inference_mode: its weight cannot be changed in place")
+        return _META
+    if is_quantized(module):
+        return _INFERENCE if weight.is_inference() else None
+    if weight.dtype not in TIEABLE:
+        return f"has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
+    if _odd_storage(weight):
+        kind = f"{type(weight.data).__name__} of layout {weight.layout}"
+        return f"has a weight that is a {kind} (quantised?): links can be tied into ordinary dense tensors"
+    return _INFERENCE if weight.is_inference() else None
+
+
+def _require_initialised(model: nn.Module) -> None:
+    for name, parameter in parameters_by_name(model).items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"model: {name!r} has no shape yet (a lazy layer): run one batch through the model before making a "
+                "ChainOptimizer"
+            )
 
 
 __all__ = [
@@ -361,6 +409,7 @@ __all__ = [
     "find_targets",
     "modules_by_name",
     "named",
+    "obstacles",
     "parameters_by_name",
     "shared_weights",
     "tensors_of",
