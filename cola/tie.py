@@ -122,8 +122,8 @@ def tie_(
             equal to the exact value; ``"compensated"``, to the nearest, keeping the remainder in ``residual``.
         seed: of the stochastic rounding; the draws depend on it and on the position in W only.
         residual: buffer from `residual_like`, on any device; needed when compensated, changed in place.
-        part_of: shape of the whole weight of which ``weight`` is a part; None if it is whole. A part is rounded as it
-            would be within the whole.
+        part_of: shape of the whole weight of which ``weight`` is a part; None if it is whole. A part takes the draws
+            that it would take within the whole.
         offset: where the part begins.
 
     Returns:
@@ -134,6 +134,9 @@ def tie_(
 
     Half-precision weights are summed in fp32 and rounded once; fp32 and fp64 ones are summed in their own precision,
     where the rounding error of the one addition is recovered exactly (Knuth's two-sum).
+
+    The same call gives the same bits on the same device, with the same library versions, kernels and number of threads.
+    Elsewhere a sum of r products may be taken in another order, which changes it by its rounding.
 
     >>> W = torch.ones(2, 2)
     >>> tie_(W, torch.ones(2, 1), torch.ones(1, 2), 0.5).delta

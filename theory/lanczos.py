@@ -62,7 +62,7 @@ def random_start_excess(n: int, k: int, failure: float) -> float:
     """The relative error ``e`` of the top Ritz value of ``A'A`` that k random-start steps exceed so rarely.
 
     Args:
-        n: order of ``A'A``. k: number of Lanczos steps. failure: allowed probability, such as 1e-9.
+        n: order of ``A'A``. k: number of Lanczos steps. failure: allowed probability, such as 1e-12.
 
     Returns:
         ``e`` in (0, 1]: with probability at least ``1 - failure``, ``sigma_1^2 <= ritz^2 / (1 - e)``.
@@ -123,7 +123,7 @@ def top_singular(
     tol: float = 1e-2,
     max_steps: int = 40,
     certify_steps: int = 0,
-    failure: float = 1e-9,
+    failure: float = 1e-12,
 ) -> SingularPairs:
     """Compute the leading ``rank`` singular triplets of ``A`` by Golub-Kahan-Lanczos from a random start.
 
