@@ -224,7 +224,7 @@ def test_workers_that_cannot_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("host", "free", "fit"), [(100, 1000, 9), (100, 0, 1), (100, 124, 1), (100, 125, 2), (100, None, sys.maxsize)]
+    ("host", "free", "fit"), [(100, 1000, 9), (100, 0, 1), (100, 124, 1), (100, 125, 2), (0, 100, sys.maxsize)]
 )
 def test_as_many_cells_at_once_as_fit_the_memory(host, free, fit):
     assert hardware.Peak(host, free).how_many(0.8) == fit
