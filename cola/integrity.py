@@ -105,7 +105,7 @@ def _change(path: str, live: LiveLink) -> str | None:
     """Why the layer cannot be tied; None if it can."""
     layer, holder = live.layers[path], live.holder(path)
     if isinstance(layer, PeftLayer):
-        if layer.adapter not in layer.module.lora_A:
+        if layer.gone():
             return f"has lost its PEFT adapter {layer.adapter!r}, and the live link with it: load it again, {_GIVE_UP}"
         reason = peft.refusal(layer.module, own=True)
         if reason is not None:

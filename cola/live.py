@@ -141,8 +141,11 @@ class LiveLink:
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
-        """Both factors of every layer, by path."""
-        return {f"{path}.{name}": getattr(layer, name) for path, layer in self.layers.items() for name in _FACTORS}
+        """Both factors of every layer that has them, by path: PEFT may have deleted an adapter."""
+        held = {
+            path: layer for path, layer in self.layers.items() if not (isinstance(layer, PeftLayer) and layer.gone())
+        }
+        return {f"{path}.{name}": getattr(layer, name) for path, layer in held.items() for name in _FACTORS}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Parameters trained beside the adapters, by canonical path; they live through every knot."""

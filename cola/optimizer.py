@@ -180,6 +180,8 @@ class ChainOptimizer(Saves):
         """
         # what is mostly in vain is asked without a call: between large products each costs microseconds
         if self.finished:
+            if closure is None and probe.rates_are_zero(self.base.param_groups):
+                return None  # distributed checkpointing asks for state to be made, and there is none any more
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
@@ -395,10 +397,15 @@ class ChainOptimizer(Saves):
 
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
-        ended = counters.describe(self.live)
+        ended, spent = counters.describe(self.live), {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
         self._origin.remove()
         self.live.detach(spent=True)
+        for group in self.base.param_groups:  # the groups stay, for schedulers; the factors are no one's any more
+            for p in group["params"]:
+                if id(p) in spent:
+                    self.base.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) not in spent]
         self._ended, self._bound, self._held, self.finished = ended, None, {}, True
         self.chain.live = False
 

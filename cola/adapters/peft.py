@@ -182,6 +182,10 @@ class PeftLayer:
         if quantized.is_quantized(module.base_layer):
             stacked.begin(module.base_layer)
 
+    def gone(self) -> bool:
+        """Whether PEFT has deleted the adapter."""
+        return self.adapter not in self.module.lora_A
+
     @property
     def lora_A(self) -> nn.Parameter:
         """r×in."""
@@ -237,7 +241,7 @@ class PeftLayer:
     @torch.no_grad()
     def detach(self, *, spent: bool = False) -> None:
         """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
-        if spent and self.adapter in self.module.lora_B:
+        if spent and not self.gone():
             self.lora_B.zero_()
         stacked.settle(self.module.base_layer)
         self._hook.remove()

@@ -221,6 +221,15 @@ def copies(model, opt, tmp_path):
         twin.state_dict()
 
 
+def distributed_checkpointing(model, opt, tmp_path):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    opt.zero_grad()
+    state = dcp.get_optimizer_state_dict(model, opt)  # takes a probe step where there is no state
+    if not opt.finished and all(p in opt.state for p in opt.live.adapters()):  # torch refuses half a state by name
+        dcp.set_optimizer_state_dict(model, opt, state)
+
+
 def chain(model, opt, tmp_path):
     opt.chain.save(tmp_path / "chain")
     assert repr(Chain.load(tmp_path / "chain")) == repr(opt.chain)
@@ -241,6 +250,7 @@ ALWAYS = {
     "schedulers": scheduled,
     "AcceleratedOptimizer": accelerated,
     "copies": copies,
+    "distributed checkpointing": distributed_checkpointing,
     "chain": chain,
 }
 #: calls that are refused in words at some stages, and leave everything as it was then
@@ -396,6 +406,23 @@ def test_a_state_taken_before_the_weights_have_come_still_tells_which_they_are()
         between.save("never written")
     last_model.load_state_dict(weights)
     assert train(last, last_model, 3, start=4) == train(opt, model, 3, start=4)
+
+
+def test_a_finished_optimizer_keeps_its_groups_and_lets_the_factors_go():
+    model, opt = after(4)
+    opt.add_param_group({"params": [extra := nn.Parameter(torch.ones(2))]})
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    held = opt.param_groups
+    opt.finish()
+    assert opt.param_groups is held
+    assert [len(group["params"]) for group in held] == [0, 2, 1]
+    assert held[2]["params"][0] is extra
+    assert set(opt.state) == {model.head.weight, model.head.bias}
+    with pytest.warns(UserWarning, match="lr_scheduler.step"):
+        scheduler.step()
+    model(torch.ones(1, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"step\(\) after finish\(\)"):
+        opt.step()
 
 
 # whole frameworks
