@@ -680,7 +680,15 @@ def sees_the_losses(name, policy):
     return knots
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", LOOPS)
+SLOW = ("compiled", "trainer", "lightning")
+# slow loops meet the recording policy in every run of the tests, and the others in the long one
+CROSSED = [
+    pytest.param(name, policy, marks=[pytest.mark.long] if policy != "recording" and name.startswith(SLOW) else [])
+    for name in LOOPS
+    for policy in POLICIES
+]
+
+
+@pytest.mark.parametrize(("name", "policy"), CROSSED)
 def test_the_policy_sees_the_loss_that_is_optimised(name, policy):
     assert sees_the_losses(name, POLICIES[policy])
