@@ -279,7 +279,7 @@ def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> N
     if difference is not None:
         logger.warning(
             "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%r differs): another "
-            "device or library version sums in another order",
+            "device, library version, kernel or number of threads sums in another order",
             difference.name,
         )
 

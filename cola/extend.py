@@ -234,7 +234,7 @@ def draw(
     Args:
         config: rank, initialisation and which factor is drawn.
         shape: (out, in) of the layer.
-        seed, link, layer: key of the draw; equal keys give equal factors everywhere.
+        seed, link, layer: key of the draw; equal keys give equal factors, with other kernels equal up to rounding.
         rank: the layer's own, where it has one.
 
     Returns:

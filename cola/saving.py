@@ -93,7 +93,7 @@ class Saves(KnowsBase):
 
     @unaffected()
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
-        """Continue where `save` was called, bit for bit, on the same device and library versions.
+        """Continue where `save` was called, bit for bit on the same device, library versions, kernels and threads.
 
         Call it on a ChainOptimizer made with the saved run's arguments over the UNTOUCHED base: the links are tied into
         its weights again. All its parameters and persistent buffers are compared with the saved run's base; only those

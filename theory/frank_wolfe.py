@@ -122,7 +122,7 @@ def frank_wolfe(
         oracle: solves the linear problem in place of the problem's own, such as a corrupted one; the gap
             is always measured with the problem's own.
         gradient: estimator of the gradient; by default `FullGradient`.
-        seed: of the only generator used; runs with the same arguments repeat bit for bit.
+        seed: of the only generator used; runs with the same arguments repeat bit for bit on the same machine.
         snapshots: how many iterates to keep for the checks, 0 for large problems.
         progress: called with t after each iteration.
 

@@ -129,7 +129,7 @@ def top_singular(
 
     Args:
         A: dense (m, n) array, or an `ObservedMatrix`.
-        rng: source of the start vector; the same state gives the same answer, bit for bit.
+        rng: source of the start vector; the same state gives the same answer, bit for bit on the same machine.
         rank: triplets wanted.
         tol: stop when the residual of every wanted triplet is at most ``tol * sigma_1``.
         max_steps: hard limit on the steps.

@@ -294,7 +294,8 @@ def standard(
     yield Task("epsilon ladder", partial(epsilon_task, epsilons, few))
     yield Task("rho ladder", partial(rho_task, rhos, few))
     yield Task("batch ladder", partial(batch_task, batches, many))
-    yield Task("growing batches", partial(growing_batches, many))
+    # short runs, and twice as many: the fewer there are, the wider is Student's interval at this level
+    yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
     yield Task("estimators", partial(estimators_task, seed))
     for name, instance in INSTANCES.items():
         if name not in TIGHT:

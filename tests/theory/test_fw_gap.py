@@ -13,6 +13,8 @@ from theory.frank_wolfe import frank_wolfe
 from theory.instances import INSTANCES
 from theory.suite import Task
 
+pytestmark = pytest.mark.numerics
+
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
