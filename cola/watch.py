@@ -164,11 +164,12 @@ class LossWatch:
             return total.clone() if self._shares else total / count
         if len(self.seen) == 1:
             ((value, weight),) = self.seen
-            return value / weight.sign()
+            return value * weight.sign()
         device = self.seen[0][0].device
         values = torch.stack([value.to(device) for value, _ in self.seen])
         weights = torch.stack([weight.to(values) for _, weight in self.seen])
-        mean = (values * weights).sum() / weights.abs().sum()
+        total = weights.abs().sum().clamp(min=torch.finfo(weights.dtype).tiny)  # losses times zero
+        mean = (values * weights).sum() / total
         return mean * len({id(value) for value, _ in self.seen}) if self._shares else mean
 
 

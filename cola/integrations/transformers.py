@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
-from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig, store
 from cola.adapters import StackedLinear, is_quantized, quantized
 from cola.adapters.peft import is_peft_model
 from cola.integrations.checkpoints import CHAIN_DIR, watch_checkpoints
@@ -149,8 +149,11 @@ class ChainCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the chain into the checkpoint."""
         if self.save_chain and not self.opt.finished and not self.opt.chain.missing:
-            save = self.opt.chain.save if self.trainer.is_fsdp_enabled else self.opt.save
-            save(Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR)
+            directory = Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR
+            if self.trainer.is_fsdp_enabled:  # the sharded model's checkpoint has the live link
+                store.save(directory, self.opt.chain.ledger())
+            else:
+                self.opt.save(directory)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go back to the best checkpoint's chain if its weights were loaded, tie the last link, give the model back."""

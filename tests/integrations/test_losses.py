@@ -692,3 +692,12 @@ CROSSED = [
 @pytest.mark.parametrize(("name", "policy"), CROSSED)
 def test_the_policy_sees_the_loss_that_is_optimised(name, policy):
     assert sees_the_losses(name, POLICIES[policy])
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_loss_times_zero_is_zero_and_no_nan(backwards):
+    model, opt = chained(policy := Sees())
+    for batch in batches(backwards):
+        (model(**batch).loss * 0).backward()
+    opt.step()
+    assert policy.losses == [0.0]
