@@ -22,7 +22,7 @@ REASONS = {
     "none that is known by name": "no query and value projections that are known by name",
     "are one tensor": "its query and value projections are shared between layers",
     "which training has moved": "training moves running statistics, which an adapter in PEFT's format cannot hold",
-    "PEFT renames the keys": "PEFT loses the keys of adapters for this model, its own included",
+    "PEFT renames": "PEFT loses the keys of adapters for this model, its own included",
     "PEFT refuses adapters on layer": "PEFT refuses adapters on layers whose weights the kernels read",
     "as well, and PEFT would change it at one place": "PEFT would change a shared module at one place alone",
     "an empty chain": "none of the adapted layers was used",
