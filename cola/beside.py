@@ -1,12 +1,16 @@
 """What is trained beside the links: biases, heads, norms, and whatever the caller adds. No knot touches it."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cola.adapters.targets import modules_by_name, parameters_by_name, shared_weights
 from cola.distributed import whole
+
+logger = logging.getLogger("cola")
 
 
 class Beside:
@@ -70,8 +74,11 @@ def require_apart(param_group: dict[str, Any], weights: Mapping[str, Tensor]) ->
         weights: of the adapted layers, by path.
 
     Raises:
+        TypeError: it is not a dict with ``"params"``.
         ValueError: it holds one of them.
     """
+    if not isinstance(param_group, dict) or "params" not in param_group:
+        raise TypeError(f"param_group={param_group!r:.80} must be a dict with 'params', as torch's optimizers take it")
     if isinstance(param_group["params"], Iterator):
         param_group["params"] = list(param_group["params"])
     params = param_group["params"]
@@ -82,3 +89,20 @@ def require_apart(param_group: dict[str, Any], weights: Mapping[str, Tensor]) ->
                 f"param_group holds the weight of the adapted layer {path!r}, which its links are tied into: train the "
                 "layer by its link or as a whole (modules_to_save), not both"
             )
+
+
+def warn_of_half(parameters: Mapping[str, Tensor]) -> None:
+    """Say which trained parameters are fp16: a `GradScaler` refuses their gradients without naming them.
+
+    Args:
+        parameters: by name.
+    """
+    found = [name for name, parameter in parameters.items() if parameter.dtype == torch.float16]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        logger.warning(
+            "%s%s will be trained in float16, for which GradScaler raises 'Attempting to unscale FP16 gradients': make "
+            "what is trained float32 before the ChainOptimizer is made (for a head: head.float(), and train under "
+            "autocast), or use bfloat16",
+            ", ".join(found[:3]), more,
+        )  # fmt: skip

@@ -54,13 +54,14 @@ def pack(ledger: Ledger, residuals: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"text": text, "links": tensors, "residuals": dict(residuals)}
 
 
-def read(entry: Any, index: int, live: LiveLink) -> Carried:
+def read(entry: Any, index: int, live: LiveLink, *, finished: bool = False) -> Carried:
     """The entry of a saved state, checked against the chain that is to go on.
 
     Args:
         entry: what `pack` gave; None where it was dropped.
         index: of the live link, i.e. the number of links tied before it.
         live: of the chain that is to go on; only read.
+        finished: whether it does not go on, so that it needs no residuals.
 
     Raises:
         ValueError: damaged, a link is missing, or residuals are needed and were dropped.
@@ -76,6 +77,8 @@ def read(entry: Any, index: int, live: LiveLink) -> Carried:
     if ledger is not None and ledger.missing + len(ledger.links) != index:
         held = [link.index for link in ledger.links]
         raise ValueError(f"the state is at link {index} and holds the links {held}: a link is missing")
+    if finished:
+        return carried
     if index and live.originals:
         if ledger is None or ledger.missing or not ledger.keep:
             raise ValueError(

@@ -242,7 +242,10 @@ class Chain:
     # on a model
 
     def apply(self, model: nn.Module, upto: int | None = None, *, check: bool = True) -> None:
-        """Tie the links into a fresh base, as the run did: same order, same rounding, hence the same bits.
+        """Tie the links into a fresh base, as the run did: same order, same rounding.
+
+        That gives the same bits on the same device, library versions, kernels and number of threads; elsewhere the
+        weights agree within their rounding.
 
         Args:
             model: the untouched base; changed in place.

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from cola import replay, tensorfile
 from cola.adapters.targets import base_tensors, buffers_by_name
 from cola.arguments import is_finite
+from cola.counters import class_name
 from cola.distributed import writes
 from cola.extend import Pair, Prepared
 from cola.files import StoreError, locked, read_checked, unseal
@@ -26,6 +27,7 @@ from cola.fingerprint import Fingerprint
 from cola.live import LiveLink
 from cola.packing import pack, unpack
 from cola.store import (
+    CHAIN,
     CHECKPOINT,
     READS,
     Ledger,
@@ -110,7 +112,7 @@ def save(
     tensors.update({f"rng/{device}": value for device, value in _rng_states().items()})
     content = {
         "optimizer": packed,
-        "base_class": _name(base),
+        "base_class": class_name(base),
         "rank": live.rank,
         "scaling": live.scaling,
         "loss": pack(loss, "loss", {}),
@@ -150,6 +152,11 @@ def read(directory: Path) -> Checkpoint:
 
 def _read(directory: Path) -> Checkpoint:
     path = directory / CHECKPOINT[0]
+    if not path.is_file() and (directory / CHAIN[0]).is_file():
+        raise StoreError(
+            f"{directory} holds a chain, as Chain.save writes it, and no run to go on from: give opt.load a directory "
+            "of opt.save, or take the chain's links by opt.follow(Chain.load(directory))"
+        )
     manifest = unseal(path, CHECKPOINT[1], READS)
     ledger = read_links(directory, manifest.get("chain"), path)
     item = entry(manifest.get("state"), path)
@@ -197,8 +204,8 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
     Raises:
         ValueError: another base optimizer, other groups, a missing link, or other base weights.
     """
-    if saved.base_class != _name(base):
-        raise ValueError(f"the saved run's base optimizer is {saved.base_class}, here it is {_name(base)}")
+    if saved.base_class != class_name(base):
+        raise ValueError(f"the saved run's base optimizer is {saved.base_class}, here it is {class_name(base)}")
     ours = [len(group["params"]) for group in base.param_groups]
     theirs = [len(group["params"]) for group in saved.state["param_groups"]]
     if ours != theirs:
@@ -272,7 +279,7 @@ def rebuild(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> N
     if difference is not None:
         logger.warning(
             "the rebuilt weights agree with the saved run's within rounding, not bit for bit (%r differs): another "
-            "device or library version sums in another order",
+            "device, library version, kernel or number of threads sums in another order",
             difference.name,
         )
 
@@ -319,7 +326,3 @@ def _uncast(loaded: Any, saved: Any) -> Any:
     if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
         return [_uncast(a, b) for a, b in zip(loaded, saved)]
     return loaded
-
-
-def _name(base: Optimizer) -> str:
-    return f"{type(base).__module__.partition('.')[0]}.{type(base).__qualname__}"

@@ -23,6 +23,7 @@ class Composed(Optimizer):
     _factory: Callable[..., Optimizer]
     _base_kwargs: dict[str, Any]
     _groups: GroupWatch
+    _made: int  # groups that the factory has made; later ones came by `add_param_group`
 
     #: param-group entries of our own, which a new base is not given
     own_entries: tuple[str, ...] = ()
@@ -98,7 +99,17 @@ class Composed(Optimizer):
     # a base made afresh
 
     def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return self._factory(groups, **self._base_kwargs)
+        """A new base, made as the present one was: groups that came by `add_param_group` are added to it.
+
+        A callable base may keep fewer groups than it is given (one for all), so those are not for it to see.
+        """
+        added = {id(p) for group in self.base.param_groups[self._made :] for p in group["params"]}
+        late = [group for group in groups if any(id(p) in added for p in group["params"])]
+        early = [group for group in groups if not any(group is other for other in late)]
+        base = self._factory(early or late, **self._base_kwargs)
+        for group in late if early else ():
+            base.add_param_group(group)
+        return base
 
     def _fresh(self, parameters: list[nn.Parameter]) -> Optimizer:
         """A new base over the groups that hold ``parameters``."""

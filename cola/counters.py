@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from torch.optim import Optimizer
+
 from cola.extend import LayerPlan
 from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
@@ -26,22 +28,27 @@ def write(
     probed: list[int],
     stepped: Iterable[str],
     policy: KnotPolicy,
-    live: LiveLink,
+    live: dict[str, Any],
     weights: str | None,
     knots: list[list[Any]],
     origin: dict[str, Any] | None,
+    base_class: str,
+    finished: int | None = None,
 ) -> str:
-    """The counters of a running chain.
+    """The counters of a chain.
 
     Args:
         steps, epoch: taken so far.
         probed: groups whose state a probe step made.
         stepped: group entries that are the base's state.
-        policy, live: described in full, so that `read` can tell another chain's state.
+        policy: described in full, as is the live link, so that `read` can tell another chain's state.
+        live: as `describe` gives it.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
         knots: of the tied links that the chain holds, as `knots_of` gives them.
         origin: before it, prints of those of the base's tensors that training has moved; None later, when the chain has
             them.
+        base_class: of the base optimizer, as `class_name` gives it.
+        finished: the number of links, after `finish`; None while the chain runs.
     """
     return json.dumps(
         {
@@ -51,10 +58,12 @@ def write(
             "probed": probed,
             "stepped": sorted(stepped),
             "policy": policy.state_dict(),
-            "live": describe(live),
+            "live": live,
             "weights": weights,
             "knots": knots,
             "origin": origin,
+            "base_class": base_class,
+            "finished": finished,
         }
     )
 
@@ -71,7 +80,7 @@ def describe(live: LiveLink) -> dict[str, Any]:
     """What identifies a live link, as JSON values."""
     return {
         "index": live.index,
-        "rank": live.rank,
+        "rank": live.rank_of(live.index),
         "seed": live.seed,
         "rounding": live.rounding,
         "quantized": live.quantized,
@@ -85,12 +94,20 @@ def _own(plan: LayerPlan) -> list[float]:
     return [] if plan.rank is None or plan.scaling is None else [plan.rank, plan.scaling]
 
 
-def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
-    """The counters in an optimizer's state dict, checked against the chain that is to go on from them.
+def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The counters in an optimizer's state dict, checked against the chain that is to take them.
+
+    Args:
+        state_dict: of a `ChainOptimizer`.
+        live: the chain's link.
+        finished: what `describe` said of it before `finish`; None while it runs.
 
     Raises:
-        ValueError: none there, unreadable, or of another chain; the message names the first difference.
+        ValueError: none there, unreadable, of another chain, or of one that is finished where this one is not, or the
+            other way round; the message names the first difference.
     """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict={state_dict!r:.80} must be a dict, as state_dict() returns it")
     groups = state_dict.get("param_groups")
     first = groups[0] if isinstance(groups, (list, tuple)) and groups else None
     text = first.get(GROUP_KEY) if isinstance(first, dict) else None
@@ -108,7 +125,17 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
             f"the state has format {version!r:.40}, and this version of cola reads formats "
             f"{' and '.join(map(str, READS))}"
         )
-    mine = describe(live)
+    if saved.get("finished") is not None and finished is None:
+        raise ValueError(
+            "the state was saved after finish(), when its chain was complete, and this one is running: load a state "
+            "that was saved before the end; or, to train on, load the finished model and make a ChainOptimizer over it"
+        )
+    if saved.get("finished") is None and finished is not None:
+        raise ValueError(
+            "the state is of a running chain, and this one is finished: make a new ChainOptimizer over the untouched "
+            "model, and load the state there"
+        )
+    mine = finished or describe(live)
     theirs.setdefault("quantized", "stack")
     for name in ("layers", "seed", "rounding", "quantized", "link"):
         if theirs[name] != mine[name]:
@@ -123,6 +150,33 @@ def read(state_dict: dict[str, Any], live: LiveLink) -> dict[str, Any]:
             "make the ChainOptimizer with the saved run's r"
         )
     return saved
+
+
+def class_name(base: Optimizer) -> str:
+    """A base optimizer's class, as states and checkpoints name it."""
+    return f"{type(base).__module__.partition('.')[0]}.{type(base).__qualname__}"
+
+
+def require_same_groups(state_dict: dict[str, Any], saved: dict[str, Any], base: Optimizer) -> None:
+    """Refuse a state that torch would load, or refuse in words of its own, and that does not fit the base.
+
+    Args:
+        state_dict: of a `ChainOptimizer`.
+        saved: what `read` made of it.
+        base: that is to load it.
+
+    Raises:
+        ValueError: it is of another class of optimizer, or its groups hold other numbers of parameters.
+    """
+    if saved.get("base_class", class_name(base)) != class_name(base):
+        raise ValueError(f"the saved run's base optimizer is {saved['base_class']}, here it is {class_name(base)}")
+    ours = [len(group["params"]) for group in base.param_groups]
+    theirs = [len(group["params"]) for group in state_dict["param_groups"] if "params" in group]
+    if ours != theirs:
+        raise ValueError(
+            f"the saved run's groups hold {theirs} parameters, here they hold {ours}: make the ChainOptimizer with the "
+            "saved run's arguments, and add what it had added by add_param_group"
+        )
 
 
 def origin_of(saved: dict[str, Any]) -> dict[str, TensorPrint]:
@@ -155,6 +209,8 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("knots", []), list)
         and all(isinstance(knot, list) and [type(x) for x in knot] == _KNOT for knot in saved.get("knots", []))
         and isinstance(saved.get("origin"), (dict, type(None)))
+        and isinstance(saved.get("base_class", ""), str)
+        and (saved.get("finished") is None or (type(saved["finished"]) is int and saved["finished"] >= 0))
         and live.keys() >= {"layers", "seed", "rounding", "link"}
     )
 

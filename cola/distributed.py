@@ -88,7 +88,8 @@ def obstacle_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: floa
         return obstacle(weight, left, right, scaling)
     local, (rows, columns) = _part(weight)
     mine = obstacle(local, left[rows], right[:, columns], scaling) if local.numel() else None
-    somewhere = _sum_over_shards(torch.full((1,), float(mine is not None), device=local.device), weight).item()
+    found = torch.full((1,), float(mine is not None), dtype=torch.float32, device=local.device)
+    somewhere = _sum_over_shards(found, weight).item()
     return mine or ("cannot hold W + sBA in another process's part" if somewhere else None)
 
 
@@ -169,7 +170,7 @@ def shared_out(tensors: Sequence[Tensor], digest: Callable[[Tensor], str]) -> li
     for i, tensor in enumerate(tensors):
         full = whole(tensor)
         if i % size == rank:
-            rows[i] = torch.tensor(list(bytes.fromhex(digest(full))), dtype=torch.int32)
+            rows[i] = torch.tensor(list(bytes.fromhex(digest(full))), dtype=torch.int32, device="cpu")
     if in_group():
         torch.distributed.all_reduce(rows)
     return [bytes(row).hex() for row in rows.tolist()]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cola.arguments import choice, integer, names
+from cola.contexts import unaffected
 from cola.tie import TIEABLE, key
 
 INITS = ("gaussian", "kaiming", "orthogonal", "selector")
@@ -224,6 +225,7 @@ def prepare(
 
 
 @torch.no_grad()
+@unaffected()
 def draw(
     config: LinkConfig, shape: tuple[int, int], *, seed: int, link: int, layer: str, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -232,7 +234,7 @@ def draw(
     Args:
         config: rank, initialisation and which factor is drawn.
         shape: (out, in) of the layer.
-        seed, link, layer: key of the draw; equal keys give equal factors everywhere.
+        seed, link, layer: key of the draw; equal keys give equal factors, with other kernels equal up to rounding.
         rank: the layer's own, where it has one.
 
     Returns:
@@ -240,22 +242,28 @@ def draw(
     """
     out_features, in_features = shape
     rank = rank or config.rank_of(link)
-    generator = torch.Generator().manual_seed(key(seed, link, layer))
+    generator = torch.Generator("cpu").manual_seed(key(seed, link, layer))
     if config.train == "A":
-        return torch.zeros(rank, in_features), _drawn(config, rank, out_features, link, generator).t().contiguous()
-    return _drawn(config, rank, in_features, link, generator), torch.zeros(out_features, rank)
+        B = _drawn(config, rank, out_features, link, generator).t().contiguous()
+        return torch.zeros(rank, in_features, **_PLAIN), B
+    return _drawn(config, rank, in_features, link, generator), torch.zeros(out_features, rank, **_PLAIN)
+
+
+#: of draws, whatever the caller's defaults are
+_PLAIN: Any = {"device": "cpu", "dtype": torch.float32}
 
 
 def _drawn(config: LinkConfig, rank: int, width: int, link: int, generator: torch.Generator) -> Tensor:
     if config.init == "gaussian":
-        return torch.randn(rank, width, generator=generator) / rank
+        return torch.randn(rank, width, generator=generator, **_PLAIN) / rank
     if config.init == "kaiming":
-        return (2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width)
+        return (2 * torch.rand(rank, width, generator=generator, **_PLAIN) - 1) / math.sqrt(width)
     if config.init == "orthogonal":
-        q, upper = torch.linalg.qr(torch.randn(width, rank, generator=generator))
+        q, upper = torch.linalg.qr(torch.randn(width, rank, generator=generator, **_PLAIN))
         return (q * torch.sign(torch.diagonal(upper))).t().contiguous()
-    columns = (torch.arange(rank) + link * rank) % width
-    return torch.zeros(rank, width).index_put_((torch.arange(rank), columns), torch.ones(()))
+    rows = torch.arange(rank, device="cpu")
+    columns = (rows + link * rank) % width
+    return torch.zeros(rank, width, **_PLAIN).index_put_((rows, columns), torch.ones((), **_PLAIN))
 
 
 def _rank(rank: Any) -> int:

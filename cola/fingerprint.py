@@ -323,7 +323,7 @@ def checksum_1(weight: Tensor) -> str:
             block = part.view(-1, min(_BLOCK, part.numel())).long()
             plain.append(block.sum(1))
             weighted.append(block.mul_(order[: block.shape[1]]).sum(1))
-    total = torch.cat([*plain, *weighted]).cpu() if plain else torch.zeros(0, dtype=torch.int64)
+    total = torch.cat([*plain, *weighted]).cpu() if plain else torch.zeros(0, dtype=torch.int64, device="cpu")
     return hashlib.sha256(total.numpy().tobytes()).hexdigest()[:_OLD_DIGITS]
 
 

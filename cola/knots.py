@@ -1,6 +1,7 @@
 """When to tie a knot: after given steps or epochs, evenly, on a plateau of the loss, or never."""
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,14 @@ from torch import Tensor
 
 from cola.arguments import integer, is_finite
 from cola.policy import KnotPolicy, Signal
+
+logger = logging.getLogger("cola")
+
+_TELL = (
+    "call opt.observe(loss) before opt.step(), or backpropagate the .loss of the model's output. A loss that the loop "
+    "computes from the logits is not seen by itself; in a Trainer use cola.integrations.transformers.attach, in "
+    "Lightning the callback ChainKnots"
+)
 
 __all__ = ["EpochKnots", "EvenKnots", "KnotPolicy", "NeverKnots", "PlateauKnots", "Signal", "StepKnots"]
 
@@ -200,9 +209,10 @@ class PlateauKnots(KnotPolicy):
             self.deaf_steps += 1  # other policies' knots do not reset this count
             if self.deaf_steps >= self.window:
                 raise RuntimeError(
-                    f"PlateauKnots has seen {self.deaf_steps} steps (a whole window) and no loss: let the model return "
-                    "an output with .loss, or call opt.observe(loss) before opt.step()"
+                    f"PlateauKnots has seen {self.deaf_steps} steps (a whole window) and no loss: {_TELL}"
                 )
+            if self.deaf_steps == 1:
+                logger.warning("PlateauKnots saw no loss at the first step: %s", _TELL)
         if self.steps_in_window < self.window:
             return False
         loss = signal.mean(self._stacked()) if self.losses else math.nan
@@ -250,7 +260,7 @@ class PlateauKnots(KnotPolicy):
             )
 
     def _stacked(self) -> Tensor:
-        device = next((x.device for x in self.losses if isinstance(x, Tensor)), None)
+        device = next((x.device for x in self.losses if isinstance(x, Tensor)), "cpu")
         return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).reshape(()) for x in self.losses])
 
     def _improves(self, loss: float) -> bool:

@@ -36,6 +36,7 @@ from cola.distributed import (
 )
 from cola.extend import LayerPlan, LinkConfig, Pair, Prepared, prepare
 from cola.link import Factor, Link
+from cola.reminder import Note, forget, remind
 from cola.store import require_plain_name
 from cola.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
 
@@ -50,6 +51,7 @@ AUTO_ROUNDING = {
 }
 
 Carrier = AdaptedLayer | PeftLayer
+_FACTORS = ("lora_A", "lora_B")
 
 
 class LiveLink:
@@ -78,6 +80,7 @@ class LiveLink:
         require_whole(called(model))
         tuned = find_peft_layers(model)
         config, plans = link_config(config, tuned, called(model)) if tuned else (config, {})
+        self.note = Note()
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.quantized, self.index = quantised, 0
         self.residuals: dict[str, Tensor] = {}
@@ -128,6 +131,7 @@ class LiveLink:
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
             parameter.requires_grad_(True)
+        self._reminded = remind(model, self.note)
 
     # what it holds
 
@@ -135,6 +139,13 @@ class LiveLink:
         """The factors that are trained, A before B, in the model's order."""
         names = {"both": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}[self.config.train]
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
+
+    def factors_by_name(self) -> dict[str, nn.Parameter]:
+        """Both factors of every layer that has them, by path: PEFT may have deleted an adapter."""
+        held = {
+            path: layer for path, layer in self.layers.items() if not (isinstance(layer, PeftLayer) and layer.gone())
+        }
+        return {f"{path}.{name}": getattr(layer, name) for path, layer in held.items() for name in _FACTORS}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Parameters trained beside the adapters, by canonical path; they live through every knot."""
@@ -258,7 +269,7 @@ class LiveLink:
             scalings = prepared.scalings
             layer.put(A, B, self.plans[path].scaling_of(index) if scalings is None else scalings[path], mask=mask)
             layer.lora_A.grad = layer.lora_B.grad = None
-        self.index = index
+        self.index = self.note.tied = index
 
     def resume(self, index: int) -> None:
         """Say that the factors at hand are link ``index``'s: the model's state dict has brought their values, or will.
@@ -266,7 +277,7 @@ class LiveLink:
         Factors of another rank are replaced by that link's draw, so that there is room for the values to come.
         """
         prepared = self.prepare(index)
-        self.index = index
+        self.index = self.note.tied = index
         for path, layer in self.layers.items():
             mask, (A, B), scaling = self._masks(layer.lora_A), prepared.pairs[path], self.plans[path].scaling_of(index)
             # a masked link that comes from a distributed run has zeros beyond its rank
@@ -354,9 +365,16 @@ class LiveLink:
             if isinstance(layer, AdaptedLayer):
                 release(unwrap(self.model), layer, ("lora_A", "lora_B"))
             layer.detach(spent=spent)
+        forget(self._reminded)
         quantized.release_layout(self._held)
+        if spent and any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
+            logger.info(
+                "PEFT's layers stay on the model with B = 0, so its save_pretrained() writes an adapter of zeros: call "
+                "unload() for the plain model, or opt.chain.to_peft(directory) for an adapter with all links"
+            )
         for name, parameter in unwrap(self.model).named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+            if parameter.is_floating_point():  # one that the user has quantised since can have no gradient
+                parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
     # inside
 

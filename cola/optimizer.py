@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 
 from cola import counters, interrupts, probe
 from cola.adapters.targets import called
-from cola.beside import require_apart
+from cola.beside import require_apart, warn_of_half
 from cola.chain import Chain
 from cola.composed import require_base
+from cola.contexts import unaffected
 from cola.coverage import Coverage, announced, covered
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
+from cola.integrity import require_intact, require_removable, require_same_weights, weights_of
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
@@ -25,6 +27,7 @@ from cola.origin import Origin
 from cola.reset import GroupWatch
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
+from cola.untrained import Untrained
 from cola.watch import LossWatch
 
 logger = logging.getLogger("cola")
@@ -76,6 +79,7 @@ class ChainOptimizer(Saves):
 
     own_entries = (counters.GROUP_KEY,)
 
+    @unaffected()
     def __init__(
         self,
         base: Callable[..., Optimizer],
@@ -114,12 +118,15 @@ class ChainOptimizer(Saves):
         self.steps = 0
         self.finished = False
         self._knotting = False
+        self._held = {}
+        self._untrained = Untrained()
         self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
         self._groups = GroupWatch()
         self._losses = LossWatch(called(model))
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
+        warn_of_half({**self.live.factors_by_name(), **self.live.trained()})
         self._coverage = announced(self.live)
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
@@ -134,10 +141,15 @@ class ChainOptimizer(Saves):
         Raises:
             ValueError: one is the weight of an adapted layer.
         """
+        self._require_running("add_param_group()")
         require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
         self.base.add_param_group(param_group)
+        before = self.live.trained()
         factors = {id(p) for p in self.live.adapters()}
         self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
+        names = {id(p): name for name, p in self.live.trained().items() if name not in before}
+        added = self.param_groups[-1]["params"]
+        warn_of_half({names.get(id(p), f"the added parameter {i} {tuple(p.shape)}"): p for i, p in enumerate(added)})
         self._origin.settled = self._ready = False
         self._coverage = covered(self.live)
 
@@ -168,18 +180,21 @@ class ChainOptimizer(Saves):
         """
         # what is mostly in vain is asked without a call: between large products each costs microseconds
         if self.finished:
+            if closure is None and probe.rates_are_zero(self.base.param_groups):
+                return None  # distributed checkpointing asks for state to be made, and there is none any more
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
         groups = self.base.param_groups if self._ready else self.param_groups
         probing = closure is None and not probe.moves(groups)
         if probing:
-            self._require_live_groups()
+            self._require_trainable()
+            self._untrained.count(groups, self.steps)
             self._probed, self._ready = sorted({*self._probed, *probe.stateless(self.base)}), False
         elif not self._ready:
             self._get_ready()
         before = self._groups.before(groups)
-        result = self.base.step() if closure is None else self.base.step(closure)
+        result = self.base.step() if closure is None else self.base.step(self._losses.first_of(closure))
         self._groups.after(before, self.base.param_groups)
         if not probing:
             if not self._ready:
@@ -188,7 +203,7 @@ class ChainOptimizer(Saves):
                 self._ready = self._expected is None and (self._origin.settled or not self.chain.keep)
             self.steps += 1
             self.chain.live = True
-            self._loss = self._losses.take(result)
+            self._loss = self._losses.take(groups)
             if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):
                 self._knot(extend=True)
         if self._optimizer_step_post_hooks:
@@ -200,7 +215,8 @@ class ChainOptimizer(Saves):
     def observe(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
         """Tell the policy of the coming step's loss (several calls are averaged) or of the epochs completed.
 
-        Not needed for the loss where the model's output has ``.loss`` in training mode, or the step gets a closure.
+        Not needed for the loss where the model's output has ``.loss`` and the loop backpropagates it, the step gets a
+        closure, or an integration gives the loss. A loss that is told replaces those.
         """
         self._require_running("observe()")
         if epoch is not None:
@@ -208,8 +224,18 @@ class ChainOptimizer(Saves):
         if loss is not None:
             self._losses.tell(loss)
 
+    def _optimised(self, loss: Tensor) -> None:
+        """Set the coming step's mean loss, as a training framework computed it; `observe` wins over it."""
+        self._losses.give(loss)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's; the losses that the gradients belong to are forgotten with them."""
+        self._losses.drop(self.base.param_groups)
+        self.base.zero_grad(set_to_none=set_to_none)
+
     def on_knot(self, fn: Callable[[KnotReport], None]) -> Callable[[KnotReport], None]:
         """Call ``fn(report)`` after every knot; usable as a decorator."""
+        self._require_running("on_knot()")
         if not callable(fn):
             raise TypeError(f"on_knot(fn={fn!r}) needs a callable that takes a KnotReport")
         self._listeners.append(fn)
@@ -242,13 +268,20 @@ class ChainOptimizer(Saves):
             RuntimeError: called twice.
         """
         self._require_running("finish()")
-        self._require_live_groups()
+        self._require_outside_a_knot("finish()")
+        if merge:
+            self._require_trainable()
+        else:
+            require_removable(self.live)
         # what has moved beside an untrained link still has its values to record
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
+        self._untrained.end(self.live, self.steps, self._tied_at())
         if merge and (not self.live.is_zero() or trained or self._has_unrecorded()):
             report = self._knot(extend=False)
         else:
             report = None
+            if merge:
+                self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
         plan = self.policy.unreached(self.steps)
         if plan:
@@ -258,22 +291,28 @@ class ChainOptimizer(Saves):
     # saving: in Saves
 
     def __repr__(self) -> str:
-        return f"ChainOptimizer(link {self.live.index}, r={self.live.rank}, {self.policy!r}, base={self.base!r})"
+        link = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
+        where = f"finished with {len(self.chain)} links" if self.finished else link
+        return f"ChainOptimizer({where}, {self.policy!r}, base={self.base!r})"
 
     # inside
 
     def _make_base(self) -> Optimizer:
         adapters, others = self.live.adapters(), list(self.live.trained().values())
         groups = [{"params": adapters}, {"params": others}] if others else [{"params": adapters}]
-        base = self._new_base(groups)
+        base = self._factory(groups, **self._base_kwargs)
         if not isinstance(base, Optimizer):
             raise TypeError(f"base={self._factory!r} returned {type(base).__name__}, not a torch.optim.Optimizer")
         held = {id(p) for group in base.param_groups for p in group["params"]}
         if held != {id(p) for p in (*adapters, *others)}:
-            raise ValueError(f"base={self._factory!r} did not take the parameters it was given: it must train them all")
+            raise ValueError(
+                f"base={self._factory!r} did not take the parameters it was given: it must train those of all "
+                f"{len(groups)} groups, {len(adapters) + len(others)} in number, and took {len(held)}"
+            )
         if isinstance(base, torch.optim.SparseAdam):
             raise ValueError("base=SparseAdam needs sparse gradients, and a link's are dense: use torch.optim.Adam")
         base.param_groups[0][counters.GROUP_KEY] = ""
+        self._made = len(base.param_groups)
         return base
 
     def _all_trained(self) -> list[nn.Parameter]:
@@ -302,15 +341,15 @@ class ChainOptimizer(Saves):
         """Before the first real step, and the first after groups were added, a state loaded or a probe step taken."""
         self._require_weights()
         if self._bound is not None:
-            self._require_live_groups()
+            self._require_trainable()
         self._settle_origin()
+        self._held = weights_of(self.live)
         if self._probed:
             self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
 
     def _knot(self, *, extend: bool) -> KnotReport:
         """Prepare, commit, announce: all that can fail comes first, on copies; then the weights change, whole."""
-        if self._knotting:
-            raise RuntimeError("a knot inside a knot: policies and on_knot listeners must not call tie() or finish()")
+        self._require_outside_a_knot("tie()")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
         self._knotting = True
@@ -326,7 +365,7 @@ class ChainOptimizer(Saves):
 
     def _tie(self, extend: bool) -> KnotReport:
         started = time.perf_counter()
-        self._require_live_groups()
+        self._require_trainable()
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
         self._require_weights()
@@ -334,6 +373,7 @@ class ChainOptimizer(Saves):
         mode = self._leave_training_mode()
         try:
             live.check()
+            self._untrained.look(live, self.base, self.steps - self._tied_at())
             snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
             factors = live.factors(snapshot) if keep else {}
             trained = {**live.beside.values(), **self._moved()} if keep else {}
@@ -352,14 +392,22 @@ class ChainOptimizer(Saves):
             report = self._report(index, rank, ties, started)
             self.chain.base = base
             self.chain.append(Link(index, live.seed, factors, trained, report))
+            self._held = {} if self.finished else weights_of(live)
         return report
 
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
+        ended, spent = counters.describe(self.live), {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
         self._origin.remove()
         self.live.detach(spent=True)
-        self.finished, self.chain.live = True, False
+        for group in self.base.param_groups:  # the groups stay, for schedulers; the factors are no one's any more
+            for p in group["params"]:
+                if id(p) in spent:
+                    self.base.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) not in spent]
+        self._ended, self._bound, self._held, self.finished = ended, None, {}, True
+        self.chain.live = False
 
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0
@@ -396,7 +444,15 @@ class ChainOptimizer(Saves):
         if self.finished:
             raise RuntimeError(f"{call} after finish(): this chain is complete; make a new ChainOptimizer to go on")
 
-    def _require_live_groups(self) -> None:
+    def _require_outside_a_knot(self, call: str) -> None:
+        if self._knotting:
+            raise RuntimeError(
+                f"{call} is called in a listener of on_knot, which would be a knot inside a knot: do it after step()"
+            )
+
+    def _require_trainable(self) -> None:
+        """The layers are as the chain left them, and their factors are in the groups."""
+        require_intact(self.live)
         held = {id(p) for group in self.param_groups for p in group["params"]}
         for path, layer in self.live.layers.items():
             for name in ("lora_A", "lora_B"):
@@ -407,3 +463,4 @@ class ChainOptimizer(Saves):
                         "after the ChainOptimizer had begun, or the optimizer keeps copies of its own (DeepSpeed ZeRO "
                         "does: use DDP or FSDP2), so this layer is not trained"
                     )
+        require_same_weights(self.live, self._held)

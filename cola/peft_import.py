@@ -16,6 +16,7 @@ from torch import Tensor
 from cola import tensorfile
 from cola.adapters.peft import CHANGES_BASE
 from cola.arguments import is_finite
+from cola.contexts import unaffected
 from cola.export import CONFIG, PREFIX, WEIGHTS
 from cola.files import MAX_JSON, StoreError, parse, read
 from cola.link import Factor, KnotReport, LayerReport, Link
@@ -37,6 +38,7 @@ _GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"
 _SAFE = re.compile(rf"\^?(?:{_ATOM}|{_GROUP}|\|)*\$?")
 
 
+@unaffected()
 def from_peft(directory: Path, rounding: str) -> Link:
     """The adapter as link 0; see `Chain.from_peft`."""
     if rounding not in RECORDED:

@@ -63,8 +63,7 @@ def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None)
     """
     built = base.architecture if base is not None else None
     tensors = set(base.prints()) if base is not None and base.others is not None else set()
-    modules = holders(tensors) | set(built.modules) if built is not None else set()
-    modules.update(paths)
+    modules = holders(tensors).union(paths, built.modules if built is not None else ())
     _require_free(paths, saved, modules, built)
     fused = _fused(built, tensors)
     apart = [path for path in paths if path.rpartition(".")[2] in fused]

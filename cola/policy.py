@@ -19,8 +19,9 @@ class Signal:
     Attributes:
         step: optimizer steps taken since the run began, this one included (the first signal has step 1).
         epoch: epochs completed, as told by `ChainOptimizer.observe` or by an integration; None when nobody told.
-        loss: the step's training loss (mean over its micro-batches), a 0-d tensor on the device that computed it,
-            or None. ``float(loss)`` waits for the device: gather several and ask `mean` once.
+        loss: the mean loss that the step has optimised, over its micro-batches, a 0-d tensor on the device that
+            computed it; None if none was seen. ``float(loss)`` waits for the device: gather several and ask `mean`
+            once.
         mean: turns a 1-d tensor of losses into one number, agreed by all processes of a distributed run. A policy that
             decides from losses must go through it, at the same steps in every process.
     """

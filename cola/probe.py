@@ -24,11 +24,15 @@ def moves(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def _may_move(groups: Sequence[dict[str, Any]]) -> bool:
-    for group in groups:
-        if not _is_zero(group.get("lr", 1.0)):
-            return True
+    if not rates_are_zero(groups):
+        return True
     grads = (p.grad for group in groups for p in group["params"] if p.grad is not None)
     return any(bool(torch.count_nonzero(whole(grad))) for grad in grads)
+
+
+def rates_are_zero(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether all learning rates are zero."""
+    return all(_is_zero(group.get("lr", 1.0)) for group in groups)
 
 
 def stateless(base: Optimizer) -> list[int]:

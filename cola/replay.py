@@ -1,7 +1,7 @@
 """The weights from base and links: ties recorded links again, as the run did, hence to the same bits.
 
-The same bits need the same device and library versions; elsewhere the sums are taken in another order, and the result
-agrees within the rounding of the weight's dtype.
+The same bits need the same device, library versions, kernels and number of threads; elsewhere the sums are taken in
+another order, and the result agrees within the rounding of the weight's dtype.
 """
 
 import logging

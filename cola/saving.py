@@ -3,42 +3,41 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from cola import carry, checkpoint, counters, interrupts, origin, replay
-from cola.adapters.targets import base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 from cola.chain import Chain
-from cola.composed import Composed
+from cola.contexts import unaffected
 from cola.distributed import is_sharded
-from cola.fingerprint import Digests, Fingerprint, TensorPrint, digest_1, digests
+from cola.fingerprint import digest_1
+from cola.integrity import require_intact, require_same_weights
 from cola.knots import KnotPolicy
 from cola.link import Link
-from cola.live import LiveLink
 from cola.store import Ledger
+from cola.untouched import KnowsBase
 
 
-class Saves(Composed):
+class Saves(KnowsBase):
     """Saving and loading, for `ChainOptimizer` to inherit."""
 
-    chain: Chain
     policy: KnotPolicy
-    live: LiveLink
     steps: int
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
+    _held: dict[str, nn.Parameter]  # the weights when training began, for `require_same_weights`
     _ready: bool = False  # whether what must be looked at before a step has been
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
     _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
     _expected_format: int = counters.VERSION
-    _digests: Digests
-    _origin: origin.Origin
+    _ended: dict[str, Any] | None = None  # the live link as `counters.describe` said of it when the chain was finished
 
     # in a directory of our own
 
@@ -83,6 +82,7 @@ class Saves(Composed):
         """
         self._require_running("save()")
         self._require_in_one_piece("save()")
+        self._require_weights()
         loss = None if self._loss is None else float(self._loss)
         ledger = self.chain.ledger()
         checkpoint.require_links(ledger)
@@ -91,8 +91,9 @@ class Saves(Composed):
         state, weights, buffers = self._base_state(), self._weights(), self._moved()
         checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights, buffers)
 
+    @unaffected()
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
-        """Continue where `save` was called, bit for bit, on the same device and library versions.
+        """Continue where `save` was called, bit for bit on the same device, library versions, kernels and threads.
 
         Call it on a ChainOptimizer made with the saved run's arguments over the UNTOUCHED base: the links are tied into
         its weights again. All its parameters and persistent buffers are compared with the saved run's base; only those
@@ -110,6 +111,7 @@ class Saves(Composed):
             RuntimeError: this optimizer has tied a knot already, or is finished.
         """
         self._require_running("load()")
+        self._require_outside_a_knot("load()")
         self._require_in_one_piece("load()")
         self._require_untouched("load()")
         saved = checkpoint.read(Path(directory))
@@ -125,7 +127,7 @@ class Saves(Composed):
             self._continue(counted)
             self._expected = None  # `rebuild` has compared
             self.chain.restore(saved.ledger)
-            self._loss = None if saved.loss is None else torch.tensor(saved.loss)
+            self._loss = None if saved.loss is None else torch.tensor(saved.loss, dtype=torch.float32, device="cpu")
         if rng:
             checkpoint.restore_rng(saved.rng)
 
@@ -137,16 +139,22 @@ class Saves(Composed):
         The counters and the policy ride in ``param_groups[0]["cola"]`` as JSON; the tied links, and the residuals of
         compensated rounding, under the top-level key ``"cola"``: tensors and JSON, which
         ``torch.load(weights_only=True)`` reads. Save it together with the model's own state dict.
+
+        After `finish` it holds the complete chain, and only a ChainOptimizer that is finished takes it.
+
+        Raises:
+            KnotError: a layer with a link was changed under the chain (merged by PEFT, replaced, …); names it.
         """
         for before in list(self._optimizer_state_dict_pre_hooks.values()):
             before(self)
         state = self._base_state()
-        state[carry.KEY] = carry.pack(self.chain.ledger(), self.live.residuals)
+        state[carry.KEY] = carry.pack(self.chain.ledger(), {} if self.finished else self.live.residuals)
         for after in list(self._optimizer_state_dict_post_hooks.values()):
             replaced = after(self, state)
             state = state if replaced is None else replaced
         return state
 
+    @unaffected()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. The model's own state dict brings the weights and the live link.
 
@@ -154,27 +162,38 @@ class Saves(Composed):
         on exactly, and the chain knows that its first links are missing. Only compensated rounding cannot go on.
 
         The first step compares the model's weights with those that the state was saved with, and raises where the
-        model's own state dict was not loaded: the state alone would go on from a wrong model in silence.
+        model's own state dict was not loaded: the state alone would go on from a wrong model in silence. A finished
+        chain takes no step, so it compares them at once.
 
         Raises:
-            ValueError: the state is not a chain's, or of another chain (seed, ranks, layers), a link is missing, or
-                residuals are needed and were dropped; nothing is changed then.
+            ValueError: the state is not a chain's, or of another chain (seed, ranks, layers), a link is missing,
+                residuals are needed and were dropped, or it is of a finished chain and this one is running, or the
+                other way round; nothing is changed then.
+            RuntimeError: in a listener of `on_knot`.
         """
-        state_dict = dict(state_dict)
+        self._require_outside_a_knot("load_state_dict()")
+        state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        counted = counters.read(state_dict, self.live)
-        index = counted["live"]["index"]
-        carried = carry.read(state_dict.get(carry.KEY), index, self.live)
+        counted = counters.read(state_dict, self.live, self._ended)
+        index = counted["live"]["index"] if self._ended is None else counted["finished"]
+        carried = carry.read(state_dict.get(carry.KEY), index, self.live, finished=self.finished)
+        if self.finished and counted["weights"] != self._final_digest():
+            raise ValueError(
+                "the model's weights are not those that the finished chain's state was saved with: load the model's "
+                "own state dict first"
+            )
+        counters.require_same_groups(state_dict, counted, self.base)
         known = counters.origin_of(counted)
         copy.deepcopy(self.policy).load_state_dict(counted["policy"])
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
-        self.live.resume(index)
-        self.live.take_residuals(carried.residuals)
-        self.live.take_links(() if carried.ledger is None else carried.ledger.links)
+        if not self.finished:
+            self.live.resume(index)
+            self.live.take_residuals(carried.residuals)
+            self.live.take_links(() if carried.ledger is None else carried.ledger.links)
         self._continue(counted)
-        if self.steps or index:
+        if not self.finished and (self.steps or index):
             self._resume_origin(self._moving(), carried.ledger.base if carried.ledger is not None else None, known)
         if carried.ledger is None:
             self.chain.resume(index)
@@ -185,6 +204,7 @@ class Saves(Composed):
 
     # along the chain
 
+    @unaffected()
     def follow(self, chain: Chain) -> None:
         """Tie an earlier chain's links into the untouched base, and go on as the link after them.
 
@@ -201,9 +221,12 @@ class Saves(Composed):
         >>> opt.follow(Chain())
         """
         self._require_running("follow()")
+        self._require_outside_a_knot("follow()")
         self._require_untouched("follow()")
         if self.steps:
             raise RuntimeError(f"follow() after {self.steps} steps: call it before the first one")
+        if not isinstance(chain, Chain):
+            raise TypeError(f"follow(chain={chain!r:.80}) needs a Chain, e.g. Chain.load(directory)")
         links = chain.complete("follow()")
         replay.check(self.live.model, links, chain.base, live=True)
         base = self._untouched(chain.layers())
@@ -212,6 +235,7 @@ class Saves(Composed):
             self.live.replay(links)
         self.chain.restore(Ledger(links, base=base))
 
+    @unaffected()
     def undo(self, base: replay.Base) -> Link:
         """Untie the last knot: the weights are rebuilt without its link, and that link begins again.
 
@@ -230,11 +254,15 @@ class Saves(Composed):
             RuntimeError: links were not kept, or were lost.
         """
         self._require_running("undo()")
+        self._require_outside_a_knot("undo()")
         links = self.chain.complete("undo()")
         if not links:
             raise ValueError("undo(): no knot has been tied yet")
+        if not isinstance(base, (nn.Module, Mapping)):
+            raise TypeError(f"undo(base={base!r:.80}) needs the untouched model, or its state dict")
         if base is self.live.model:
             raise ValueError("undo(base): base is the model itself; it must be the untouched one, or its state dict")
+        self._require_weights()
         replaced = [name for link in links[:-1] for name in link.trained]
         replay.check(self.live.model, links, self.chain.base, base=base, live=True, replaced=replaced)
         with self._restarted(len(links) - 1):
@@ -257,27 +285,32 @@ class Saves(Composed):
                 self._adopt(fresh, self.live.adapters())
         finally:
             self._mode(modes)
-        self._loss = None
+        self._loss, self._held = None, {}
 
     def _base_state(self) -> dict[str, Any]:
-        weights = self._weights().digest if self.live.index else None
-        moving = None if self.live.index else self._origin.to_json()
+        if self._ended is not None:
+            described, weights, moving = self._ended, self._final_digest(), None
+        else:
+            require_intact(self.live)
+            require_same_weights(self.live, self._held)
+            described, moving = counters.describe(self.live), None if self.live.index else self._origin.to_json()
+            weights = self._weights().digest if self.live.index else None
+            if self._expected is not None and self._expected_format == counters.VERSION:
+                weights = self._expected  # the model's own state dict may not have been loaded yet
         self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
             self.steps,
             self._epoch,
             self._probed,
             self._groups.changed,
             self.policy,
-            self.live,
+            described,
             weights,
             counters.knots_of(self.chain),
             moving,
+            counters.class_name(self.base),
+            None if self._ended is None else self.chain.missing + len(self.chain),
         )
         return self.base.state_dict()
-
-    def _weights(self) -> Fingerprint:
-        """Fingerprint of the adapted layers' weights as they are; they change at knots."""
-        return replay.take_fingerprint(self.live.model, self.live.layers, cache=self._digests)
 
     def _require_weights(self) -> None:
         """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
@@ -302,59 +335,6 @@ class Saves(Composed):
             )
         self._expected = self._knots = None
 
-    # the untouched base
-
-    def _untouched(self, layers: Iterable[str] = ()) -> Fingerprint:
-        """Fingerprint of the whole base, while the adapted weights are still its own: one pass over the model."""
-        every = dict.fromkeys((*self.live.layers, *layers))
-        return replay.take_fingerprint(
-            self.live.model, every, whole=True, known=self._origin.prints, cache=self._digests
-        )
-
-    def _settle_origin(self) -> None:
-        """Before a step or a knot: what it will move for the first time is looked at."""
-        if self.chain.keep and not self._origin.settled:
-            self._origin.settle(self._moving())
-
-    def _moving(self) -> dict[str, torch.Tensor]:
-        """The base's tensors that training moves: persistent buffers, and what is trained beside the links.
-
-        Whatever else asks for a gradient is counted too: another optimizer of the caller's may train it.
-        """
-        model, trained = self.live.model, self.live.trained()
-        shared, names = shared_weights(model), set(buffers_by_name(model))
-        for path, parameter in trained.items():
-            names.update((path, *shared.get(id(parameter), ())))
-        return {name: t for name, t in base_tensors(model).items() if name in names or t.requires_grad}
-
-    def _resume_origin(
-        self,
-        moving: Mapping[str, torch.Tensor],
-        base: Fingerprint | None,
-        otherwise: Mapping[str, TensorPrint],
-    ) -> None:
-        recorded = base.others if base is not None else None
-        self._origin.resume(moving, {**otherwise, **(recorded or {})})
-
-    def _moved(self, *, modules: bool = True) -> dict[str, torch.Tensor]:
-        """Persistent buffers that are no longer the base's, or were not at a knot; copies on the CPU.
-
-        Args:
-            modules: with those of modules whose parameters are all trained, which PEFT's format holds as a whole.
-        """
-        if not self.chain.keep:
-            return {}
-        buffers, trained = buffers_by_name(self.live.model), self.live.trained().keys()
-        always = {name for link in self.chain for name in link.trained}
-        for path, module in modules_by_name(self.live.model).items() if modules else ():
-            own = tensors_of(path, module)
-            parameters = own.keys() - buffers.keys()
-            if parameters and parameters <= trained:
-                always.update(own.keys() - parameters)
-        # a chain that was loaded apart from the optimizer's state knows its base better
-        known = {**self._origin.prints, **((self.chain.base.others if self.chain.base is not None else None) or {})}
-        return origin.moved(buffers, digests(buffers), known, always)
-
     def _continue(self, counted: dict[str, Any]) -> None:
         self.policy.load_state_dict(counted["policy"])
         self.steps, self._epoch = counted["steps"], counted["epoch"]
@@ -362,7 +342,10 @@ class Saves(Composed):
         self._expected, self._expected_format = counted.get("weights"), counted["version"]
         self._knots = counted.get("knots")
         self.chain.live = self.steps > max((step for _, step, *_ in self._knots or ()), default=0)
-        self._ready = False
+        self._ready, self._held = False, {}
+        if self.finished:
+            self._expected = self._knots = None
+            self.chain.live = False
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
@@ -378,16 +361,14 @@ class Saves(Composed):
                 "new ChainOptimizer over a freshly loaded model"
             )
 
-    def _has_unrecorded(self) -> bool:
-        """Whether buffers have moved since the last knot."""
-        last = {name: value for link in self.chain for name, value in link.trained.items()}
-        return any(n not in last or not torch.equal(last[n], value) for n, value in self._moved(modules=False).items())
-
     # of the optimizer that inherits
 
     if TYPE_CHECKING:
+        finished: bool
 
         def _require_running(self, call: str) -> None: ...
+
+        def _require_outside_a_knot(self, call: str) -> None: ...
 
         def _extend(self, index: int, snapshot: Any) -> Optimizer: ...
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cola import tensorfile
 from cola.arguments import is_finite
+from cola.contexts import unaffected
 from cola.distributed import writes
 from cola.files import (
     MAX_JSON,
@@ -98,6 +99,7 @@ def save(directory: Path, ledger: Ledger) -> None:
         write_manifest(directory, CHAIN, write_links(directory, ledger))
 
 
+@unaffected()
 def load(directory: Path) -> Ledger:
     """Read a chain, or the chain in a checkpoint.
 
@@ -285,6 +287,7 @@ def link_to_bytes(link: Link) -> bytes:
     return tensorfile.dump(tensors, content)
 
 
+@unaffected()
 def link_from_bytes(data: bytes, path: Path) -> Link:
     """From `link_to_bytes`'.
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola.contexts import without_autocast
+
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 #: what a link may record: how it was rounded or, on a quantised layer, what was done instead
 RECORDED = (*ROUNDINGS, "stack", "requantize")
@@ -71,6 +73,7 @@ def residual_like(weight: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
+@without_autocast()
 def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
     """Why tying would leave a value that is not finite, as the rest of a sentence on the layer; None if it would not.
 
@@ -95,6 +98,7 @@ def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str
 
 
 @torch.no_grad()
+@without_autocast()
 def tie_(
     weight: Tensor,
     left: Tensor,
@@ -118,8 +122,8 @@ def tie_(
             equal to the exact value; ``"compensated"``, to the nearest, keeping the remainder in ``residual``.
         seed: of the stochastic rounding; the draws depend on it and on the position in W only.
         residual: buffer from `residual_like`, on any device; needed when compensated, changed in place.
-        part_of: shape of the whole weight of which ``weight`` is a part; None if it is whole. A part is rounded as it
-            would be within the whole.
+        part_of: shape of the whole weight of which ``weight`` is a part; None if it is whole. A part takes the draws
+            that it would take within the whole.
         offset: where the part begins.
 
     Returns:
@@ -130,6 +134,9 @@ def tie_(
 
     Half-precision weights are summed in fp32 and rounded once; fp32 and fp64 ones are summed in their own precision,
     where the rounding error of the one addition is recovered exactly (Knuth's two-sum).
+
+    The same call gives the same bits on the same device, with the same library versions, kernels and number of threads.
+    Elsewhere a sum of r products may be taken in another order, which changes it by its rounding.
 
     >>> W = torch.ones(2, 2)
     >>> tie_(W, torch.ones(2, 1), torch.ones(1, 2), 0.5).delta
@@ -190,7 +197,7 @@ def tie_(
             squares[0] += _square(error.sub_(new.copy_(stored)))
     if residual is None:
         squares[0] = squares[1]
-    lost, deviation, norm = torch.as_tensor(squares, dtype=torch.float64).sqrt().tolist()
+    lost, deviation, norm = torch.as_tensor(squares, dtype=torch.float64, device="cpu").sqrt().tolist()
     return Tie(delta, lost, deviation, norm)
 
 

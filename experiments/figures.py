@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import style
 from experiments.entries import Column, Entry, Row
 from experiments.layout import Table
 from experiments.sweep import write_atomically
 
-# Okabe and Ito's palette, distinguishable with any colour vision; line styles and markers repeat what it says
-OURS = {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "ours"}
-PAPER = {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "paper"}
+OURS = {"color": style.BLUE, "marker": "o", "linestyle": "-", "label": "ours"}
+PAPER = {"color": style.VERMILION, "marker": "s", "linestyle": "--", "label": "paper"}
 _LINE = {"linewidth": 1.6, "markersize": 5.5, "capsize": 3.5, "elinewidth": 1.1, "markeredgecolor": "white"}
 _GREY = "#555555"
 _SHIFT = 0.06  # of a step, so that the two error bars of a point stand beside each other
@@ -77,16 +77,11 @@ def _draw(
     xlabel: str,
     reference: Row | None,
 ) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = style.pyplot()
     rows = [row for row in table.rows if row is not reference]
     across = min(_WIDE, len(columns))
     down = -(-len(columns) // across)
-    style = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": stem.name}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context({**style.SETTINGS, "svg.hashsalt": stem.name}):
         width = max(5.0, 3.5 * across + 0.4)
         figure, panels = pyplot.subplots(
             down, across, figsize=(width, 2.9 * down + 1.1), squeeze=False, layout="constrained"
@@ -152,21 +147,21 @@ def _panel(
         (OURS, -_SHIFT, [(entry.mean, entry.std) for entry in entries]),
         (PAPER, _SHIFT, [(entry.paper, entry.paper_std) for entry in entries]),
     )
-    for style, shift, values in series:
+    for line, shift, values in series:
         # matplotlib leaves a gap where a value is NaN
         means = [float("nan") if mean is None else mean for mean, _ in values]
         if all(mean is None for mean, _ in values):
             continue
         spread = [0.0 if std is None else std for _, std in values]
-        handles[style["label"]] = axes.errorbar(
-            [place + shift for place in range(len(rows))], means, yerr=spread, **style, **_LINE
+        handles[line["label"]] = axes.errorbar(
+            [place + shift for place in range(len(rows))], means, yerr=spread, **line, **_LINE
         )
     if reference is not None:
         base = table.entries.get((reference.key, column.key), Entry())
-        for style, value in ((OURS, base.mean), (PAPER, base.paper)):
+        for line, value in ((OURS, base.mean), (PAPER, base.paper)):
             if value is not None:
-                line = axes.axhline(value, color=style["color"], linestyle=":", linewidth=1.3, zorder=0)
-                handles[f"{reference.label}, {style['label']}"] = line
+                across = axes.axhline(value, color=line["color"], linestyle=":", linewidth=1.3, zorder=0)
+                handles[f"{reference.label}, {line['label']}"] = across
     absent = [row.short or row.label for row, entry in zip(rows, entries) if len(entry.finite) < len(table.seeds)]
     for place, entry in enumerate(entries):
         if entry.mean is not None and len(entry.finite) < len(table.seeds):  # some seeds only: an open marker

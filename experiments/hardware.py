@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
@@ -78,32 +80,22 @@ def provenance() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that this process has used so far, in bytes, and what is free beside it."""
+    """The most memory that this process has used so far (0: not known on this system), and what is free, in bytes."""
 
     host: int
-    host_free: int | None
+    host_free: int
 
     @classmethod
     def now(cls) -> Peak:
         """As of this moment."""
+        free = psutil.virtual_memory().available
         try:
-            import resource
-        except ImportError:  # not on this system: then nothing is known
-            return cls(0, None)
+            import resource  # psutil tells the present use, not the peak
+        except ImportError:
+            return cls(0, free)
         unit = 1 if sys.platform == "darwin" else 1024
-        return cls(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, _free())
+        return cls(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, free)
 
     def how_many(self, share: float) -> int:
         """How many processes like this one fit into memory: itself, and others in ``share`` of what is free."""
-        if self.host_free is None or self.host == 0:
-            return sys.maxsize
-        return 1 + int(self.host_free * share // self.host)
-
-
-def _free() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+        return 1 + int(self.host_free * share // self.host) if self.host else sys.maxsize

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from experiments import style
 from experiments.arms import CEILING, REFERENCE
 from experiments.compare import Results
 from experiments.report import Row, inside
 
-# Okabe and Ito's palette, distinguishable with any colour vision; line styles and markers repeat what it says
 _STYLES = {
-    "lora": ("#000000", "-", "o"),
-    "cola-2": ("#0072B2", "-", "s"),
-    "cola-3": ("#D55E00", "-", "^"),
-    "cola-plateau": ("#009E73", "--", "D"),
-    "cola-stepdown": ("#CC79A7", "-.", "v"),
-    "lora-wide": ("#56B4E9", ":", "P"),
-    "full": ("#7F7F7F", "--", "X"),
+    "lora": (style.BLACK, "-", "o"),
+    "cola-2": (style.BLUE, "-", "s"),
+    "cola-3": (style.VERMILION, "-", "^"),
+    "cola-plateau": (style.GREEN, "--", "D"),
+    "cola-stepdown": (style.PURPLE, "-.", "v"),
+    "lora-wide": (style.SKY, ":", "P"),
+    "full": (style.GREY, "--", "X"),
 }
 
 
@@ -32,14 +32,10 @@ def draw(results: Results, rows: Sequence[Row], path: Path) -> None:
     LoRA at the same step; every arm sees the same text at the same step, so the text's own ups and downs cancel. It is
     scaled to the adapters' arms; without LoRA it is left out. Right: the table's held-out losses.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = style.pyplot()
     labels = {row.arm: row.label for row in rows}
     compared = REFERENCE in labels and len(labels) > 1
-    with pyplot.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
+    with pyplot.rc_context(style.SETTINGS):
         figure, panels = pyplot.subplots(1, 2 + compared, figsize=(9.5 + 4.5 * compared, 4.6), layout="constrained")
         _curves(panels[0], results, labels, None)
         if compared:

@@ -14,6 +14,7 @@ import transformers
 from experiments.arms import CEILING, REFERENCE
 from experiments.compare import Results
 from experiments.demo_run import prose
+from experiments.formats import Grid, Text, aligned
 from experiments.hardware import commit, describe_processor
 from experiments.stats import Interval, Paired, gap_closed, paired, t_interval
 from experiments.sweep import Outcome
@@ -91,39 +92,25 @@ def inside(outcome: Outcome) -> list[dict[str, Any]]:
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
+    header = (
+        "arm", "lr", "knots", "held-out bits/byte", "minus LoRA (95 %)", "p (Holm)", "gap closed", "trainable",
+        "seconds",
+    )  # fmt: skip
     lines = [
         (
-            "arm",
-            "lr",
-            "knots",
-            "held-out bits/byte",
-            "minus LoRA (95 %)",
-            "p (Holm)",
-            "gap closed",
-            "trainable",
-            "seconds",
+            row.label,
+            f"{row.lr:g}",
+            f"{row.knots:.3g}",
+            _mean(row.test),
+            _difference(row.against),
+            _number(row.against.p_holm if row.against else math.nan, ".2g"),
+            _number(100 * row.gap, ".0f", " %"),
+            f"{row.parameters:,}",
+            f"{row.seconds:.1f}",
         )
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            (
-                row.label,
-                f"{row.lr:g}",
-                f"{row.knots:.3g}",
-                _mean(row.test),
-                _difference(row.against),
-                _number(row.against.p_holm if row.against else math.nan, ".2g"),
-                _number(100 * row.gap, ".0f", " %"),
-                f"{row.parameters:,}",
-                f"{row.seconds:.1f}",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(line))
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return aligned(Grid(header, tuple(tuple(map(Text, line)) for line in lines)))
 
 
 def statements(rows: list[Row]) -> list[str]:

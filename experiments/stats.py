@@ -7,6 +7,7 @@ adapters' draws on this text and this model, not how it would vary over texts or
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,21 +51,15 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         raise ValueError("values=[]: an interval needs at least one value")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: must lie between 0 and 1, such as 0.95")
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Interval(mean, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation(values) / math.sqrt(n)
+    mean = math.fsum(values) / len(values)
+    # as ttest_1samp(values, 0).confidence_interval(), which warns where values do not vary, as scores often do not
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
 def deviation(values: Sequence[float]) -> float:
     """The standard deviation of a sample (n − 1 in the denominator); NaN for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    mean = math.fsum(values) / n
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from experiments import hardware
@@ -314,17 +315,12 @@ def locked(path: Path) -> Iterator[bool]:
     It is free again when its holder dies, however that happens.
     """
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system: one process at a time is then the user's to see to
-        yield True
+        held = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        yield False
         return
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with held:
+        yield True
 
 
 def _clear(place: Path) -> None:

@@ -131,7 +131,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         setting = make_setting(table, arguments)
         shard = Shard.parse(arguments.shard)
         found = tables.searches(table, setting)
-        config = _configuration(table, setting)
+        per_token = _flops_per_token(table, setting)
         sweep = _sweep(arguments.out)
         board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
         mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
@@ -153,7 +153,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
     except SweepError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1
-    filled = tables.fill(table, setting, done, found, config)
+    filled = tables.fill(table, setting, done, found, per_token)
     minutes = (time.perf_counter() - started) / 60
     about = {
         "command": _typed(command, arguments),
@@ -241,8 +241,8 @@ def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome
     return phrases
 
 
-def _configuration(table: PaperTable, setting: Setting) -> Any:
-    """The model's, for FLOPs; None where no column needs it or they cannot be counted, which is said."""
+def _flops_per_token(table: PaperTable, setting: Setting) -> int | None:
+    """The adapters', per rank; None where no column needs them or they cannot be counted, which is said."""
     if not table.saves:
         return None
     from transformers import AutoConfig
@@ -250,11 +250,10 @@ def _configuration(table: PaperTable, setting: Setting) -> Any:
     model = setting.model or table.model
     config = AutoConfig.from_pretrained(tiny_opt.COMMITTED if model == "tiny" else model)
     try:
-        flops.per_token_and_rank(config, setting.targets or flops.QUERY_AND_VALUE)
+        return flops.per_token_and_rank(config, setting.targets or flops.QUERY_AND_VALUE)
     except ValueError as error:
         print(f"FLOPs saved will be missing: {error}", file=sys.stderr)
         return None
-    return config
 
 
 def _typed(command: str, arguments: argparse.Namespace) -> str:

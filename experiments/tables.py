@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from experiments import cells, flops, layout, paper, synthetic, tasks
+from experiments import cells, layout, paper, synthetic, tasks
 from experiments.cells import Cell
 from experiments.entries import Column, Entry, Row
 from experiments.methods import Method
@@ -141,7 +141,7 @@ def fill(
     setting: Setting,
     done: Mapping[Cell, Outcome],
     found: Mapping[Place, RateSearch[Cell]] | None = None,
-    config: object | None = None,
+    per_token: int | None = None,
 ) -> layout.Table:
     """The table with what came out; entries whose runs are missing stay empty and are named.
 
@@ -150,7 +150,8 @@ def fill(
         setting: that it was run with.
         done: cell -> outcome.
         found: `searches(table, setting)`, if it is at hand.
-        config: of the model, for the FLOPs of Table 4; None leaves ours out.
+        per_token: the adapters' FLOPs per token and rank (`flops.per_token_and_rank`), for Table 4; None leaves ours
+            out.
     """
     found = searches(table, setting) if found is None else found
     lines, names = _chosen(table, setting)
@@ -162,7 +163,7 @@ def fill(
             columns.append(Column(f"{name}:flops", "FLOPs saved", ".2e", None))
         for line in lines:
             entries[line.label, name] = entry(found[line.label, name], done, table.published.score(line.label, name))
-            if table.saves and (saved := _saved(table, line, name, found[line.label, name], done, config)):
+            if table.saves and (saved := _saved(table, line, name, found[line.label, name], done, per_token)):
                 entries[line.label, f"{name}:flops"] = saved
     labels = {line.label for line in lines}
     return layout.Table(
@@ -254,19 +255,18 @@ def _saved(
     name: str,
     search: RateSearch[Cell],
     done: Mapping[Cell, Outcome],
-    config: object | None,
+    per_token: int | None,
 ) -> Entry | None:
     """FLOPs saved per run against rank 8 throughout; None for a line whose links all have it."""
     reference, last = line.method.ranks[0], line.method.ranks[-1]
     if last == reference:
         return None
     values: dict[int, float] = {}
-    if config is not None and search.chosen(done) is not None:
+    if per_token is not None and search.chosen(done) is not None:
         for run in search.results(done):
             tokens = done.get(run, {}).get("tokens_by_link")
             if tokens is not None and len(tokens) == line.method.links:
-                targets = run.targets or flops.QUERY_AND_VALUE
-                values[run.seed] = float(flops.saved_by_rank(config, sum(tokens[1:]), last, reference, targets))
+                values[run.seed] = float((reference - last) * sum(tokens[1:]) * per_token)
     printed = table.published.score(line.label, name)
     return Entry(values, None if printed is None else printed.flops_saved)
 

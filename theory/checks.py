@@ -3,7 +3,7 @@
 A verdict is PASS, FAIL or VACUOUS. VACUOUS means that the statement holds and says nothing: a bound above
 every gap that was met, or a quantity that cannot be recomputed at this size. The margin is the slack left,
 relative to the bound. Tolerances come from rounding alone: ``u`` is the unit roundoff, and each tolerance
-says what is rounded.
+says what is rounded. Statements about random draws are judged at a level; see `theory.significance`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Check:
         margin: slack left, ``(bound - measured) / max(|bound|, |measured|)``; negative where the statement
             fails.
         measured, bound: the two sides. detail: a sentence for the reader.
+        level: the probability that the check fails though the statement holds; 0 where nothing is drawn.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Check:
     measured: float
     bound: float
     detail: str = ""
+    level: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON lines; numbers that are not finite become None."""
@@ -63,12 +65,13 @@ def at_most(
     *,
     vacuous: bool = False,
     detail: str = "",
+    level: float = 0.0,
 ) -> Check:
     """The statement ``measured <= bound + tolerance``; a statement that is not a number fails."""
     size = max(abs(bound), abs(measured), tolerance, np.finfo(float).tiny)
     margin = (bound + tolerance - measured) / size
     verdict = (VACUOUS if vacuous else PASS) if measured <= bound + tolerance else FAIL
-    return Check(name, verdict, float(margin), float(measured), float(bound), detail)
+    return Check(name, verdict, float(margin), float(measured), float(bound), detail, level)
 
 
 def unit(run: Run) -> float:

@@ -21,6 +21,7 @@ from theory.gradients import Estimator, FullGradient
 from theory.oracles import Oracle
 from theory.points import Gradient, Point, Vertex, inner, norm
 from theory.problems import Problem
+from theory.seeds import generator
 from theory.steps import Constants, Situation, Step, TheoremStep
 
 
@@ -121,7 +122,7 @@ def frank_wolfe(
         oracle: solves the linear problem in place of the problem's own, such as a corrupted one; the gap
             is always measured with the problem's own.
         gradient: estimator of the gradient; by default `FullGradient`.
-        seed: of the only generator used; runs with the same arguments repeat bit for bit.
+        seed: of the only generator used; runs with the same arguments repeat bit for bit on the same machine.
         snapshots: how many iterates to keep for the checks, 0 for large problems.
         progress: called with t after each iteration.
 
@@ -146,7 +147,7 @@ def frank_wolfe(
     if oracle.shape != reference.shape:
         raise ValueError(f"oracle must answer for shape {reference.shape}, got {oracle.shape}: give the problem's set")
     # three independent streams, so that a different oracle never changes the batches that a run sees
-    batches, answers, measuring = np.random.default_rng(seed).spawn(3)
+    batches, answers, measuring = generator(seed).spawn(3)
     estimate = gradient.begin(problem, batches)
     rule = step.begin(Constants(problem.M, problem.beta, oracle.diameter), T)
     kept = _worth_keeping(T, snapshots)

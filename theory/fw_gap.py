@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from theory import bounds, plots, suite
+from theory import bounds, plots, significance, suite
 from theory.checks import FAIL, PASS, STRUCTURAL, VACUOUS, Check
 from theory.frank_wolfe import Run
 from theory.gradients import Minibatch
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--T", nargs="+", type=int, metavar="T", help="horizons, each a separate run")
     out.add_argument("--seeds", type=int, metavar="N", help="runs per rung of a ladder (default: 8)")
-    out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed, any whole number")
     out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive oracle errors")
     out.add_argument("--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps")
     out.add_argument("--batch", nargs="+", type=int, metavar="B", help="batch sizes of the gradient")
@@ -71,8 +71,6 @@ def chosen(options: argparse.Namespace) -> list[Task]:
     """
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}: give the number of runs per rung")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}: give the first seed")
     custom = (
         options.instance,
         options.step,
@@ -127,11 +125,12 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
         errors = [(0.0, rho) for rho in options.rho]
     random = bool(options.batch)
     seeds = range(options.seed, options.seed + _seeds(options)) if random else [options.seed]
-    for name in options.instance or TIGHT:
-        horizons = options.T or INSTANCES[name].horizons
-        for rule, (epsilon, rho), batch in itertools.product(
-            options.step or ["theorem"], errors, options.batch or [None]
-        ):
+    names, rules, sizes = options.instance or TIGHT, options.step or ["theorem"], options.batch or [None]
+    horizons_of = {name: options.T or INSTANCES[name].horizons for name in names}
+    runs = sum(map(len, horizons_of.values())) * len(rules) * len(errors) * len(sizes) * len(seeds)
+    level = significance.share(2 * runs)
+    for name in names:
+        for rule, (epsilon, rho), batch in itertools.product(rules, errors, sizes):
             shown = {
                 f" {rule}": rule != "theorem",
                 " lanczos": kind == "lanczos",
@@ -142,8 +141,11 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
             tag = "".join(part for part, told in shown.items() if told)
             oracle = suite.oracle_maker(kind, epsilon, rho)
             gradient = None if batch is None else Minibatch(batch)
-            cell = partial(suite.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag)
-            yield Task(name + tag, partial(_cell, cell, name if not tag else None, STEPS[rule], horizons, seeds))
+            cell = partial(
+                suite.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag, level=level
+            )
+            rated = name if not tag else None
+            yield Task(name + tag, partial(_cell, cell, rated, STEPS[rule], horizons_of[name], seeds))
 
 
 def _cell(
@@ -263,6 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"FAIL {record.label} (T = {record.T}): {check.name}: {sides}; {check.detail}")
     counts = {v: sum(r.count(v) for r in records) for v in (PASS, FAIL, VACUOUS)}
     print(f"\n{len(records)} rows, checks: " + ", ".join(f"{n} {v}" for v, n in counts.items()))
+    levels = [c.level for r in records for c in r.checks if c.level]
+    if levels:
+        chance = f"one run in {1 / sum(levels):,.0f} at most"
+        print(f"{len(levels)} of them are statistical; together they fail although all holds in {chance}")
     print(f"results: {options.out / 'results.jsonl'}")
     if not options.no_plots:
         for path in draw(records, options.out):

@@ -13,6 +13,7 @@ from theory.matrix_oracles import CappedTraceBall, RankBall, SpectralBall, Trace
 from theory.oracles import Box, FrobeniusBall, L1Ball, Oracle, Product, Simplex
 from theory.problems import Problem, quadratic
 from theory.recovery import DenseCompletion, Sensing, low_rank_data, observed_completion
+from theory.seeds import generator
 from theory.tight import cosine, cosine_ray, simplex_quadratic, simplex_well, trace_quadratic, zero_chain
 
 
@@ -34,7 +35,7 @@ def _quadratic(make: Callable[[], Oracle], reach: float, T: int, seed: int) -> P
     """``|W - C|^2 / 2`` with C at the given Frobenius distance from the centre of the set."""
     oracle = make()
     centre = np.full(oracle.shape, 1 / oracle.shape[0]) if isinstance(oracle, Simplex) else oracle.start()
-    d = np.random.default_rng(seed).standard_normal(oracle.shape)
+    d = generator(seed).standard_normal(oracle.shape)
     if isinstance(oracle, Simplex):
         d -= d.mean()  # stay in the affine hull, so that a short offset is an interior optimum
     where = "interior" if reach < 1 else "boundary"

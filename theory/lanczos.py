@@ -62,7 +62,7 @@ def random_start_excess(n: int, k: int, failure: float) -> float:
     """The relative error ``e`` of the top Ritz value of ``A'A`` that k random-start steps exceed so rarely.
 
     Args:
-        n: order of ``A'A``. k: number of Lanczos steps. failure: allowed probability, such as 1e-9.
+        n: order of ``A'A``. k: number of Lanczos steps. failure: allowed probability, such as 1e-12.
 
     Returns:
         ``e`` in (0, 1]: with probability at least ``1 - failure``, ``sigma_1^2 <= ritz^2 / (1 - e)``.
@@ -123,13 +123,13 @@ def top_singular(
     tol: float = 1e-2,
     max_steps: int = 40,
     certify_steps: int = 0,
-    failure: float = 1e-9,
+    failure: float = 1e-12,
 ) -> SingularPairs:
     """Compute the leading ``rank`` singular triplets of ``A`` by Golub-Kahan-Lanczos from a random start.
 
     Args:
         A: dense (m, n) array, or an `ObservedMatrix`.
-        rng: source of the start vector; the same state gives the same answer, bit for bit.
+        rng: source of the start vector; the same state gives the same answer, bit for bit on the same machine.
         rank: triplets wanted.
         tol: stop when the residual of every wanted triplet is at most ``tol * sigma_1``.
         max_steps: hard limit on the steps.

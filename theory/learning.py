@@ -17,6 +17,7 @@ from theory.arguments import count, positive
 from theory.matrix_oracles import TraceBall
 from theory.oracles import L1Ball, Oracle, Product
 from theory.problems import FiniteSum
+from theory.seeds import generator
 
 # sup |h'^2 + (h - y) h''|: with t = tanh z and y = 1 it is (1 - t)^2 (1 + t)(1 + 3t), whose derivative
 # vanishes where 6 t^2 + 3 t = 1; other y in [-1, 1] give less. The logistic function is (1 + tanh(z/2))/2: a
@@ -52,7 +53,7 @@ class Regression(FiniteSum):
             raise ValueError(f'link must be "tanh" or "sigmoid", got {link!r}: pick one of them')
         positive("delta", delta, "the radius of K")
         self.link, self.samples = link, count("samples", samples, "the number of samples")
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         self.X = rng.standard_normal((samples, inputs)) / math.sqrt(inputs)
         truth = rng.standard_normal((inputs, outputs)) * (rng.random((inputs, outputs)) < 0.3)
         signs = np.sign(self.X @ truth + 0.1 * rng.standard_normal((samples, outputs)))
@@ -108,7 +109,7 @@ class TwoLayer(FiniteSum):
         second = TraceBall(delta[1], (outputs, hidden), method="svd")
         self.sets = Product([first, second])
         self.oracle: Oracle = self.sets
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         X = rng.standard_normal((samples, inputs))
         self.X = X / np.linalg.norm(X, axis=1, keepdims=True)
         teacher = (

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from cola.adapters.targets import modules_by_name
 from theory.arguments import count, positive
 from theory.llm_decomposition import Decomposition, LayerGap, Probe, decompose, factors, radii, stack
 from theory.llm_sketch import Loss, LowRankPair, Tap, mean_loss, sweep
+from theory.seeds import generator
 
 FAILURE = 1e-6  # allowed probability, per layer and probe, that the upper end of an interval is too small
 
@@ -186,7 +186,7 @@ class GapProbe:
         factor = self.chain[link].factors[path]
         m, n = factor.B.shape[0], factor.A.shape[1]
         layer = sorted(self.chain[link].factors).index(path)
-        rng = np.random.default_rng([self.seed, link, layer])
+        rng = generator(self.seed, link, layer)
         k = min(self.sketch, m, n)
         draws = [rng.standard_normal(shape) for shape in ((n, k), (n, max(16, self.sketch)), (m, min(2 * k, m)))]
         return _Sketch(*(torch.from_numpy(draw) for draw in draws))

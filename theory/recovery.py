@@ -18,6 +18,7 @@ from theory.matrix_oracles import TraceBall
 from theory.oracles import Oracle
 from theory.points import DensePoint, Gradient, ObservedPoint, Pattern, Point, row_blocks
 from theory.problems import FiniteSum, Problem
+from theory.seeds import generator
 
 OUTLIERS, OUTLIER_SCALE, NOISE = 0.05, 10.0, 0.1
 
@@ -44,7 +45,7 @@ class LowRankData:
 def low_rank_data(m: int, n: int, seed: int = 0, rank: int = 5) -> LowRankData:
     """``X = U V' / sqrt(rank)`` with Gaussian factors; ``Y = X + 0.1 noise``, 5 % of it with outliers of scale 10."""
     count("m", m, "the number of rows"), count("n", n, "the number of columns")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     U, V = rng.standard_normal((m, rank)), rng.standard_normal((n, rank))
     X = U @ V.T / math.sqrt(rank)
     Y = X + NOISE * rng.standard_normal((m, n))
@@ -170,7 +171,7 @@ def observed_completion(
     entries = count("entries", entries, "the number of observed entries")
     if entries > m * n // 2:
         raise ValueError(f"entries must be at most half of {m} x {n}, got {entries}: use DenseCompletion")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     flat = np.unique(rng.integers(m * n, size=entries + entries // 8))
     flat = np.sort(rng.permutation(flat)[:entries])
     pattern = Pattern(flat // n, flat % n, (m, n))
@@ -196,7 +197,7 @@ class Sensing(FiniteSum):
 
     def __init__(self, m: int, n: int, measurements: int, seed: int = 0, oracle: Oracle | None = None):
         self.samples = count("measurements", measurements, "the number of measurements")
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         X = rng.standard_normal((m, 1)) @ rng.standard_normal((1, n)) / math.sqrt(m * n)
         self.A = rng.standard_normal((self.samples, m * n))
         self.y = self.A @ X.ravel() + NOISE * rng.standard_normal(self.samples)

@@ -16,6 +16,7 @@ from theory.arguments import count, positive
 from theory.matrix_oracles import TraceBall
 from theory.oracles import Box, FrobeniusBall, Simplex
 from theory.problems import DenseProblem
+from theory.seeds import generator
 
 
 def cosine(M: float = 1.0) -> DenseProblem:
@@ -42,7 +43,7 @@ def cosine_ray(m: int = 6, n: int = 4, M: float = 1.0, seed: int = 0) -> DensePr
     On the ball of radius 1, ``<A, W>`` runs over [-1, 1]; smoothness and diameter are those of `cosine`.
     """
     M = positive("M", M, "the height of the wave")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     a, b = rng.standard_normal(m), rng.standard_normal(n)
     A = np.outer(a / np.linalg.norm(a), b / np.linalg.norm(b))
     return DenseProblem(
@@ -107,7 +108,7 @@ def trace_quadratic(n: int = 20, seed: int | None = None) -> DenseProblem:
     W1 = np.zeros((n, n))
     W1[0, 0] = 1.0
     if seed is not None:
-        u, v = np.random.default_rng(seed).standard_normal((2, n))
+        u, v = generator(seed).standard_normal((2, n))
         W1 = np.outer(u / np.linalg.norm(u), v / np.linalg.norm(v))
     return DenseProblem(
         "F: trace ball",

@@ -6,6 +6,7 @@ also serves where those are needed (autocast, a base weight that is itself train
 transforms of `torch.func`).
 """
 
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +40,7 @@ class LowRankLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         mask = None
         if dropout:
-            ctx.seed = int(torch.randint(1 << 62, ()))
+            ctx.seed = int(torch.randint(1 << 62, (), device="cpu"))
             mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
         down, up = _used(A, B, x.dtype)
         reduced = _masked(flat, mask).mm(down.t())
@@ -187,6 +188,7 @@ class AdaptedLayer(nn.Module):
         for name in ("scaling", "lora_dropout", "rank", "allowed_ranks"):
             delattr(self, name)
         self.__class__ = self.plain_class  # type: ignore[assignment]
+        rebind(self)
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -226,7 +228,7 @@ class AdaptedLayer(nn.Module):
             rank, ((out, _), (_, inner)) = A.shape[0], (self.lora_B.shape, self.lora_A.shape)
             fits = A.shape[1] == inner and B.shape == (out, rank)
             if fits and (self.allowed_ranks is None or rank in self.allowed_ranks):
-                self.put(torch.zeros(A.shape), torch.zeros(B.shape), self.scaling, mask=False)
+                self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -238,6 +240,25 @@ class LoRALinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with a link."""
 
     plain_class = nn.Linear
+
+
+def rebind(module: nn.Module) -> None:
+    """Give attributes of ``module`` that are its own methods, bound when it had another class, those of its class.
+
+    Dispatch hooks keep the forward that they replace, and name it as what they wrap (``__wrapped__``).
+    """
+    for name, value in list(vars(module).items()):
+        if _bound_to(module, value):
+            vars(module)[name] = getattr(type(module), value.__name__).__get__(module)
+        while hasattr(value, "__wrapped__"):
+            if _bound_to(module, value.__wrapped__):
+                value.__wrapped__ = getattr(type(module), value.__wrapped__.__name__).__get__(module)
+                break
+            value = value.__wrapped__
+
+
+def _bound_to(module: nn.Module, value: Any) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module and hasattr(type(module), value.__name__)
 
 
 def _records(x: Tensor) -> bool:

@@ -125,9 +125,14 @@ def require_whole(model: nn.Module) -> None:
                 )
 
 
-def refusal(module: Any) -> str | None:
-    """Why a PEFT LoRA layer with a linear base cannot carry a chain, as the end of a sentence; None if it can."""
-    if any(
+def refusal(module: Any, *, own: bool = False) -> str | None:
+    """Why a PEFT LoRA layer with a linear base cannot carry a chain, as the end of a sentence; None if it can.
+
+    Args:
+        module: PEFT's layer.
+        own: whether it carries the caller's chain already.
+    """
+    if not own and any(
         isinstance(getattr(h.hook, "__self__", None), PeftLayer) for h in module._load_state_dict_pre_hooks.values()
     ):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
@@ -176,6 +181,10 @@ class PeftLayer:
         self._hook = module.register_load_state_dict_pre_hook(self._make_room)
         if quantized.is_quantized(module.base_layer):
             stacked.begin(module.base_layer)
+
+    def gone(self) -> bool:
+        """Whether PEFT has deleted the adapter."""
+        return self.adapter not in self.module.lora_A
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -232,7 +241,7 @@ class PeftLayer:
     @torch.no_grad()
     def detach(self, *, spent: bool = False) -> None:
         """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
-        if spent:
+        if spent and not self.gone():
             self.lora_B.zero_()
         stacked.settle(self.module.base_layer)
         self._hook.remove()
@@ -245,7 +254,7 @@ class PeftLayer:
             return
         fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
         if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
-            self.put(torch.zeros(A.shape), torch.zeros(B.shape), self.scaling, mask=False)
+            self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
 
 
 class PeftConv1D(PeftLayer):

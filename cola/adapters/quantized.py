@@ -37,6 +37,7 @@ from cola.adapters.stacked import (
     stack_rank,
     thin,
 )
+from cola.contexts import without_autocast
 from cola.tie import Tie, delta_norm
 
 #: how links are tied to quantised weights
@@ -151,7 +152,8 @@ class OriginalWeight:
         codes = codes_of(module)
         (out, inner), where = codes.shape, torch.device(device or codes.device)
         stored = {name: value.to(where, copy=True) for name, value in codes.stored().items()}
-        return cls(stored, torch.zeros(0, inner, device=where), torch.zeros(out, 0, device=where))
+        like: Any = {"device": where, "dtype": torch.float32}
+        return cls(stored, torch.zeros(0, inner, **like), torch.zeros(out, 0, **like))
 
     def extended(self, links: Sequence[Triple]) -> "OriginalWeight":
         """With more links tied."""
@@ -181,6 +183,7 @@ def obstacle(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight 
 
 
 @torch.no_grad()
+@without_autocast()
 def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> list[Tie]:
     """Tie links, in order, to a quantised layer.
 
@@ -211,6 +214,7 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | Non
 
 
 @torch.no_grad()
+@without_autocast()
 def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float]:
     """The codes of ``W₀ + ΣΔ``, and how far in Frobenius norm they are from it. Nothing is changed.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola.adapters.codes import codes_of
-from cola.adapters.lora import AdaptedLayer
+from cola.adapters.lora import AdaptedLayer, rebind
 
 #: the buffers of tied links
 STACK = ("chain_A", "chain_B")
@@ -113,6 +113,7 @@ def settle(module: nn.Module) -> None:
         for name in STACK:
             del module._buffers[name]
         module.__class__ = module.plain_class  # type: ignore[assignment]
+        rebind(module)
 
 
 def thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -137,8 +138,8 @@ def joined(A: Tensor, B: Tensor, links: Sequence[Triple]) -> tuple[Tensor, Tenso
 
 def no_stack(module: Any) -> tuple[Tensor, Tensor]:
     """Ā and B̄ of no link."""
-    device = module.weight.device
-    return torch.zeros(0, module.in_features, device=device), torch.zeros(module.out_features, 0, device=device)
+    like: Any = {"device": module.weight.device, "dtype": torch.float32}
+    return torch.zeros(0, module.in_features, **like), torch.zeros(module.out_features, 0, **like)
 
 
 def plain_class_of(module: nn.Module) -> type[nn.Module]:

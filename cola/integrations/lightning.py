@@ -1,7 +1,7 @@
 """A chain in Lightning: make the ChainOptimizer in the module's ``__init__`` and add `ChainKnots` to the callbacks.
 
 Made later, in ``configure_optimizers``, the link would come after Lightning has loaded a checkpoint's weights, which
-hold the live link. Losses reach the policy through the closure that Lightning gives to ``step``.
+hold the live link.
 
 >>> import lightning
 >>> import torch
@@ -24,18 +24,27 @@ hold the live link. Losses reach the policy through the closure that Lightning g
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import ChainOptimizer, KnotReport
+from cola.adapters import adapted_class, is_quantized
+from cola.extend import LayerPlan
+from cola.tie import tie_
 
 
 class ChainKnots(Callback):
-    """Tells the policies of a module's chains the epoch, logs knots, and finishes the chains when ``fit`` ends.
+    """Tells the policies of a module's chains loss and epoch, logs knots, and finishes the chains when ``fit`` ends.
 
-    Knots appear as ``knot_rank``, ``knot_delta_norm`` and ``knot_lost_norm`` in the trainer's loggers, at the step
-    that they follow.
+    The loss is the mean of those that were backpropagated for a step, whether Lightning accumulates them or the module
+    does (``manual_backward(loss / n)``: a division by an integer is taken back). Knots appear as ``knot_rank``,
+    ``knot_delta_norm`` and ``knot_lost_norm`` in the trainer's loggers, at the step that they follow.
+
+    The finished module also takes a checkpoint from the middle of its run, e.g. ``trainer.test(ckpt_path="best")``: the
+    checkpoint's live link is merged into its weights.
 
     Args:
         finish: tie the last links at the end; False leaves that to ``opt.finish()``.
@@ -44,6 +53,7 @@ class ChainKnots(Callback):
     def __init__(self, *, finish: bool = True) -> None:
         self.finish = finish
         self.reports: list[KnotReport] = []
+        self.losses: list[tuple[Tensor, float]] = []  # of the coming step, and what each was divided by
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the chains; refuse what would undo their knots."""
@@ -55,8 +65,20 @@ class ChainKnots(Callback):
         for opt in _chains(trainer):
             opt.on_knot(self.reports.append)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep the loss."""
+        scaler, node, value = getattr(trainer.precision_plugin, "scaler", None), loss.grad_fn, loss.detach()
+        if scaler is not None:
+            node, value = node and node.next_functions[0][0], value / scaler._get_scale_async()
+        divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else _divisor(node)
+        self.losses.append((value, divisor))
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Tell the policy how many epochs the coming step completes."""
+        """Tell the policy the step's loss, and how many epochs the coming step completes."""
+        losses, self.losses = self.losses, []
+        if isinstance(optimizer, ChainOptimizer) and losses:
+            total = torch.stack([value for value, _ in losses]).sum()
+            optimizer._optimised(total / sum(1 / divisor for _, divisor in losses))
         if isinstance(optimizer, ChainOptimizer) and isinstance(trainer.num_training_batches, int):
             done = trainer.fit_loop.epoch_loop.batch_idx + 1
             optimizer.observe(epoch=trainer.current_epoch + done / trainer.num_training_batches)
@@ -70,6 +92,7 @@ class ChainKnots(Callback):
         if self.finish:
             for opt in _chains(trainer):
                 opt.finish()
+                _take_links(opt)
             self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:
@@ -87,3 +110,46 @@ class ChainKnots(Callback):
 def _chains(trainer: Trainer) -> list[ChainOptimizer]:
     optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in trainer.optimizers]
     return [opt for opt in optimizers if isinstance(opt, ChainOptimizer)]
+
+
+def _divisor(node: Any) -> float:
+    """The integer by which a loss was divided; 1 if it was not."""
+    other = getattr(node, "_saved_other", None) if node is not None and node.name() == "DivBackward0" else None
+    if isinstance(other, Tensor):
+        other = other.item() if other.numel() == 1 and other.device.type == "cpu" else None
+    return other if other is not None and other > 1 and other == int(other) else 1
+
+
+def _take_links(opt: ChainOptimizer) -> None:
+    """Let the finished layers load weights with a link."""
+    for path, layer in opt.live.layers.items():
+        if isinstance(layer, nn.Module) and not is_quantized(layer):  # PEFT's layers keep a link's entries
+            layer.register_load_state_dict_pre_hook(_MergesLink(opt.live.plans[path], opt.live.index + 1))
+
+
+class _MergesLink:
+    """A hook that merges the link in a state dict into the weight beside it.
+
+    Args:
+        plan: of the layer's links.
+        links: how many the run has had.
+    """
+
+    def __init__(self, plan: LayerPlan, links: int) -> None:
+        self.plan, self.links = plan, links
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        A, B = state.pop(f"{prefix}lora_A", None), state.pop(f"{prefix}lora_B", None)
+        if A is None or B is None:
+            return
+        used = (A != 0).any(1) | (B != 0).any(0)  # a masked link has zeros beyond its rank
+        rank = int(used.nonzero().max()) + 1 if used.any() else 0
+        scalings = [self.plan.scaling_of(i) for i in range(self.links) if self.plan.rank_of(i) == rank]
+        if rank and not scalings:
+            raise ValueError(f"the checkpoint's link on {prefix[:-1]!r} has rank {rank}, which no link of the run has")
+        if rank:
+            weight = state[f"{prefix}weight"].clone()
+            left, right = adapted_class(module).factors(A[:rank], B[:, :rank])
+            tie_(weight, left, right, scalings[0])
+            state[f"{prefix}weight"] = weight

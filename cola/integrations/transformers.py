@@ -9,6 +9,7 @@
 The same lines run in README.md beside this file.
 """
 
+import functools
 import logging
 import math
 import os
@@ -18,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
-from cola import Chain, ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
 from cola.adapters import StackedLinear, is_quantized, quantized
 from cola.adapters.peft import is_peft_model
+from cola.integrations.checkpoints import CHAIN_DIR, watch_checkpoints
+from cola.integrations.references import require_fixed_reference, require_no_averaging
+from cola.integrations.settings import base_arguments, say_what_is_not_used, spare_from_decay
 
 logger = logging.getLogger("cola")
 
-#: where a checkpoint, and the output directory in the end, keep the chain
-CHAIN_DIR = "chain"
 # entry of the optimizer's state dict with the tied weights of a PEFT model, of which a checkpoint has the adapter alone
 _WEIGHTS = "cola_weights"
 
@@ -45,8 +48,10 @@ def attach(
 ) -> ChainOptimizer:
     """Make a `ChainOptimizer` over ``trainer.model`` the trainer's optimizer.
 
-    Losses and epochs reach the policy, knots appear in the log history and wherever the trainer reports to (``knot``,
-    ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``), ``resume_from_checkpoint`` goes on bit for bit, and
+    Epochs reach the policy, and so does the loss that the trainer has optimised in the step, whatever computes it (the
+    model, ``compute_loss``, ``compute_loss_func``, label smoothing). Knots appear in the log history and wherever the
+    trainer reports to (``knot``, ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``), ``resume_from_checkpoint``
+    goes on bit for bit, also from ``checkpoint-N/chain`` where ``save_only_model=True`` left the rest out, and
     ``load_best_model_at_end`` brings back the best weights with the chain that led there. After ``train()`` the model
     is a plain one (a PeftModel is unloaded) with the chain in its weights, and ``trainer.save_model()`` writes that.
     In several processes, under DDP or FSDP2 (``fsdp=True``), all that is the same.
@@ -60,7 +65,9 @@ def attach(
         save_chain: write the links beside the weights: ``opt.save`` to ``checkpoint-N/chain`` (under FSDP2, where the
             optimizer's own state drops the links, ``opt.chain.save``), ``opt.chain.save`` to ``output_dir/chain`` in
             the end.
-        **kwargs: for `ChainOptimizer` and ``base``. The learning rate and the seed default to the trainer's arguments.
+        **kwargs: for `ChainOptimizer` and ``base``. What is not given comes from the trainer's arguments: the seed, and
+            as far as ``base`` names them ``learning_rate``, ``weight_decay`` (not for biases and norms),
+            ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``optim_args``. Frozen weights do not decay.
 
     Returns:
         The optimizer, e.g. for ``opt.chain`` and ``opt.on_knot``.
@@ -74,14 +81,17 @@ def attach(
     model = _chainable(trainer, finish)
     if link.rank_change == "auto":
         link = replace(link, rank_change="mask")  # a checkpoint's weights are loaded into the first link's shapes
-    kwargs = {"lr": trainer.args.learning_rate, "seed": trainer.args.seed, **kwargs}
-    opt = ChainOptimizer(base, model, policy, link=link, **kwargs)
+    settings = base_arguments(trainer.args, base, kwargs)
+    require_fixed_reference(trainer, link)
+    say_what_is_not_used(trainer.args, base)
+    opt = ChainOptimizer(base, model, policy, link=link, **{"seed": trainer.args.seed, **settings, **kwargs})
+    if "weight_decay" in settings:
+        spare_from_decay(trainer, opt)
     if is_peft_model(model):
         opt.register_state_dict_post_hook(_add_weights)
         opt.register_load_state_dict_pre_hook(_take_weights)
     trainer.optimizer = opt
-    if trainer.is_fsdp_enabled:
-        _bring_the_links(trainer, opt)
+    watch_checkpoints(trainer, opt)
     trainer.add_callback(ChainCallback(trainer, opt, finish=finish, save_chain=save_chain))
     return opt
 
@@ -93,10 +103,30 @@ class ChainCallback(TrainerCallback):
         self.trainer, self.opt = trainer, opt
         self.finish, self.save_chain = finish, save_chain and opt.chain.keep
         self.reports: list[KnotReport] = []
+        self.losses: list[Tensor] = []  # of the step's micro-batches
         opt.on_knot(self.reports.append)
+        step = trainer.training_step
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Tensor:
+            loss = step(*args, **kwargs)
+            self.losses.append(loss.detach())
+            return loss
+
+        trainer.training_step = training_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the callbacks that were added since `attach`."""
+        require_no_averaging(self.trainer)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin a new accumulation window."""
+        self.losses.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the policy how many epochs the coming step completes."""
+        """Tell the policy the step's loss, and how many epochs the coming step completes."""
+        if self.losses:  # each is the micro-batch's share of what the step optimises
+            self.opt._optimised(torch.stack(self.losses).sum())
         loader = kwargs.get("train_dataloader")
         try:
             batches = len(loader)  # type: ignore[arg-type]
@@ -104,6 +134,11 @@ class ChainCallback(TrainerCallback):
             return  # a stream has no epochs
         steps = math.ceil(batches / args.gradient_accumulation_steps)
         self.opt.observe(epoch=(state.global_step + 1) / steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the losses of a step that a loss scaler has skipped."""
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.opt.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the knots of the step."""
@@ -157,6 +192,11 @@ def _chainable(trainer: Any, finish: bool) -> Any:
         )
     if trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError("trainer has optimizer_cls_and_kwargs: give attach the optimizer class as base instead")
+    if trainer.lr_scheduler is not None:
+        raise ValueError(
+            "trainer has an lr_scheduler, which belongs to another optimizer: set lr_scheduler_type, or set "
+            "trainer.lr_scheduler to one over the optimizer that attach returns"
+        )
     if trainer.model_init is not None:
         raise ValueError("trainer has model_init, which would replace the chained model in train(): give it model=")
     if trainer.is_deepspeed_enabled:
@@ -176,25 +216,19 @@ def _chainable(trainer: Any, finish: bool) -> Any:
             "the model is a PeftModel, of which the trainer's FSDP checkpoints have the adapter alone and lose what "
             "was tied: give it the model without PEFT (link= says what peft_config would), or use DDP"
         )
+    checkpointing = getattr(trainer.args, "activation_checkpointing_kwargs", None) or {}
+    without_gradient = getattr(model, "main_input_name", "input_ids") != "input_ids"  # transformers sees to the others
+    if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant") and without_gradient:
+        raise ValueError(
+            "use_reentrant=True lets no gradient through to the links, since the model's inputs have none: set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
     if getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model):
         raise ValueError(
             "the model has an adapter from add_adapter, of which the trainer saves the adapter alone and loses what "
             "was tied: use peft.get_peft_model, or the model without an adapter"
         )
     return model
-
-
-def _bring_the_links(trainer: Any, opt: ChainOptimizer) -> None:
-    """Whenever the trainer loads the optimizer's state, from which FSDP drops the links, take them from beside it."""
-    load = trainer._load_optimizer_and_scheduler
-
-    def load_with_links(checkpoint: str | None) -> None:
-        load(checkpoint)
-        links = None if checkpoint is None else Path(checkpoint) / CHAIN_DIR
-        if opt.chain.missing and links is not None and links.is_dir():
-            opt.chain.restore(Chain.load(links).ledger())
-
-    trainer._load_optimizer_and_scheduler = load_with_links
 
 
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
+from experiments import style
 from experiments.bench import models
 from experiments.bench.measure import CLOCKS, Row, Settings, Spread
 
@@ -130,20 +131,16 @@ def _curve(name: str, x: Sequence[int], points: list[tuple[float, float]], expec
 
 def draw(found: Sequence[Curve], path: Path) -> None:
     """Four log-log panels with the expected slopes dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    pyplot = style.pyplot()
+    with pyplot.rc_context({**style.SETTINGS, "font.size": 9}):
         figure, panels = pyplot.subplots(1, len(found), figsize=(3.1 * len(found), 3.0), layout="constrained")
         for axes, curve in zip(np.atleast_1d(panels), found):
             x, knots = np.array(curve.x, dtype=float), np.array(curve.knot)
             guide = knots[-1] * (x / x[-1]) ** curve.expected
             axes.loglog(x, guide, "--", color="#999999", label=f"slope {curve.expected:g}")
             if not any(math.isnan(value) for value in curve.add):
-                axes.loglog(x, curve.add, ":s", color="#E69F00", markersize=4, label="W.add_")
-            axes.loglog(x, knots, "-o", color="#0072B2", markersize=5, label=f"knot, slope {curve.slope:.2f}")
+                axes.loglog(x, curve.add, ":s", color=style.ORANGE, markersize=4, label="W.add_")
+            axes.loglog(x, knots, "-o", color=style.BLUE, markersize=5, label=f"knot, slope {curve.slope:.2f}")
             low = min(np.min(knots), np.nanmin(np.array(curve.add)) if not math.isnan(curve.add[0]) else np.min(knots))
             axes.set_ylim(low / 2, 3 * knots.max())
             axes.set_xscale("log", base=2)

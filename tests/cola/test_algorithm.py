@@ -11,6 +11,8 @@ from cola.extend import draw
 from tests import reference
 from tests.models import BODY, Net, batch, loss_of, train
 
+pytestmark = pytest.mark.numerics
+
 BASES = {
     "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}, lambda: reference.AdamW(0.02, weight_decay=0.1)),
     "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, lambda: reference.Momentum(0.05, 0.9)),

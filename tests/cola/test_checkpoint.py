@@ -11,6 +11,8 @@ from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from tests.cola.resumed import CASES, KNOT, TOTAL, made, same, undisturbed, wrap
 from tests.models import BODY, Net, closure_steps, loss_of, tiny_gpt2, train
 
+pytestmark = pytest.mark.numerics
+
 # the precisions at, before and after a knot; the rest after one, where everything is at stake
 PRECISIONS = ("fp32", "bf16 stochastic", "bf16 compensated", "rank step-down")
 STOPS = [(case, stop) for case in PRECISIONS for stop in (KNOT - 1, KNOT, KNOT + 1, 2 * KNOT)]

@@ -12,6 +12,8 @@ from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from tests.models import Net, loss_of, tiny_gpt2, tiny_opt, train
 from tests.reference import rounded_sum
 
+pytestmark = pytest.mark.numerics
+
 SHAPES = {"m": st.integers(1, 24), "n": st.integers(1, 24), "r": st.integers(1, 4)}
 
 

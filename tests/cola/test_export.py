@@ -22,6 +22,8 @@ from cola import (
 from tests.cola.opt_chains import close, fit, output
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
 
+pytestmark = pytest.mark.numerics
+
 peft = pytest.importorskip("peft")
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from cola.adapters import LoRALinear, adapted_class, is_linear_map, refusal
 from cola.adapters.lora import LowRankLinear, _masked, kept, share_kept
 
+pytestmark = pytest.mark.numerics
+
 
 def adapted(out=5, inner=7, r=3, dtype=torch.float64, bias=True, seed=0, scaling=1.7, dropout=0.0, conv1d=False):
     g = torch.Generator().manual_seed(seed)

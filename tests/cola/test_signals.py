@@ -23,9 +23,9 @@ def test_accumulation_counts_optimizer_steps_and_averages_losses():
     assert losses == pytest.approx([sum(x.item() for x in micro) / 2])
 
 
-def test_losses_seen_in_evaluation_or_without_gradients_do_not_count():
-    model = tiny_opt()
-    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=2), lr=0.1)
+def test_only_a_loss_that_is_backpropagated_counts():
+    model, policy = tiny_opt(), Sees()
+    opt = ChainOptimizer(torch.optim.SGD, model, policy, link=LinkConfig(r=2), lr=0.1)
     ids = torch.arange(12).view(1, 12)
     model.eval()
     model(input_ids=ids, labels=ids)
@@ -33,9 +33,11 @@ def test_losses_seen_in_evaluation_or_without_gradients_do_not_count():
     with torch.no_grad():
         model(input_ids=ids, labels=ids)
     model(input_ids=ids)
-    assert opt._losses.seen.count == 0
-    model(input_ids=ids, labels=ids)
-    assert opt._losses.seen.count == 1
+    model(input_ids=ids.flip(1), labels=ids.flip(1))  # a look at the loss in training mode
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    opt.step()
+    assert policy.losses == [loss.item()]
     opt.finish()
     assert not model._forward_hooks
 
@@ -136,6 +138,17 @@ def test_plateau_misses_its_loss_even_if_other_policies_tie():
             policy.knotted(step)
     with pytest.raises(RuntimeError, match="PlateauKnots has seen 20 steps"):
         policy.update(Signal(20))
+
+
+def test_plateau_says_at_the_first_step_that_no_loss_reaches_it(caplog):
+    model, policy = tiny_opt(), PlateauKnots(window=3)
+    opt = ChainOptimizer(torch.optim.SGD, model, policy, link=LinkConfig(r=2), lr=0.1)
+    ids = torch.arange(12).view(1, 12)
+    model(input_ids=ids, labels=ids).logits.logsumexp(-1).mean().backward()  # a loss of one's own
+    opt.step(), opt.step()
+    with pytest.raises(RuntimeError, match=r"3 steps \(a whole window\) and no loss: call opt.observe\(loss\)"):
+        opt.step()
+    assert [r.getMessage()[:43] for r in caplog.records] == ["PlateauKnots saw no loss at the first step:"]
 
 
 def test_plateau_on_negative_losses_asks_for_a_real_improvement():

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cola.tie import delta_norm, key, obstacle, residual_like, tie_, tolerance
 from tests.reference import stochastic_neighbours
 
+pytestmark = pytest.mark.numerics
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDINGS = ["nearest", "stochastic", "compensated"]
 
@@ -118,14 +120,59 @@ def test_stochastic_roundings_of_one_tie_are_uncorrelated():
     assert abs(sum(counts) / runs - n * chance) <= 5 * math.sqrt(n * chance * (1 - chance) / runs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_blocks_and_threads_do_not_change_a_stochastic_tie(dtype, monkeypatch):
-    W, L, R = case(90, 1000, 2, seed=4, dtype=dtype, size=1e-3)
-    results = []
-    for block in (1000, 7000, 1 << 16, 1 << 20):
-        monkeypatch.setattr("cola.tie._CPU_BLOCK", block)
-        results.append(tied(W, L, R, 1.0, "stochastic", seed=2)[0])
+def exact_case(m, n, r, dtype):
+    """A weight and an update below its last place whose sums are exact in every order, and leave much to chance."""
+    g = torch.Generator().manual_seed(4)
+    W = torch.randint(-128, 128, (m, n), generator=g).to(dtype) / 64
+    # the update is up to 128 units of 2⁻²⁰ for half precision, which fp32 adds exactly, 2⁻³⁰ for fp32, 2⁻⁶⁰ for fp64
+    unit = {torch.float32: 2.0**-30, torch.float64: 2.0**-60}.get(dtype, 2.0**-20)
+    L = torch.randint(-8, 9, (m, r), generator=g) * unit
+    return W, L, torch.randint(-8, 9, (r, n), generator=g).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_and_threads_do_not_change_what_a_stochastic_tie_draws(dtype, monkeypatch):
+    """The draws depend on the seed and the position alone; whatever kernel sums a block, these sums are exact."""
+    W, L, R = exact_case(90, 1000, 2, dtype)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for block in (1000, 7000, 1 << 16, 1 << 20):
+            monkeypatch.setattr("cola.tie._CPU_BLOCK", block)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append(tied(W, L, R, 1.0, "stochastic", seed=2)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert (results[0] != W).any()
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_part_draws_what_it_would_draw_within_the_whole(dtype):
+    W, L, R = exact_case(90, 1000, 2, dtype)
+    whole = tied(W, L, R, 1.0, "stochastic", seed=2)[0]
+    every = slice(0, 1000)
+    for rows, columns in ((slice(0, 1), every), (slice(31, 90), every), (slice(7, 60), slice(3, 500))):
+        part = W[rows, columns].clone()
+        offset = (rows.start, columns.start)
+        tie_(part, L[rows], R[:, columns], 1.0, rounding="stochastic", seed=2, part_of=(90, 1000), offset=offset)
+        assert torch.equal(part, whole[rows, columns])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_blocks_and_threads_change_sums_by_rounding_at_most(dtype, monkeypatch):
+    """A block of another height may take another kernel, which sums the r products in another order."""
+    r = 5
+    W, L, R = case(90, 1000, r, seed=4, dtype=dtype, size=1e-3)
+    monkeypatch.setattr("cola.tie._CPU_BLOCK", 1 << 20)
+    one = tied(W, L, R, 1.0, "nearest")[0].double()
+    monkeypatch.setattr("cola.tie._CPU_BLOCK", 1000)
+    two = tied(W, L, R, 1.0, "nearest")[0].double()
+    # each of two sums of r products and a weight errs by (r + 1) roundings of fp32; the result by half a unit each
+    fp32 = torch.finfo(torch.float32).eps
+    products = L.double().abs() @ R.double().abs()
+    bound = (r + 1) * fp32 * (products + W.double().abs())
+    assert ((one - two).abs() <= bound + torch.finfo(dtype).eps * torch.maximum(one.abs(), two.abs())).all()
 
 
 def test_the_stream_of_the_noise_is_that_of_the_format():

@@ -126,10 +126,13 @@ def test_flops_that_cannot_be_counted_are_missing_and_the_scores_are_not(tmp_pat
     model = tmp_path / "model"
     transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=300).save_pretrained(model)
     setting = tables.Setting(model=str(model))
-    assert table._configuration(TABLES[4], setting) is None
-    assert "FLOPs saved will be missing: config.model_type='gpt2'" in capsys.readouterr().err
-    assert table._configuration(TABLES[1], setting) is None
-    assert table._configuration(TABLES[4], tables.Setting(model="tiny")).model_type == "opt"
+    assert table._flops_per_token(TABLES[4], setting) is None
+    said = capsys.readouterr().err
+    assert "FLOPs saved will be missing: targets=('q_proj', 'v_proj')" in said
+    assert "'gpt2'" in said
+    assert table._flops_per_token(TABLES[1], setting) is None
+    assert table._flops_per_token(TABLES[4], tables.Setting(model=str(model), targets=("c_attn",))) == 4 * 8 + 6 * 24
+    assert table._flops_per_token(TABLES[4], tables.Setting(model="tiny")) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An exported adapter says what other readers need: the model's task or class, plain names, one rank and no patterns."""
+"""An exported adapter says what other readers need: the model's task or class, plain names, one rank, no patterns."""
 
 import json
 
@@ -294,9 +294,7 @@ def test_layers_that_peft_refuses_are_refused_here(kind, tmp_path):
         if fits:
             chain.to_peft(tmp_path / "fits")
         else:
-            with pytest.raises(
-                ValueError, match=r"PEFT refuses adapters on layer '[\w.]*out_proj' of a \w*mamba model"
-            ):
+            with pytest.raises(ValueError, match=r"PEFT refuses adapters on layer '.*out_proj' of a \w*mamba model"):
                 chain.to_peft(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

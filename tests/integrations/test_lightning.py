@@ -92,3 +92,53 @@ def test_the_module_copies_with_its_optimizer(tmp_path):
     module = copy.deepcopy(Lit(StepKnots(every=2)))
     fit(module, tmp_path, max_steps=4)
     assert len(module.chain_optimizer.chain) == 2
+
+
+class Judged(Lit):
+    """Notes what it computes when a checkpoint is written, and what it is tested with."""
+
+    def __init__(self, policy, r=2, best=0):
+        super().__init__(policy, r)
+        self.noted, self.tested, self.best, self.rounds = {}, None, best, 0
+
+    def validation_step(self, rows, index):
+        self.noted[self.global_step] = self.net(batch(5)[0])
+        self.log("score", float(self.rounds != self.best), batch_size=1)
+        self.rounds += 1
+
+    def test_step(self, rows, index):
+        self.tested = self.net(batch(5)[0])
+
+    predict_step = test_step
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(1, 1))
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights"])
+@pytest.mark.parametrize("r", [2, (2, 1)], ids=str)
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_checkpoint_is_tested_with_its_link(tmp_path, best, r, weights_only):
+    """Knots after steps 2 and 5; epochs, and so checkpoints, end with steps 3, 6 and 9."""
+    module = Judged(StepKnots(at=[2, 5]), r, best)
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="score", save_weights_only=weights_only)
+    trainer = fit(module, tmp_path, callbacks=[keep], max_steps=9, num_sanity_val_steps=0)
+    at = [3, 6, 9][best]
+    assert f"step={at}" in keep.best_model_path
+    wanted = module.noted[at]
+    rate = 4 * torch.finfo(torch.float32).eps * 30  # sums of a few products in another order, through three layers
+    for how in (trainer.test, trainer.predict, trainer.test):
+        module.tested = None
+        how(module, ckpt_path="best", **({"verbose": False} if how == trainer.test else {}))
+        torch.testing.assert_close(module.tested, wanted, rtol=rate, atol=rate)
+    assert not [name for name in module.state_dict() if "lora" in name]
+    # a fresh module takes the link as a link
+    fresh = Judged.load_from_checkpoint(keep.best_model_path, policy=StepKnots(at=[2, 5]), r=r)
+    torch.testing.assert_close(fresh.net(batch(5)[0]), wanted, rtol=rate, atol=rate)
+    # and one that was finished elsewhere is given it by its own run
+    other = Judged(StepKnots(at=[2, 5]), r)
+    fit(other, tmp_path / "other", callbacks=[], max_steps=9, num_sanity_val_steps=0)
+    other.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
+    torch.testing.assert_close(other.net(batch(5)[0]), wanted, rtol=rate, atol=rate)

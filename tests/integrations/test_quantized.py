@@ -25,6 +25,8 @@ from tests.integrations.quantized_nets import (
     train,
 )
 
+pytestmark = pytest.mark.numerics
+
 bnb = pytest.importorskip("bitsandbytes")
 
 

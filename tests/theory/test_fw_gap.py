@@ -13,6 +13,8 @@ from theory.frank_wolfe import frank_wolfe
 from theory.instances import INSTANCES
 from theory.suite import Task
 
+pytestmark = pytest.mark.numerics
+
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -64,7 +66,6 @@ def test_settings_reach_the_run(options, label, tmp_path):
         (["--step", "exact"], "--step 'exact' is not known: choose from theorem"),
         (["--T", "0"], "--T must be at least 1, got 0"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--epsilon", "0.1", "--rho", "0.5"], "--epsilon and --rho name different oracles"),
         (["--oracle", "lanczos", "--epsilon", "0.1"], "--epsilon has no effect on --oracle lanczos"),
         (["--oracle", "own", "--rho", "0.5"], "--rho has no effect on --oracle own"),
@@ -86,6 +87,20 @@ def test_settings_reach_the_run(options, label, tmp_path):
 def test_bad_options_end_with_status_two(options, message, tmp_path, capsys):
     assert fw_gap.main([*options, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**70), 2**63, 10**40])
+def test_any_whole_number_is_a_seed(seed, tmp_path):
+    """Every stream of the command is drawn: data, batches, oracles, and the checks of an estimate."""
+    options = ["--instance", "tanh", "A-ray", "--batch", "4", "--T", "20", "--seeds", "2", "--no-plots"]
+    assert fw_gap.main([*options, "--seed", str(seed), "--out", str(tmp_path)]) == 0
+    assert {row["seed"] for row in lines(tmp_path)} == {seed, seed + 1}
+
+
+def test_a_seed_that_is_no_whole_number_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        fw_gap.main(["--seed", "1.5"])
+    assert "argument --seed: invalid int value: '1.5'" in capsys.readouterr().err
 
 
 def test_no_noise_is_no_noise(tmp_path):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from theory.lanczos import random_start_excess, top_singular
 from theory.points import ObservedMatrix, Pattern, row_blocks
 
+pytestmark = pytest.mark.numerics
+
 
 def matrix(m, n, spectrum, seed=0):
     rng = np.random.default_rng(seed)

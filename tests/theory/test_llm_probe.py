@@ -13,6 +13,8 @@ from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
 from tests.theory.llm_chains import CLOSE, MODELS, dense, lm_batches, lm_loss, mlp, mlp_batches, mlp_loss, so_far, train
 from theory.llm_probe import GapProbe
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("sketch", [64, 4])
 @pytest.mark.parametrize("name", MODELS)

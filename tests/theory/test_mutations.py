@@ -6,6 +6,8 @@ from tests.theory import mutations
 from theory.audit import audit, failures
 from theory.checks import FAIL, PASS
 
+pytestmark = pytest.mark.numerics
+
 # the checks that must each catch the error by itself, so that no single check carries the suite
 CAUGHT_BY = {
     "flipped_sign": {"identity", "gap = dense SVD"},

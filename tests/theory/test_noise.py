@@ -12,6 +12,8 @@ from theory.points import DensePoint
 from theory.problems import NoisyProblem
 from theory.tight import trace_quadratic
 
+pytestmark = pytest.mark.numerics
+
 ESTIMATORS = [Minibatch(8), Minibatch(lambda t: t), Momentum(4), SVRF(8, 10), SPIDER(8, 10)]
 
 

@@ -14,6 +14,8 @@ from theory.matrix_oracles import CappedTraceBall, RankBall, SpectralBall, Trace
 from theory.oracles import Box, FrobeniusBall, L1Ball, Product, Simplex
 from theory.points import DensePoint, LowRank
 
+pytestmark = pytest.mark.numerics
+
 MATRIX = (4, 3)
 SETS = {
     "l1": L1Ball(1.5, 5),

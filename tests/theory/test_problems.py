@@ -28,6 +28,8 @@ from theory.tight import (
     zero_chain,
 )
 
+pytestmark = pytest.mark.numerics
+
 
 def completion():
     data = low_rank_data(30, 20)

@@ -23,6 +23,8 @@ from theory.tight import (
     zero_chain,
 )
 
+pytestmark = pytest.mark.numerics
+
 # instance, T, avg/s, min/s; None where the reference gives none. Each is compared to half of its last digit.
 QUICK = [
     (cosine, 1000, "1.110", None),

@@ -10,6 +10,8 @@ from theory.frank_wolfe import frank_wolfe
 from theory.recovery import observed_completion
 from theory.torch_backend import on_torch
 
+pytestmark = pytest.mark.numerics
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
