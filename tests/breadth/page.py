@@ -20,12 +20,13 @@ COLUMNS = {
 #: what refusals say, and how the page puts it
 REASONS = {
     "none that is known by name": "no query and value projections that are known by name",
-    "are one tensor": "its query and value projections are shared between layers",
+    "are one tensor": "the projections are shared between layers",
     "which training has moved": "training moves running statistics, which an adapter in PEFT's format cannot hold",
-    "PEFT renames the keys": "PEFT loses the keys of adapters for this model, its own included",
+    "under another name": "PEFT loads some layers of this model under other names, its own adapters' too",
     "PEFT refuses adapters on layer": "PEFT refuses adapters on layers whose weights the kernels read",
     "as well, and PEFT would change it at one place": "PEFT would change a shared module at one place alone",
-    "an empty chain": "none of the adapted layers was used",
+    "an empty chain": "no gradient came to the adapted layers",
+    "reads the weight without calling": "its forward reads the weights without calling the layers",
     "no linear layer that can carry": "it has no linear layer that can carry a link",
 }
 
