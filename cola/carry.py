@@ -19,10 +19,9 @@ from cola import replay
 from cola.fingerprint import Fingerprint
 from cola.live import LiveLink
 from cola.store import Ledger, link_from_parts, link_to_parts
+from cola.version import FORMAT
 
 KEY = "cola"
-VERSION = 2
-READS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def pack(ledger: Ledger, residuals: Mapping[str, Tensor]) -> dict[str, Any]:
         links.append(content)
     text = json.dumps(
         {
-            "version": VERSION,
+            "version": FORMAT,
             "missing": ledger.missing,
             "keep": ledger.keep,
             "base": None if ledger.base is None else ledger.base.to_json(),
@@ -109,11 +108,8 @@ def read(entry: Any, index: int, live: LiveLink, *, finished: bool = False) -> C
 
 def _read(entry: Mapping[str, Any]) -> Carried:
     content = json.loads(entry["text"])
-    if content["version"] not in READS:
-        raise ValueError(
-            f"it has format {content['version']!r:.40}, and this version of cola reads formats "
-            f"{' and '.join(map(str, READS))}"
-        )
+    if content["version"] != FORMAT:
+        raise ValueError(f"it has format {content['version']!r:.40}, and this version of cola reads format {FORMAT}")
     parts: list[dict[str, Tensor]] = [{} for _ in content["links"]]
     for name, tensor in entry["links"].items():
         number, _, part = name.partition("/")

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from cola import export, interrupts, peft_import, replay, store, subspace
 from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
+from cola.version import FORMAT
 
 logger = logging.getLogger("cola")
-
-#: of `Chain.state_dict`
-VERSION = 1
 
 
 class Chain:
@@ -126,7 +124,7 @@ class Chain:
         """
         ledger = self.ledger()
         base = None if ledger.base is None else ledger.base.to_json()
-        about = json.dumps({"version": VERSION, "missing": ledger.missing, "keep": ledger.keep, "base": base})
+        about = json.dumps({"version": FORMAT, "missing": ledger.missing, "keep": ledger.keep, "base": base})
         return {"about": about, "links": [store.link_to_bytes(link) for link in ledger.links]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,8 +140,8 @@ class Chain:
         """
         try:
             about = json.loads(state_dict["about"])
-            if about["version"] != VERSION:
-                raise ValueError(f"it has format {about['version']}, and this version of cola reads format {VERSION}")
+            if about["version"] != FORMAT:
+                raise ValueError(f"it has format {about['version']}, and this version of cola reads format {FORMAT}")
             links = [store.link_from_bytes(data, Path("links") / str(i)) for i, data in enumerate(state_dict["links"])]
             base = None if about["base"] is None else Fingerprint.from_json(about["base"])
             missing, keep = about["missing"], about["keep"]

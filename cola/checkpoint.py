@@ -29,7 +29,6 @@ from cola.packing import pack, unpack
 from cola.store import (
     CHAIN,
     CHECKPOINT,
-    READS,
     Ledger,
     entry,
     read_links,
@@ -40,6 +39,7 @@ from cola.store import (
     write_links,
     write_manifest,
 )
+from cola.version import FORMAT
 
 logger = logging.getLogger("cola")
 
@@ -157,7 +157,7 @@ def _read(directory: Path) -> Checkpoint:
             f"{directory} holds a chain, as Chain.save writes it, and no run to go on from: give opt.load a directory "
             "of opt.save, or take the chain's links by opt.follow(Chain.load(directory))"
         )
-    manifest = unseal(path, CHECKPOINT[1], READS)
+    manifest = unseal(path, CHECKPOINT[1], FORMAT)
     ledger = read_links(directory, manifest.get("chain"), path)
     item = entry(manifest.get("state"), path)
     path = directory / item.file

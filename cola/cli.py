@@ -106,8 +106,6 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if all(problem is None for _, problem in checks):
         model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
         name = "base is the one that the chain was trained on"
-        if chain.base is not None and chain.base.others is None:
-            name = "adapted layers are those that the chain was trained on (format 1 records no others)"
         if chain.base is None:
             name = "layers fit the base (which base the chain was trained on is not recorded)"
         links = tuple(chain)

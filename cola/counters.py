@@ -15,11 +15,10 @@ from cola.fingerprint import TensorPrint, prints_from_json
 from cola.knots import KnotPolicy
 from cola.link import Link
 from cola.live import LiveLink
+from cola.version import FORMAT
 
 #: the param-group entry
 GROUP_KEY = "cola"
-VERSION = 2
-READS = (1, 2)
 
 
 def write(
@@ -52,7 +51,7 @@ def write(
     """
     return json.dumps(
         {
-            "version": VERSION,
+            "version": FORMAT,
             "steps": steps,
             "epoch": epoch,
             "probed": probed,
@@ -120,11 +119,8 @@ def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | 
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error}): {text!r:.80}") from None
     if not _well_formed(saved):
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")
-    if version not in READS:
-        raise ValueError(
-            f"the state has format {version!r:.40}, and this version of cola reads formats "
-            f"{' and '.join(map(str, READS))}"
-        )
+    if version != FORMAT:
+        raise ValueError(f"the state has format {version!r:.40}, and this version of cola reads format {FORMAT}")
     if saved.get("finished") is not None and finished is None:
         raise ValueError(
             "the state was saved after finish(), when its chain was complete, and this one is running: load a state "
@@ -136,7 +132,6 @@ def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | 
             "model, and load the state there"
         )
     mine = finished or describe(live)
-    theirs.setdefault("quantized", "stack")
     for name in ("layers", "seed", "rounding", "quantized", "link"):
         if theirs[name] != mine[name]:
             raise ValueError(
@@ -211,7 +206,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("origin"), (dict, type(None)))
         and isinstance(saved.get("base_class", ""), str)
         and (saved.get("finished") is None or (type(saved["finished"]) is int and saved["finished"] >= 0))
-        and live.keys() >= {"layers", "seed", "rounding", "link"}
+        and live.keys() >= {"layers", "seed", "rounding", "quantized", "link"}
     )
 
 

@@ -143,7 +143,7 @@ def seal(content: dict[str, Any]) -> bytes:
     return json.dumps({**content, "sha256": _content_digest(content)}, indent=1, ensure_ascii=False).encode()
 
 
-def unseal(path: Path, kind: str, versions: tuple[int, ...]) -> dict[str, Any]:
+def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
     """Read a manifest of format ``kind`` and check it.
 
     Raises:
@@ -153,10 +153,10 @@ def unseal(path: Path, kind: str, versions: tuple[int, ...]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != kind:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise StoreError(f"{path} is not a {kind} manifest (its format is {found!r:.40})")
-    if content.get("version") not in versions or type(content["version"]) is not int:
+    if content.get("version") != version or type(content["version"]) is not int:
         raise StoreError(
-            f"{path} has format version {content.get('version')!r:.40}, and this library reads versions "
-            f"{' and '.join(map(str, versions))}: use the version of cola that wrote it"
+            f"{path} has format version {content.get('version')!r:.40}, and this library reads version {version}: use "
+            "the version of cola that wrote it"
         )
     if content.pop("sha256", None) != _content_digest(content):
         raise StoreError(f"{path} was edited or damaged: its content does not match its checksum")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.architecture import Architecture
-from cola.distributed import is_sharded, shared_out, whole
+from cola.distributed import is_sharded, shared_out
 
 _PIECE = 1 << 25  # bytes that are fetched from a device at a time
 _SMALL = 1 << 20  # bytes below which threads cost more than they save
@@ -56,7 +56,7 @@ class Fingerprint:
     Attributes:
         layers: per adapted layer, by path.
         name: hub name or directory that the model says it came from; informal, never compared.
-        others: all other parameters and persistent buffers, by name; None where only layers were recorded (format 1).
+        others: all other parameters and persistent buffers, by name; None where only layers were looked at.
         architecture: of the model, which is never compared; None where it was not recorded.
     """
 
@@ -100,10 +100,7 @@ class Fingerprint:
                 how = f"{title} is {dtype}, in the chain's base it is {mine.dtype}: load it as that"
                 yield Difference(name, False, how)
         known = {name: tensor for name, tensor in both.items() if prints[name].digest is not None}
-        old = {n: t for n, t in known.items() if n in titles and len(prints[n].digest or "") == _OLD_DIGITS}
-        found = digests({name: t for name, t in known.items() if name not in old})
-        found.update({name: checksum_1(tensor) for name, tensor in old.items()})
-        for name, digest in found.items():
+        for name, digest in digests(known).items():
             if digest is None:
                 yield Difference(name, False, f"{name!r} has no values to compare (it is on the meta device): load it")
             elif digest != prints[name].digest:
@@ -119,10 +116,10 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """From `to_json`'s, or from that of format 1.
+        """From `to_json`'s.
 
         Raises:
-            KeyError, TypeError, AttributeError: it is neither.
+            KeyError, TypeError, AttributeError: it is not one.
         """
         layers = {}
         for path, one in prints_from_json(value["layers"]).items():
@@ -297,39 +294,3 @@ def _version(tensor: Tensor) -> tuple[Any, ...] | None:
     if not isinstance(tensor, nn.Parameter) or made_of_others or tensor.is_meta or tensor.is_inference():
         return None
     return tensor._version, tensor.dtype, tensor.device, tensor.data_ptr()
-
-
-# format 1
-
-_OLD_DIGITS = 32
-_BLOCK = 1 << 13
-
-
-@torch.no_grad()
-def checksum_1(weight: Tensor) -> str:
-    """The digest of format 1, by which chains that were written in it are still checked.
-
-    Sums over blocks of the bits as integers, plainly and weighted by position; linear, so not proof against edits
-    that cancel out.
-    """
-    weight = whole(weight)
-    words = {1: torch.uint8, 2: torch.int16}.get(weight.element_size(), torch.int32)
-    bits = _flat(weight.detach()).view(words)
-    order = torch.arange(1, _BLOCK + 1, dtype=torch.int64, device=bits.device)
-    plain, weighted = [], []
-    count = bits.numel() // _BLOCK * _BLOCK
-    for part in (*bits[:count].split(_BLOCK * 8), bits[count:]):
-        if part.numel():
-            block = part.view(-1, min(_BLOCK, part.numel())).long()
-            plain.append(block.sum(1))
-            weighted.append(block.mul_(order[: block.shape[1]]).sum(1))
-    total = torch.cat([*plain, *weighted]).cpu() if plain else torch.zeros(0, dtype=torch.int64, device="cpu")
-    return hashlib.sha256(total.numpy().tobytes()).hexdigest()[:_OLD_DIGITS]
-
-
-def digest_1(weights: Mapping[str, Tensor], transposed: Iterable[str]) -> str:
-    """`Fingerprint.digest` of adapted layers as format 1 took it."""
-    flipped = set(transposed)
-    return Fingerprint(
-        {path: LayerPrint(tuple(w.shape), dtype_name(w), path in flipped, checksum_1(w)) for path, w in weights.items()}
-    ).digest

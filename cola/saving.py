@@ -16,7 +16,6 @@ from cola import carry, checkpoint, counters, interrupts, origin, replay
 from cola.chain import Chain
 from cola.contexts import unaffected
 from cola.distributed import is_sharded
-from cola.fingerprint import digest_1
 from cola.integrity import require_intact, require_same_weights
 from cola.knots import KnotPolicy
 from cola.link import Link
@@ -36,7 +35,6 @@ class Saves(KnowsBase):
     _ready: bool = False  # whether what must be looked at before a step has been
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
     _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
-    _expected_format: int = counters.VERSION
     _ended: dict[str, Any] | None = None  # the live link as `counters.describe` said of it when the chain was finished
 
     # in a directory of our own
@@ -295,7 +293,7 @@ class Saves(KnowsBase):
             require_same_weights(self.live, self._held)
             described, moving = counters.describe(self.live), None if self.live.index else self._origin.to_json()
             weights = self._weights().digest if self.live.index else None
-            if self._expected is not None and self._expected_format == counters.VERSION:
+            if self._expected is not None:
                 weights = self._expected  # the model's own state dict may not have been loaded yet
         self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
             self.steps,
@@ -316,12 +314,7 @@ class Saves(KnowsBase):
         """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
         if self._expected is None:
             return
-        if self._expected_format == 1:
-            flipped = replay.transposed(self.live.model, self.live.layers)
-            found = digest_1({path: layer.weight for path, layer in self.live.layers.items()}, flipped)
-        else:
-            found = self._weights().digest
-        if found != self._expected:
+        if self._weights().digest != self._expected:
             raise RuntimeError(
                 f"the model's weights are not those that the optimizer's state was saved with, after {self.live.index} "
                 "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
@@ -339,7 +332,7 @@ class Saves(KnowsBase):
         self.policy.load_state_dict(counted["policy"])
         self.steps, self._epoch = counted["steps"], counted["epoch"]
         self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
-        self._expected, self._expected_format = counted.get("weights"), counted["version"]
+        self._expected = counted.get("weights")
         self._knots = counted.get("knots")
         self.chain.live = self.steps > max((step for _, step, *_ in self._knots or ()), default=0)
         self._ready, self._held = False, {}

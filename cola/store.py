@@ -38,13 +38,11 @@ from cola.fingerprint import Fingerprint
 from cola.link import Factor, KnotReport, LayerReport, Link
 from cola.packing import pack, unpack
 from cola.tie import RECORDED, TIEABLE
-from cola.version import __version__
+from cola.version import FORMAT, __version__
 
 T = TypeVar("T")
 
 _TRIES = 10  # of a reader, against a run that saves while it reads
-VERSION = 2  # of what is written
-READS = (1, 2)
 CHAIN, CHECKPOINT = ("chain.json", "cola-chain"), ("checkpoint.json", "cola-checkpoint")
 #: names that a manifest may list; nothing else is ever opened or deleted
 _OURS = re.compile(r"(link-\d{5,9}|state-\d{1,18})-[0-9a-f]{16}\.safetensors")
@@ -132,20 +130,18 @@ def _stamp(directory: Path) -> list[tuple[int, int]]:
 def _load(directory: Path) -> Ledger:
     chain, checkpoint = directory / CHAIN[0], directory / CHECKPOINT[0]
     if not checkpoint.exists():
-        return read_links(directory, unseal(chain, CHAIN[1], READS), chain)
-    manifest = unseal(checkpoint, CHECKPOINT[1], READS)
+        return read_links(directory, unseal(chain, CHAIN[1], FORMAT), chain)
+    manifest = unseal(checkpoint, CHECKPOINT[1], FORMAT)
     inside, at = read_links(directory, manifest.get("chain"), checkpoint), _saved(manifest)
     if not chain.exists():
         return inside
     # both were saved here: the later one counts, which may be the shorter if a link was undone
-    manifest = unseal(chain, CHAIN[1], READS)
+    manifest = unseal(chain, CHAIN[1], FORMAT)
     alone, then = read_links(directory, manifest, chain), _saved(manifest)
     agree = [link_to_bytes(a) == link_to_bytes(b) for a, b in _both(inside, alone)]
-    of_one_run = all(agree) if at == then else all(agree[:1])
-    if not of_one_run:
+    if not all(agree[:1]):
         raise StoreError(f"{chain} and {checkpoint} hold different chains: move one of them to another directory")
-    # format 1 does not say when
-    return max((alone, then), (inside, at), key=lambda x: (x[1], x[0].missing + len(x[0].links)))[0]
+    return alone if then > at else inside
 
 
 def _both(one: Ledger, other: Ledger) -> Iterable[tuple[Link, Link]]:
@@ -155,7 +151,7 @@ def _both(one: Ledger, other: Ledger) -> Iterable[tuple[Link, Link]]:
 
 
 def _saved(manifest: Mapping[str, Any]) -> int:
-    """When a manifest was written, in microseconds; 0 in format 1."""
+    """When a manifest was written, in microseconds."""
     saved = manifest.get("saved", 0)
     return saved if type(saved) is int else 0
 
@@ -168,9 +164,9 @@ def write_manifest(directory: Path, kind: tuple[str, str], content: Mapping[str,
     saved = time.time_ns() // 1000
     for name, other in (CHAIN, CHECKPOINT):
         with contextlib.suppress(StoreError):
-            saved = max(saved, _saved(unseal(directory / name, other, READS)) + 1)
+            saved = max(saved, _saved(unseal(directory / name, other, FORMAT)) + 1)
     name, format_ = kind
-    write(directory / name, seal({"format": format_, "version": VERSION, "saved": saved, **content}))
+    write(directory / name, seal({"format": format_, "version": FORMAT, "saved": saved, **content}))
     clean(directory)
 
 
@@ -234,7 +230,7 @@ def clean(directory: Path) -> None:
     with contextlib.suppress(StoreError, OSError):  # if a manifest cannot be read, what it lists cannot be known
         for name, kind in (CHAIN, CHECKPOINT):
             path = directory / name
-            manifest = unseal(path, kind, READS) if path.exists() else {}
+            manifest = unseal(path, kind, FORMAT) if path.exists() else {}
             for item in (
                 *manifest.get("links", ()),
                 *manifest.get("chain", {}).get("links", ()),

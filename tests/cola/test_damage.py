@@ -21,6 +21,7 @@ from cola import (
     store,
     tensorfile,
 )
+from cola.version import FORMAT
 from tests.cola.stored import same_links, trained
 from tests.models import BODY, Net, train
 
@@ -53,9 +54,13 @@ DAMAGE = {
     "manifest foreign": (lambda d: (d / "chain.json").write_text('{"a": 1}'), r"not a cola-chain manifest"),
     "manifest binary": (lambda d: (d / "chain.json").write_bytes(b"\x80\x04\xff"), r"chain\.json is not readable"),
     "deep": (lambda d: (d / "chain.json").write_text("[" * 100_000), r"chain\.json is not readable as JSON"),
+    "earlier format": (
+        lambda d: edit(d / "chain.json", lambda c: c.update(version=FORMAT - 1)),
+        rf"version {FORMAT - 1}, .* reads version {FORMAT}: use the version of cola that wrote it",
+    ),
     "later format": (
-        lambda d: edit(d / "chain.json", lambda c: c.update(version=3)),
-        r"version 3, .* reads versions 1 and 2",
+        lambda d: edit(d / "chain.json", lambda c: c.update(version=FORMAT + 1)),
+        rf"version {FORMAT + 1}, .* reads version {FORMAT}",
     ),
     "link gone": (lambda d: link(d, 1).unlink(), r"link-00001-\w+\.safetensors is missing"),
     "link cut": (lambda d: os.truncate(link(d, 1), 50), r"link-00001-\w+\.safetensors is truncated: 50 of"),

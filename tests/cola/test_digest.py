@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cola.fingerprint import Digests, checksum, checksum_1, digests
+from cola.fingerprint import Digests, checksum, digests
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -41,7 +41,7 @@ def test_moved_values_are_seen(tensor, data):
 
 @given(st.integers(1, 1 << 20), st.integers(0, 97), st.integers(1, 40), st.integers(1, 40))
 def test_edits_that_cancel_out_are_seen(amount, first, gap, width):
-    """Where sums of the bits, plain and weighted by position, stay as they were; format 1 could not tell them apart."""
+    """Where sums of the bits, plain and weighted by position, stay as they were."""
     weight = torch.randint(0, 1 << 24, (256,), dtype=torch.int32, generator=torch.Generator().manual_seed(first))
     edited = weight.clone()
     for place, sign in ((first, 1), (first + gap, -1), (first + gap + width, -1), (first + 2 * gap + width, 1)):
@@ -49,7 +49,6 @@ def test_edits_that_cancel_out_are_seen(amount, first, gap, width):
     if torch.equal(edited, weight):
         return
     weight, edited = weight.view(torch.float32), edited.view(torch.float32)
-    assert checksum_1(weight) == checksum_1(edited)
     assert checksum(weight) != checksum(edited)
 
 

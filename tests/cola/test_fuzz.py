@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots, StoreError, files, store, tensorfile
+from cola.version import FORMAT
 from tests.models import BODY, Net, train
 
 NUMBERS = [0, 1, -1, 2**31, 2**63, 2**64, 10**30, -(2**63), 1e308, 1.5, True, None, "", "x", [], {}, [[]], "../x", "0"]
@@ -164,7 +165,7 @@ def resealed(made, tmp_path, count, seed):
             (directory / item["file"]).write_bytes(data)
         if not isinstance(changed, dict):
             continue
-        path.write_bytes(files.seal({"format": "cola-checkpoint", "version": 1, **changed}))
+        path.write_bytes(files.seal({"format": "cola-checkpoint", "version": FORMAT, **changed}))
         for reader in ("chain", "checkpoint"):
             with contextlib.suppress(ValueError):  # StoreError, or a refusal because it is another run's now
                 READERS[reader](directory)

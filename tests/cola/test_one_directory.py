@@ -1,7 +1,6 @@
 """Several things in one directory: savers at once, a chain beside a checkpoint, readers of a run that saves."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -255,23 +254,6 @@ def test_chains_of_two_runs_are_not_confused(tmp_path):
         Chain.load(tmp_path)
     (tmp_path / "chain.json").unlink()
     assert links(Chain.load(tmp_path)) == links(other.chain)
-
-
-def test_of_two_manifests_that_do_not_say_when_the_longer_is_loaded(tmp_path):
-    """As format 1 left them."""
-    model, opt = new()
-    train(opt, model, 4)
-    opt.save(tmp_path)
-    train(opt, model, 2, start=4)
-    opt.chain.save(tmp_path)
-    for name in ("chain.json", "checkpoint.json"):
-        content = json.loads((tmp_path / name).read_text())
-        del content["sha256"], content["saved"]
-        (tmp_path / name).write_bytes(files.seal({**content, "version": 1}))
-    assert links(Chain.load(tmp_path)) == links(opt.chain)
-    opt.undo(Net())
-    opt.save(tmp_path)
-    assert links(Chain.load(tmp_path)) == links(opt.chain)
 
 
 # readers of a run that saves

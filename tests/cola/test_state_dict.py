@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cola import Chain, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola.version import FORMAT
 from tests.cola.chained import chained
 from tests.models import BODY, Net, train
 
@@ -89,7 +90,10 @@ def test_a_chains_state_survives_files_and_is_empty_without_links(steps):
     ("spoil", "message"),
     [
         (lambda state: {}, "'about'"),
-        (lambda state: {**state, "about": state["about"].replace('"version": 1', '"version": 2')}, "reads format 1"),
+        (
+            lambda state: {**state, "about": state["about"].replace(f'"version": {FORMAT}', '"version": 1')},
+            "reads format",
+        ),
         (lambda state: {**state, "links": state["links"][1:]}, "a link is missing"),
         (lambda state: {**state, "links": [state["links"][0][:100], state["links"][1]]}, "links/0"),
         (lambda state: {**state, "links": 3}, "not iterable"),
