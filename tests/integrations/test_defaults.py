@@ -41,7 +41,7 @@ DEFAULTS = {
     "DebertaForMaskedLM": {"in_proj"},
     "CpmAntForCausalLM": {"project_q", "project_v"},
     "FunnelForMaskedLM": {"q_head", "v_head"},
-    "Qwen3NextForCausalLM": {"in_proj_qkvz"},
+    "Qwen3NextForCausalLM": {"q_proj", "v_proj", "in_proj_qkvz"},
 }
 
 
