@@ -359,10 +359,11 @@ class Chain:
     def _warn_of_live_link(self, call: str) -> None:
         if self.live:
             logger.warning(
-                "chain.%s has %d tied links; the live link, which has been trained since the last knot, is not among "
-                "them: call opt.finish() before, or opt.tie() to go on training (opt.save() keeps the live link too)",
+                "chain.%s has %d tied link%s; the live link, which has been trained since the last knot, is not among "
+                "them: call opt.finish() first, or opt.tie() to go on training (opt.save() keeps the live link too)",
                 call,
                 len(self),
+                "" if len(self) == 1 else "s",
             )
 
     def _require_kept(self, call: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cola.adapters import is_linear_map, is_quantized
+from cola.adapters import is_linear_map, is_quantized, peft
 from cola.adapters.defaults import heads, left_encoders, task_heads, within
 from cola.adapters.quantized import QuantizedLinear
 from cola.adapters.targets import modules_by_name, obstacles, unwrap
@@ -152,7 +152,7 @@ def coverage(
     return Coverage(
         rows=tuple(Reached(part, kind, *row) for (part, kind), row in rows.items()),
         left_out=tuple(
-            LeftOut(group, size, reasons[0] + (f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""))
+            LeftOut(group, size, reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""))
             for group, (size, reasons) in sorted(merged.items(), key=lambda item: -item[1][0])
         ),
         trained=sum(extra.values()),
@@ -175,10 +175,15 @@ def announced(live: LiveLink) -> Coverage:
     inner, trained = unwrap(live.model), [path.rpartition(".")[0] for path in live.trained()]
     frozen = [head for head in task_heads(inner) if not any(within(p, [head]) for p in (*live.layers, *trained))]
     if frozen:
+        one = len(frozen) == 1
         logger.warning(
-            "the head %s of %s stays frozen: if it is new, train it whole by modules_to_save=%r",
-            ", ".join(map(repr, frozen)),
+            "the %s %s of %s %s frozen: if %s new, train %s whole by modules_to_save=%r",
+            "head" if one else "heads",
+            " and ".join(map(repr, frozen)),
             type(inner).__name__,
+            "stays" if one else "stay",
+            "it is" if one else "they are",
+            "it" if one else "them",
             frozen,
         )
     return found
@@ -217,14 +222,19 @@ class _Groups:
             return "embeddings", "links go on linear layers"
         if "Conv" in type(module).__name__:
             return "convolutions", "links go on linear layers"
-        return "other", f"a {type(module).__name__} is no linear layer"
+        return "other", f"a {type(module).__name__} is not a linear layer"
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Each parameter of the model once, without the links': its module's path, the module, its name, and itself."""
+    """Each parameter of the model once, without the links': its module's path, the module, its name, and itself.
+
+    Where PEFT trains a copy of a module, the copy counts and the original, which is out of use, does not.
+    """
+    wrappers = [m for m in unwrap(model).modules() if peft.original(m) == "original_module"]
+    unused = {id(module) for wrapper in wrappers for module in wrapper._modules["original_module"].modules()}  # type: ignore[union-attr]
     seen: set[int] = set()
     for path, module in modules_by_name(model).items():
-        for name, parameter in module._parameters.items():
+        for name, parameter in () if id(module) in unused else module._parameters.items():
             factor = name in ("lora_A", "lora_B") or {"lora_A", "lora_B"} & set(path.split("."))
             if parameter is not None and not factor and id(parameter) not in seen:
                 seen.add(id(parameter))

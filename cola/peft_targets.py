@@ -35,8 +35,6 @@ _RENAMED = {
     "pi0": r"(^|\.)embed_action_time\.",
     "unlimited_ocr": r"(^|\.)language_model\.layers\.",
 }
-#: layers that PEFT refuses in these models, whose kernels read the weight without calling the layer
-_MAMBA, _UNCALLED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "conv1d")
 #: modules that PEFT's classes for a task train whole, whatever the adapter says
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -135,16 +133,6 @@ def _require_free(
             raise ValueError(
                 f"an adapter in PEFT's format cannot hold layer {path!r}: PEFT adapts nothing in a module called "
                 f"{owner!r}, which is stored whole. Save the merged model instead"
-            )
-        if built is not None and built.model_type in _MAMBA and path.rpartition(".")[2] in _UNCALLED:
-            raise ValueError(
-                f"PEFT refuses adapters on layer {path!r} of a {built.model_type} model, whose kernels read the weight "
-                "without calling the layer: save the merged model, or leave the layer out of target_modules"
-            )
-        if built is not None and re.search(_RENAMED.get(built.model_type or "", "$^"), path):
-            raise ValueError(
-                f"PEFT loads a {built.model_type} model's layer {path!r} under another name, so that its part of an "
-                "adapter would be lost: save the merged model, or leave the layer out of target_modules"
             )
     for name in saved:
         other = next((m for m in sorted(modules) if m.endswith(name) and m not in saved), None)

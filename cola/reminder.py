@@ -92,10 +92,11 @@ def _left_out(module: nn.Module, note: Note) -> str | None:
     if any(map(peft.is_lora_layer, module.modules())):
         if not note.tied:
             return None
+        tied = "link that is" if note.tied == 1 else f"{note.tied} links that are"
         return (
-            f"of a PEFT model writes the live adapter alone, without the {note.tied} link(s) that are tied into the "
-            "base's weights already: call opt.finish() (or opt.tie()) and opt.chain.to_peft(directory) for one adapter "
-            "with all links, or opt.save(directory) to go on later"
+            f"of a PEFT model writes the live adapter alone, without the {tied} tied into the base's weights "
+            "already: call opt.finish() (or opt.tie()) and opt.chain.to_peft(directory) for one adapter with all "
+            "links, or opt.save(directory) to go on later"
         )
     layers = [layer for layer in module.modules() if isinstance(layer, AdaptedLayer)]
     if not any(_nonzero(layer.lora_A) and _nonzero(layer.lora_B) for layer in layers):

@@ -289,7 +289,8 @@ class _Noise:
     def uniform(self, rows: slice, out: Tensor) -> Tensor:
         """The same in [0, 1)."""
         draws = self.integers(rows, torch.empty(out.shape, dtype=torch.int32, device=out.device))
-        return torch.mul(draws, 2.0**-self.bits, out=out)
+        # integers times a number would be computed in the caller's default dtype
+        return torch.mul(draws.to(torch.float32), 2.0**-self.bits, out=out)
 
 
 # mantissa bits that fp32 has more than the weight; where a chance is compared, what the weight's dtype resolves
@@ -347,5 +348,5 @@ def _round_stochastically(
     draws = noise.integers(rows, spare.view(torch.int32))
     torch.add(target.view(torch.int32), draws, out=new.view(torch.int32)).bitwise_and_(-(1 << noise.bits))
     if dtype == torch.float16:
-        subnormal = torch.floor(target * 2.0**24 + draws * 2.0**-13) * 2.0**-24
+        subnormal = torch.floor(target * 2.0**24 + draws.to(target.dtype) * 2.0**-13) * 2.0**-24
         new.copy_(torch.where(target.abs() < 2.0**-14, subnormal, new))

@@ -90,7 +90,7 @@ class GapProbe:
         self.sketch = max(count("sketch", sketch, "the columns of the sketch"), self.rank)
         self.seed = seed
         self.probes: dict[int, Probe] = {}
-        if isinstance(opt, ChainOptimizer):
+        if isinstance(opt, ChainOptimizer) and not opt.finished:
             opt.on_knot(self._on_knot)
 
     def _on_knot(self, report: KnotReport) -> None:

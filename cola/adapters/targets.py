@@ -280,13 +280,16 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
             if any(reasons[path].startswith(end) for end in _UNREADY):  # the user's next move, and not the model's kind
                 raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")
     if not found:
-        why = "; ".join(f"{_listed(paths)} {reason}" for reason, paths in by_reason.items())
+        why = "; ".join(
+            f"{_listed(paths)}{'' if len(paths) == 1 else ' each'} {reason}" for reason, paths in by_reason.items()
+        )
         raise ValueError(
             f"target_modules={target_modules!r}: the model has no linear layer that can carry a link: "
             f"{why or _kinds(modules)}"
         )
     for reason, paths in by_reason.items():
-        logger.warning("target_modules=%r leaves out %s: it %s", target_modules, _listed(paths), reason)
+        subject, why = "it" if len(paths) == 1 else "each", reason.removesuffix(_TIED_ADVICE)
+        logger.warning("target_modules=%r leaves out %s: %s %s", target_modules, _listed(paths), subject, why)
     return found
 
 
@@ -358,6 +361,7 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
 _META = "has its weight on the meta device: load the weights before making a chain"
 _INFERENCE = "was made under torch.inference_mode: its weight cannot be changed in place"
 _OWNED = "already carries a link"
+_TIED_ADVICE = ": leave the layer out, or untie the weights first"
 # what stands in the way of the whole model until the caller has done something
 _UNREADY = (_META, _INFERENCE, _OWNED)
 
@@ -373,8 +377,8 @@ def _untieable(module: nn.Module, shared: dict[int, list[str]]) -> str | None:
     assert weight is not None  # refusal() has looked
     if id(weight) in shared:
         return (
-            f"is tied ({' and '.join(shared[id(weight)])} are one tensor), so a knot would change them all: leave the "
-            "layer out, or untie the weights before"
+            f"is tied ({' and '.join(shared[id(weight)])} are one tensor), so a knot would change them all"
+            f"{_TIED_ADVICE}"
         )
     if weight.is_meta:
         return _META

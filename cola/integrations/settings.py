@@ -3,7 +3,7 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,6 +12,12 @@ from transformers import Trainer, TrainingArguments
 from cola import ChainOptimizer
 
 logger = logging.getLogger("cola")
+
+#: of `TrainingArguments`, and the keyword argument of an optimizer that each becomes
+_SETTINGS = {
+    "learning_rate": "lr", "weight_decay": "weight_decay",
+    "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps",
+}  # fmt: skip
 
 
 def base_arguments(args: TrainingArguments, base: Callable[..., Optimizer], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,12 +75,31 @@ def spare_from_decay(trainer: Trainer, opt: ChainOptimizer) -> None:
         opt.base.add_param_group({"params": spared, "weight_decay": 0.0})
 
 
-def say_what_is_not_used(args: TrainingArguments, base: Callable[..., Optimizer]) -> None:
-    """Warn of an ``optim`` that was chosen and that ``base`` replaces."""
-    default = next(field.default for name, field in TrainingArguments.__dataclass_fields__.items() if name == "optim")
-    if args.optim != default:
-        name = getattr(base, "__name__", repr(base))
+def say_what_is_not_used(args: TrainingArguments, base: Callable[..., Optimizer], known: Iterable[str]) -> None:
+    """Warn of what was chosen in a trainer's arguments and does not reach the base optimizer.
+
+    Args:
+        args: the trainer's.
+        base: as for `ChainOptimizer`.
+        known: names of the keyword arguments that ``base`` is given, by the caller or from ``args``.
+    """
+    name = getattr(base, "__name__", repr(base))
+    if args.optim != _default("optim"):
         logger.warning("optim=%r is not used: attach was given the base optimizer %s", str(args.optim.value), name)
+    found = {*known, *(base.keywords if isinstance(base, functools.partial) else ())}
+    dropped = [setting for setting, keyword in _SETTINGS.items() if keyword not in found]
+    dropped = [setting for setting in dropped if getattr(args, setting) != _default(setting)]
+    if dropped:
+        logger.warning(
+            "TrainingArguments(%s) is not used: the signature of the base optimizer %s has no place for it. Set it "
+            "in the base itself",
+            ", ".join(f"{setting}={getattr(args, setting)!r}" for setting in dropped),
+            name,
+        )
+
+
+def _default(setting: str) -> Any:
+    return TrainingArguments.__dataclass_fields__[setting].default
 
 
 def _optim_args(text: str | None, parameters: Mapping[str, inspect.Parameter], base: Any) -> dict[str, Any]:

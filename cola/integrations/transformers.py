@@ -67,7 +67,8 @@ def attach(
             the end.
         **kwargs: for `ChainOptimizer` and ``base``. What is not given comes from the trainer's arguments: the seed, and
             as far as ``base`` names them ``learning_rate``, ``weight_decay`` (not for biases and norms),
-            ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``optim_args``. Frozen weights do not decay.
+            ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``optim_args``; a warning names what was set and is not
+            used. Frozen weights do not decay.
 
     Returns:
         The optimizer, e.g. for ``opt.chain`` and ``opt.on_knot``.
@@ -83,7 +84,7 @@ def attach(
         link = replace(link, rank_change="mask")  # a checkpoint's weights are loaded into the first link's shapes
     settings = base_arguments(trainer.args, base, kwargs)
     require_fixed_reference(trainer, link)
-    say_what_is_not_used(trainer.args, base)
+    say_what_is_not_used(trainer.args, base, {**settings, **kwargs})
     opt = ChainOptimizer(base, model, policy, link=link, **{"seed": trainer.args.seed, **settings, **kwargs})
     if "weight_decay" in settings:
         spare_from_decay(trainer, opt)

@@ -40,6 +40,8 @@ SIZES: list[tuple[str, Any]] = [
     (r".*head_dim|.*_head_size|d_kv|kv_channels|dim_head|d_head|resampler_dim_head", WIDTH // HEADS),
     (r"rotary_dim|index_kpool", 4),
     (r"n_groups", 2),
+    (r"first_k_dense_replace|num_dense_layers|decoder_sparse_step|attn_layer_offset", 1),
+    (r"full_attention_interval|attn_layer_period", 2),
     (r".*_rank|.*lowrank", 8),
     (r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|d_ff|dff|dim_ff|n_inner|.*mlp_dim|d_inner|feed_forward_size|share_expert_dim|.*intermediate_dim", 48),
     (r"num_experts|.*_num_experts|num_local_experts|n_routed_experts|num_hash", 4),
@@ -101,6 +103,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "NemotronConfig": {"num_key_value_heads": 4},
     "CvtConfig": {"embed_dim": (16, 16, 32), "num_heads": (1, 2, 2), "depth": (1, 1, 1)},
+    "Qwen4ExpTextConfig": {"layer_types": None},
     "BitConfig": {"num_groups": 4},
     "MobileViTConfig": {"hidden_sizes": (16, 16, 16)},
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},
@@ -180,6 +183,9 @@ def _small(name: str, value: Any, ids: dict[int, int]) -> Any:
         return WIDTH // HEADS if name == "head_dim" else None
     if isinstance(value, dict):
         return _sections(value)
+    if name in ("layer_types", "mlp_layer_types", "indexer_types") and value:  # a kind for each layer
+        kinds = list(dict.fromkeys(value))
+        return [*kinds, *kinds][:LAYERS] if len(kinds) > 1 else None
     if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
         if name == "depths":
             return type(value)(1 for _ in value)

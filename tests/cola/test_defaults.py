@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
 from cola.extend import INITS, draw
+from cola.tie import tie_
 from tests.models import BODY, Net, batch
 
 
@@ -212,3 +213,24 @@ def test_equal_keys_give_equal_factors(mode, init, train):
     for one, other in zip(wanted, found):
         assert (one.dtype, one.device, one.is_inference()) == (other.dtype, other.device, other.is_inference())
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("default", ["dtype float64", "dtype bfloat16", "dtype float16", "device meta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_stochastic_tie_rounds_equally_under_any_default(default, dtype):
+    """Integers times a number take the default dtype, which fp32, fp64 and the subnormals of fp16 would be rounded by.
+
+    The update is below the weights' resolution, so that chance decides nearly every entry.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator).mul(2.0**-16).to(dtype)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((64, 2), (2, 64)))
+    scaling = torch.finfo(dtype).eps * 2.0**-18
+    tied = []
+    for around in (contextlib.nullcontext, DEFAULTS[default]):
+        copied = weight.clone()
+        with around():
+            tie_(copied, left, right, scaling, rounding="stochastic", seed=3)
+        tied.append(copied)
+    assert torch.equal(*tied)
+    assert not torch.equal(tied[0], weight)

@@ -39,7 +39,7 @@ def test_a_call_in_mid_link_says_once_that_the_live_link_is_left_out(call, tmp_p
     opt = running()
     CALLS[call](opt.chain, tmp_path)
     (message,) = said(caplog)
-    assert message.startswith(f"chain.{call}() has 1 tied links")
+    assert message.startswith(f"chain.{call}() has 1 tied link;")
     assert "opt.finish()" in message
     assert "opt.tie()" in message
 

@@ -99,7 +99,8 @@ def test_shared_layers_are_left_out_by_all_linear_and_refused_by_name(caplog):
     model.third = nn.Linear(4, 4)
     model.third.weight = model.odd.weight
     assert list(chained(model, "all-linear").live.layers) == ["plain"]
-    assert "leaves out odd, third: it is tied (odd.weight and third.weight are one tensor)" in caplog.text
+    assert "leaves out odd, third: each is tied (odd.weight and third.weight are one tensor)" in caplog.text
+    assert "leave the layer out" not in caplog.text
     model = pair(nn.Linear(4, 4))
     model.third = nn.Linear(4, 4)
     model.third.weight = model.odd.weight

@@ -41,7 +41,7 @@ DEFAULTS = {
     "DebertaForMaskedLM": {"in_proj"},
     "CpmAntForCausalLM": {"project_q", "project_v"},
     "FunnelForMaskedLM": {"q_head", "v_head"},
-    "Qwen3NextForCausalLM": {"in_proj_qkvz"},
+    "Qwen3NextForCausalLM": {"q_proj", "v_proj", "in_proj_qkvz"},
 }
 
 
@@ -116,6 +116,24 @@ def test_a_head_that_stays_frozen_is_named_once(name, targets, caplog):
     assert "stays frozen" not in caplog.text
 
 
+def test_several_frozen_heads_are_named_together(caplog):
+    chained(model("Wav2Vec2ForSequenceClassification"), None)
+    assert "the heads 'projector' and 'classifier' of Wav2Vec2ForSequenceClassification stay frozen" in caplog.text
+
+
+def test_a_head_that_peft_copies_counts_once(caplog):
+    """PEFT keeps the head that its trained copy stands in for, which is no part of the model any more."""
+    peft = pytest.importorskip("peft")
+    plain = model("BertForSequenceClassification")
+    total, head = (sum(p.numel() for p in m.parameters()) for m in (plain, plain.classifier))
+    tuned = peft.get_peft_model(plain, peft.LoraConfig(task_type="SEQ_CLS", r=2))
+    found = ChainOptimizer(torch.optim.SGD, tuned, NeverKnots(), lr=0.1).coverage()
+    assert (found.total, found.trained) == (total, head)
+    assert found.parameters + found.trained + sum(one.parameters for one in found.left_out) == total
+    assert "output head" not in {one.group for one in found.left_out}
+    assert "frozen" not in caplog.text
+
+
 def test_language_models_have_no_head_to_train(caplog):
     opt = chained(model("LlamaForCausalLM"), "all-linear")
     assert "lm_head" not in ends(opt)
@@ -142,7 +160,7 @@ def test_shared_layers_are_left_out_and_refused_by_name(caplog):
     zamba = model("Zamba2ForCausalLM")
     opt = chained(zamba, "all-linear")
     assert not [path for path in opt.live.layers if "shared_transformer.self_attn" in path]
-    assert "it is tied (" in caplog.text
+    assert "is tied (" in caplog.text
     assert "shared weights" in {one.group for one in opt.coverage().left_out}
     opt.finish()
     with pytest.raises(ValueError, match=r"the weight of '.*q_proj' is tied \("):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, StepKnots, tensorfile
+from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, NeverKnots, StepKnots, tensorfile
 from cola.architecture import Architecture
 from tests.cola.opt_chains import close, fit, output
 from tests.models import Net, tiny_gpt2, tiny_opt
@@ -116,7 +116,8 @@ def test_pefts_auto_classes_find_base_and_adapter(case, tmp_path):
     assert (config["auto_mapping"] is None) == (task is not None)
     adapted = getattr(peft, reader).from_pretrained(tmp_path / "adapter")
     assert (outputs(adapted) - outputs(model)).abs().max() <= 1e-4
-    assert (outputs(make(kind)) - outputs(model)).abs().max() > 1e-3, "training changed nothing"
+    # a head that stays frozen passes a twentieth of a change on: its weights deviate by 0.02
+    assert (outputs(make(kind)) - outputs(model)).abs().max() > 2e-4, "training changed nothing"
 
 
 def test_a_model_of_ones_own_has_no_task(tmp_path):
@@ -279,24 +280,19 @@ def test_a_module_that_peft_would_look_for_elsewhere_is_refused(case, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
-def test_layers_that_peft_refuses_are_refused_here(kind, tmp_path):
+def test_layers_that_peft_refuses_carry_no_link(kind, tmp_path):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, use_mambapy=False
     )
     model = made(getattr(transformers, f"{kind}ForCausalLM"), config, 0)
-    for targets, fits in ((["in_proj"], True), (["out_proj"], False)):
-        opt = ChainOptimizer(
-            torch.optim.AdamW, model, StepKnots(every=1), link=LinkConfig(r=1, target_modules=targets), lr=0.1
+    with pytest.raises(ValueError, match=r"'backbone\.layers\.0\.mixer\.out_proj' .* reads the weight without calling"):
+        ChainOptimizer(
+            torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=1, target_modules=["out_proj"]), lr=0.1
         )
-        opt.tie()
-        chain = opt.chain
-        opt.finish(merge=False)
-        if fits:
-            chain.to_peft(tmp_path / "fits")
-        else:
-            with pytest.raises(ValueError, match=r"PEFT refuses adapters on layer '.*out_proj' of a \w*mamba model"):
-                chain.to_peft(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    link = LinkConfig(r=1, target_modules=["in_proj"])
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=link, lr=0.1)
+    opt.tie()
+    opt.chain.to_peft(tmp_path)
 
 
 # ranks

@@ -199,7 +199,7 @@ FIELDS = {
     "loftq_config": OFF, "eva_config": OFF, "corda_config": OFF, "lora_ga_config": OFF, "use_dora": REFUSED,
     "velora_config": REFUSED, "alora_invocation_tokens": REFUSED, "use_qalora": OFF, "qalora_group_size": HARMLESS,
     "monteclora_config": REFUSED, "layer_replication": REFUSED, "runtime_config": HARMLESS, "lora_bias": REFUSED,
-    "target_parameters": TAKEN, "use_bdlora": REFUSED, "arrow_config": REFUSED, "kasa_config": REFUSED,
+    "target_parameters": REFUSED, "use_bdlora": REFUSED, "arrow_config": REFUSED, "kasa_config": REFUSED,
     "ensure_weight_tying": HARMLESS,
 }  # fmt: skip
 

@@ -108,7 +108,7 @@ def test_what_a_framework_writes_into_a_checkpoint_is_known_as_such(tmp_path):
     seen, save = [], trainer._save
 
     def noted(*args, **kwargs):
-        seen.append(opt.live.in_checkpoint)
+        seen.append(opt.live.note.in_checkpoint)
         save(*args, **kwargs)
 
     trainer._save = noted

@@ -90,6 +90,29 @@ def test_an_optim_that_is_not_used_is_named(tmp_path, caplog):
     assert "optim='adafactor' is not used: attach was given the base optimizer AdamW" in caplog.text
 
 
+ADAMS = "adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-06"
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "dropped"),
+    [
+        (torch.optim.AdamW, {}, None),
+        (Partial, {"eps": 1e-4}, None),
+        (torch.optim.SGD, {}, ADAMS),
+        (open_ended, {}, f"weight_decay=0.1, {ADAMS}"),
+        (open_ended, {"weight_decay": 0.2}, ADAMS),
+        (own_rate, {}, f"learning_rate=0.03, weight_decay=0.1, {ADAMS}"),
+    ],
+)
+def test_settings_that_the_base_has_no_place_for_are_named_once(tmp_path, caplog, base, given, dropped):
+    attach(trainer_of(tiny_opt(), tmp_path, **SETTINGS), base, NeverKnots(), link=LINK, **given)
+    said = [record.getMessage() for record in caplog.records if "TrainingArguments" in record.getMessage()]
+    assert [message.partition("(")[2].partition(")")[0] for message in said] == ([] if dropped is None else [dropped])
+    caplog.clear()
+    attach(trainer_of(tiny_opt(), tmp_path), torch.optim.SGD, NeverKnots(), link=LINK)
+    assert "TrainingArguments" not in caplog.text
+
+
 def test_a_scheduler_of_another_optimizer_is_refused(tmp_path):
     model = tiny_opt()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
