@@ -169,7 +169,6 @@ def header(entries, data=b"", length=None):
         header({"A": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}, b"1234"),
         header({"A": {"dtype": "F32", "shape": [1 << 32, 1 << 32], "data_offsets": [0, 0]}}),
         header({"A": {"dtype": "F32", "shape": [int("9" * 4000)] * 3000, "data_offsets": [0, 4]}}, b"1234"),
-        header({"A": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}, b"1234"),
         header({"A": {"dtype": "F32", "shape": [1 << 62] * 100_000, "data_offsets": [0, 4]}}, b"1234"),
         header({"A": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
         header({"A": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"1234"),
@@ -187,7 +186,7 @@ def header(entries, data=b"", length=None):
         b"\x10" + bytes(7) + b'{"A":1,  "A": 1}',
     ],
 )
-def test_headers_are_checked_before_memory_is_taken(data, tmp_path):
+def test_damaged_headers_are_refused(data, tmp_path):
     with pytest.raises(StoreError, match="here"):
         tensorfile.load(data, files.Path("here"))
 
