@@ -18,10 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: processes are not kept apart there
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
 
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
@@ -31,6 +28,7 @@ MAX_DEPTH = 100
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 #: in a directory while somebody saves to it
 LOCK = ".cola.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class StoreError(ValueError):
@@ -62,28 +60,32 @@ def write(path: Path, data: bytes) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Keep every other process from saving to ``directory``, which is made if need be, while the block runs.
 
-    The lock is the operating system's, on a file in the directory: it ends with the process, however that ends. Where
-    a system has none (Windows, some network file systems), nobody is kept out.
+    The lock is the operating system's, on a file in the directory: it ends with the process, however that ends. On a
+    file system that has none (some network ones), nobody is kept out.
 
     Raises:
         BlockingIOError: another process (or thread) is saving there; the message says which.
         OSError: the directory cannot be made or written to.
     """
     path = directory / LOCK
+    lock = FileLock(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path)
-    except BlockingIOError:
-        raise
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        reason = f"{_holder(path)} is saving there now; what was saved before is intact: give each run a directory"
+        raise BlockingIOError(errno.EWOULDBLOCK, reason, str(directory)) from error
     except OSError as error:
-        raise _unwritten(directory, error) from error
+        if error.errno not in _NO_LOCKS:
+            raise _unwritten(directory, error) from error
+    with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
     try:
         yield
     finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()  # while it is held: whoever has opened it already will see that it is gone
-            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: whoever has opened it already will see that it is gone
+        lock.release()
 
 
 def read(path: Path, limit: int | None = None) -> bytes:
@@ -183,32 +185,12 @@ def intended_name(name: str) -> str:
     return temporary[1] if temporary else name
 
 
-def _lock(path: Path) -> int | None:
-    """Make and lock the file; returns its descriptor, None where there are no locks."""
-    if fcntl is None:
-        return None
-    while True:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # its former holder may have removed it between our two calls: then it keeps nobody out
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-                return descriptor
-        except BlockingIOError as error:
-            holder = "another process"
-            with contextlib.suppress(OSError):
-                text = os.pread(descriptor, 200, 0).decode(errors="replace")
-                holder = "".join(c for c in text if c.isprintable()) or holder
-            os.close(descriptor)
-            reason = f"{holder} is saving there now; what was saved before is intact: give each run its own directory"
-            raise BlockingIOError(errno.EWOULDBLOCK, reason, str(path.parent)) from error
-        except OSError:  # a file system without locks
-            return descriptor
-        os.close(descriptor)
+def _holder(lock: Path) -> str:
+    """Who holds a lock, as far as its file says it."""
+    with contextlib.suppress(OSError):
+        text = lock.read_bytes()[:200].decode(errors="replace")
+        return "".join(c for c in text if c.isprintable()) or "another process"
+    return "another process"
 
 
 def _unwritten(path: Path, error: OSError) -> OSError:
