@@ -244,6 +244,10 @@ def named(modules: dict[str, nn.Module], name: str) -> list[str]:
 
 def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
     """The message for a name that matches nothing, with the nearest names that exist."""
+    paths = {id(module): path for path, module in modules.items()}
+    for path, module in modules[""].named_modules(remove_duplicate=False):  # a module at two places is listed at one
+        if (path == name or path.endswith("." + name)) and id(module) in paths:
+            return f"{kind}: {name!r} is another name of the module {paths[id(module)]!r}: use that one"
     last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
     near = difflib.get_close_matches(name, last_parts, n=3) or last_parts[:8]
     return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
