@@ -270,7 +270,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
             logger.warning(
                 "target_modules=None puts links on the language model alone and leaves out %s: to train these parts, "
                 "name their layers in target_modules",
-                _listed(encoders),
+                listed(encoders),
             )
     else:
         output = heads(inner, modules)
@@ -285,7 +285,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
                 raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")
     if not found:
         why = "; ".join(
-            f"{_listed(paths)}{'' if len(paths) == 1 else ' each'} {reason}" for reason, paths in by_reason.items()
+            f"{listed(paths)}{'' if len(paths) == 1 else ' each'} {reason}" for reason, paths in by_reason.items()
         )
         raise ValueError(
             f"target_modules={target_modules!r}: the model has no linear layer that can carry a link: "
@@ -293,7 +293,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
         )
     for reason, paths in by_reason.items():
         subject, why = "it" if len(paths) == 1 else "each", reason.removesuffix(_TIED_ADVICE)
-        logger.warning("target_modules=%r leaves out %s: %s %s", target_modules, _listed(paths), subject, why)
+        logger.warning("target_modules=%r leaves out %s: %s %s", target_modules, listed(paths), subject, why)
     return found
 
 
@@ -301,7 +301,8 @@ def _about(path: str, reason: str) -> str:
     return f"{'the weight of' if reason.startswith('is tied') else 'layer'} {path!r} {reason}"
 
 
-def _listed(paths: Sequence[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
+    """The first three of ``paths``, and how many more there are."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
 
@@ -415,6 +416,7 @@ __all__ = [
     "find_peft_layers",
     "find_saved",
     "find_targets",
+    "listed",
     "modules_by_name",
     "named",
     "obstacles",
