@@ -162,7 +162,7 @@ class ChainOptimizer(Saves):
     def coverage(self) -> Coverage:
         """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
 
-        It works at any time; after `finish` it says what the run has reached.
+        Available at any time, also after `finish`.
         """
         return self._coverage
 
