@@ -220,8 +220,9 @@ class Chain:
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("to_peft()")
+        errors = export.to_peft(self._links, Path(directory), r, self.base, base_model)
         self._warn_of_live_link("to_peft()")
-        return export.to_peft(self._links, Path(directory), r, self.base, base_model)
+        return errors
 
     @classmethod
     def from_peft(cls, directory: str | os.PathLike[str], *, rounding: str = "nearest") -> "Chain":

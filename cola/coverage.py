@@ -70,7 +70,7 @@ class Coverage:
     1 layer with links, 32 of 49 parameters (65.3 %)
       0: 1 layer, 32
     left out:
-      norms and biases: 9 (18.4 %), links go on linear layers
+      norms and biases: 9 (18.4 %), only linear layers carry links
       other linear layers: 8 (16.3 %), target_modules does not name them
     """
 
@@ -208,9 +208,9 @@ class _Groups:
             return "output head", f"{self.heads[path]} is the model's output"
         expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower() and not is_linear_map(module)
         if expert and (name != "weight" or parameter.dim() >= 3):
-            return "fused experts", "they are parameters of several experts at once, and links go on linear layers"
+            return "fused experts", "they are parameters of several experts at once, and only linear layers carry links"
         if parameter.dim() <= 1 and not is_quantized(module):
-            return "norms and biases", "links go on linear layers"
+            return "norms and biases", "only linear layers carry links"
         if is_linear_map(module):
             reason = self.obstacles.get(path, "")
             if reason.startswith("is tied"):
@@ -219,9 +219,9 @@ class _Groups:
                 return "refused linear layers", f"{path} {reason}"
             return "other linear layers", self.linear
         if "Embedding" in type(module).__name__:
-            return "embeddings", "links go on linear layers"
+            return "embeddings", "only linear layers carry links"
         if "Conv" in type(module).__name__:
-            return "convolutions", "links go on linear layers"
+            return "convolutions", "only linear layers carry links"
         return "other", f"a {type(module).__name__} is not a linear layer"
 
 

@@ -4,6 +4,7 @@ A model is the user's: PEFT may merge or unload an adapter, a layer may be repla
 parametrization. Tied into such a layer, a link would be added twice, or to something that the model no longer reads.
 """
 
+import logging
 from collections.abc import Mapping
 
 from torch import nn
@@ -11,9 +12,11 @@ from torch import nn
 from cola.adapters import AdaptedLayer, is_quantized, peft
 from cola.adapters.peft import PeftLayer
 from cola.adapters.targets import modules_by_name, unwrap
-from cola.distributed import is_sharded
+from cola.distributed import is_sharded, whole
 from cola.live import LiveLink
 from cola.tie import TIEABLE, KnotError
+
+logger = logging.getLogger("cola")
 
 _GIVE_UP = "or let the model go as it is by opt.finish(merge=False), without this link in the chain"
 
@@ -47,6 +50,21 @@ def require_removable(live: LiveLink) -> None:
             reason = _COMPUTED
         if reason is not None:
             raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
+
+
+def warn_of_loaded_link(live: LiveLink) -> None:
+    """Warn, before the first step of a run, of a link that is trained already: it has come without its history.
+
+    PEFT's layers are not asked: an adapter may have been trained before it becomes a chain's first link.
+    """
+    zero_first = "lora_A" if live.config.train == "A" else "lora_B"
+    own = [layer for layer in live.layers.values() if isinstance(layer, AdaptedLayer)]
+    if any(whole(getattr(layer, zero_first).detach()).any() for layer in own):
+        logger.warning(
+            "the link was trained before this optimizer's first step: the model's state dict was loaded without the "
+            "optimizer's. Links that were tied before are in the weights but not in the chain, so exports lack them, "
+            "and the policy begins anew. Load the optimizer's state dict as well, or use opt.save and opt.load"
+        )
 
 
 def weights_of(live: LiveLink) -> dict[str, nn.Parameter]:

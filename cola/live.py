@@ -19,6 +19,7 @@ from cola.adapters.targets import (
     find_peft_layers,
     find_saved,
     find_targets,
+    listed,
     modules_by_name,
     unwrap,
 )
@@ -92,18 +93,24 @@ class LiveLink:
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
         for path in modules:
             require_plain_name(path)  # what could not be saved under its name is refused before it is trained
+        small: list[str] = []
         for path, module in list(modules.items()):
             shape, plan = adapted_class(module).shape(module), self.plans[path]
             ranks = plan.known_ranks() or (plan.rank_of(0),)
             if max(ranks) > min(shape) and config.target_modules == "all-linear" and len(modules) > 1:
                 # a small classification head should not stand in the way of "all"
-                logger.warning("target_modules='all-linear' leaves out %s: r=%d is above its rank", path, max(ranks))
+                small.append(path)
                 del modules[path], self.plans[path]
             elif max(ranks) > min(shape):
                 raise ValueError(
                     f"r={max(ranks)} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
                     f"choose r of at most {min(shape)}"
                 )
+        if small:
+            whose = "its" if len(small) == 1 else "their"
+            logger.warning(
+                "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), max(ranks), whose
+            )
         prepared = self._draw(0, {path: adapted_class(module).shape(module) for path, module in modules.items()})
         device = config.residual_device
         self.originals = {

@@ -19,7 +19,13 @@ from cola.coverage import Coverage, announced, covered
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
 from cola.fingerprint import Digests
-from cola.integrity import require_intact, require_removable, require_same_weights, weights_of
+from cola.integrity import (
+    require_intact,
+    require_removable,
+    require_same_weights,
+    warn_of_loaded_link,
+    weights_of,
+)
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
@@ -156,7 +162,7 @@ class ChainOptimizer(Saves):
     def coverage(self) -> Coverage:
         """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
 
-        It works at any time; after `finish` it says what the run has reached.
+        Available at any time, also after `finish`.
         """
         return self._coverage
 
@@ -342,6 +348,8 @@ class ChainOptimizer(Saves):
         self._require_weights()
         if self._bound is not None:
             self._require_trainable()
+        if not self.steps:
+            warn_of_loaded_link(self.live)
         self._settle_origin()
         self._held = weights_of(self.live)
         if self._probed:

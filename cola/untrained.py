@@ -50,16 +50,16 @@ class Untrained:
         named = ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
         if len(found) == len(live.layers):
             logger.warning(
-                "link %d trains nothing: after %d steps %s of all %d layers (%s) has had no gradient. Usual causes: "
-                "parameters frozen after the ChainOptimizer was made, a forward under no_grad, reentrant gradient "
-                "checkpointing (set use_reentrant=False), or a model that reads the layers' weights without calling "
-                "them",
+                "link %d has trained nothing: after %d steps %s of all %d layers (%s) has had no gradient. Usual "
+                "causes: parameters frozen after the ChainOptimizer was made, a forward under no_grad, reentrant "
+                "gradient checkpointing (set use_reentrant=False), or a model that reads the layers' weights without "
+                "calling them",
                 live.index, steps, name, len(found), named,
             )  # fmt: skip
         else:
             logger.warning(
-                "link %d: after %d steps %s of %d of %d layers (%s) has had no gradient, so their links are zero. That "
-                "is right for experts that no token was sent to; other causes are parameters frozen after the "
+                "link %d: after %d steps %s of %d of %d layers (%s) has had no gradient, so their links are zero. This "
+                "is expected for experts that received no token; other causes are parameters frozen after the "
                 "ChainOptimizer was made, reentrant gradient checkpointing (set use_reentrant=False), and layers "
                 "whose weight the model reads without calling them",
                 live.index, steps, name, len(found), len(live.layers), named,
@@ -76,8 +76,8 @@ class Untrained:
         if self._at != steps or self.idle <= steps - tied_at or (self.idle == 1 and steps):
             return
         logger.warning(
-            "the run ended with %d calls of step() that found no gradient and were not counted (%d were, %d of them in "
-            "link %d): nothing was trained then. Usual causes: parameters frozen after the ChainOptimizer was made, "
+            "the last %d calls of step() found no gradient and were not counted (%d earlier ones were, %d of them in "
+            "link %d). Usual causes: parameters frozen after the ChainOptimizer was made, "
             "zero_grad() between backward() and step(), a forward under no_grad, reentrant gradient checkpointing (set "
             "use_reentrant=False), or a model that reads the layers' weights without calling them",
             self.idle, steps, steps - tied_at, live.index,

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     levels = [c.level for r in records for c in r.checks if c.level]
     if levels:
         chance = f"one run in {1 / sum(levels):,.0f} at most"
-        print(f"{len(levels)} of them are statistical; together they fail although all holds in {chance}")
+        print(f"{len(levels)} of them are statistical: a false alarm among them in {chance}")
     print(f"results: {options.out / 'results.jsonl'}")
     if not options.no_plots:
         for path in draw(records, options.out):

@@ -315,7 +315,16 @@ def link_config(
     width = math.sqrt(rank) if config.scaling == "rslora" else rank
     init = _init_like(layers, model) if config.init == default.init else config.init
     config = dataclasses.replace(config, lora_alpha=scale * width, init=init)
-    return config, {path: LayerPlan(config, *(() if values == usual else values)) for path, values in own.items()}
+    plans = {path: LayerPlan(config, *(() if values == usual else values)) for path, values in own.items()}
+    for path, plan in plans.items():
+        room, wanted = own[path][0], max(plan.known_ranks() or (1,))
+        if config.rank_change == "mask" and wanted > room:
+            raise ValueError(
+                f"link=LinkConfig(r={config.r!r}) needs rank {wanted}, and PEFT's layer {path!r} has room for {room}, "
+                "which rank_change='mask' keeps: give PEFT's LoraConfig the largest r first, or use the model without "
+                "an adapter"
+            )
+    return config, plans
 
 
 def _init_like(layers: Mapping[str, Any], model: nn.Module) -> str:

@@ -244,6 +244,10 @@ def named(modules: dict[str, nn.Module], name: str) -> list[str]:
 
 def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
     """The message for a name that matches nothing, with the nearest names that exist."""
+    paths = {id(module): path for path, module in modules.items()}
+    for path, module in modules[""].named_modules(remove_duplicate=False):  # a module at two places is listed at one
+        if (path == name or path.endswith("." + name)) and id(module) in paths:
+            return f"{kind}: {name!r} is another name of the module {paths[id(module)]!r}: use that one"
     last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
     near = difflib.get_close_matches(name, last_parts, n=3) or last_parts[:8]
     return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
@@ -266,7 +270,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
             logger.warning(
                 "target_modules=None puts links on the language model alone and leaves out %s: to train these parts, "
                 "name their layers in target_modules",
-                _listed(encoders),
+                listed(encoders),
             )
     else:
         output = heads(inner, modules)
@@ -281,7 +285,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
                 raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")
     if not found:
         why = "; ".join(
-            f"{_listed(paths)}{'' if len(paths) == 1 else ' each'} {reason}" for reason, paths in by_reason.items()
+            f"{listed(paths)}{'' if len(paths) == 1 else ' each'} {reason}" for reason, paths in by_reason.items()
         )
         raise ValueError(
             f"target_modules={target_modules!r}: the model has no linear layer that can carry a link: "
@@ -289,7 +293,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
         )
     for reason, paths in by_reason.items():
         subject, why = "it" if len(paths) == 1 else "each", reason.removesuffix(_TIED_ADVICE)
-        logger.warning("target_modules=%r leaves out %s: %s %s", target_modules, _listed(paths), subject, why)
+        logger.warning("target_modules=%r leaves out %s: %s %s", target_modules, listed(paths), subject, why)
     return found
 
 
@@ -297,7 +301,8 @@ def _about(path: str, reason: str) -> str:
     return f"{'the weight of' if reason.startswith('is tied') else 'layer'} {path!r} {reason}"
 
 
-def _listed(paths: Sequence[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
+    """The first three of ``paths``, and how many more there are."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
 
@@ -411,6 +416,7 @@ __all__ = [
     "find_peft_layers",
     "find_saved",
     "find_targets",
+    "listed",
     "modules_by_name",
     "named",
     "obstacles",

@@ -28,7 +28,8 @@ def require_fixed_reference(trainer: Any, link: LinkConfig) -> None:
     if adapter and "ref" in getattr(model, "peft_config", {}):
         raise ValueError(
             "the trainer has added the adapter 'ref' to the PeftModel as its reference, and a knot would change the "
-            "weights under it: give the trainer ref_model=, or merge the adapter first and give it the plain model"
+            "weights under it: give the trainer ref_model= (DPO, KTO), or merge the adapter first and give it the "
+            "plain model"
         )
     if adapter and _takes_the_adapter_off(trainer):
         raise ValueError(

@@ -117,7 +117,16 @@ class ChainCallback(TrainerCallback):
         trainer.training_step = training_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the callbacks that were added since `attach`."""
+        """Look at the callbacks that were added since `attach`.
+
+        Raises:
+            RuntimeError: the chain was finished by an earlier ``train()``.
+        """
+        if self.opt.finished:
+            raise RuntimeError(
+                "trainer.train() was called again, and the first call finished the chain: make a new Trainer over the "
+                "merged model and attach to it, or use attach(..., finish=False) and call opt.finish() in the end"
+            )
         require_no_averaging(self.trainer)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

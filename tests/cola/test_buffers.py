@@ -10,8 +10,6 @@ from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots, store
 from cola.fingerprint import checksum
 from tests.models import Net, batch
 
-pytestmark = pytest.mark.numerics
-
 
 class Normed(Net):
     """With running statistics, a buffer that never moves, and one that is not persistent."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from cola import ChainOptimizer, NeverKnots, StepKnots
+from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.adapters import AdaptedLayer
 from tests.cola.chained import chained
-from tests.models import Net, batch, loss_of, tiny_opt, train
+from tests.models import BODY, Net, batch, loss_of, tiny_opt, train
 
 STEPS = 4  # a knot after the third
 
@@ -451,3 +451,24 @@ def test_the_factors_go_with_the_optimizer():
     del opt
     gc.collect()
     assert factor() is None
+
+
+@pytest.mark.parametrize("trained", ["both", "A", "B"])
+@pytest.mark.parametrize("way", ["weights alone", "both state dicts", "save and load", "weights of a finished run"])
+def test_a_link_that_comes_without_its_history_is_mentioned_once(caplog, tmp_path, trained, way):
+    link = LinkConfig(r=2, target_modules=BODY, train=trained)
+    wrap = functools.partial(ChainOptimizer, torch.optim.SGD, policy=StepKnots(every=3), link=link, lr=0.1)
+    model, resumed = Net(), Net()
+    opt, again = wrap(model=model), wrap(model=resumed)
+    train(opt, model, 4)
+    if way == "save and load":
+        opt.save(tmp_path)
+        again.load(tmp_path)
+    else:
+        if way == "weights of a finished run":
+            opt.finish()
+        elif way == "both state dicts":
+            again.load_state_dict(copy.deepcopy(opt.state_dict()))
+        resumed.load_state_dict(model.state_dict(), strict=way != "weights of a finished run")
+    train(again, resumed, 2)
+    assert caplog.text.count("the link was trained before") == (way == "weights alone")

@@ -174,3 +174,9 @@ def test_pefts_layer_in_a_shared_block_carries_a_chain(tmp_path):
     opt.chain.to_peft(tmp_path)
     adapted = peft.PeftModel.from_pretrained(made(Blocks), tmp_path)
     assert close(adapted(inputs()), wrapped(inputs()))
+
+
+@pytest.mark.parametrize("link", [{"target_modules": ["b"]}, {"target_modules": ["head"], "modules_to_save": ["b"]}])
+def test_another_name_of_a_module_is_refused_with_the_one_to_use(link):
+    with pytest.raises(ValueError, match=r"'b' is another name of the module 'a': use that one"):
+        ChainOptimizer(torch.optim.SGD, Twice(), StepKnots(every=1), link=LinkConfig(r=1, **link), lr=0.1)

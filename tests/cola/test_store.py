@@ -24,8 +24,6 @@ from cola import (
 from tests.cola.stored import same, same_links, trained
 from tests.models import BODY, Net, train
 
-pytestmark = pytest.mark.numerics
-
 # round trips
 
 TENSORS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -10,8 +10,6 @@ from cola import ChainOptimizer, LinkConfig, NeverKnots
 from cola.adapters import AdaptedLayer
 from tests.models import BODY, Net, batch, train
 
-pytestmark = pytest.mark.numerics
-
 X = batch(0, dtype=torch.float64)[0]
 
 

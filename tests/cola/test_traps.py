@@ -70,6 +70,15 @@ def test_all_linear_leaves_out_a_head_that_is_smaller_than_the_rank(caplog):
     assert "leaves out head: r=4 is above its rank" in caplog.text
 
 
+def test_many_layers_smaller_than_the_rank_are_left_out_with_one_warning(caplog):
+    model = nn.ModuleList([nn.Linear(8, 8), *(nn.Linear(8, 1) for _ in range(24))])
+    link = LinkConfig(r=4, target_modules="all-linear")
+    assert list(ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link).live.layers) == ["0"]
+    assert [r.getMessage() for r in caplog.records if "leaves out" in r.getMessage()] == [
+        "target_modules='all-linear' leaves out 1, 2, 3 and 21 more: r=4 is above their rank"
+    ]
+
+
 class Renamed(nn.Linear):
     """A subclass that changes nothing."""
 

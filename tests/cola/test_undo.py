@@ -13,8 +13,6 @@ from cola import (
 from tests.cola.stored import same, trained
 from tests.models import BODY, Net, train
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
 @pytest.mark.parametrize("as_state_dict", [True, False])

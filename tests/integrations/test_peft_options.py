@@ -270,3 +270,15 @@ def tiny_llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "change", "fits"), [((8, 4), "mask", True), ((8, 9), "mask", False), ((8, 9), "auto", True)]
+)
+def test_masked_ranks_beyond_pefts_room_are_refused_before_training(ranks, change, fits):
+    link = LinkConfig(r=ranks, rank_change=change)
+    if fits:
+        ChainOptimizer(torch.optim.SGD, wrapped(), StepKnots(every=1), link=link, lr=0.1).tie()
+    else:
+        with pytest.raises(ValueError, match=r"needs rank 9, and PEFT's layer 'layer' has room for 8"):
+            ChainOptimizer(torch.optim.SGD, wrapped(), StepKnots(every=1), link=link, lr=0.1)

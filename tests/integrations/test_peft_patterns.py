@@ -10,8 +10,6 @@ from cola.cli import main
 from cola.extend import LayerPlan
 from tests.models import tiny_opt
 
-pytestmark = pytest.mark.numerics
-
 peft = pytest.importorskip("peft")
 
 IDS = torch.arange(48).view(4, 12) * 7 % 32

@@ -25,8 +25,6 @@ from tests.integrations.quantized_nets import (
     train,
 )
 
-pytestmark = pytest.mark.numerics
-
 bnb = pytest.importorskip("bitsandbytes")
 
 

@@ -97,6 +97,8 @@ def test_the_final_model_is_the_merged_one_and_the_chain_rebuilds_it(tmp_path):
     assert len(chain) == 3
     chain.apply(base)
     assert same(base, model)
+    with pytest.raises(RuntimeError, match=r"train\(\) was called again, .* make a new Trainer over the merged model"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", [dropping_out, peft_model], ids=["plain", "peft"])

@@ -6,8 +6,6 @@ import pytest
 from tests.theory.llm_chains import CLOSE, MODELS, dense, lm_batches, so_far, train
 from theory.matrix_oracles import RankBall
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
