@@ -75,14 +75,20 @@ def knots_of(links: Iterable[Link]) -> list[list[Any]]:
     return [[link.index, link.step, link.rank, f"{link.report.delta_norm:.4g}"] for link in links]
 
 
-def describe(live: LiveLink) -> dict[str, Any]:
-    """What identifies a live link, as JSON values."""
+def describe(live: LiveLink, reset: str) -> dict[str, Any]:
+    """What identifies a live link, as JSON values.
+
+    Args:
+        live: the link.
+        reset: what becomes of the base's state at a knot, in a word.
+    """
     return {
         "index": live.index,
         "rank": live.rank_of(live.index),
         "seed": live.seed,
         "rounding": live.rounding,
         "quantized": live.quantized,
+        "reset": reset,
         "link": live.config.describe(),
         "layers": {path: [*shape, *_own(live.plans[path])] for path, shape in live.shapes().items()},
     }
@@ -93,13 +99,14 @@ def _own(plan: LayerPlan) -> list[float]:
     return [] if plan.rank is None or plan.scaling is None else [plan.rank, plan.scaling]
 
 
-def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | None = None) -> dict[str, Any]:
+def read(state_dict: dict[str, Any], described: dict[str, Any], live: LiveLink, *, finished: bool) -> dict[str, Any]:
     """The counters in an optimizer's state dict, checked against the chain that is to take them.
 
     Args:
         state_dict: of a `ChainOptimizer`.
-        live: the chain's link.
-        finished: what `describe` said of it before `finish`; None while it runs.
+        described: what `describe` says of the chain's link, or said before `finish`.
+        live: the link.
+        finished: whether the chain is.
 
     Raises:
         ValueError: none there, unreadable, of another chain, or of one that is finished where this one is not, or the
@@ -121,18 +128,18 @@ def read(state_dict: dict[str, Any], live: LiveLink, finished: dict[str, Any] | 
         raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged: {text!r:.80}")
     if version != FORMAT:
         raise ValueError(f"the state has format {version!r:.40}, and this version of cola reads format {FORMAT}")
-    if saved.get("finished") is not None and finished is None:
+    if saved.get("finished") is not None and not finished:
         raise ValueError(
             "the state was saved after finish(), when its chain was complete, and this one is running: load a state "
             "that was saved before the end; or, to train on, load the finished model and make a ChainOptimizer over it"
         )
-    if saved.get("finished") is None and finished is not None:
+    if saved.get("finished") is None and finished:
         raise ValueError(
             "the state is of a running chain, and this one is finished: make a new ChainOptimizer over the untouched "
             "model, and load the state there"
         )
-    mine = finished or describe(live)
-    for name in ("layers", "seed", "rounding", "quantized", "link"):
+    mine = described
+    for name in ("layers", "seed", "rounding", "quantized", "reset", "link"):
         if theirs[name] != mine[name]:
             raise ValueError(
                 f"the saved state is of another chain: {name} differs ({_difference(theirs[name], mine[name])}). "
@@ -206,7 +213,7 @@ def _well_formed(saved: dict[str, Any]) -> bool:
         and isinstance(saved.get("origin"), (dict, type(None)))
         and isinstance(saved.get("base_class", ""), str)
         and (saved.get("finished") is None or (type(saved["finished"]) is int and saved["finished"] >= 0))
-        and live.keys() >= {"layers", "seed", "rounding", "quantized", "link"}
+        and live.keys() >= {"layers", "seed", "rounding", "quantized", "reset", "link"}
     )
 
 

@@ -30,7 +30,7 @@ from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
 from cola.origin import Origin
-from cola.reset import GroupWatch
+from cola.reset import GroupWatch, Reset, carry_over, require_keepable, require_reset
 from cola.saving import Saves
 from cola.tie import KnotError, Tie
 from cola.untrained import Untrained
@@ -56,6 +56,10 @@ class ChainOptimizer(Saves):
         quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them beside the weight, so
             that nothing is lost; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports what is lost.
         seed: key of all draws. No global random state is read or changed.
+        reset: what becomes of the base's state for the factors at a knot. ``"state"``: it is as new, as in the paper.
+            ``"keep"``: it stays. Or a function of (base, old, new), which changes it: it is called when the new link is
+            in place and the state is the old one; ``old`` and ``new`` map layers' paths to (A, B), the new ones being
+            the Parameters under which the base has their state.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         **base_kwargs: for ``base``.
 
@@ -97,6 +101,7 @@ class ChainOptimizer(Saves):
         quantized: str = "stack",
         seed: int = 0,
         keep_links: bool = True,
+        reset: Reset = "state",
         **base_kwargs: Any,
     ) -> None:
         require_base(base)
@@ -109,11 +114,13 @@ class ChainOptimizer(Saves):
             )
         if not isinstance(link, LinkConfig):
             raise TypeError(f"link={link!r} must be a LinkConfig")
+        require_reset(reset, link.known_ranks())
         self._factory, self._base_kwargs = base, base_kwargs
-        self.policy = policy
+        self.policy, self.reset = policy, reset
         self.live = LiveLink(model, link, rounding, seed, quantized)
         try:
             self.base = self._make_base()
+            require_keepable(self.base, reset)
             self._origin = Origin(model)
         except BaseException:
             self.live.detach()
@@ -210,7 +217,7 @@ class ChainOptimizer(Saves):
             self.steps += 1
             self.chain.live = True
             self._loss = self._losses.take(groups)
-            if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean)):
+            if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean, self)):
                 self._knot(extend=True)
         if self._optimizer_step_post_hooks:
             self._after_step(args, kwargs)
@@ -386,17 +393,18 @@ class ChainOptimizer(Saves):
             factors = live.factors(snapshot) if keep else {}
             trained = {**live.beside.values(), **self._moved()} if keep else {}
             base = self._untouched() if index == 0 and keep and self.chain.base is None else self.chain.base
-            fresh = self._extend(index + 1, snapshot) if extend else None
+            fresh = self._extend(index + 1, snapshot, self.reset) if extend else None
         except BaseException:
             self._mode(mode)
             raise
         with interrupts.deferred():
             ties = live.tie(index, snapshot, scalings)
-            if fresh is None:
-                self._leave()
-            else:
-                self._adopt(fresh, live.adapters())
+            if extend:
+                if fresh is not None:
+                    self._adopt(fresh, live.adapters())
                 self._mode(mode)
+            else:
+                self._leave()
             report = self._report(index, rank, ties, started)
             self.chain.base = base
             self.chain.append(Link(index, live.seed, factors, trained, report))
@@ -405,7 +413,7 @@ class ChainOptimizer(Saves):
 
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
-        ended, spent = counters.describe(self.live), {id(p) for p in self.live.factors_by_name().values()}
+        ended, spent = self._described(), {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
         self._origin.remove()
         self.live.detach(spent=True)
@@ -420,8 +428,12 @@ class ChainOptimizer(Saves):
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0
 
-    def _extend(self, index: int, snapshot: Any) -> Optimizer:
-        """Begin link ``index`` and make its fresh base state; on failure the present link is put back as it was."""
+    def _extend(self, index: int, snapshot: Any, reset: Reset = "state") -> Optimizer | None:
+        """Begin link ``index`` and make its fresh base state; on failure the present link is put back as it was.
+
+        Returns:
+            The fresh base; None if ``reset`` leaves the state there or has changed it.
+        """
         live, before = self.live, self.live.index
         prepared, present = live.prepare(index), live.present(snapshot)
         grads = [p.grad for p in live.adapters()]
@@ -429,7 +441,11 @@ class ChainOptimizer(Saves):
             live.begin(index, prepared)
             if index != before:
                 live.require_extended(snapshot)
-            return self._fresh(live.adapters())
+            if reset == "state":
+                return self._fresh(live.adapters())
+            new = {path: (layer.lora_A, layer.lora_B) for path, layer in live.layers.items()}
+            carry_over(self.base, reset, snapshot, new, {path: layer.rank for path, layer in live.layers.items()})
+            return None
         except BaseException:
             live.begin(before, present)
             for parameter, grad in zip(live.adapters(), grads):

@@ -22,6 +22,7 @@ class Signal:
         loss: the mean loss that the step has optimised, over its micro-batches, a 0-d tensor on the device that
             computed it; None if none was seen. ``float(loss)`` waits for the device: gather several and ask `mean`
             once.
+        opt: the `ChainOptimizer`, with whose ``param_groups`` a policy can look at the live link and its gradients.
         mean: turns a 1-d tensor of losses into one number, agreed by all processes of a distributed run. A policy that
             decides from losses must go through it, at the same steps in every process.
     """
@@ -30,6 +31,7 @@ class Signal:
     epoch: float | None = None
     loss: Tensor | None = None
     mean: Callable[[Tensor], float] = agreed_mean
+    opt: Any = None
 
 
 class KnotPolicy(ABC):
@@ -41,8 +43,9 @@ class KnotPolicy(ABC):
     >>> [step for step in range(1, 10) if EveryPowerOfTwo().update(Signal(step))]
     [1, 2, 4, 8]
 
-    All attributes are the policy's state: they are saved with a checkpoint as JSON and given back on resume. Policies
-    combine: ``a | b`` ties when either asks at a step, ``a & b`` when both ask at the same step.
+    Attributes are the policy's state: they are saved with a checkpoint as JSON and given back on resume. Those whose
+    names begin with an underscore are not. Policies combine: ``a | b`` ties when either asks at a step, ``a & b`` when
+    both ask at the same step.
     """
 
     @abstractmethod
@@ -57,12 +60,12 @@ class KnotPolicy(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The policy's attributes as JSON values.
+        """The policy's attributes as JSON values, but for those that begin with an underscore.
 
         Raises:
             TypeError: an attribute cannot be written as JSON.
         """
-        state = {"policy": type(self).__name__, **vars(self)}
+        state = {"policy": type(self).__name__, **self._attributes()}
         for name, value in state.items():
             if not _is_json(value):
                 raise TypeError(
@@ -86,6 +89,9 @@ class KnotPolicy(ABC):
             raise ValueError(f"the saved policy is damaged: {error!s:.300}") from None
         vars(self).update({name: copy.deepcopy(value) for name, value in state.items() if name != "policy"})
 
+    def _attributes(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     def _require_own(self, state: Any) -> None:
         """The state has this policy's name and entries, whatever their values are."""
         own = type(self).__name__
@@ -93,7 +99,7 @@ class KnotPolicy(ABC):
             raise ValueError(
                 f"the saved policy is damaged: a {type(state).__name__} without a name, not a state of {own}"
             )
-        theirs, mine = set(map(str, state)) - {"policy"}, set(vars(self))
+        theirs, mine = set(map(str, state)) - {"policy"}, set(self._attributes())
         if state["policy"] != own:
             raise ValueError(
                 f"the saved policy is {state['policy']:.80} with {sorted(theirs)!s:.200}, this one is {own} with "
@@ -117,7 +123,7 @@ class KnotPolicy(ABC):
         return _Both(self, other)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        shown = ", ".join(f"{k}={v!r}" for k, v in self._attributes().items())
         return f"{type(self).__name__}({shown})"
 
 

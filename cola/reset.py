@@ -6,15 +6,22 @@ parameter, in dicts of its own, in an inner optimizer. Entries of the groups tha
 schedulers set is left alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Factory = Callable[[list[dict[str, Any]]], Optimizer]
+from cola.tie import KnotError
 
+Factory = Callable[[list[dict[str, Any]]], Optimizer]
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+Reset = str | Callable[[Optimizer, Pairs, Pairs], None]
+
+#: what becomes of the base's state at a knot, where a word says it
+RESETS = ("state", "keep")
 
 #: what users and schedulers set, even if it happens inside a step (in a closure or a hook)
 SETTINGS = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay", "max_lr", "min_lr"}
@@ -137,3 +144,73 @@ def _leaves(value: Any) -> list[Tensor]:
         return [value]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [leaf for item in inside for leaf in _leaves(item)]
+
+
+def require_reset(reset: Any, ranks: tuple[int, ...] | None) -> None:
+    """Check the argument ``reset`` of `ChainOptimizer`.
+
+    Args:
+        reset: as given.
+        ranks: of all links, as far as they are known.
+
+    Raises:
+        ValueError, TypeError: it is neither a known word nor a callable, or state is to be kept over a change of rank.
+    """
+    if reset == "keep" and len(set(ranks or ())) > 1:
+        raise ValueError(f"reset='keep' needs links of one rank, and r={ranks}: use reset='state', or a function")
+    if isinstance(reset, str) and reset not in RESETS:
+        raise ValueError(f"reset={reset!r} is unknown: choose one of {', '.join(RESETS)}, or give a function")
+    if not isinstance(reset, str) and not callable(reset):
+        raise TypeError(f"reset={reset!r} must be one of {', '.join(RESETS)}, or a function of (base, old, new)")
+
+
+def reset_name(reset: Reset) -> str:
+    """A word for ``reset``, for a checkpoint to compare."""
+    return reset if isinstance(reset, str) else "callable"
+
+
+def require_keepable(base: Optimizer, reset: Reset) -> None:
+    """Check that ``reset`` can be done with this base.
+
+    Raises:
+        ValueError: state is to be kept that holds copies of the factors (schedule-free's averages).
+    """
+    if reset == "keep" and callable(getattr(base, "train", None)):
+        raise ValueError(
+            f"reset='keep' is not possible with {type(base).__name__}, whose state holds copies of the factors, which "
+            "begin anew at a knot: use reset='state'"
+        )
+
+
+def carry_over(base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Mapping[str, int]) -> None:
+    """Keep the base's state for the factors, or let a function change it, at a knot.
+
+    Args:
+        base: with the state of the old link.
+        reset: ``"keep"``, or the function.
+        old: the factors of the link that ends.
+        new: the Parameters, with the values of the link that begins.
+        ranks: of the link that begins, by layer; the Parameters may have room for more.
+
+    Raises:
+        KnotError: state is to be kept over a change of rank.
+        Exception: what the function raises; the state is as it was then.
+    """
+    if not callable(reset):
+        for path, (A, _) in old.items():
+            if len(A) != ranks[path]:
+                raise KnotError(
+                    f"reset='keep' needs links of one rank, and layer {path!r} goes from {len(A)} to {ranks[path]}: "
+                    "use reset='state', or a function that gives the state the new shapes"
+                )
+        return
+    parameters = [p for pair in new.values() for p in pair]
+    held = [copy.deepcopy(base.state.get(p)) for p in parameters]
+    try:
+        reset(base, old, new)
+    except BaseException:
+        for parameter, state in zip(parameters, held):
+            base.state.pop(parameter, None)
+            if state is not None:
+                base.state[parameter] = state
+        raise

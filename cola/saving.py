@@ -19,6 +19,7 @@ from cola.distributed import is_sharded
 from cola.integrity import require_intact, require_same_weights
 from cola.knots import KnotPolicy
 from cola.link import Link
+from cola.reset import Reset, reset_name
 from cola.store import Ledger
 from cola.untouched import KnowsBase
 
@@ -35,6 +36,7 @@ class Saves(KnowsBase):
     _ready: bool = False  # whether what must be looked at before a step has been
     _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
     _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
+    reset: Reset
     _ended: dict[str, Any] | None = None  # the live link as `counters.describe` said of it when the chain was finished
 
     # in a directory of our own
@@ -113,7 +115,7 @@ class Saves(KnowsBase):
         self._require_in_one_piece("load()")
         self._require_untouched("load()")
         saved = checkpoint.read(Path(directory))
-        counted = counters.read(saved.state, self.live)
+        counted = counters.read(saved.state, self._described(), self.live, finished=False)
         index = counted["live"]["index"]
         checkpoint.check(saved, index, self.live, self.base)
         checkpoint.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
@@ -174,7 +176,7 @@ class Saves(KnowsBase):
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        counted = counters.read(state_dict, self.live, self._ended)
+        counted = counters.read(state_dict, self._described(), self.live, finished=self.finished)
         index = counted["live"]["index"] if self._ended is None else counted["finished"]
         carried = carry.read(state_dict.get(carry.KEY), index, self.live, finished=self.finished)
         if self.finished and counted["weights"] != self._final_digest():
@@ -280,18 +282,23 @@ class Saves(KnowsBase):
             with interrupts.deferred():
                 fresh = self._extend(index, self.live.snapshot())
                 yield
-                self._adopt(fresh, self.live.adapters())
+                if fresh is not None:
+                    self._adopt(fresh, self.live.adapters())
         finally:
             self._mode(modes)
         self._loss, self._held = None, {}
 
+    def _described(self) -> dict[str, Any]:
+        """The live link, as it is or as it was before `finish`."""
+        return self._ended or counters.describe(self.live, reset_name(self.reset))
+
     def _base_state(self) -> dict[str, Any]:
         if self._ended is not None:
-            described, weights, moving = self._ended, self._final_digest(), None
+            weights, moving = self._final_digest(), None
         else:
             require_intact(self.live)
             require_same_weights(self.live, self._held)
-            described, moving = counters.describe(self.live), None if self.live.index else self._origin.to_json()
+            moving = None if self.live.index else self._origin.to_json()
             weights = self._weights().digest if self.live.index else None
             if self._expected is not None:
                 weights = self._expected  # the model's own state dict may not have been loaded yet
@@ -301,7 +308,7 @@ class Saves(KnowsBase):
             self._probed,
             self._groups.changed,
             self.policy,
-            described,
+            self._described(),
             weights,
             counters.knots_of(self.chain),
             moving,
@@ -363,7 +370,7 @@ class Saves(KnowsBase):
 
         def _require_outside_a_knot(self, call: str) -> None: ...
 
-        def _extend(self, index: int, snapshot: Any) -> Optimizer: ...
+        def _extend(self, index: int, snapshot: Any, reset: Reset = "state") -> Optimizer | None: ...
 
 
 def _agree(told: list[Any], held: list[Any]) -> bool:

@@ -1,0 +1,188 @@
+"""What a user adds from outside the package: a policy that sees gradients, a reset of the base's state of one's own."""
+
+import copy
+
+import pytest
+import torch
+
+from cola import ChainOptimizer, KnotError, KnotPolicy, LinkConfig, NeverKnots, StepKnots
+from tests.models import BODY, Net, train
+
+
+def wrap(model, policy=None, base=torch.optim.AdamW, r=2, **kwargs):
+    link = LinkConfig(r=r, target_modules=BODY)
+    return ChainOptimizer(base, model, policy or StepKnots(at=[3]), link=link, lr=0.02, **kwargs)
+
+
+def states(opt):
+    """Copies of the base's state for the factors, in their order."""
+    return [copy.deepcopy(opt.base.state[p]) for p in opt.param_groups[0]["params"] if p in opt.base.state]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+        for a, b in zip(first, second)
+    )
+
+
+# a policy
+
+
+class WhenTheGradientIsSmall(KnotPolicy):
+    """Ties when the live link's gradient is below a share of its largest."""
+
+    def __init__(self, share):
+        self.share, self.largest = share, 0.0
+        self._norms = []
+
+    def update(self, signal):
+        grads = [p.grad for p in signal.opt.param_groups[0]["params"] if p.grad is not None]
+        self._norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+        self.largest = max(self.largest, self._norms[-1])
+        return self._norms[-1] < self.share * self.largest
+
+
+def test_a_policy_reads_the_live_links_gradient():
+    model = Net()
+    opt = wrap(model, WhenTheGradientIsSmall(0.8))
+    train(opt, model, 8)
+    norms = opt.policy._norms
+    wanted = [i + 1 for i, norm in enumerate(norms) if norm < 0.8 * max(norms[: i + 1])]
+    assert [link.step for link in opt.chain] == wanted
+    assert wanted
+
+
+def test_attributes_with_an_underscore_are_no_state(tmp_path):
+    model = Net()
+    opt = wrap(model, WhenTheGradientIsSmall(0.0))
+    train(opt, model, 2)
+    opt.policy._thing = object()  # nothing that JSON could hold
+    assert opt.policy.state_dict() == {
+        "policy": "WhenTheGradientIsSmall", "share": 0.0, "largest": opt.policy.largest,
+    }  # fmt: skip
+    opt.save(tmp_path)
+    resumed = wrap(Net(), WhenTheGradientIsSmall(0.0))
+    resumed.load(tmp_path)
+    assert resumed.policy.largest == opt.policy.largest
+    assert resumed.policy._norms == []
+    assert "_thing" not in repr(opt.policy)
+
+
+# a reset
+
+
+def keep_half(base, old, new):
+    """Halves what the base remembers."""
+    for pair in new.values():
+        for parameter in pair:
+            for value in base.state[parameter].values():
+                value.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("reset", "factor"), [("state", None), ("keep", 1.0), (lambda base, old, new: None, 1.0), (keep_half, 0.5)]
+)
+@pytest.mark.parametrize("base", [torch.optim.AdamW, lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9)])
+def test_what_becomes_of_the_bases_state_at_a_knot(reset, factor, base):
+    model = Net()
+    opt = wrap(model, NeverKnots(), base, reset=reset)
+    train(opt, model, 3)
+    before = states(opt)
+    weight = model.first.weight.clone()
+    opt.tie()
+    assert not torch.equal(model.first.weight, weight)
+    if factor is None:
+        assert states(opt) == []
+    else:
+        assert same(states(opt), [{k: v * factor for k, v in state.items()} for state in before])
+    train(opt, model, 2, start=3)
+    opt.finish()
+    assert len(opt.chain) == 2
+
+
+def test_a_function_gets_the_old_factors_and_the_new_parameters():
+    seen = []
+
+    def look(base, old, new):
+        assert base is opt.base
+        for path, layer in opt.live.layers.items():
+            assert new[path][0] is layer.lora_A
+            assert new[path][1] is layer.lora_B
+            assert not new[path][1].any()
+        seen.append({path: (A.clone(), B.clone()) for path, (A, B) in old.items()})
+
+    model = Net()
+    opt = wrap(model, NeverKnots(), reset=look)
+    train(opt, model, 2)
+    factors = {path: (layer.lora_A.clone(), layer.lora_B.clone()) for path, layer in opt.live.layers.items()}
+    opt.tie()
+    opt.finish()
+    assert len(seen) == 1  # the last tie begins no link
+    assert all(torch.equal(a, b) for path in factors for a, b in zip(seen[0][path], factors[path]))
+
+
+def test_a_function_that_fails_changes_nothing():
+    def fail(base, old, new):
+        keep_half(base, old, new)
+        base.state.clear()
+        raise ArithmeticError("mine")
+
+    model = Net()
+    opt = wrap(model, NeverKnots(), reset=fail)
+    train(opt, model, 2)
+    before, weights = states(opt), copy.deepcopy(model.state_dict())
+    with pytest.raises(ArithmeticError, match="mine"):
+        opt.tie()
+    assert same(states(opt), before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert len(opt.chain) == 0
+    opt.reset = "state"
+    opt.tie()
+
+
+@pytest.mark.parametrize("reset", ["keep", keep_half])
+def test_a_run_with_a_reset_of_its_own_is_resumed_bit_for_bit(reset, tmp_path):
+    whole = Net()
+    train(wrap(whole, reset=reset), whole, 6)
+    model, resumed = Net(), Net()
+    opt = wrap(model, reset=reset)
+    train(opt, model, 4)
+    opt.save(tmp_path)
+    again = wrap(resumed, reset=reset)
+    again.load(tmp_path)
+    train(again, resumed, 2, start=4)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+    with pytest.raises(ValueError, match="reset differs"):
+        wrap(Net()).load(tmp_path)
+
+
+def schedule_free(groups, lr):
+    return pytest.importorskip("schedulefree").AdamWScheduleFree(groups, lr)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind", "message"),
+    [
+        ({"reset": "moments"}, ValueError, "reset='moments' is unknown: choose one of state, keep, or give a function"),
+        ({"reset": 3}, TypeError, "reset=3 must be one of"),
+        ({"reset": "keep", "r": (2, 1)}, ValueError, r"reset='keep' needs links of one rank, and r=\(2, 1\)"),
+        ({"reset": "keep", "base": schedule_free}, ValueError, "is not possible with AdamWScheduleFree"),
+    ],
+)
+def test_a_reset_that_cannot_be_is_refused_before_anything_changes(kwargs, kind, message):
+    model = Net()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(kind, match=message):
+        wrap(model, **kwargs)
+    assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+def test_state_is_not_kept_over_a_rank_that_a_callable_changes():
+    model = Net()
+    opt = wrap(model, NeverKnots(), r=lambda link: 2 - link, reset="keep")
+    train(opt, model, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KnotError, match=r"layer 'first' goes from 2 to 1: use reset='state'"):
+        opt.tie()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
