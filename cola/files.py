@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
 #: levels of lists and objects; what this package writes has a dozen, and each may cost its readers some calls
@@ -67,6 +65,8 @@ def locked(directory: Path) -> Iterator[None]:
         BlockingIOError: another process (or thread) is saving there; the message says which.
         OSError: the directory cannot be made or written to.
     """
+    from filelock import FileLock, Timeout
+
     path = directory / LOCK
     lock = FileLock(path)
     try:
