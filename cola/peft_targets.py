@@ -134,6 +134,11 @@ def _require_free(
                 f"an adapter in PEFT's format cannot hold layer {path!r}: PEFT adapts nothing in a module called "
                 f"{owner!r}, which is stored whole. Save the merged model instead"
             )
+        if built is not None and re.search(_RENAMED.get(built.model_type or "", "$^"), path):
+            raise ValueError(
+                f"PEFT loads a {built.model_type} model's layer {path!r} under another name, so that its part of an "
+                "adapter would be lost: save the merged model, or leave the layer out of target_modules"
+            )
     for name in saved:
         other = next((m for m in sorted(modules) if m.endswith(name) and m not in saved), None)
         if other is not None:
