@@ -43,6 +43,11 @@ def closure(requirements):
     return list(found.values())
 
 
+def bare():
+    """The environment without a path on which pip or Python would find the clone."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from a copy of the sources, so that nothing is left in the clone and nothing left there gets in."""
@@ -53,7 +58,7 @@ def wheel(tmp_path_factory):
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "-w", str(folder), str(source)], check=True)
+    subprocess.run([*command, "-w", str(folder), str(source)], env=bare(), check=True)
     (found,) = folder.glob("*.whl")
     return found
 
@@ -65,7 +70,7 @@ def python(wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     interpreter = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True)
+    subprocess.run([*pip, str(wheel)], env=bare(), check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for distribution in closure(PROJECT["dependencies"]):
         for top in {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}:
@@ -75,8 +80,7 @@ def python(wheel, tmp_path_factory):
 
 
 def run(python, *arguments, cwd):
-    bare = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    return subprocess.run([python, *arguments], cwd=cwd, env=bare, capture_output=True, text=True, check=False)
+    return subprocess.run([python, *arguments], cwd=cwd, env=bare(), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.long
