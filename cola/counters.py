@@ -138,11 +138,10 @@ def read(state_dict: dict[str, Any], described: dict[str, Any], live: LiveLink, 
             "the state is of a running chain, and this one is finished: make a new ChainOptimizer over the untouched "
             "model, and load the state there"
         )
-    mine = described
     for name in ("layers", "seed", "rounding", "quantized", "reset", "link"):
-        if theirs[name] != mine[name]:
+        if theirs[name] != described[name]:
             raise ValueError(
-                f"the saved state is of another chain: {name} differs ({_difference(theirs[name], mine[name])}). "
+                f"the saved state is of another chain: {name} differs ({_difference(theirs[name], described[name])}). "
                 "Make the ChainOptimizer with the saved run's arguments"
             )
     wanted = live.rank_of(theirs["index"])

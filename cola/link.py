@@ -57,6 +57,12 @@ class KnotReport:
         )
 
 
+def used_rank(A: Tensor, B: Tensor) -> int:
+    """Rank of a link without the zeros that pad it: r×in A and out×r B, cut after the last part that is not zero."""
+    used = (A.ne(0).any(1) | B.ne(0).any(0)).nonzero()
+    return int(used.max()) + 1 if len(used) else 0
+
+
 @dataclass(frozen=True, eq=False)
 class Factor:
     """A link's share of one layer: ``ΔW = scaling·B A``, with A r×in and B out×r, on the CPU as they were trained."""

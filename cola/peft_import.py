@@ -19,7 +19,7 @@ from cola.arguments import is_finite
 from cola.contexts import unaffected
 from cola.export import CONFIG, PREFIX, WEIGHTS
 from cola.files import MAX_JSON, StoreError, parse, read
-from cola.link import Factor, KnotReport, LayerReport, Link
+from cola.link import Factor, KnotReport, LayerReport, Link, used_rank
 from cola.store import require_plain_name
 from cola.tie import RECORDED, TIEABLE
 
@@ -124,8 +124,7 @@ def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], 
 
 def _unpadded(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The factors without the zeros at their end by which an export brings layers to one rank."""
-    used = (A.ne(0).any(1) | B.ne(0).any(0)).nonzero()
-    rank = int(used.max()) + 1 if len(used) else 1
+    rank = max(used_rank(A, B), 1)
     return (A, B) if rank == len(A) else (A[:rank].clone(), B[:, :rank].clone())
 
 

@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cola.adapters.targets import listed
 from cola.distributed import whole
 from cola.live import LiveLink
 
 logger = logging.getLogger("cola")
-
-_NAMED = 3
 
 
 class Untrained:
@@ -47,7 +46,7 @@ class Untrained:
         if not found:
             return
         self._told = True
-        named = ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+        named = listed(found)
         if len(found) == len(live.layers):
             logger.warning(
                 "link %d has trained nothing: after %d steps %s of all %d layers (%s) has had no gradient. Usual "

@@ -103,14 +103,15 @@ def left_encoders(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[st
 
     A dual encoder (CLIP) has none: both of its parts are what is trained.
     """
+    projections = query_value(modules)
     text = _outermost(path for path in modules if _last(path) == "language_model")
-    inside = [path for path in query_value(modules) if not within(path, text)] if text else []
-    if text and len(inside) < len(query_value(modules)):
+    inside = [path for path in projections if not within(path, text)] if text else []
+    if text and len(inside) < len(projections):
         return _outermost(_branch(path, text) for path in inside)
     encoders = _outermost(path for path in modules if _last(path) in ENCODERS)
     if not encoders or (output_embeddings(model) is None and _is_dual(modules)):
         return []
-    rest = [path for path in query_value(modules) if not within(path, encoders)]
+    rest = [path for path in projections if not within(path, encoders)]
     return encoders if rest else []
 
 

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from cola import ChainOptimizer, KnotReport
 from cola.adapters import adapted_class, is_quantized
 from cola.extend import LayerPlan
+from cola.link import used_rank
 from cola.tie import tie_
 
 
@@ -143,8 +144,7 @@ class _MergesLink:
         A, B = state.pop(f"{prefix}lora_A", None), state.pop(f"{prefix}lora_B", None)
         if A is None or B is None:
             return
-        used = (A != 0).any(1) | (B != 0).any(0)  # a masked link has zeros beyond its rank
-        rank = int(used.nonzero().max()) + 1 if used.any() else 0
+        rank = used_rank(A, B)  # a masked link has zeros beyond its rank
         scalings = [self.plan.scaling_of(i) for i in range(self.links) if self.plan.rank_of(i) == rank]
         if rank and not scalings:
             raise ValueError(f"the checkpoint's link on {prefix[:-1]!r} has rank {rank}, which no link of the run has")
