@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from cola import replay, tensorfile
 from cola.adapters.targets import base_tensors, buffers_by_name
 from cola.arguments import is_finite
-from cola.counters import class_name
+from cola.counters import class_name, require_same_groups
 from cola.distributed import writes
 from cola.extend import Pair, Prepared
 from cola.files import StoreError, locked, read_checked, unseal
@@ -204,12 +204,7 @@ def check(saved: Checkpoint, index: int, live: LiveLink, base: Optimizer) -> Non
     Raises:
         ValueError: another base optimizer, other groups, a missing link, or other base weights.
     """
-    if saved.base_class != class_name(base):
-        raise ValueError(f"the saved run's base optimizer is {saved.base_class}, here it is {class_name(base)}")
-    ours = [len(group["params"]) for group in base.param_groups]
-    theirs = [len(group["params"]) for group in saved.state["param_groups"]]
-    if ours != theirs:
-        raise ValueError(f"the saved run's groups hold {theirs} parameters, here they hold {ours}")
+    require_same_groups(saved.state, {"base_class": saved.base_class}, base)
     if len(saved.ledger.links) != index:
         raise ValueError(f"the saved run is at link {index}, and {len(saved.ledger.links)} are there: one is missing")
     here, there = live.trained(), saved.trained
