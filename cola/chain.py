@@ -123,8 +123,7 @@ class Chain:
             ``about``, a JSON text, and ``links``, a list of the bytes of one safetensors file each.
         """
         ledger = self.ledger()
-        base = None if ledger.base is None else ledger.base.to_json()
-        about = json.dumps({"version": FORMAT, "missing": ledger.missing, "keep": ledger.keep, "base": base})
+        about = json.dumps({"version": FORMAT, **store.ledger_to_json(ledger)})
         return {"about": about, "links": [store.link_to_bytes(link) for link in ledger.links]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -143,15 +142,10 @@ class Chain:
             if about["version"] != FORMAT:
                 raise ValueError(f"it has format {about['version']}, and this version of cola reads format {FORMAT}")
             links = [store.link_from_bytes(data, Path("links") / str(i)) for i, data in enumerate(state_dict["links"])]
-            base = None if about["base"] is None else Fingerprint.from_json(about["base"])
-            missing, keep = about["missing"], about["keep"]
-            if type(missing) is not int or missing < 0 or type(keep) is not bool:
-                raise ValueError(f"missing={missing!r:.40}, keep={keep!r:.40}")
-            if [link.index for link in links] != list(range(missing, missing + len(links))):
-                raise ValueError("a link is missing")
+            ledger = store.ledger_of(about, links)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"this is not the state of a chain, or it is damaged: {error}") from None
-        self.restore(store.Ledger(links, missing, keep, base))
+        self.restore(ledger)
 
     # on disk
 

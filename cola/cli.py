@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from cola import checkpoint, replay
+from cola import replay
 from cola.base_model import load_base, save_merged
 from cola.chain import Chain
+from cola.checkpoint.directory import read_run
 from cola.figure import draw
 from cola.files import write
 from cola.store import CHAIN, CHECKPOINT
@@ -99,7 +100,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
 
     chain = check("files are whole and as they were written", lambda: Chain.load(arguments.directory))
     if (arguments.directory / CHECKPOINT[0]).exists():
-        check("the run's state is whole", lambda: checkpoint.read(arguments.directory))
+        check("the run's state is whole", lambda: read_run(arguments.directory))
     if chain is not None:
         check("all links are there", lambda: chain.complete("verify"))
         check("factors are finite", lambda: _require_finite(chain))

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cola import counters, interrupts, probe
+from cola import interrupts, probe
 from cola.adapters.targets import called
 from cola.beside import require_apart, warn_of_half
 from cola.chain import Chain
+from cola.checkpoint.base_model import BaseModel
+from cola.checkpoint.resumable import Resumable
+from cola.checkpoint.state import GROUP_KEY, arguments_of
 from cola.composed import require_base
 from cola.contexts import unaffected
 from cola.coverage import Coverage, announced, covered
 from cola.distributed import agreed_mean
 from cola.extend import LinkConfig
-from cola.fingerprint import Digests
 from cola.integrity import (
     require_intact,
     require_removable,
@@ -29,9 +31,7 @@ from cola.integrity import (
 from cola.knots import KnotPolicy, Signal
 from cola.link import KnotReport, LayerReport, Link
 from cola.live import LiveLink
-from cola.origin import Origin
-from cola.reset import GroupWatch, Reset, carry_over, require_keepable, require_reset
-from cola.saving import Saves
+from cola.reset import GroupWatch, Reset, carry_over, require_keepable, require_reset, reset_name
 from cola.tie import KnotError, Tie
 from cola.untrained import Untrained
 from cola.watch import LossWatch
@@ -39,7 +39,7 @@ from cola.watch import LossWatch
 logger = logging.getLogger("cola")
 
 
-class ChainOptimizer(Saves):
+class ChainOptimizer(Resumable):
     """Train a chain of LoRAs with any base optimizer (Chain of LoRA, Algorithm 1).
 
     Puts a low-rank link ``W x + s·B A x`` on the target layers, hands the factors to the base optimizer, and after
@@ -87,7 +87,7 @@ class ChainOptimizer(Saves):
     (3, 'Linear')
     """
 
-    own_entries = (counters.GROUP_KEY,)
+    own_entries = (GROUP_KEY,)
 
     @unaffected()
     def __init__(
@@ -121,12 +121,13 @@ class ChainOptimizer(Saves):
         try:
             self.base = self._make_base()
             require_keepable(self.base, reset)
-            self._origin = Origin(model)
+            self.chain = Chain(keep=keep_links)
+            self._base_model = BaseModel(self.live, self.chain)
         except BaseException:
             self.live.detach()
             raise
-        self.chain = Chain(keep=keep_links)
-        self._digests = Digests()
+        self._extras = {}
+        self._made_with = arguments_of(self.live, reset_name(reset))
         self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
         self.steps = 0
         self.finished = False
@@ -163,7 +164,7 @@ class ChainOptimizer(Saves):
         names = {id(p): name for name, p in self.live.trained().items() if name not in before}
         added = self.param_groups[-1]["params"]
         warn_of_half({names.get(id(p), f"the added parameter {i} {tuple(p.shape)}"): p for i, p in enumerate(added)})
-        self._origin.settled = self._ready = False
+        self._base_model.settled = self._ready = False
         self._coverage = covered(self.live)
 
     def coverage(self) -> Coverage:
@@ -213,7 +214,7 @@ class ChainOptimizer(Saves):
             if not self._ready:
                 self._bound, self._probed = None, []
                 # a closure, or a hook of the base, may have added groups or loaded a state meanwhile
-                self._ready = self._expected is None and (self._origin.settled or not self.chain.keep)
+                self._ready = self._loaded is None and (self._base_model.settled or not self.chain.keep)
             self.steps += 1
             self.chain.live = True
             self._loss = self._losses.take(groups)
@@ -289,7 +290,7 @@ class ChainOptimizer(Saves):
         # what has moved beside an untrained link still has its values to record
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
         self._untrained.end(self.live, self.steps, self._tied_at())
-        if merge and (not self.live.is_zero() or trained or self._has_unrecorded()):
+        if merge and (not self.live.is_zero() or trained or self._base_model.has_unrecorded()):
             report = self._knot(extend=False)
         else:
             report = None
@@ -301,7 +302,7 @@ class ChainOptimizer(Saves):
             logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
         return report
 
-    # saving: in Saves
+    # saving: in Resumable
 
     def __repr__(self) -> str:
         link = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
@@ -324,7 +325,7 @@ class ChainOptimizer(Saves):
             )
         if isinstance(base, torch.optim.SparseAdam):
             raise ValueError("base=SparseAdam needs sparse gradients, and a link's are dense: use torch.optim.Adam")
-        base.param_groups[0][counters.GROUP_KEY] = ""
+        base.param_groups[0][GROUP_KEY] = ""
         self._made = len(base.param_groups)
         return base
 
@@ -357,7 +358,7 @@ class ChainOptimizer(Saves):
             self._require_trainable()
         if not self.steps:
             warn_of_loaded_link(self.live)
-        self._settle_origin()
+        self._base_model.settle()
         self._held = weights_of(self.live)
         if self._probed:
             self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
@@ -384,15 +385,17 @@ class ChainOptimizer(Saves):
         live, index, keep = self.live, self.live.index, self.chain.keep
         self.chain.require_next(index)
         self._require_weights()
-        self._settle_origin()
+        self._base_model.settle()
         mode = self._leave_training_mode()
         try:
             live.check()
             self._untrained.look(live, self.base, self.steps - self._tied_at())
             snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
             factors = live.factors(snapshot) if keep else {}
-            trained = {**live.beside.values(), **self._moved()} if keep else {}
-            base = self._untouched() if index == 0 and keep and self.chain.base is None else self.chain.base
+            trained = {**live.beside.values(), **self._base_model.moved()} if keep else {}
+            base = self.chain.base
+            if index == 0 and keep and base is None:
+                base = self._base_model.fingerprint()
             fresh = self._extend(index + 1, snapshot, self.reset) if extend else None
         except BaseException:
             self._mode(mode)
@@ -413,16 +416,16 @@ class ChainOptimizer(Saves):
 
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
-        ended, spent = self._described(), {id(p) for p in self.live.factors_by_name().values()}
+        spent = {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
-        self._origin.remove()
+        self._base_model.close()
         self.live.detach(spent=True)
         for group in self.base.param_groups:  # the groups stay, for schedulers; the factors are no one's any more
             for p in group["params"]:
                 if id(p) in spent:
                     self.base.state.pop(p, None)
             group["params"] = [p for p in group["params"] if id(p) not in spent]
-        self._ended, self._bound, self._held, self.finished = ended, None, {}, True
+        self._bound, self._held, self.finished = None, {}, True
         self.chain.live = False
 
     def _tied_at(self) -> int:

@@ -76,6 +76,26 @@ class Ledger:
     libraries: Mapping[str, str] | None = None
 
 
+def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
+    """All of a ledger but its links, as JSON values."""
+    base = None if ledger.base is None else ledger.base.to_json()
+    return {"missing": ledger.missing, "keep": ledger.keep, "base": base}
+
+
+def ledger_of(about: Mapping[str, Any], links: Sequence[Link], libraries: Mapping[str, str] | None = None) -> Ledger:
+    """A ledger from `ledger_to_json`'s values and its links.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: the values do not describe a chain, or a link is missing.
+    """
+    missing, keep, base = about["missing"], about["keep"], about["base"]
+    if type(missing) is not int or missing < 0 or type(keep) is not bool:
+        raise ValueError(f"missing={missing!r:.40}, keep={keep!r:.40}")
+    if [link.index for link in links] != list(range(missing, missing + len(links))):
+        raise ValueError("a link is missing")
+    return Ledger(links, missing, keep, None if base is None else Fingerprint.from_json(base), libraries)
+
+
 # link → its entry and the versions of its tensors, so that saving again does not read every link again
 _known: "weakref.WeakKeyDictionary[Link, tuple[Entry, tuple[int, ...]]]" = weakref.WeakKeyDictionary()
 
@@ -174,9 +194,7 @@ def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
     """Write the links' files that are not there yet; returns the manifest that lists them all."""
     return {
         "libraries": {"cola": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "missing": ledger.missing,
-        "keep": ledger.keep,
-        "base": None if ledger.base is None else ledger.base.to_json(),
+        **ledger_to_json(ledger),
         "links": [asdict(_write_link(directory, link)) for link in ledger.links],
     }
 
@@ -184,22 +202,21 @@ def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
 def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
     """The chain that a manifest describes; ``path`` is the manifest's, for messages."""
     try:
-        missing, keep, base = manifest["missing"], manifest["keep"], manifest["base"]
-        fingerprint = None if base is None else Fingerprint.from_json(base)
         entries = [entry(item, path) for item in manifest["links"]]
         libraries = {str(name): str(version) for name, version in manifest["libraries"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        ledger_of(manifest, ())  # before any link is read
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} does not describe a chain ({error!r:.80})") from None
-    if type(missing) is not int or missing < 0 or type(keep) is not bool:
-        raise StoreError(f"{path} does not describe a chain (missing={missing!r:.40}, keep={keep!r:.40})")
     links = []
-    for index, item in enumerate(entries, start=missing):
+    for index, item in enumerate(entries, start=manifest["missing"]):
         link = link_from_bytes(read_checked(directory / item.file, item.size, item.digest), directory / item.file)
         if link.index != index:
             raise StoreError(f"{path} lists {item.file} as link {index}, and it is link {link.index}")
         _known[link] = item, _versions(link)
         links.append(link)
-    return Ledger(links, missing, keep, fingerprint, libraries)
+    return ledger_of(manifest, links, libraries)
 
 
 def entry(item: Any, path: Path) -> Entry:

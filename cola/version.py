@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 #: of everything that is written: chains, checkpoints and state dicts. Another version is refused.
-FORMAT = 3
+FORMAT = 4

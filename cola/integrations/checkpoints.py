@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from cola import Chain, ChainOptimizer, checkpoint
+from cola import Chain, ChainOptimizer
+from cola.checkpoint.directory import read_run
+from cola.checkpoint.restore import restore_rng
 from cola.store import CHECKPOINT
 
 logger = logging.getLogger("cola")
@@ -55,7 +57,7 @@ def watch_checkpoints(trainer: Any, opt: ChainOptimizer) -> None:
             return
         chain = Path(directory) / CHAIN_DIR
         if (chain / CHECKPOINT[0]).is_file():
-            checkpoint.restore_rng(checkpoint.read(chain).rng)
+            restore_rng(read_run(chain).rng)
 
     trainer._save_checkpoint, trainer._load_from_checkpoint = save_checkpoint, load_from_checkpoint
     trainer._load_optimizer_and_scheduler, trainer._load_rng_state = load_optimizer_and_scheduler, load_rng_state

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots, store
+from cola.checkpoint.directory import read_run
 from cola.fingerprint import checksum
 from tests.models import Net, batch
 
@@ -125,9 +126,7 @@ def test_only_what_has_moved_is_written(tmp_path):
 
 
 def buffers_of(directory):
-    from cola import checkpoint
-
-    return checkpoint.read(directory).buffers
+    return read_run(directory).buffers
 
 
 def test_a_buffer_that_comes_back_to_its_value_in_the_base_is_still_recorded():

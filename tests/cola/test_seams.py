@@ -186,3 +186,67 @@ def test_state_is_not_kept_over_a_rank_that_a_callable_changes():
     with pytest.raises(KnotError, match=r"layer 'first' goes from 2 to 1: use reset='state'"):
         opt.tie()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# an extra entry in a checkpoint
+
+
+class Average:
+    """An average of a model's weights, which a run is to go on with."""
+
+    def __init__(self):
+        self.steps, self.mean = 0, torch.zeros(3)
+
+    def state_dict(self):
+        return {"steps": self.steps, "mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.steps, self.mean = state["steps"], state["mean"].clone()
+
+
+@pytest.mark.parametrize("way", ["directory", "state dict"])
+def test_an_extra_entry_is_saved_with_a_run_and_comes_back(way, tmp_path):
+    model, average = Net(), Average()
+    opt = wrap(model)
+    opt.register_for_checkpointing("average", average)
+    train(opt, model, 4)
+    average.steps, average.mean = 4, torch.tensor([1.0, -2.0, 0.5])
+    resumed, again = Net(), Average()
+    other = wrap(resumed)
+    other.register_for_checkpointing("average", again)
+    if way == "directory":
+        opt.save(tmp_path)
+        other.load(tmp_path)
+    else:
+        torch.save(opt.state_dict(), tmp_path / "state.pt")
+        resumed.load_state_dict(model.state_dict())
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.steps == 4
+    assert torch.equal(again.mean, average.mean)
+    with pytest.raises(ValueError, match=r"the saved run has the extra entries \['average'\], and here \[\]"):
+        wrap(Net()).load_state_dict(opt.state_dict())
+
+
+def test_an_extra_entry_that_a_framework_drops_is_mentioned(caplog):
+    model = Net()
+    opt = wrap(model)
+    opt.register_for_checkpointing("average", Average())
+    train(opt, model, 2)
+    state = {name: value for name, value in opt.state_dict().items() if name != "cola"}
+    opt.load_state_dict(state)
+    assert "the saved state has no entries for average, which stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "thing", "kind", "message"),
+    [
+        (1, Average(), TypeError, "name=1 must be a string"),
+        ("a", object(), TypeError, "must have state_dict"),
+        ("taken", Average(), ValueError, "name='taken' is registered already"),
+    ],
+)
+def test_an_entry_that_cannot_be_registered_is_refused(name, thing, kind, message):
+    opt = wrap(Net())
+    opt.register_for_checkpointing("taken", Average())
+    with pytest.raises(kind, match=message):
+        opt.register_for_checkpointing(name, thing)

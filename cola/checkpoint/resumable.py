@@ -1,7 +1,8 @@
-"""How a running chain is saved and goes on: the part of `ChainOptimizer` that is not training."""
+"""How a run is saved and goes on: the part of `ChainOptimizer` that is not training."""
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,32 +13,44 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cola import carry, checkpoint, counters, interrupts, origin, replay
+from cola import interrupts, replay
+from cola.adapters.targets import listed
 from cola.chain import Chain
+from cola.checkpoint import restore
+from cola.checkpoint.base_model import BaseModel
+from cola.checkpoint.directory import read_run, write_run
+from cola.checkpoint.state import GROUP_KEY, Counters, RunState, class_name, knots_of
+from cola.checkpoint.state_dict import from_state_dict, to_state_dict
+from cola.composed import Composed
 from cola.contexts import unaffected
 from cola.distributed import is_sharded
 from cola.integrity import require_intact, require_same_weights
 from cola.knots import KnotPolicy
 from cola.link import Link
+from cola.live import LiveLink
 from cola.reset import Reset, reset_name
 from cola.store import Ledger
-from cola.untouched import KnowsBase
+
+logger = logging.getLogger("cola")
 
 
-class Saves(KnowsBase):
+class Resumable(Composed):
     """Saving and loading, for `ChainOptimizer` to inherit."""
 
+    chain: Chain
+    live: LiveLink
     policy: KnotPolicy
+    reset: Reset
     steps: int
+    finished: bool
+    _base_model: BaseModel
+    _extras: dict[str, Any]  # of `register_for_checkpointing`
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
     _held: dict[str, nn.Parameter]  # the weights when training began, for `require_same_weights`
-    _ready: bool = False  # whether what must be looked at before a step has been
-    _expected: str | None = None  # digest of the weights that a loaded state belongs to, until a step has compared it
-    _knots: list[Any] | None = None  # of the links that a loaded state tells of, until a step has compared them
-    reset: Reset
-    _ended: dict[str, Any] | None = None  # the live link as `counters.describe` said of it when the chain was finished
+    _ready: bool = False  # whether the checks before a step have been made
+    _loaded: Counters | None = None  # of a loaded state, until a step has compared the model's weights with it
 
     # in a directory of our own
 
@@ -52,7 +65,7 @@ class Saves(KnowsBase):
         FORMAT.md.
 
         Args:
-            directory: made if need be; `Chain.load` reads the chain from it as well.
+            directory: made if it does not exist. `Chain.load` reads the chain from it as well.
 
         Raises:
             RuntimeError: after `finish`; the links are not there (``keep_links=False``) to rebuild the weights from; or
@@ -83,13 +96,8 @@ class Saves(KnowsBase):
         self._require_running("save()")
         self._require_in_one_piece("save()")
         self._require_weights()
-        loss = None if self._loss is None else float(self._loss)
-        ledger = self.chain.ledger()
-        checkpoint.require_links(ledger)
-        if ledger.base is None:
-            ledger = replace(ledger, base=self._untouched())
-        state, weights, buffers = self._base_state(), self._weights(), self._moved()
-        checkpoint.save(Path(directory), ledger, self.live, self.base, state, loss, weights, buffers)
+        restore.require_links(self.chain.ledger())
+        write_run(Path(directory), self._whole_state())
 
     @unaffected()
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
@@ -114,22 +122,24 @@ class Saves(KnowsBase):
         self._require_outside_a_knot("load()")
         self._require_in_one_piece("load()")
         self._require_untouched("load()")
-        saved = checkpoint.read(Path(directory))
-        counted = counters.read(saved.state, self._described(), self.live, finished=False)
-        index = counted["live"]["index"]
-        checkpoint.check(saved, index, self.live, self.base)
-        checkpoint.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
-        copy.deepcopy(self.policy).load_state_dict(counted["policy"])
-        self._resume_origin(self._moving(), saved.ledger.base, origin.take(self._moving()))
+        saved = read_run(Path(directory))
+        self._require_same_run(saved)
+        restore.check(saved, self.live, self.base)
+        restore.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
+        assert saved.chain is not None
+        self._base_model.resume(saved.chain.base)
         with interrupts.deferred():
-            checkpoint.rebuild(saved, index, self.live, self.base)
-            checkpoint.load_exactly(self.base, saved.state)
-            self._continue(counted)
-            self._expected = None  # `rebuild` has compared
-            self.chain.restore(saved.ledger)
+            restore.rebuild(saved, self.live, self.base)
+            self._continue(saved)
+            self._loaded = None  # nothing to compare: the weights have been rebuilt
             self._loss = None if saved.loss is None else torch.tensor(saved.loss, dtype=torch.float32, device="cpu")
+        if self.live.index and self._base_model.weights().digest != saved.counters.weights:
+            logger.warning(
+                "the rebuilt weights agree with the saved run's within rounding, not bit for bit: another device, "
+                "library version, kernel or number of threads sums in another order"
+            )
         if rng:
-            checkpoint.restore_rng(saved.rng)
+            restore.restore_rng(saved.rng)
 
     # the frameworks' way
 
@@ -147,8 +157,7 @@ class Saves(KnowsBase):
         """
         for before in list(self._optimizer_state_dict_pre_hooks.values()):
             before(self)
-        state = self._base_state()
-        state[carry.KEY] = carry.pack(self.chain.ledger(), {} if self.finished else self.live.residuals)
+        state = to_state_dict(self._state())
         for after in list(self._optimizer_state_dict_post_hooks.values()):
             replaced = after(self, state)
             state = state if replaced is None else replaced
@@ -176,31 +185,53 @@ class Saves(KnowsBase):
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        counted = counters.read(state_dict, self._described(), self.live, finished=self.finished)
-        index = counted["live"]["index"] if self._ended is None else counted["finished"]
-        carried = carry.read(state_dict.get(carry.KEY), index, self.live, finished=self.finished)
-        if self.finished and counted["weights"] != self._final_digest():
+        saved = from_state_dict(state_dict)
+        self._require_same_run(saved)
+        restore.require_carried(saved, self.live)
+        counters = saved.counters
+        if self.finished and counters.weights != self._base_model.final_digest():
             raise ValueError(
                 "the model's weights are not those that the finished chain's state was saved with: load the model's "
                 "own state dict first"
             )
-        counters.require_same_groups(state_dict, counted, self.base)
-        known = counters.origin_of(counted)
-        copy.deepcopy(self.policy).load_state_dict(counted["policy"])
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != carry.KEY})
+        restore.require_same_groups(saved, self.base)
+        self.base.load_state_dict(saved.optimizer)
         if not self.finished:
-            self.live.resume(index)
-            self.live.take_residuals(carried.residuals)
-            self.live.take_links(() if carried.ledger is None else carried.ledger.links)
-        self._continue(counted)
-        if not self.finished and (self.steps or index):
-            self._resume_origin(self._moving(), carried.ledger.base if carried.ledger is not None else None, known)
-        if carried.ledger is None:
-            self.chain.resume(index)
-        else:
-            self.chain.restore(carried.ledger)
+            self.live.resume(counters.index)
+            self.live.take_residuals(saved.residuals)
+            self.live.take_links(() if saved.chain is None else saved.chain.links)
+        self._continue(saved)
+        if not self.finished and (self.steps or counters.index):
+            self._base_model.resume(None if saved.chain is None else saved.chain.base, counters.origin_prints())
         for after in list(self._optimizer_load_state_dict_post_hooks.values()):
             after(self)
+
+    def register_for_checkpointing(self, name: str, thing: Any) -> None:
+        """Save something of the caller's with every checkpoint of the run, and give it back when one is loaded.
+
+        Call it again, under the same name, before a resumed run's state is loaded.
+
+        Args:
+            name: of the entry.
+            thing: with ``state_dict()``, which returns a dict of numbers, texts, tensors, lists and dicts, and
+                ``load_state_dict(state)``.
+
+        Raises:
+            TypeError: ``thing`` lacks one of the two methods, or ``name`` is no text.
+            ValueError: the name is taken.
+
+        >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
+        >>> link = LinkConfig(r=1, target_modules="all-linear")
+        >>> opt = ChainOptimizer(torch.optim.SGD, torch.nn.Sequential(torch.nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> opt.register_for_checkpointing("average", torch.nn.Linear(1, 1))
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r:.80} must be a string")
+        if not callable(getattr(thing, "state_dict", None)) or not callable(getattr(thing, "load_state_dict", None)):
+            raise TypeError(f"thing={thing!r:.80} must have state_dict() and load_state_dict(state)")
+        if name in self._extras:
+            raise ValueError(f"name={name!r} is registered already: choose another one")
+        self._extras[name] = thing
 
     # along the chain
 
@@ -229,8 +260,8 @@ class Saves(KnowsBase):
             raise TypeError(f"follow(chain={chain!r:.80}) needs a Chain, e.g. Chain.load(directory)")
         links = chain.complete("follow()")
         replay.check(self.live.model, links, chain.base, live=True)
-        base = self._untouched(chain.layers())
-        self._settle_origin()
+        base = self._base_model.fingerprint(chain.layers())
+        self._base_model.settle()
         with self._restarted(len(links)):
             self.live.replay(links)
         self.chain.restore(Ledger(links, base=base))
@@ -267,7 +298,7 @@ class Saves(KnowsBase):
         replay.check(self.live.model, links, self.chain.base, base=base, live=True, replaced=replaced)
         with self._restarted(len(links) - 1):
             self.live.residuals.clear()
-            replay.untie(self.live.model, links, base, also=self._moved())
+            replay.untie(self.live.model, links, base, also=self._base_model.moved())
             self.live.replay(links[:-1])
         self.chain.live = False
         return self.chain.undo()
@@ -288,64 +319,105 @@ class Saves(KnowsBase):
             self._mode(modes)
         self._loss, self._held = None, {}
 
-    def _described(self) -> dict[str, Any]:
-        """The live link, as it is or as it was before `finish`."""
-        return self._ended or counters.describe(self.live, reset_name(self.reset))
-
-    def _base_state(self) -> dict[str, Any]:
-        if self._ended is not None:
-            weights, moving = self._final_digest(), None
+    def _state(self) -> RunState:
+        """The run, without what the model's own state dict brings."""
+        live, chain = self.live, self.chain
+        if self.finished:
+            index, weights = chain.missing + len(chain), self._base_model.final_digest()
         else:
-            require_intact(self.live)
-            require_same_weights(self.live, self._held)
-            moving = None if self.live.index else self._origin.to_json()
-            weights = self._weights().digest if self.live.index else None
-            if self._expected is not None:
-                weights = self._expected  # the model's own state dict may not have been loaded yet
-        self.base.param_groups[0][counters.GROUP_KEY] = counters.write(
-            self.steps,
-            self._epoch,
-            self._probed,
-            self._groups.changed,
-            self.policy,
-            self._described(),
-            weights,
-            counters.knots_of(self.chain),
-            moving,
-            counters.class_name(self.base),
-            None if self._ended is None else self.chain.missing + len(self.chain),
+            require_intact(live)
+            require_same_weights(live, self._held)
+            index, weights = live.index, self._base_model.weights().digest if live.index else None
+            if self._loaded is not None:
+                weights = self._loaded.weights  # the model's own state dict may not have been loaded yet
+        counters = Counters(
+            arguments=self._arguments(),
+            base_class=class_name(self.base),
+            index=index,
+            rank=live.rank_of(live.index),
+            scaling=live.scaling_of(live.index),
+            steps=self.steps,
+            epoch=self._epoch,
+            probed=self._probed,
+            stepped=sorted(self._groups.changed),
+            policy=self.policy.state_dict(),
+            weights=weights,
+            knots=knots_of(chain),
+            origin=None if live.index or self.finished else self._base_model.to_json(),
+            finished=self.finished,
         )
-        return self.base.state_dict()
+        self.base.param_groups[0][GROUP_KEY] = counters.to_text()
+        residuals = {} if self.finished else live.residuals
+        extras = {name: thing.state_dict() for name, thing in self._extras.items()}
+        return RunState(counters, self.base.state_dict(), chain.ledger(), extras=extras, residuals=residuals)
+
+    def _whole_state(self) -> RunState:
+        """The run, with everything that a new process needs besides the untouched base model."""
+        state, ledger, link = self._state(), self.chain.ledger(), self.live.snapshot()
+        return replace(
+            state,
+            chain=ledger if ledger.base is not None else replace(ledger, base=self._base_model.fingerprint()),
+            loss=None if self._loss is None else float(self._loss),
+            A={path: A for path, (A, _) in link.items()},
+            B={path: B for path, (_, B) in link.items()},
+            trained=self.live.trained(),
+            buffers=self._base_model.moved(),
+            others={str(i): p for i, p in enumerate(restore.others(self.base, self.live))},
+            residuals={},  # replaying the links gives them
+            rng=restore.rng_states(),
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        """What `arguments_of` said when the chain was made: `finish` takes the layers off."""
+        return {**self._made_with, "reset": reset_name(self.reset)}
+
+    def _require_same_run(self, saved: RunState) -> None:
+        saved.counters.require_same_run(self._arguments(), self.live, finished=self.finished)
+        copy.deepcopy(self.policy).load_state_dict(saved.counters.policy)
+        if saved.chain is None:  # a framework has dropped the extra entries with the links
+            if self._extras:
+                logger.warning("the saved state has no entries for %s, which stay as they are", listed([*self._extras]))
+        elif saved.extras.keys() != self._extras.keys():
+            raise ValueError(
+                f"the saved run has the extra entries {sorted(saved.extras)}, and here {sorted(self._extras)} are "
+                "registered: call opt.register_for_checkpointing for the same names before the state is loaded"
+            )
 
     def _require_weights(self) -> None:
         """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
-        if self._expected is None:
+        loaded = self._loaded
+        if loaded is None:
             return
-        if self._weights().digest != self._expected:
+        if loaded.weights is not None and self._base_model.weights().digest != loaded.weights:
             raise RuntimeError(
                 f"the model's weights are not those that the optimizer's state was saved with, after {self.live.index} "
                 "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
             )
-        told, held = self._knots, counters.knots_of(self.chain)
+        told, held = loaded.knots, knots_of(self.chain)
         # links that one of them lacks were lost on one way, and are there again by another
-        if told is not None and (self.chain.missing + len(self.chain) != self.live.index or not _agree(told, held)):
+        if self.chain.missing + len(self.chain) != self.live.index or not _agree(told, held):
             raise RuntimeError(
                 f"the chain's links are not those of the optimizer's state (index, step, rank, ‖ΔW‖: the chain has "
                 f"{held}, the state tells of {told}): load the chain that was saved with it"
             )
-        self._expected = self._knots = None
+        self._loaded = None
 
-    def _continue(self, counted: dict[str, Any]) -> None:
-        self.policy.load_state_dict(counted["policy"])
-        self.steps, self._epoch = counted["steps"], counted["epoch"]
-        self._probed, self._groups.changed = counted["probed"], set(counted["stepped"])
-        self._expected = counted.get("weights")
-        self._knots = counted.get("knots")
-        self.chain.live = self.steps > max((step for _, step, *_ in self._knots or ()), default=0)
+    def _continue(self, saved: RunState) -> None:
+        """Count on from a saved run, with its chain."""
+        counters = saved.counters
+        self.policy.load_state_dict(counters.policy)
+        self.steps, self._epoch = counters.steps, counters.epoch
+        self._probed, self._groups.changed = list(counters.probed), set(counters.stepped)
         self._ready, self._held = False, {}
-        if self.finished:
-            self._expected = self._knots = None
-            self.chain.live = False
+        for name, state in saved.extras.items():
+            self._extras[name].load_state_dict(state)
+        if saved.chain is None:
+            self.chain.resume(counters.index)
+        else:
+            self.chain.restore(saved.chain)
+        last_knot = max((step for _, step, *_ in counters.knots), default=0)
+        self.chain.live = not self.finished and self.steps > last_knot
+        self._loaded = None if self.finished else counters
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
@@ -364,7 +436,7 @@ class Saves(KnowsBase):
     # of the optimizer that inherits
 
     if TYPE_CHECKING:
-        finished: bool
+        _made_with: dict[str, Any]
 
         def _require_running(self, call: str) -> None: ...
 

@@ -1,0 +1,168 @@
+"""The untouched base model that a run started from: its fingerprint, and which of its tensors training has moved.
+
+Parameters trained besides the links (biases, heads) move at steps, so their digests are taken before the first one.
+Buffers (running statistics) move with every forward pass in training mode. Their digests are taken when the chain is
+made, and again when a state dict is loaded into them before training has begun.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola import replay
+from cola.adapters.targets import (
+    base_modules,
+    base_tensors,
+    buffers_by_name,
+    modules_by_name,
+    shared_weights,
+    tensors_of,
+)
+from cola.chain import Chain
+from cola.fingerprint import Digests, Fingerprint, TensorPrint, digests, dtype_name, weight_of
+from cola.live import LiveLink
+
+
+class BaseModel:
+    """A run's knowledge of its base model.
+
+    Args:
+        live: the link that the run trains.
+        chain: the run's record.
+
+    Attributes:
+        settled: the digests of all that is trained have been taken.
+    """
+
+    def __init__(self, live: LiveLink, chain: Chain) -> None:
+        self.live, self.chain = live, chain
+        self.settled = False
+        self._digests = Digests()
+        self._loads = _Loads(live.model)
+
+    @property
+    def prints(self) -> dict[str, TensorPrint]:
+        """Prints of the tensors that training moves; those whose value in the base model is unknown have no digest."""
+        return self._loads.prints
+
+    def weights(self) -> Fingerprint:
+        """Fingerprint of the adapted layers' weights as they are now."""
+        return replay.take_fingerprint(self.live.model, self.live.layers, cache=self._digests)
+
+    def final_digest(self) -> str | None:
+        """Digest of `weights` after `finish`; None if the model no longer has those layers."""
+        tensors = base_tensors(self.live.model)
+        return self.weights().digest if all(weight_of(path) in tensors for path in self.live.layers) else None
+
+    def fingerprint(self, layers: Iterable[str] = ()) -> Fingerprint:
+        """Fingerprint of the whole base model. Call it while no link is tied: it reads the weights once.
+
+        Args:
+            layers: of links that another chain brings.
+        """
+        every = dict.fromkeys((*self.live.layers, *layers))
+        return replay.take_fingerprint(self.live.model, every, whole=True, known=self.prints, cache=self._digests)
+
+    def settle(self) -> None:
+        """Before a step or a knot: take the digests of what it will move for the first time."""
+        if self.chain.keep and not self.settled:
+            self.prints.update(_prints({n: t for n, t in self._moving().items() if n not in self.prints}))
+            self.settled = self._loads.over = True
+
+    def resume(self, recorded: Fingerprint | None, known: Mapping[str, TensorPrint] | None = None) -> None:
+        """Training had begun before.
+
+        Args:
+            recorded: the chain's fingerprint of the base model, where it has one.
+            known: prints from before training; None to take them of the model as it is.
+        """
+        moving = self._moving()
+        known = {**(_prints(moving) if known is None else known), **((recorded and recorded.others) or {})}
+        unknown = {n: TensorPrint(tuple(t.shape), dtype_name(t), None) for n, t in moving.items()}
+        self._loads.prints = {name: known.get(name, unknown[name]) for name in moving}
+        self.settled = self._loads.over = True
+
+    def moved(self, *, modules: bool = True) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the persistent buffers that differ from the base model's or did at an earlier knot.
+
+        Args:
+            modules: include all buffers of modules whose parameters are all trained: PEFT's format holds such a module
+                as a whole.
+        """
+        if not self.chain.keep:
+            return {}
+        model = self.live.model
+        buffers, trained = buffers_by_name(model), self.live.trained().keys()
+        always = {name for link in self.chain for name in link.trained}
+        for path, module in modules_by_name(model).items() if modules else ():
+            own = tensors_of(path, module)
+            parameters = own.keys() - buffers.keys()
+            if parameters and parameters <= trained:
+                always.update(own.keys() - parameters)
+        # a chain that was loaded apart from the optimizer's state knows its base model better
+        known = {**self.prints, **((self.chain.base and self.chain.base.others) or {})}
+        found = digests(buffers)
+        return {
+            name: buffer.detach().cpu().clone()
+            for name, buffer in buffers.items()
+            if not buffer.is_meta and (name in always or name not in known or known[name].digest != found[name])
+        }
+
+    def has_unrecorded(self) -> bool:
+        """Whether buffers have moved since the last knot."""
+        last = {name: value for link in self.chain for name, value in link.trained.items()}
+        return any(n not in last or not torch.equal(last[n], value) for n, value in self.moved(modules=False).items())
+
+    def to_json(self) -> dict[str, Any]:
+        """`prints` as JSON values."""
+        return {name: asdict(one) for name, one in self.prints.items()}
+
+    def close(self) -> None:
+        """Stop watching which buffers are loaded."""
+        self._loads.remove()
+
+    def _moving(self) -> dict[str, Tensor]:
+        """The base model's tensors that training moves: persistent buffers, and parameters trained besides the links.
+
+        Every parameter that asks for a gradient counts: another optimizer of the caller's may train it.
+        """
+        model, trained = self.live.model, self.live.trained()
+        shared, names = shared_weights(model), set(buffers_by_name(model))
+        for path, parameter in trained.items():
+            names.update((path, *shared.get(id(parameter), ())))
+        return {name: t for name, t in base_tensors(model).items() if name in names or t.requires_grad}
+
+
+class _Loads:
+    """Keeps the prints of buffers up to date while state dicts are loaded before training.
+
+    Its hooks do not hold the optimizer: copying or pickling the model takes along digests and nothing else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.prints: dict[str, TensorPrint] = {}
+        self.over = False  # what is loaded from now on is not the base model's
+        self._handles = []
+        for path, module in base_modules(model).items():
+            buffers = tensors_of(path, module, parameters=False)
+            if buffers:
+                self.prints.update(_prints(buffers))
+                hook = functools.partial(self._loaded, path)
+                self._handles.append(module.register_load_state_dict_post_hook(hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _loaded(self, path: str, module: nn.Module, _: Any) -> None:
+        if not self.over:
+            self.prints.update(_prints(tensors_of(path, module, parameters=False)))
+
+
+def _prints(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
+    found = digests(tensors)
+    return {name: TensorPrint(tuple(t.shape), dtype_name(t), found[name]) for name, t in tensors.items()}

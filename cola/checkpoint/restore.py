@@ -1,0 +1,213 @@
+"""Whether a saved run fits this one, and making this one go on as it."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cola import replay
+from cola.adapters.targets import buffers_by_name
+from cola.checkpoint.state import RunState, class_name
+from cola.extend import Prepared
+from cola.live import LiveLink
+from cola.store import Ledger
+
+logger = logging.getLogger("cola")
+
+
+def require_links(ledger: Ledger) -> None:
+    """Refuse to save a chain from which the weights could not be rebuilt.
+
+    Raises:
+        RuntimeError: its links were not kept, or were lost.
+    """
+    if not ledger.keep or ledger.missing:
+        raise RuntimeError(
+            "save() writes the links, from which load() rebuilds the weights, and this chain does not have all of "
+            "them (keep_links=False, or lost by a framework's checkpoint): save model.state_dict() and "
+            "opt.state_dict() instead"
+        )
+
+
+def require_same_groups(saved: RunState, base: Optimizer) -> None:
+    """Refuse a state that torch would load although it does not fit the base, or refuse in words of its own.
+
+    Raises:
+        ValueError: it is of another class of optimizer, or its groups hold other numbers of parameters.
+    """
+    theirs, mine = saved.counters.base_class, class_name(base)
+    if theirs != mine:
+        raise ValueError(f"the saved run's base optimizer is {theirs}, here it is {mine}")
+    here = [len(group["params"]) for group in base.param_groups]
+    there = [len(group["params"]) for group in saved.optimizer["param_groups"] if "params" in group]
+    if here != there:
+        raise ValueError(
+            f"the saved run's groups hold {there} parameters, here they hold {here}: make the ChainOptimizer with the "
+            "saved run's arguments, and add what it had added by add_param_group"
+        )
+
+
+def require_carried(saved: RunState, live: LiveLink) -> None:
+    """Check what a state dict brings for the chain to go on.
+
+    Raises:
+        ValueError: a link is missing, or the entry was dropped and this run cannot go on without it. Compensated
+            rounding cannot: its residuals may hold most of what small updates have added up to. Re-quantising cannot
+            either: it starts from the original codes and all links.
+    """
+    counters, chain = saved.counters, saved.chain
+    if chain is not None and chain.missing + len(chain.links) != counters.index:
+        held = [link.index for link in chain.links]
+        raise ValueError(f"the state is at link {counters.index} and holds the links {held}: a link is missing")
+    if counters.finished or not counters.index:
+        return
+    if live.originals:
+        if chain is None or chain.missing or not chain.keep:
+            raise ValueError(
+                "quantized='requantize' needs all links at every knot, and the saved state lacks some: keep them "
+                "(keep_links=True), and save by opt.save, or by torch.save of opt.state_dict() with its 'cola' entry"
+            )
+        difference = None if chain.base is None else replay.codes_differ(chain.base, live.originals)
+        if difference is not None:
+            raise ValueError(
+                f"quantized='requantize' starts from the original codes at every knot, and {difference}: make the "
+                "ChainOptimizer over the untouched base, and load the model's state dict after that"
+            )
+    for path, layer in live.layers.items():
+        if live.rounding_of(path) == "compensated":
+            residual = saved.residuals.get(path)
+            if residual is None:
+                raise ValueError(
+                    f"compensated rounding needs the residual of layer {path!r}, and the saved state has none: a "
+                    "framework dropped the state's 'cola' entry. Save such a run by opt.save, or by torch.save of "
+                    "opt.state_dict()"
+                )
+            if residual.shape != layer.weight.shape:
+                raise ValueError(
+                    f"the residual of layer {path!r} is {tuple(residual.shape)}, the weight {tuple(layer.weight.shape)}"
+                )
+
+
+def check(saved: RunState, live: LiveLink, base: Optimizer) -> None:
+    """Check that the run can go on from a directory's checkpoint on this model. Changes nothing.
+
+    Raises:
+        ValueError: another base optimizer, other groups, a missing link, or other base weights.
+    """
+    require_same_groups(saved, base)
+    assert saved.chain is not None
+    index, links = saved.counters.index, saved.chain.links
+    if len(links) != index:
+        raise ValueError(f"the saved run is at link {index}, and {len(links)} are there: one is missing")
+    here, there = live.trained(), saved.trained
+    if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in there.items()}:
+        raise ValueError(f"besides the links the saved run trained {sorted(there)}, here it would be {sorted(here)}")
+    if [p.shape for p in others(base, live)] != [t.shape for t in _in_order(saved.others)]:
+        raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
+    if saved.A.keys() != live.layers.keys():
+        raise ValueError(f"the saved live link is on {sorted(saved.A)}, here it is on {sorted(live.layers)}")
+    for path, (out, inner) in live.shapes().items():
+        A, B, rank = saved.A[path], saved.B[path], live.plans[path].rank_of(index)
+        if A.shape != (rank, inner) or B.shape != (out, rank):
+            raise ValueError(
+                f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
+                f"({out}, {rank}) by ({rank}, {inner})"
+            )
+    buffers = buffers_by_name(live.model)
+    for path, value in sorted(saved.buffers.items()):
+        if path not in buffers or (buffers[path].shape, buffers[path].dtype) != (value.shape, value.dtype):
+            raise ValueError(
+                f"the saved run has a buffer {path!r} {tuple(value.shape)} of {value.dtype}, which this model does not "
+                "have"
+            )
+    recorded = (name for link in links for name in link.trained)
+    replaced = [*recorded, *saved.trained, *saved.buffers]
+    replay.check(live.model, links, saved.chain.base, live=True, replaced=replaced)
+
+
+def rehearse(saved: RunState, scratch: Optimizer) -> None:
+    """Load the base's state and the random states into copies, so that what cannot be loaded is found in time.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        load_exactly(scratch, saved.optimizer)
+        for device, state in saved.rng.items():
+            if device == "cpu":
+                torch.Generator().set_state(state)
+            elif not device.isdecimal():
+                raise ValueError(f"there is a random state of {device!r:.40}")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"the saved state of the base optimizer or of torch's generators is damaged: {error}"
+        ) from None
+
+
+@torch.no_grad()
+def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
+    """Make weights, live link and base state the saved ones. Call `check` first."""
+    assert saved.chain is not None
+    live.replay(saved.chain.links)
+    pairs = {path: (A, saved.B[path]) for path, A in saved.A.items()}
+    live.begin(saved.counters.index, Prepared(pairs, saved.counters.scaling, saved.counters.rank))
+    for path, parameter in live.trained().items():
+        parameter.copy_(saved.trained[path])
+    for path, buffer in buffers_by_name(live.model).items():
+        if path in saved.buffers:
+            buffer.copy_(saved.buffers[path])
+    for parameter, value in zip(others(base, live), _in_order(saved.others)):
+        parameter.copy_(value)
+    load_exactly(base, saved.optimizer)
+
+
+def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:
+    """``base.load_state_dict`` without its change of dtypes: torch casts floating-point state to the parameter's."""
+    base.load_state_dict(state)
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters):
+        if number in state["state"] and parameter in base.state:
+            base.state[parameter] = _uncast(base.state[parameter], state["state"][number])
+
+
+def restore_rng(states: Mapping[str, Tensor]) -> None:
+    """Set torch's global generators as they were saved; a device that is not here is left out, with a warning."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and int(device) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(device))
+        else:
+            logger.warning("the random state of CUDA device %s was saved, and there is no such device here", device)
+
+
+def rng_states() -> dict[str, Tensor]:
+    """Torch's global random states, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.update({str(i): torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())})
+    return states
+
+
+def others(base: Optimizer, live: LiveLink) -> list[nn.Parameter]:
+    """Parameters in the base's groups that belong neither to the link nor to the model: the caller's own."""
+    known = {id(p) for p in (*live.adapters(), *live.trained().values())}
+    return [p for group in base.param_groups for p in group["params"] if id(p) not in known]
+
+
+def _in_order(numbered: Mapping[str, Tensor]) -> list[Tensor]:
+    return [numbered[name] for name in sorted(numbered, key=int)]
+
+
+def _uncast(loaded: Any, saved: Any) -> Any:
+    if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
+        return saved.to(loaded.device) if saved.dtype != loaded.dtype else loaded
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        return {key: _uncast(value, saved.get(key)) for key, value in loaded.items()}
+    if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
+        return [_uncast(a, b) for a, b in zip(loaded, saved)]
+    return loaded

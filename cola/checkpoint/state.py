@@ -1,0 +1,272 @@
+"""What a run is between two steps, as plain data. Every form of checkpoint holds a `RunState`, encoded here.
+
+The counters are one JSON text in ``param_groups[0]["cola"]``. Scalars there survive `torch.save` with ``weights_only``,
+distributed checkpointing (flattened too), Accelerate and Lightning, which drop top-level keys that they do not know.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cola.arguments import is_finite
+from cola.fingerprint import TensorPrint, prints_from_json
+from cola.link import Link
+from cola.live import LiveLink
+from cola.packing import pack, unpack
+from cola.store import Ledger
+from cola.version import FORMAT
+
+#: the entry of the first param group that holds the counters
+GROUP_KEY = "cola"
+
+#: fields of a `RunState` that map names to tensors; `encode` stores each under ``field:name``
+_TENSORS = ("A", "B", "trained", "buffers", "others", "residuals", "rng")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The part of a run that is JSON.
+
+    Attributes:
+        arguments: of the `ChainOptimizer`, from `arguments_of`; a run goes on under the same ones only.
+        base_class: name of the base optimizer's class, from `class_name`.
+        index: of the live link; after `finish` the number of links.
+        rank: of the live link, the largest where layers differ.
+        scaling: of the live link in the first layer.
+        steps: real steps taken.
+        epoch: epochs completed, as last told.
+        probed: param groups whose state a probe step made.
+        stepped: group entries that are the base's state.
+        policy: the policy's state.
+        weights: digest of the tied weights that the state belongs to; None before the first knot.
+        knots: the tied links that the chain holds, from `knots_of`.
+        origin: before the first knot, prints of the base model's tensors that training has moved; None later.
+        finished: whether the chain is.
+    """
+
+    arguments: dict[str, Any]
+    base_class: str
+    index: int
+    rank: int
+    scaling: float
+    steps: int
+    epoch: float | None
+    probed: list[int]
+    stepped: list[str]
+    policy: dict[str, Any]
+    weights: str | None
+    knots: list[list[Any]]
+    origin: dict[str, Any] | None
+    finished: bool
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps({"version": FORMAT, **asdict(self)})
+
+    @classmethod
+    def of(cls, state_dict: Any) -> "Counters":
+        """Those in an optimizer's state dict.
+
+        Raises:
+            TypeError: ``state_dict`` is no dict.
+            ValueError: there are none, they cannot be read, or they are of another format.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict={state_dict!r:.80} must be a dict, as state_dict() returns it")
+        groups = state_dict.get("param_groups")
+        first = groups[0] if isinstance(groups, (list, tuple)) and groups else None
+        text = first.get(GROUP_KEY) if isinstance(first, dict) else None
+        if not text:
+            raise ValueError(
+                f"this state was not saved by a ChainOptimizer: param_groups[0] has no {GROUP_KEY!r} entry"
+            )
+        try:
+            values = json.loads(text)
+            require_format(values.pop("version"), "the state")
+            found = cls(**values)
+            found._require_well_formed()
+        except _OtherFormat:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"param_groups[0][{GROUP_KEY!r}] is damaged ({error!s:.80}): {text!r:.80}") from None
+        return found
+
+    def require_same_run(self, arguments: Mapping[str, Any], live: LiveLink, *, finished: bool) -> None:
+        """Check that the run may go on in a chain made with these arguments.
+
+        Raises:
+            ValueError: an argument or the rank differs, or just one of the two chains is finished.
+        """
+        if self.finished and not finished:
+            raise ValueError(
+                "the state was saved after finish(), when its chain was complete, and this one is running: load a "
+                "state that was saved before the end; or, to train on, load the finished model and make a "
+                "ChainOptimizer over it"
+            )
+        if finished and not self.finished:
+            raise ValueError(
+                "the state is of a running chain, and this one is finished: make a new ChainOptimizer over the "
+                "untouched model, and load the state there"
+            )
+        for name, mine in arguments.items():
+            if self.arguments[name] != mine:
+                raise ValueError(
+                    f"the saved state is of another chain: {name} differs ({_difference(self.arguments[name], mine)}). "
+                    "Make the ChainOptimizer with the saved run's arguments"
+                )
+        if finished:
+            return
+        rank, scaling = live.rank_of(self.index), live.scaling_of(self.index)
+        if self.rank != rank or not math.isclose(self.scaling, scaling):
+            raise ValueError(
+                f"the saved link {self.index} has rank {self.rank} and scale {self.scaling}, here it would have rank "
+                f"{rank} and scale {scaling}: make the ChainOptimizer with the saved run's r"
+            )
+
+    def origin_prints(self) -> dict[str, TensorPrint]:
+        """Prints of the base model's tensors that training had moved before the first knot."""
+        return prints_from_json(self.origin or {})
+
+    def _require_well_formed(self) -> None:
+        counts = (self.index, self.rank, self.steps)
+        fits = (
+            all(type(count) is int and count >= 0 for count in counts)
+            and isinstance(self.arguments, dict)
+            and self.arguments.keys() == set(_ARGUMENTS)
+            and isinstance(self.base_class, str)
+            and is_finite(self.scaling)
+            and (self.epoch is None or is_finite(self.epoch))
+            and _is_list(self.probed, int)
+            and _is_list(self.stepped, str)
+            and isinstance(self.policy, dict)
+            and isinstance(self.weights, (str, type(None)))
+            and _is_list(self.knots, list)
+            and all([type(value) for value in knot] == [int, int, int, str] for knot in self.knots)
+            and isinstance(self.origin, (dict, type(None)))
+            and type(self.finished) is bool
+        )
+        if not fits:
+            raise ValueError("an entry is not what a run writes")
+        self.origin_prints()
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A whole run. What the model's own state dict brings along may be left empty.
+
+    Attributes:
+        counters: the part that is JSON.
+        optimizer: the base optimizer's state dict, the counters in it.
+        chain: the tied links; None where a framework has dropped them.
+        loss: of the last step.
+        extras: state dicts of what was registered by `ChainOptimizer.register_for_checkpointing`, by name.
+        A, B: factors of the live link, by layer.
+        trained: values of the parameters that are trained besides the factors, by path.
+        buffers: persistent buffers that are no longer the base model's, by path.
+        others: parameters of groups that the caller added, numbered in order.
+        residuals: of compensated rounding, by layer.
+        rng: torch's random states, by device.
+    """
+
+    counters: Counters
+    optimizer: dict[str, Any]
+    chain: Ledger | None = None
+    loss: float | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    A: Mapping[str, Tensor] = field(default_factory=dict)
+    B: Mapping[str, Tensor] = field(default_factory=dict)
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    rng: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All but the optimizer and the chain, which each form keeps in its own way, as JSON values and named tensors."""
+    tensors = {f"{kind}:{name}": t for kind in _TENSORS for name, t in getattr(state, kind).items()}
+    return {"loss": pack(state.loss, "loss", {}), "extras": pack(dict(state.extras), "extra", tensors)}, tensors
+
+
+def decode(
+    content: Mapping[str, Any], tensors: Mapping[str, Tensor], optimizer: dict[str, Any], chain: Ledger | None
+) -> RunState:
+    """From `encode`'s, the optimizer's state dict and the chain. Tensors of other names are ignored.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: they are not those of a run.
+    """
+    counters = Counters.of(optimizer)
+    groups = optimizer["param_groups"]
+    if not isinstance(optimizer["state"], dict) or not all(isinstance(group["params"], list) for group in groups):
+        raise ValueError(f"its optimizer is {optimizer!r:.80}")
+    loss, extras = unpack(content["loss"], {}), unpack(content["extras"], dict(tensors))
+    if not isinstance(loss, (float, type(None))) or not isinstance(extras, dict):
+        raise ValueError(f"its loss is {loss!r:.40} and its extra entries are {extras!r:.40}")
+    named: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
+    for full_name, tensor in tensors.items():
+        kind, _, name = full_name.partition(":")
+        if kind in named:
+            named[kind][name] = tensor
+    if named["A"].keys() != named["B"].keys():
+        raise ValueError("a layer's live link lacks one of its factors")
+    return RunState(counters, optimizer, chain, loss, extras, **named)
+
+
+_ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")
+
+
+def arguments_of(live: LiveLink, reset: str) -> dict[str, Any]:
+    """The arguments of a `ChainOptimizer` that a run must go on with, as JSON values.
+
+    Args:
+        live: the link that it put on the model.
+        reset: a word for its ``reset``.
+    """
+    own = {path: (plan.rank, plan.scaling) for path, plan in live.plans.items()}
+    layers = {path: [*shape, *(own[path] if None not in own[path] else ())] for path, shape in live.shapes().items()}
+    values = (layers, live.seed, live.rounding, live.quantized, reset, live.config.describe())
+    return dict(zip(_ARGUMENTS, values, strict=True))
+
+
+def knots_of(links: Iterable[Link]) -> list[list[Any]]:
+    """Index, step, rank and ‖ΔW‖ of each link, which tell one run's links from another's.
+
+    The norm is given to four digits: processes may differ in its last bits.
+    """
+    return [[link.index, link.step, link.rank, f"{link.report.delta_norm:.4g}"] for link in links]
+
+
+def class_name(base: Optimizer) -> str:
+    """A base optimizer's class, as checkpoints name it."""
+    return f"{type(base).__module__.partition('.')[0]}.{type(base).__qualname__}"
+
+
+class _OtherFormat(ValueError):
+    """A state of another version of the format, which must not be called damaged."""
+
+
+def require_format(version: Any, what: str) -> None:
+    """Refuse a version of the format that is not `FORMAT`.
+
+    Raises:
+        ValueError: it is another one; the message begins with ``what``.
+    """
+    if version != FORMAT or type(version) is not int:
+        raise _OtherFormat(f"{what} has format {version!r:.40}, and this version of cola reads format {FORMAT}")
+
+
+def _is_list(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _difference(saved: Any, mine: Any) -> str:
+    if not isinstance(saved, dict) or not isinstance(mine, dict):
+        return f"saved {saved!r}, here {mine!r}"
+    differ = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
+    return "; ".join(f"{name}: saved {saved.get(name)!r}, here {mine.get(name)!r}" for name in differ[:3])
