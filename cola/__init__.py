@@ -1,13 +1,13 @@
 """Chain of LoRA (COLA): a high-rank update at one adapter's training memory, around any torch optimizer."""
 
-from cola.chain import Chain, Factor, KnotReport, LayerReport, Link
-from cola.extend import LinkConfig
-from cola.files import StoreError
-from cola.knots import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
+from cola.chain.chain import Chain, Factor, KnotReport, LayerReport, Link
+from cola.chain.files import StoreError
+from cola.common.version import __version__
+from cola.knot.learning_rate import restart, rewarm
+from cola.knot.tie import KnotError
+from cola.lora.config import LinkConfig
 from cola.optimizer import ChainOptimizer
-from cola.schedule import restart, rewarm
-from cola.tie import KnotError
-from cola.version import __version__
+from cola.policies import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
 
 __all__ = [
     "Chain",

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from cola import replay
-from cola.base_model import load_base, save_merged
-from cola.chain import Chain
+from cola.chain import replay
+from cola.chain.chain import Chain
+from cola.chain.files import write
+from cola.chain.hub import load_base, save_merged
+from cola.chain.on_disk import CHAIN, CHECKPOINT
+from cola.chain.plot import draw
 from cola.checkpoint.directory import read_run
-from cola.figure import draw
-from cola.files import write
-from cola.store import CHAIN, CHECKPOINT
-from cola.tie import RECORDED
-from cola.version import __version__
+from cola.common.version import __version__
+from cola.knot.tie import RECORDED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

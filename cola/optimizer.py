@@ -9,32 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cola import interrupts, probe
-from cola.adapters.targets import called
-from cola.beside import require_apart, warn_of_half
-from cola.chain import Chain
+from cola.chain.chain import Chain
 from cola.checkpoint.base_model import BaseModel
 from cola.checkpoint.resumable import Resumable
 from cola.checkpoint.state import GROUP_KEY, arguments_of
-from cola.composed import require_base
-from cola.contexts import unaffected
-from cola.coverage import Coverage, announced, covered
-from cola.distributed import agreed_mean
-from cola.extend import LinkConfig
-from cola.integrity import (
-    require_intact,
-    require_removable,
-    require_same_weights,
-    warn_of_loaded_link,
-    weights_of,
-)
-from cola.knots import KnotPolicy, Signal
-from cola.link import KnotReport, LayerReport, Link
-from cola.live import LiveLink
-from cola.reset import GroupWatch, Reset, carry_over, require_keepable, require_reset, reset_name
-from cola.tie import KnotError, Tie
-from cola.untrained import Untrained
-from cola.watch import LossWatch
+from cola.common import interrupts
+from cola.common.contexts import unaffected
+from cola.common.distributed import agreed_mean
+from cola.knot.reset import GroupWatch, Reset, carry_over, require_keepable, require_reset, reset_name
+from cola.knot.tie import KnotError, Tie
+from cola.lora.config import LinkConfig
+from cola.lora.coverage import Coverage, announced, covered
+from cola.lora.integrity import require_intact, require_removable, require_same_weights, warn_of_loaded_link, weights_of
+from cola.lora.link import KnotReport, LayerReport, Link
+from cola.lora.live import LiveLink
+from cola.lora.names import called
+from cola.lora.trainable import require_apart, warn_of_half
+from cola.lora.untrained import Untrained
+from cola.policies import KnotPolicy, Signal
+from cola.wrapper import real_steps
+from cola.wrapper.loss_meter import LossWatch
+from cola.wrapper.wrapper import require_base
 
 logger = logging.getLogger("cola")
 
@@ -194,17 +189,17 @@ class ChainOptimizer(Resumable):
         """
         # what is mostly in vain is asked without a call: between large products each costs microseconds
         if self.finished:
-            if closure is None and probe.rates_are_zero(self.base.param_groups):
+            if closure is None and real_steps.rates_are_zero(self.base.param_groups):
                 return None  # distributed checkpointing asks for state to be made, and there is none any more
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
         groups = self.base.param_groups if self._ready else self.param_groups
-        probing = closure is None and not probe.moves(groups)
+        probing = closure is None and not real_steps.moves(groups)
         if probing:
             self._require_trainable()
             self._untrained.count(groups, self.steps)
-            self._probed, self._ready = sorted({*self._probed, *probe.stateless(self.base)}), False
+            self._probed, self._ready = sorted({*self._probed, *real_steps.stateless(self.base)}), False
         elif not self._ready:
             self._get_ready()
         before = self._groups.before(groups)

@@ -10,16 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cola import (
-    ChainOptimizer,
-    EpochKnots,
-    EvenKnots,
-    KnotPolicy,
-    LinkConfig,
-    NeverKnots,
-    PlateauKnots,
-    StepKnots,
-)
+from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 
 KINDS = ("lora", "cola", "finetune", "icl", "zero-shot")
 BASES: Mapping[str, type[torch.optim.Optimizer]] = {

@@ -95,3 +95,8 @@ def seeded(kind, config, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config)
+
+
+def draw(config, shape, *, seed, link, layer):
+    """The factors that a link of a layer starts from."""
+    return LayerPlan(config).draw(layer, shape, seed=seed, link=link)

@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_library_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names} == {"cola", f"chain_of_lora-{PROJECT['version']}.dist-info"}
     files = {str(p.relative_to(ROOT)) for p in (ROOT / "cola").rglob("*.py")}
-    assert files | {"cola/py.typed", "cola/FORMAT.md"} == {n for n in names if n.startswith("cola/")}
+    assert files | {"cola/py.typed", "cola/chain/FORMAT.md"} == {n for n in names if n.startswith("cola/")}
 
 
 CODE = '''

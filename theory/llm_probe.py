@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cola import Chain, ChainOptimizer, KnotReport
-from cola.adapters.targets import modules_by_name
+from cola.lora.names import modules_by_name
 from theory.arguments import count, positive
 from theory.llm_decomposition import Decomposition, LayerGap, Probe, decompose, factors, radii, stack
 from theory.llm_sketch import Loss, LowRankPair, Tap, mean_loss, sweep

@@ -13,18 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola import replay
-from cola.adapters.targets import (
-    base_modules,
-    base_tensors,
-    buffers_by_name,
-    modules_by_name,
-    shared_weights,
-    tensors_of,
-)
-from cola.chain import Chain
-from cola.fingerprint import Digests, Fingerprint, TensorPrint, digests, dtype_name, weight_of
-from cola.live import LiveLink
+from cola.chain import replay
+from cola.chain.chain import Chain
+from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, dtype_name, weight_of
+from cola.lora.live import LiveLink
+from cola.lora.names import base_modules, base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 
 
 class BaseModel:

@@ -8,24 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cola import tensorfile
-from cola.checkpoint.state import RunState, decode, encode
-from cola.distributed import writes
-from cola.files import StoreError, locked, read_checked, unseal
-from cola.packing import pack, unpack
-from cola.store import (
+from cola.chain import tensorfile
+from cola.chain.files import StoreError, locked, read_checked, unseal
+from cola.chain.on_disk import (
     CHAIN,
     CHECKPOINT,
     entry,
     read_links,
     require_ours,
-    require_plain_name,
     undisturbed,
     write_content,
     write_links,
     write_manifest,
 )
-from cola.version import FORMAT
+from cola.chain.packing import pack, unpack
+from cola.checkpoint.state import RunState, decode, encode
+from cola.common.distributed import writes
+from cola.common.version import FORMAT
+from cola.lora.names import require_plain_name
 
 
 def write_run(directory: Path, state: RunState) -> None:

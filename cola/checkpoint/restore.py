@@ -1,19 +1,20 @@
 """Whether a saved run fits this one, and making this one go on as it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cola import replay
-from cola.adapters.targets import buffers_by_name
+from cola.chain import replay
+from cola.chain.on_disk import Ledger
 from cola.checkpoint.state import RunState, class_name
-from cola.extend import Prepared
-from cola.live import LiveLink
-from cola.store import Ledger
+from cola.lora.config import Prepared
+from cola.lora.link import Link
+from cola.lora.live import LiveLink
+from cola.lora.names import buffers_by_name
 
 logger = logging.getLogger("cola")
 
@@ -151,7 +152,7 @@ def rehearse(saved: RunState, scratch: Optimizer) -> None:
 def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
     """Make weights, live link and base state the saved ones. Call `check` first."""
     assert saved.chain is not None
-    live.replay(saved.chain.links)
+    replay_links(live, saved.chain.links)
     pairs = {path: (A, saved.B[path]) for path, A in saved.A.items()}
     live.begin(saved.counters.index, Prepared(pairs, saved.counters.scaling, saved.counters.rank))
     for path, parameter in live.trained().items():
@@ -162,6 +163,12 @@ def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
     for parameter, value in zip(others(base, live), _in_order(saved.others)):
         parameter.copy_(value)
     load_exactly(base, saved.optimizer)
+
+
+def replay_links(live: LiveLink, links: Sequence[Link]) -> None:
+    """Tie recorded links, the first ones of the chain, into the untouched weights."""
+    live.take_links(())
+    replay.tie_links(live.model, links, live.residuals, live.config.residual_device, live.originals)
 
 
 def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:

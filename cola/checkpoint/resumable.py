@@ -13,23 +13,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cola import interrupts, replay
-from cola.adapters.targets import listed
-from cola.chain import Chain
+from cola.chain import replay
+from cola.chain.chain import Chain
+from cola.chain.on_disk import Ledger
 from cola.checkpoint import restore
 from cola.checkpoint.base_model import BaseModel
 from cola.checkpoint.directory import read_run, write_run
 from cola.checkpoint.state import GROUP_KEY, Counters, RunState, class_name, knots_of
 from cola.checkpoint.state_dict import from_state_dict, to_state_dict
-from cola.composed import Composed
-from cola.contexts import unaffected
-from cola.distributed import is_sharded
-from cola.integrity import require_intact, require_same_weights
-from cola.knots import KnotPolicy
-from cola.link import Link
-from cola.live import LiveLink
-from cola.reset import Reset, reset_name
-from cola.store import Ledger
+from cola.common import interrupts
+from cola.common.contexts import unaffected
+from cola.common.distributed import is_sharded
+from cola.knot.reset import Reset, reset_name
+from cola.lora.integrity import require_intact, require_same_weights
+from cola.lora.link import Link
+from cola.lora.live import LiveLink
+from cola.lora.names import listed
+from cola.policies import KnotPolicy
+from cola.wrapper.wrapper import Composed
 
 logger = logging.getLogger("cola")
 
@@ -263,7 +264,7 @@ class Resumable(Composed):
         base = self._base_model.fingerprint(chain.layers())
         self._base_model.settle()
         with self._restarted(len(links)):
-            self.live.replay(links)
+            restore.replay_links(self.live, links)
         self.chain.restore(Ledger(links, base=base))
 
     @unaffected()
@@ -299,7 +300,7 @@ class Resumable(Composed):
         with self._restarted(len(links) - 1):
             self.live.residuals.clear()
             replay.untie(self.live.model, links, base, also=self._base_model.moved())
-            self.live.replay(links[:-1])
+            restore.replay_links(self.live, links[:-1])
         self.chain.live = False
         return self.chain.undo()
 

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cola.arguments import is_finite
-from cola.fingerprint import TensorPrint, prints_from_json
-from cola.link import Link
-from cola.live import LiveLink
-from cola.packing import pack, unpack
-from cola.store import Ledger
-from cola.version import FORMAT
+from cola.chain.fingerprint import TensorPrint, prints_from_json
+from cola.chain.on_disk import Ledger
+from cola.chain.packing import pack, unpack
+from cola.common.arguments import is_finite
+from cola.common.version import FORMAT
+from cola.lora.link import Link
+from cola.lora.live import LiveLink
 
 #: the entry of the first param group that holds the counters
 GROUP_KEY = "cola"

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from cola.chain.on_disk import ledger_of, ledger_to_json, link_from_parts, link_to_parts
 from cola.checkpoint.state import Counters, RunState, decode, encode, require_format
-from cola.store import ledger_of, ledger_to_json, link_from_parts, link_to_parts
-from cola.version import FORMAT
+from cola.common.version import FORMAT
 
 KEY = "cola"
 

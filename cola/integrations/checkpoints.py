@@ -9,9 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from cola import Chain, ChainOptimizer
+from cola.chain.on_disk import CHECKPOINT
 from cola.checkpoint.directory import read_run
 from cola.checkpoint.restore import restore_rng
-from cola.store import CHECKPOINT
 
 logger = logging.getLogger("cola")
 

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola import ChainOptimizer, KnotReport
-from cola.adapters import adapted_class, is_quantized
-from cola.extend import LayerPlan
-from cola.link import used_rank
-from cola.tie import tie_
+from cola.knot.tie import tie_
+from cola.lora.config import LayerPlan
+from cola.lora.kinds import adapted_class
+from cola.lora.link import used_rank
+from cola.lora.quantized import is_quantized
 
 
 class ChainKnots(Callback):

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cola import LinkConfig
-from cola.adapters.peft import is_peft_model
-from cola.adapters.targets import find_peft_layers, find_saved, find_targets, modules_by_name
+from cola.lora.names import modules_by_name
+from cola.lora.peft import is_peft_model
+from cola.lora.targets import find_peft_layers, find_saved, find_targets
 
 # TRL's callbacks that average the model's parameters into another model, pair by pair
 _AVERAGING = ("SyncRefModelCallback", "SyncTeacherModelCallback", "PEFTAdapterEMACallback", "BEMACallback")

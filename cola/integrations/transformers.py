@@ -23,12 +23,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
-from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig, store
-from cola.adapters import StackedLinear, is_quantized, quantized
-from cola.adapters.peft import is_peft_model
+from cola import ChainOptimizer, KnotPolicy, KnotReport, LinkConfig
+from cola.chain import on_disk
 from cola.integrations.checkpoints import CHAIN_DIR, watch_checkpoints
 from cola.integrations.references import require_fixed_reference, require_no_averaging
 from cola.integrations.settings import base_arguments, say_what_is_not_used, spare_from_decay
+from cola.lora import quantized
+from cola.lora.peft import is_peft_model
+from cola.lora.quantized import is_quantized
+from cola.lora.stacked import StackedLinear
 
 logger = logging.getLogger("cola")
 
@@ -161,7 +164,7 @@ class ChainCallback(TrainerCallback):
         if self.save_chain and not self.opt.finished and not self.opt.chain.missing:
             directory = Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR
             if self.trainer.is_fsdp_enabled:  # the sharded model's checkpoint has the live link
-                store.save(directory, self.opt.chain.ledger())
+                on_disk.save(directory, self.opt.chain.ledger())
             else:
                 self.opt.save(directory)
 

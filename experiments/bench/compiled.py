@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cola.tie import tie_
+from cola.knot.tie import tie_
 from experiments.bench.measure import Row, Settings, medians, race, ratio
 
 RANK = 8

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cola.tie import residual_like, tie_
+from cola.knot.tie import residual_like, tie_
 from experiments.bench.measure import Row, Settings, Spread, Work, medians, peak_bytes, race, ratio
 
 RANK = 8

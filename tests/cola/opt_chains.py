@@ -2,11 +2,7 @@
 
 import torch
 
-from cola import (
-    ChainOptimizer,
-    LinkConfig,
-    StepKnots,
-)
+from cola import ChainOptimizer, LinkConfig, StepKnots
 from tests.models import loss_of
 
 IDS = torch.arange(24).view(2, 12) % 30

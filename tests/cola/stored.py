@@ -2,12 +2,8 @@
 
 import torch
 
-from cola import (
-    ChainOptimizer,
-    LinkConfig,
-    StepKnots,
-    store,
-)
+from cola import ChainOptimizer, LinkConfig, StepKnots
+from cola.chain import on_disk
 from tests.models import BODY, Net, train
 
 
@@ -22,7 +18,9 @@ def trained(steps=7, rounding="auto", dtype=torch.float32, **link):
 
 
 def same_links(one, other):
-    return len(one) == len(other) and all(store.link_to_bytes(a) == store.link_to_bytes(b) for a, b in zip(one, other))
+    return len(one) == len(other) and all(
+        on_disk.link_to_bytes(a) == on_disk.link_to_bytes(b) for a, b in zip(one, other)
+    )
 
 
 def same(one, other):

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, EvenKnots, LinkConfig, NeverKnots, StepKnots
-from cola.extend import draw
 from tests import reference
-from tests.models import BODY, Net, batch, loss_of, train
+from tests.models import BODY, Net, batch, draw, loss_of, train
 
 pytestmark = pytest.mark.numerics
 

@@ -219,7 +219,7 @@ def test_schedule_free_keeps_the_evaluation_loss_across_a_knot():
     ],
 )
 def test_group_entries_that_a_step_changes(change, found):
-    from cola.reset import GroupWatch
+    from cola.knot.reset import GroupWatch
 
     for tensor in (True, False):
         group = {"lr": 0.1, "betas": (0.9, 0.99), "k": 0.0}

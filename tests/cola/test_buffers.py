@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots, store
+from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
+from cola.chain import on_disk
+from cola.chain.fingerprint import checksum
 from cola.checkpoint.directory import read_run
-from cola.fingerprint import checksum
 from tests.models import Net, batch
 
 
@@ -267,7 +268,7 @@ def test_a_model_with_watched_buffers_is_copied_and_pickled(tmp_path):
     opt.finish(), other.finish()
     assert same(model, twin)
     for one, two in zip(opt.chain, other.chain, strict=True):
-        assert store.link_to_parts(one)[0].keys() == store.link_to_parts(two)[0].keys()
+        assert on_disk.link_to_parts(one)[0].keys() == on_disk.link_to_parts(two)[0].keys()
     model = Normed()
     wrap(model)
     torch.save(model, tmp_path / "model.pt")

@@ -84,16 +84,16 @@ def test_the_figure_labels_what_it_shows(run):
     """Axes, units and layers are named, on a chain with many layers too."""
     from matplotlib.figure import Figure
 
-    from cola import figure
+    from cola.chain import plot
 
     seen = []
     original = Figure.savefig
     try:
         Figure.savefig = lambda self, *args, **kwargs: (seen.append(self), original(self, *args, **kwargs))
-        figure.draw(Chain.load(run / "chain"))
+        plot.draw(Chain.load(run / "chain"))
         model = tiny_opt(num_hidden_layers=20)
         opt = trained(model)
-        figure.draw(opt.chain)
+        plot.draw(opt.chain)
     finally:
         Figure.savefig = original
     for drawn in seen:

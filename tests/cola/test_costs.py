@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from cola.tie import residual_like, tie_
+from cola.knot.tie import residual_like, tie_
 from tests.kernels import kernels
 from tests.models import BODY, Net, loss_of
 

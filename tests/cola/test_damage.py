@@ -8,20 +8,9 @@ import pickle
 import pytest
 import torch
 
-from cola import (
-    Chain,
-    ChainOptimizer,
-    Factor,
-    KnotReport,
-    Link,
-    LinkConfig,
-    StepKnots,
-    StoreError,
-    files,
-    store,
-    tensorfile,
-)
-from cola.version import FORMAT
+from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, StepKnots, StoreError
+from cola.chain import files, on_disk, tensorfile
+from cola.common.version import FORMAT
 from tests.cola.stored import same_links, trained
 from tests.models import BODY, Net, train
 
@@ -151,7 +140,7 @@ def test_layer_names_that_could_be_paths_are_refused(name, tmp_path):
     content = {"index": 0, "seed": 0, "layers": {name: {"scaling": 1.0, "rounding": "nearest"}}, "trained": []}
     data = tensorfile.dump({f"A:{name}": factor.A, f"B:{name}": factor.B}, content)
     with pytest.raises(StoreError, match="refused"):
-        store.link_from_bytes(data, tmp_path / "link")
+        on_disk.link_from_bytes(data, tmp_path / "link")
 
 
 def header(entries, data=b"", length=None):
@@ -213,10 +202,10 @@ def link_with(**changes):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "true", "1" * 400, "null", '"1"', "[]"])
 def test_numbers_that_are_none_are_refused(number):
     path = files.Path("here")
-    assert store.link_from_bytes(link_with(SCALING="2"), path).factors["x"].scaling == 2
+    assert on_disk.link_from_bytes(link_with(SCALING="2"), path).factors["x"].scaling == 2
     for place in ("SCALING", "DELTA"):
         with pytest.raises(StoreError, match="here"):
-            store.link_from_bytes(link_with(**{place: number}), path)
+            on_disk.link_from_bytes(link_with(**{place: number}), path)
     if number in ("NaN", "Infinity", "-Infinity", "1e400"):
         with pytest.raises(StoreError, match=r"here is not readable as JSON .*is not a finite number"):
             files.parse(f'{{"a": [{number}]}}'.encode(), path)
@@ -228,7 +217,7 @@ def test_depth_is_no_way_out(depth, ends):
     """What is nested far deeper than anything that is written here is refused, not followed."""
     bomb = ends[0] * depth + "1" + ends[1] * depth
     with pytest.raises(StoreError, match="here"):
-        store.link_from_bytes(link_with(DELTA=bomb), files.Path("here"))
+        on_disk.link_from_bytes(link_with(DELTA=bomb), files.Path("here"))
 
 
 def test_depth_is_bounded():

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
-from cola.extend import INITS, draw
-from cola.tie import tie_
-from tests.models import BODY, Net, batch
+from cola.knot.tie import tie_
+from cola.lora.init import INITS
+from tests.models import BODY, Net, batch, draw
 
 
 @contextlib.contextmanager

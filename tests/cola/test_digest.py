@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cola.fingerprint import Digests, checksum, digests
+from cola.chain.fingerprint import Digests, checksum, digests
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -70,7 +70,7 @@ def test_signs_of_zero_nans_and_large_tensors(monkeypatch):
     assert checksum(quiet) != checksum(other)
     large = torch.randn(1000, 700)
     expected = checksum(large)
-    monkeypatch.setattr("cola.fingerprint._PIECE", 12345)  # in pieces
+    monkeypatch.setattr("cola.chain.fingerprint._PIECE", 12345)  # in pieces
     assert checksum(large) == expected
     assert checksum(torch.tensor(1 + 2j)) != checksum(torch.tensor(1 - 2j))
     assert checksum(torch.zeros(0)) == checksum(torch.zeros(0, 3))
@@ -90,7 +90,7 @@ def test_it_does_not_depend_on_threads():
 
 def test_a_tensor_under_several_names_is_read_once(monkeypatch):
     read = []
-    monkeypatch.setattr("cola.fingerprint.checksum", lambda tensor: read.append(tensor) or "x")
+    monkeypatch.setattr("cola.chain.fingerprint.checksum", lambda tensor: read.append(tensor) or "x")
     weight = torch.ones(3)
     assert digests({"a": weight, "b": weight, "c": torch.ones(3)}) == {"a": "x", "b": "x", "c": "x"}
     assert len(read) == 2

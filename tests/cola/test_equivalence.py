@@ -109,7 +109,7 @@ def test_a_chain_of_ties_is_one_tie_of_the_concatenated_links(m, n, r, links, se
         opt.tie()
     found = [link.factors["0"] for link in opt.chain]
     A, B = torch.cat([f.A for f in found], 0), torch.cat([f.scaling * f.B for f in found], 1)
-    from cola.tie import tie_
+    from cola.knot.tie import tie_
 
     tie_(once[0].weight.detach(), B, A, 1.0)
     sizes = once[0].weight.abs() + B.abs() @ A.abs()

@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cola import (
-    Chain,
-    ChainOptimizer,
-    Factor,
-    KnotReport,
-    Link,
-    LinkConfig,
-    StepKnots,
-    subspace,
-    tensorfile,
-)
+from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, StepKnots
+from cola.chain import spectrum, tensorfile
 from tests.cola.opt_chains import close, fit, output
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
 
@@ -216,7 +207,7 @@ def test_truncation_equals_the_dense_svd(out, inner, ranks):
     ]
     update = sum(f.delta() for f in factors)
     u, wanted, v = torch.linalg.svd(update, full_matrices=False)
-    A, B, values = subspace.truncate(factors, 2)
+    A, B, values = spectrum.truncate(factors, 2)
     count = min(len(values), len(wanted))
     assert torch.allclose(values[:count], wanted[:count], atol=1e-12 * wanted[0].item())
     assert torch.allclose(B @ A, (u[:, :2] * wanted[:2]) @ v[:2], atol=1e-12 * wanted[0].item())

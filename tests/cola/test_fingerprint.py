@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from cola.adapters.targets import base_tensors
-from cola.fingerprint import Fingerprint, checksum, fingerprint
+from cola.chain.fingerprint import Fingerprint, checksum, fingerprint
+from cola.lora.names import base_tensors
 from tests.cola.bases_of_chains import EVERYTHING, Wide, altered_head, same, trained, wrap
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
 
@@ -247,7 +247,7 @@ def test_torchs_own_quantised_tensors_have_digests():
 
 
 def test_the_model_is_read_once_before_the_first_knot_and_its_layers_after_each(tmp_path, monkeypatch):
-    from cola import fingerprint as module
+    from cola.chain import fingerprint as module
 
     read, lock, original = [], threading.Lock(), module.checksum
 
@@ -273,7 +273,7 @@ def test_the_model_is_read_once_before_the_first_knot_and_its_layers_after_each(
 
 
 def test_a_chain_without_links_costs_nothing(monkeypatch):
-    monkeypatch.setattr("cola.fingerprint.checksum", lambda tensor: pytest.fail("read"))
+    monkeypatch.setattr("cola.chain.fingerprint.checksum", lambda tensor: pytest.fail("read"))
     model = Net()
     link = LinkConfig(r=1, target_modules=BODY, bias="lora_only")
     opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.1, keep_links=False)

@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 
-from cola import Chain, ChainOptimizer, LinkConfig, StepKnots, StoreError, files, store, tensorfile
-from cola.version import FORMAT
+from cola import Chain, ChainOptimizer, LinkConfig, StepKnots, StoreError
+from cola.chain import files, on_disk, tensorfile
+from cola.common.version import FORMAT
 from tests.models import BODY, Net, train
 
 NUMBERS = [0, 1, -1, 2**31, 2**63, 2**64, 10**30, -(2**63), 1e308, 1.5, True, None, "", "x", [], {}, [[]], "../x", "0"]
@@ -38,7 +39,7 @@ def made(tmp_path_factory):
 
 
 def contents(chain):
-    return chain.missing, chain.keep, chain.base, [store.link_to_bytes(link) for link in chain]
+    return chain.missing, chain.keep, chain.base, [on_disk.link_to_bytes(link) for link in chain]
 
 
 def read_checkpoint(directory):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from cola.adapters import AdaptedLayer
+from cola.lora.layer import AdaptedLayer
 from tests.cola.chained import chained
 from tests.models import BODY, Net, batch, loss_of, tiny_opt, train
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cola.adapters import LoRALinear, adapted_class, is_linear_map, refusal
-from cola.adapters.lora import LowRankLinear, _masked, kept, share_kept
+from cola.lora.kinds import adapted_class, is_linear_map, refusal
+from cola.lora.layer import LoRALinear, LowRankLinear, _masked, kept, share_kept
 
 pytestmark = pytest.mark.numerics
 

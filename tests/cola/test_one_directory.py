@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola import Chain, ChainOptimizer, LinkConfig, StepKnots, StoreError, files, store
+from cola import Chain, ChainOptimizer, LinkConfig, StepKnots, StoreError
+from cola.chain import files, on_disk
 from tests.models import BODY, Net, train
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def new(seed=0, **link):
 
 
 def links(chain):
-    return [store.link_to_bytes(link) for link in chain]
+    return [on_disk.link_to_bytes(link) for link in chain]
 
 
 def contents(directory):
@@ -39,7 +40,7 @@ def contents(directory):
 def holder(tmp_path):
     """Another process that saves to ``tmp_path / "run"`` until it is told to stop."""
     code = (
-        "import sys, pathlib; sys.path.insert(0, 'cola'); import files\n"  # alone, without torch
+        "import sys, pathlib; sys.path.insert(0, 'cola/chain'); import files\n"  # alone, without torch
         "with files.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()\n"
     )
@@ -175,7 +176,7 @@ def test_a_clock_that_was_turned_back_changes_nothing(tmp_path, monkeypatch):
     model, opt = new()
     train(opt, model, 4)
     for hours, save in ((9, opt.chain.save), (3, opt.save), (1, opt.chain.save), (0, opt.save)):
-        monkeypatch.setattr(store.time, "time_ns", lambda hours=hours: hours * 3600 * 10**9)
+        monkeypatch.setattr(on_disk.time, "time_ns", lambda hours=hours: hours * 3600 * 10**9)
         if len(opt.chain) > 1:
             opt.undo(Net())
         else:
@@ -237,7 +238,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(reader, tmp_path, monke
     model, opt = new()
     train(opt, model, 3)
     opt.save(tmp_path)
-    expected, original, read = copy.deepcopy(opt), store.read_checked, []
+    expected, original, read = copy.deepcopy(opt), on_disk.read_checked, []
 
     def slow(path, *about):
         read.append(path)
@@ -247,7 +248,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(reader, tmp_path, monke
             opt.save(tmp_path)
         return original(path, *about)
 
-    monkeypatch.setattr(store, "read_checked", slow)
+    monkeypatch.setattr(on_disk, "read_checked", slow)
     if reader == "chain":
         assert links(Chain.load(tmp_path)) == links(opt.chain)
     else:
@@ -262,8 +263,8 @@ def test_what_is_missing_for_good_is_not_waited_for(tmp_path, monkeypatch):
     train(opt, model, 3)
     opt.save(tmp_path)
     next(tmp_path.glob("link-*")).unlink()
-    reads, original = [], store.read_checked
-    monkeypatch.setattr(store, "read_checked", lambda path, *about: reads.append(path) or original(path, *about))
+    reads, original = [], on_disk.read_checked
+    monkeypatch.setattr(on_disk, "read_checked", lambda path, *about: reads.append(path) or original(path, *about))
     with pytest.raises(StoreError, match="is missing"):
         Chain.load(tmp_path)
     assert len(reads) == 1

@@ -5,15 +5,8 @@ import json
 import pytest
 import torch
 
-from cola import (
-    Chain,
-    ChainOptimizer,
-    LinkConfig,
-    NeverKnots,
-    StoreError,
-    files,
-    tensorfile,
-)
+from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StoreError
+from cola.chain import files, tensorfile
 from tests.cola.opt_chains import IDS, close, fit, output
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt
 

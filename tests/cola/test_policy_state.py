@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cola
 from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
-from cola.knots import Signal
+from cola.policies import Signal
 from tests.cola.json_places import places, replaced
 from tests.models import BODY, Net, train
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots
-from cola.packing import pack
+from cola.chain.packing import pack
 from tests.cola.json_places import places, replaced
 from tests.cola.resumed import KNOT, made, same, undisturbed, wrap
 from tests.models import BODY, Net, train

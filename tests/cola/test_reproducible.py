@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cola import LinkConfig
-from cola.extend import INITS, draw
+from cola.lora.init import INITS
 from tests.cola.stored import trained
+from tests.models import draw
 
 pytestmark = pytest.mark.numerics
 
@@ -33,7 +34,9 @@ def test_every_promise_names_a_condition_and_a_test_that_exists():
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "cola/integrations/README.md", "cola/FORMAT.md", "theory/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "cola/integrations/README.md", "cola/chain/FORMAT.md", "theory/README.md"]
+)
 def test_pages_that_promise_bits_say_where_the_conditions_stand(page):
     text = (ROOT / page).read_text()
     assert re.search(r"bit for bit|to the bit|same bits", text)
@@ -57,6 +60,7 @@ def test_other_kernels_draw_the_same_factors_up_to_rounding(tmp_path):
     code = """
 import sys, torch
 from tests.cola.test_reproducible import INITS, factors
+from tests.models import draw
 torch.save({init: factors(init) for init in INITS}, sys.argv[1])
 """
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(ROOT)}

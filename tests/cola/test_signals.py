@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cola import ChainOptimizer, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, Signal, StepKnots
-from cola.distributed import agreed_mean
+from cola.common.distributed import agreed_mean
 from tests.cola.chained import chained
 from tests.models import loss_of, tiny_opt, train
 

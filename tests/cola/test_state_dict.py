@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cola import Chain, LinkConfig, NeverKnots, PlateauKnots, StepKnots
-from cola.version import FORMAT
+from cola.common.version import FORMAT
 from tests.cola.chained import chained
 from tests.models import BODY, Net, train
 

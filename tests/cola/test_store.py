@@ -9,18 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cola import (
-    Chain,
-    ChainOptimizer,
-    Factor,
-    KnotReport,
-    LayerReport,
-    Link,
-    LinkConfig,
-    StepKnots,
-    files,
-    store,
-)
+from cola import Chain, ChainOptimizer, Factor, KnotReport, LayerReport, Link, LinkConfig, StepKnots
+from cola.chain import files, on_disk
 from tests.cola.stored import same, same_links, trained
 from tests.models import BODY, Net, train
 
@@ -53,8 +43,8 @@ def links(draw, index=0):
 
 @given(links())
 def test_a_link_round_trips(link):
-    data = store.link_to_bytes(link)
-    again = store.link_from_bytes(data, files.Path("here"))
+    data = on_disk.link_to_bytes(link)
+    again = on_disk.link_from_bytes(data, files.Path("here"))
     assert repr(again.report) == repr(link.report)
     assert (again.index, again.seed) == (link.index, link.seed)
     assert again.factors.keys() == link.factors.keys()
@@ -66,7 +56,7 @@ def test_a_link_round_trips(link):
         assert torch.equal(other.B, factor.B)
     assert again.trained.keys() == link.trained.keys()
     assert all(torch.equal(again.trained[p], link.trained[p]) for p in link.trained)
-    assert store.link_to_bytes(again) == data  # equal links, equal bytes: the name follows from the content
+    assert on_disk.link_to_bytes(again) == data  # equal links, equal bytes: the name follows from the content
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cola.tie import delta_norm, key, obstacle, residual_like, tie_, tolerance
+from cola.knot.tie import delta_norm, key, obstacle, residual_like, tie_, tolerance
 from tests.reference import stochastic_neighbours
 
 pytestmark = pytest.mark.numerics
@@ -137,7 +137,7 @@ def test_blocks_and_threads_do_not_change_what_a_stochastic_tie_draws(dtype, mon
     results, threads = [], torch.get_num_threads()
     try:
         for block in (1000, 7000, 1 << 16, 1 << 20):
-            monkeypatch.setattr("cola.tie._CPU_BLOCK", block)
+            monkeypatch.setattr("cola.knot.tie._CPU_BLOCK", block)
             for count in (1, 2):
                 torch.set_num_threads(count)
                 results.append(tied(W, L, R, 1.0, "stochastic", seed=2)[0])
@@ -164,9 +164,9 @@ def test_other_blocks_and_threads_change_sums_by_rounding_at_most(dtype, monkeyp
     """A block of another height may take another kernel, which sums the r products in another order."""
     r = 5
     W, L, R = case(90, 1000, r, seed=4, dtype=dtype, size=1e-3)
-    monkeypatch.setattr("cola.tie._CPU_BLOCK", 1 << 20)
+    monkeypatch.setattr("cola.knot.tie._CPU_BLOCK", 1 << 20)
     one = tied(W, L, R, 1.0, "nearest")[0].double()
-    monkeypatch.setattr("cola.tie._CPU_BLOCK", 1000)
+    monkeypatch.setattr("cola.knot.tie._CPU_BLOCK", 1000)
     two = tied(W, L, R, 1.0, "nearest")[0].double()
     # each of two sums of r products and a weight errs by (r + 1) roundings of fp32; the result by half a unit each
     fp32 = torch.finfo(torch.float32).eps

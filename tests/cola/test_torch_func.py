@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
-from cola.adapters import AdaptedLayer
+from cola.lora.layer import AdaptedLayer
 from tests.models import BODY, Net, batch, train
 
 X = batch(0, dtype=torch.float64)[0]

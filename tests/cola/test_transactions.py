@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, StepKnots, live
-from cola.adapters import AdaptedLayer
+from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, StepKnots
+from cola.lora import live
+from cola.lora.layer import AdaptedLayer
 from tests.models import BODY, Net, loss_of, train
 
 LINK = LinkConfig(r=(2, 1), lora_alpha=2, target_modules=BODY)
@@ -119,7 +120,7 @@ def test_a_failure_while_preparing_leaves_everything_as_it_was(fail_at, monkeypa
         if fail_at == "put":
             patch.setattr(AdaptedLayer, "put", failing_put)
         if fail_at == "copy":
-            patch.setattr("cola.live.Factor", boom)
+            patch.setattr("cola.lora.live.Factor", boom)
         with pytest.raises(MemoryError, match="no room"):
             opt.tie()
     armed[0] = False

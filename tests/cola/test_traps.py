@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from cola.extend import draw
-from cola.tie import key
-from tests.models import BODY, Net, loss_of, tiny_opt, train
+from cola.knot.tie import key
+from tests.models import BODY, Net, draw, loss_of, tiny_opt, train
 
 LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)
 

@@ -5,11 +5,7 @@ import copy
 import pytest
 import torch
 
-from cola import (
-    ChainOptimizer,
-    LinkConfig,
-    StepKnots,
-)
+from cola import ChainOptimizer, LinkConfig, StepKnots
 from tests.cola.stored import same, trained
 from tests.models import BODY, Net, train
 

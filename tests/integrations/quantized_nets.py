@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, StepKnots
-from cola.adapters import quantized
-from cola.adapters.codes import codes_of
+from cola.lora import quantized
+from cola.lora.quantized_codes import codes_of
 
 bnb = pytest.importorskip("bitsandbytes")
 F = bnb.functional

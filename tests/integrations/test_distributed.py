@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
-from cola.fingerprint import Fingerprint
-from cola.tie import tie_
+from cola.chain.fingerprint import Fingerprint
+from cola.knot.tie import tie_
 from tests.integrations.torchrun_chain import deltas
 from tests.models import BODY, Net, loss_of, train
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, StepKnots
-from cola.architecture import Architecture
-from cola.fingerprint import Fingerprint, LayerPrint
-from cola.peft_targets import _FUSED
+from cola.chain.architecture import Architecture
+from cola.chain.fingerprint import Fingerprint, LayerPrint
+from cola.chain.peft_targets import _FUSED
 from tests.models import seeded
 
 peft = pytest.importorskip("peft")

@@ -7,7 +7,7 @@ import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.cli import main
-from cola.extend import LayerPlan
+from cola.lora.config import LayerPlan
 from tests.models import tiny_opt
 
 peft = pytest.importorskip("peft")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from cola import Chain, LinkConfig, NeverKnots, StepKnots
-from cola.adapters import quantized
-from cola.adapters.stacked import StackedLinear
-from cola.tie import KnotError
+from cola.knot.tie import KnotError
+from cola.lora import quantized
+from cola.lora.stacked import StackedLinear
 from tests.integrations.quantized_nets import (
     BODY,
     BOTH,

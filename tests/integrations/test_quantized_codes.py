@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola import StepKnots
-from cola.adapters import quantized
-from cola.adapters.codes import codes_of
+from cola.lora import quantized
+from cola.lora.quantized_codes import codes_of
 from tests.integrations.quantized_nets import (
     BODY,
     EACH,
@@ -52,7 +52,7 @@ def test_encoding_in_blocks_is_bitsandbytes_own_in_one_piece(shape, quant_type, 
     module, whole = module.to("cpu"), None
     codes = codes_of(module)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cola.adapters.codes._BLOCK", block)
+        patch.setattr("cola.lora.quantized_codes._BLOCK", block)
         found = codes.join([codes.encode(weight[rows]) for rows in codes.blocks()])
     whole, state = F.quantize_4bit(weight, blocksize=blocksize, compress_statistics=double, quant_type=quant_type)
     theirs = state.as_dict(packed=True)
@@ -176,7 +176,7 @@ def test_requantising_makes_no_matrix_of_the_weights_size(kind, monkeypatch):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = KINDS[kind](256, 512).to("cpu")
-    monkeypatch.setattr("cola.adapters.codes._BLOCK", 1 << 12)
+    monkeypatch.setattr("cola.lora.quantized_codes._BLOCK", 1 << 12)
     pair = torch.randn(2, 256), torch.randn(512, 2), 0.1
     with Largest() as made:
         quantized.tie(module, [pair], quantized.OriginalWeight.of(module))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
-from cola.adapters.quantized import QUANTIZED
-from cola.adapters.stacked import StackedLinear
+from cola.lora.quantized import QUANTIZED
+from cola.lora.stacked import StackedLinear
 from tests.models import seeded, tiny_opt
 
 transformers = pytest.importorskip("transformers")

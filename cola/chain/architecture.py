@@ -1,0 +1,143 @@
+"""The structure of a chain's base model: its class, its modules' names, and the modules that have several names.
+
+A chain records it so that an export can be checked against the base, also when the chain has been loaded from disk.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cola.lora import peft
+from cola.lora.layer import AdaptedLayer
+from cola.lora.names import base_modules, base_tensors, called, canonical, unwrap
+
+#: how class names end, and PEFT's word for such a model's task
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+#: tasks for which PEFT's class needs a model that generates
+_GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a base model is built.
+
+    Attributes:
+        name: of its class, e.g. ``"LlamaForCausalLM"``.
+        library: the Python module that defines the class.
+        model_type: of its ``config``, e.g. ``"llama"``; None without one.
+        task: PEFT's ``task_type`` for such a model, e.g. ``"CAUSAL_LM"``; None if it has none.
+        modules: paths of the modules that hold no tensor, their children's included.
+        aliases: other paths of modules that are registered at several places, by the first path.
+        changed: how the base differs from the original model, as a clause; None if it does not.
+    """
+
+    name: str
+    library: str
+    model_type: str | None = None
+    task: str | None = None
+    modules: tuple[str, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    changed: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Architecture":
+        """Describe ``model``, as it is without links and without PEFT's layers."""
+        base = unwrap(model)
+        kind = plain_class(base)
+        model_type = getattr(getattr(base, "config", None), "model_type", None)
+        return cls(
+            name=kind.__name__,
+            library=kind.__module__,
+            model_type=model_type if isinstance(model_type, str) and model_type else None,
+            task=_task(base, kind),
+            modules=_without_tensors(model),
+            aliases=aliases(model),
+            changed=peft.changed_base(called(model)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        found = asdict(self)
+        return {**found, "modules": list(self.modules), "aliases": {p: list(n) for p, n in self.aliases.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Architecture":
+        """From `to_json`'s.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is not one.
+        """
+        for key in ("name", "library"):
+            if not isinstance(value[key], str):
+                raise TypeError(f"{key}={value[key]!r:.40}")
+        for key in ("model_type", "task", "changed"):
+            if not isinstance(value[key], (str, type(None))):
+                raise TypeError(f"{key}={value[key]!r:.40}")
+        lists = {path: tuple(names) for path, names in value["aliases"].items()}
+        modules = tuple(value["modules"])
+        if not all(isinstance(name, str) for names in (modules, *lists.values()) for name in names):
+            raise TypeError("modules or aliases hold something other than names")
+        words = {key: value[key] for key in ("name", "library", "model_type", "task", "changed")}
+        return cls(modules=modules, aliases=lists, **words)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The user's class of ``module``, without what links and FSDP2 have put on top of it."""
+    for kind in type(module).__mro__:
+        added = issubclass(kind, AdaptedLayer) or kind.__module__.startswith("torch.distributed")
+        if issubclass(kind, nn.Module) and not added:
+            return kind
+    return nn.Module
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Modules that are registered at several places: their other canonical paths, by the first one.
+
+    A module inside a shared block is registered once, in the block.
+    """
+    paths = {id(module): path for path, module in base_modules(model).items()}
+    wrapped = {id(m): id(m._modules["base_layer"]) for m in unwrap(model).modules() if peft.is_tuner_layer(m)}
+    places: dict[int, list[str]] = {}
+    for parent in unwrap(model).modules():
+        for name, child in parent._modules.items():
+            if child is not None and id(parent) in paths and id(parent) not in wrapped:
+                path = canonical(f"{paths[id(parent)]}.{name}".lstrip("."))
+                places.setdefault(wrapped.get(id(child), id(child)), []).append(path)
+    found = {paths[module]: names for module, names in places.items() if module in paths and len(names) > 1}
+    return {path: tuple(name for name in names if name != path) for path, names in found.items()}
+
+
+def _without_tensors(model: nn.Module) -> tuple[str, ...]:
+    held = holders(base_tensors(model))
+    return tuple(path for path in base_modules(model) if path and path not in held)
+
+
+def holders(names: Iterable[str]) -> set[str]:
+    """Paths of the modules that hold the tensors of these names, the model's own path, ``""``, left out."""
+    found: set[str] = set()
+    for name in names:
+        path = name.rpartition(".")[0]
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
+
+
+def _task(model: nn.Module, kind: type[nn.Module]) -> str | None:
+    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
+    if task == "SEQ_2_SEQ_LM":
+        text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+        if not (text and getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+            return None  # a vision-language model, or one that hears
+    known = hasattr(getattr(model, "config", None), "model_type")
+    generates = hasattr(model, "prepare_inputs_for_generation")
+    return task if known and (generates or task not in _GENERATES) else None

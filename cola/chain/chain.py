@@ -1,0 +1,374 @@
+"""The ledger of a chain: every link that was tied, as it was tied. It knows names and tensors, never optimizers."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola.chain import on_disk, peft_export, peft_import, replay, spectrum
+from cola.chain.fingerprint import Fingerprint
+from cola.common import interrupts
+from cola.common.version import FORMAT
+from cola.lora.link import Factor, KnotReport, LayerReport, Link
+
+logger = logging.getLogger("cola")
+
+
+class Chain:
+    """The tied links of a run, in order.
+
+    Args:
+        links: to start with; their indices go up by one.
+        keep: False counts links without keeping their factors (a chain that nobody wants to export).
+        base: fingerprint of the weights that the links belong on, if known.
+
+    Attributes:
+        keep, base: as given; a run sets ``base`` at its first knot.
+        missing: links before the first one held. More than 0 only if a framework's checkpoint dropped them: training
+            goes on from such a checkpoint, but the chain cannot be applied or exported any more.
+        live: whether a running optimizer has trained a link that it has not tied yet, which is no part of the chain.
+
+    >>> len(Chain())
+    0
+    """
+
+    def __init__(self, links: Iterable[Link] = (), *, keep: bool = True, base: Fingerprint | None = None) -> None:
+        self.keep = keep
+        self.base = base
+        self._links = list(links)
+        self.missing = self._links[0].index if self._links else 0
+        self.live = False
+        if [link.index for link in self._links] != list(range(self.missing, self.missing + len(self._links))):
+            raise ValueError(f"links={[link.index for link in self._links]} are not consecutive: a link is missing")
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._links)
+
+    def __getitem__(self, index: int) -> Link:
+        return self._links[index]
+
+    def __repr__(self) -> str:
+        lost = f"{self.missing} lost links, then " if self.missing else ""
+        return f"Chain({lost}{len(self)} links, ranks {[link.rank for link in self]})"
+
+    def append(self, link: Link) -> None:
+        """Record a link. Its index must be the next one."""
+        self.require_next(link.index)
+        self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
+        self.live = False
+
+    def require_next(self, index: int) -> None:
+        """Raise ValueError if link ``index`` is not the one to come."""
+        if index != self.missing + len(self):
+            raise ValueError(
+                f"link {index} cannot follow a chain of {self.missing + len(self)} links: links go in order. (To take "
+                "a link off a running chain, use opt.undo.)"
+            )
+
+    def resume(self, index: int) -> None:
+        """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""
+        if self.missing <= index <= self.missing + len(self):
+            del self._links[index - self.missing :]
+        else:
+            self._links.clear()
+        self.missing = index - len(self._links)
+
+    def restore(self, ledger: on_disk.Ledger) -> None:
+        """Become what a checkpoint holds; whoever has this chain in hand keeps it."""
+        self._links, self.missing = list(ledger.links), ledger.missing
+        self.keep, self.base = ledger.keep, ledger.base
+
+    def ledger(self) -> on_disk.Ledger:
+        """The chain as plain data."""
+        return on_disk.Ledger(tuple(self._links), self.missing, self.keep, self.base)
+
+    def layers(self) -> list[str]:
+        """Paths of all layers that any link changes."""
+        return replay.paths(self)
+
+    def complete(self, call: str = "this") -> tuple[Link, ...]:
+        """All links.
+
+        Raises:
+            RuntimeError: they were not kept, or the first ones are missing; the message names ``call``.
+        """
+        self._require_kept(call)
+        if self.missing:
+            raise RuntimeError(
+                f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
+                "was resumed from had dropped them. The model's own weights are complete: save those, or load the "
+                "links too (save opt.chain beside the optimizer's state: it has state_dict and load_state_dict)"
+            )
+        return tuple(self._links)
+
+    # beside an optimizer's state that leaves the links out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The chain as plain data, for what saves objects by their ``state_dict``.
+
+        A `ChainOptimizer`'s own state dict has the links already. `torch.distributed.checkpoint` drops them from it;
+        there, save the chain as one entry more, ``{"model": …, "optimizer": …, "chain": opt.chain}``, or in Accelerate
+        by ``accelerator.register_for_checkpointing(opt.chain)``. It is the same on every process, so it moves between
+        numbers of processes, and its two entries are there however many links there are, as a checkpoint that is
+        loaded into place needs.
+
+        Returns:
+            ``about``, a JSON text, and ``links``, a list of the bytes of one safetensors file each.
+        """
+        ledger = self.ledger()
+        about = json.dumps({"version": FORMAT, **on_disk.ledger_to_json(ledger)})
+        return {"about": about, "links": [on_disk.link_to_bytes(link) for link in ledger.links]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Become the chain that `state_dict` was taken of; before or after the optimizer's own state.
+
+        On a running ChainOptimizer the next step compares its knots with those that the optimizer's state tells of.
+
+        Raises:
+            ValueError: this is not a chain's state, or damaged; nothing is changed then.
+
+        >>> chain = Chain()
+        >>> chain.load_state_dict(Chain().state_dict())
+        """
+        try:
+            about = json.loads(state_dict["about"])
+            if about["version"] != FORMAT:
+                raise ValueError(f"it has format {about['version']}, and this version of cola reads format {FORMAT}")
+            links = [
+                on_disk.link_from_bytes(data, Path("links") / str(i)) for i, data in enumerate(state_dict["links"])
+            ]
+            ledger = on_disk.ledger_of(about, links)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"this is not the state of a chain, or it is damaged: {error}") from None
+        self.restore(ledger)
+
+    # on disk
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the chain: a file per link, and a manifest. The format is described in FORMAT.md.
+
+        The directory's former chain is replaced as a whole or, if anything fails, left as it was; links that are
+        there already are not written again. In mid-link a warning says that the live link is not part of the chain.
+
+        Args:
+            directory: made if need be.
+
+        Raises:
+            ValueError: it holds another program's files under our names, or a layer's name could be a file's path.
+            OSError: the disk is full, the directory read-only, another process is saving there, …
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Chain().save(directory)
+        ...     Chain.load(directory)
+        Chain(0 links, ranks [])
+        """
+        self._warn_of_live_link("save()")
+        on_disk.save(Path(directory), self.ledger())
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "Chain":
+        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`: what was saved last.
+
+        Raises:
+            ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
+        """
+        chain = cls()
+        chain.restore(on_disk.load(Path(directory)))
+        return chain
+
+    def to_peft(
+        self, directory: str | os.PathLike[str], r: int | None = None, *, base_model: str | None = None
+    ) -> dict[str, float]:
+        """Write the whole chain as one LoRA adapter in PEFT's format, for the ORIGINAL base.
+
+        Without ``r`` its rank is the sum of the links' ranks and it is exact. Biases and modules that were trained
+        beside the links go along. All layers are given the largest rank: those with less are padded with zeros, so that
+        readers which ignore ``rank_pattern`` read them right. ``lora_alpha`` is that rank, so the scale is 1, and
+        the links' scales are in B.
+
+        ``target_modules`` lists the layers' plain names where these select the adapted layers alone, else their paths;
+        where neither does, or the base's modules are not known, it is a regular expression. In mixtures of experts PEFT
+        takes names like ``gate_proj`` for parts of the fused experts; layers of those names are in
+        ``target_parameters``. ``task_type`` or ``auto_mapping`` tell ``AutoPeftModel…`` the base's class.
+
+        Args:
+            directory: for ``adapter_model.safetensors`` and ``adapter_config.json``; made if need be.
+            r: truncate each layer's update to this rank by SVD (from the factors, two QRs; ΔW is never formed).
+            base_model: hub name or directory of the base, for PEFT to note; None for what the base said of itself.
+
+        Returns:
+            Per layer, ``‖ΔW − ΔW_r‖`` (Frobenius) of the truncation; zeros without ``r``. Also written to
+            ``peft_export.json``, with ``‖ΔW‖`` and the ranks before padding.
+
+        Raises:
+            ValueError: r is not positive, the chain is empty, or training has moved what PEFT's format has no place
+                for: part of a module (a norm's running statistics, without its weight), the model's own tensors, or a
+                layer that the model has at several places; PEFT would adapt other layers; or PEFT had changed the base
+                before training (``init_lora_weights="pissa"``, …). Nothing is written then.
+            RuntimeError: links were not kept, or were lost.
+        """
+        self.complete("to_peft()")
+        errors = peft_export.to_peft(self._links, Path(directory), r, self.base, base_model)
+        self._warn_of_live_link("to_peft()")
+        return errors
+
+    @classmethod
+    def from_peft(cls, directory: str | os.PathLike[str], *, rounding: str = "nearest") -> "Chain":
+        """Make a LoRA adapter in PEFT's format the first link of a chain.
+
+        Args:
+            directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            rounding: how `apply` is to round when it ties the link: ``"nearest"``, ``"stochastic"`` or
+                ``"compensated"``; on a quantised base ``"stack"`` or ``"requantize"``.
+
+        Raises:
+            ValueError: files missing or damaged, or an adapter that is more than ``s·B A`` (DoRA, …); says why.
+        """
+        return cls([peft_import.from_peft(Path(directory), rounding)])
+
+    # on a model
+
+    def apply(self, model: nn.Module, upto: int | None = None, *, check: bool = True) -> None:
+        """Tie the links into a fresh base, as the run did: same order, same rounding.
+
+        That gives the same bits on the same device, library versions, kernels and number of threads; elsewhere the
+        weights agree within their rounding.
+
+        Args:
+            model: the untouched base; changed in place.
+            upto: only the first ``upto`` links; None for all.
+            check: compare all parameters and persistent buffers with the fingerprint of the base that the links were
+                trained on; one pass over them. Those that the links replace as a whole (a head that was trained beside
+                them) may have other values: they are named in a warning.
+
+        Raises:
+            ValueError: wrong base: a tensor is missing, of another shape or dtype, or has other values, or a layer
+                cannot be tied; nothing is changed then.
+            RuntimeError: links were not kept, or were lost.
+        """
+        self.complete("apply()")
+        links = self._links[: self._count(upto)]
+        replaced = [name for link in links for name in link.trained]
+        replay.check(model, self._links, self.base if check else None, replaced=replaced)
+        self._warn_of_live_link("apply()")
+        with interrupts.deferred():
+            replay.tie_links(model, links)
+
+    def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
+        """Take the last link off and return it; with ``model`` and ``base``, off the model's weights as well.
+
+        The weights are rebuilt from the base and the remaining links: subtracting a link would leave rounding behind.
+        On a running ChainOptimizer use its own ``undo(base)``.
+
+        Args:
+            model: carries the whole chain in its weights (after ``finish()`` or `apply`); changed in place.
+            base: the untouched model, or its state dict.
+
+        Raises:
+            ValueError: the chain is empty; only one of the two is given; the base is not the chain's. Nothing
+                is changed then.
+        """
+        if not self._links:
+            raise ValueError("an empty chain has no link to undo")
+        if (model is None) != (base is None):
+            raise ValueError("undo(model, base) needs both: the model to change, and the base to rebuild it from")
+        if model is not None and base is not None:
+            self.complete("undo(model, base)")
+            if base is model:
+                raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
+            replaced = [name for link in self._links[:-1] for name in link.trained]
+            replay.check(model, self._links, self.base, base=base, replaced=replaced)
+            with interrupts.deferred():
+                replay.untie(model, self._links, base)
+                replay.tie_links(model, self._links[:-1])
+                replay.settle(model, self._links)
+        return self._links.pop()
+
+    # diagnostics
+
+    def delta(self, layer: str) -> Tensor:
+        """``Σ s B A`` of one layer in float64, out×in."""
+        return torch.stack([factor.delta() for factor in self._factors(layer)]).sum(0)
+
+    def norms(self) -> dict[str, list[float]]:
+        """``‖ΔW_k‖`` (Frobenius) per layer, one number per link; 0 where a link does not touch the layer."""
+        self._require_kept("norms()")
+        return {
+            layer: [link.factors[layer].norm() if layer in link.factors else 0.0 for link in self]
+            for layer in self.layers()
+        }
+
+    def singular_values(self, layer: str) -> Tensor:
+        """Singular values of ``Σ s B A`` in float64, largest first, from the factors alone (two QRs)."""
+        return spectrum.singular_values(self._factors(layer))
+
+    def effective_rank(self, tolerance: float | None = None) -> dict[str, int]:
+        """Rank of each layer's total update.
+
+        Args:
+            tolerance: singular values up to this share of the largest count as zero; None for the precision of the fp32
+                factors, ``eps·max(out, in)`` as in `torch.linalg.matrix_rank`.
+        """
+        self.complete("effective_rank()")
+        return {layer: spectrum.rank(self._factors(layer), tolerance) for layer in self.layers()}
+
+    def overlap(self, first: int, second: int, side: str = "out") -> dict[str, Tensor]:
+        """How much two links work in the same directions: the cosines of the principal angles between their subspaces.
+
+        Args:
+            first, second: places in the chain, from 0 (negative ones count from the end).
+            side: ``"out"`` compares what the links write (column spaces of ΔW), ``"in"`` what they read (row spaces).
+
+        Returns:
+            Per layer that both links change, the cosines in float64, largest first: 1 is a shared direction, 0 an
+            orthogonal one; as many as the smaller of the two ranks.
+        """
+        if side not in ("out", "in"):
+            raise ValueError(f"side={side!r} is unknown: choose 'out' or 'in'")
+        self._require_kept("overlap()")
+        one, two = self._links[first].factors, self._links[second].factors
+        return {path: spectrum.cosines(one[path], two[path], side) for path in one if path in two}
+
+    # inside
+
+    def _factors(self, layer: str) -> list[Factor]:
+        self.complete("this")
+        found = [link.factors[layer] for link in self if layer in link.factors]
+        if not found:
+            raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")
+        return found
+
+    def _count(self, upto: int | None) -> int:
+        if upto is None:
+            return len(self)
+        if not 0 <= upto <= len(self):
+            raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
+        return upto
+
+    def _warn_of_live_link(self, call: str) -> None:
+        if self.live:
+            logger.warning(
+                "chain.%s has %d tied link%s; the live link, which has been trained since the last knot, is not among "
+                "them: call opt.finish() first, or opt.tie() to go on training (opt.save() keeps the live link too)",
+                call,
+                len(self),
+                "" if len(self) == 1 else "s",
+            )
+
+    def _require_kept(self, call: str) -> None:
+        if not self.keep and len(self):
+            raise RuntimeError(
+                f"{call}: the links were not kept (keep_links=False): this needs a chain that keeps them"
+            )
+
+
+__all__ = ["Chain", "Factor", "KnotReport", "LayerReport", "Link"]

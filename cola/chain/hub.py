@@ -1,0 +1,105 @@
+"""Load the base of a chain for the command line, from a directory or the hub. Imports transformers when called."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cola.chain.chain import Chain
+from cola.lora.names import base_tensors
+
+#: how the names of a tokenizer's files begin
+_TOKENIZER = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "spm", "bpe", "special_tokens", "added_tokens")
+
+
+def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed: int = 0) -> nn.Module:
+    """The model of the class that its config names, every tensor in the dtype that the chain's base had it in.
+
+    Weights are read from safetensors files only.
+
+    Args:
+        name: a model directory or a hub name.
+        chain: whose base it is to be.
+        trust_remote_code: run code that comes with the model.
+        seed: of parts that the model's files lack (a new head), which transformers draws at random.
+
+    Raises:
+        ValueError: the config does not say which class it is for, or needs code of its own.
+        OSError: transformers cannot find or read it.
+        ImportError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("this command loads models by transformers: pip install transformers") from None
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"--base {name}: there is no such directory")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
+    kind = _class_of(config, name, trust_remote_code, transformers)
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    dtypes = _dtypes(chain)
+    widest = functools.reduce(torch.promote_types, dtypes.values()) if dtypes else "auto"
+    options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": widest}
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind.from_pretrained(name, use_safetensors=True, **options)
+    for path, tensor in base_tensors(model).items():
+        if tensor.is_floating_point() and path in dtypes:
+            tensor.data = tensor.data.to(dtypes[path])
+    return model
+
+
+def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bool = False) -> None:
+    """``save_pretrained`` of a plain model, with the base's tokenizer beside it where it has one.
+
+    Raises:
+        RuntimeError: transformers cannot save such a model.
+    """
+    import transformers
+
+    try:
+        model.save_pretrained(directory)
+    except NotImplementedError:  # in 5.23 for models that were loaded from quantised files
+        raise RuntimeError(
+            f"transformers {transformers.__version__} cannot save a {type(model).__name__} that was loaded quantised: "
+            "write an adapter by cola export; or, in Python, quantise the base by from_pretrained(..., "
+            "quantization_config=...), and call chain.apply(model) and model.save_pretrained"
+        ) from None
+    base = Path(name)
+    if base.is_dir() and not any(path.name.startswith(_TOKENIZER) for path in base.iterdir()):
+        return  # transformers would make one up
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(directory)
+    except Exception:  # one that needs code or packages: the weights are what was asked for
+        return
+
+
+def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any) -> Any:
+    remote = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and any(key.startswith("AutoModel") for key in remote):
+        return getattr(transformers, next(key for key in remote if key.startswith("AutoModel")))
+    architecture = next(iter(getattr(config, "architectures", None) or []), None)
+    if architecture is None:
+        raise ValueError(f"--base {name}: its config.json names no architecture, so its class is not known")
+    kind = getattr(transformers, str(architecture), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"--base {name}: transformers has no class {architecture!r}; if the model brings its own code and you "
+            "trust it, pass --trust-remote-code"
+        )
+    return kind
+
+
+def _dtypes(chain: Chain) -> dict[str, torch.dtype]:
+    """Of the base's floating-point tensors, by name; a base in mixed precision has several."""
+    prints = chain.base.prints() if chain.base is not None else {}
+    named = ((name, getattr(torch, one.dtype, None)) for name, one in prints.items())
+    return {name: dtype for name, dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point}

@@ -1,0 +1,144 @@
+"""Write a whole chain as one LoRA adapter in PEFT's format: the files alone, PEFT is not needed.
+
+``Σ s_i B_i A_i = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`` is one product of rank Σr, so with the scales folded into B and
+``lora_alpha = r`` a single adapter on the original base equals the chain. Layers of a lower rank are padded with zeros,
+so that one rank holds for all and no reader needs patterns.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.chain import peft_targets, spectrum, tensorfile
+from cola.chain.files import write
+from cola.chain.fingerprint import Fingerprint
+from cola.knot.tie import delta_norm
+from cola.lora.link import Link
+from cola.lora.names import require_plain_name
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+def to_peft(
+    links: Sequence[Link], directory: Path, r: int | None, base: Fingerprint | None, base_model: str | None
+) -> dict[str, float]:
+    """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``export.json``; see `Chain.to_peft`."""
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"r={r!r} must be a positive integer, or None for the exact adapter of rank Σr")
+    paths = list(dict.fromkeys(path for link in links for path in link.factors))
+    if not paths:
+        raise ValueError("an empty chain has nothing to export: finish() ties the last link")
+    _require_original(base)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    ranks, errors, norms = {}, {}, {}
+    for path in paths:
+        require_plain_name(path)
+        factors = [link.factors[path] for link in links if path in link.factors]
+        dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B would not fit half precision
+        if r is None or r >= sum(f.rank for f in factors):
+            (B, A), errors[path] = spectrum.stack(factors), 0.0
+            norms[path] = delta_norm(B, A, 1.0)
+        else:
+            A, B, values = spectrum.truncate(factors, r)
+            errors[path], norms[path] = values[r:].norm().item(), values.norm().item()
+        ranks[path] = A.shape[0]
+        pairs[path] = A.to(dtype), B.to(dtype)
+    rank = max(ranks.values())
+    tensors: dict[str, Tensor] = {}
+    for path, (A, B) in pairs.items():
+        extra = rank - len(A)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([A, A.new_zeros(extra, A.shape[1])])
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([B, B.new_zeros(B.shape[0], extra)], 1)
+    biases, saved = _trained(links, paths)
+    _require_whole(saved, paths, base)
+    tensors.update(biases)
+    tensors.update(saved)
+    name = base_model or (base.name if base is not None else None)
+    config = _config(rank, paths, base, name, _bias(biases), sorted({_owner(key) for key in saved}))
+    account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
+    write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
+    write(directory / CONFIG, json.dumps(config, indent=2).encode())
+    write(directory / "export.json", json.dumps(account, indent=1).encode())
+    return errors
+
+
+def _config(
+    rank: int, paths: Sequence[str], base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
+) -> dict[str, Any]:
+    """``adapter_config.json``; alpha = r, so s = 1."""
+    flipped = base is not None and any(base.layers[path].transposed for path in paths if path in base.layers)
+    return {
+        "peft_type": "LORA",
+        **peft_targets.task(saved, base),
+        "base_model_name_or_path": name,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": bias,
+        **peft_targets.choose(paths, saved, base),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": flipped,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _require_original(base: Fingerprint | None) -> None:
+    changed = base.architecture.changed if base is not None and base.architecture is not None else None
+    if changed is not None:
+        raise ValueError(
+            f"to_peft() writes an adapter for the original base, and {changed}: the chain belongs on the changed one. "
+            "Save the merged model instead; or train from an init that leaves the base alone, like "
+            "init_lora_weights=True"
+        )
+
+
+def _bias(biases: dict[str, Tensor]) -> str:
+    """PEFT's word for which biases the file holds."""
+    if not biases:
+        return "none"
+    return "lora_only" if all(name.endswith(".base_layer.bias") for name in biases) else "all"
+
+
+def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Last values of what was trained beside the links: lone biases, and modules that PEFT is to replace whole."""
+    values = {path: value for link in links for path, value in link.trained.items()}
+    adapted = {f"{path}.bias" for path in paths}
+    whole = {_owner(name) for name in values if not name.endswith("bias")}
+    biases, saved = {}, {}
+    for name, value in values.items():
+        require_plain_name(name)
+        if name in adapted:  # PEFT wraps an adapted layer, and the bias stays inside
+            biases[f"{PREFIX}{name.removesuffix('bias')}base_layer.bias"] = value
+        elif name.endswith("bias") and _owner(name) not in whole:
+            biases[f"{PREFIX}{name}"] = value
+        else:
+            saved[f"{PREFIX}{name}"] = value
+    return biases, saved
+
+
+def _require_whole(saved: dict[str, Tensor], paths: Sequence[str], base: Fingerprint | None) -> None:
+    """PEFT keeps what is trained beside adapters by module, and a module with all its tensors or not at all."""
+    present = {key.removeprefix(PREFIX) for key in saved}
+    prints = {} if base is None else base.prints()
+    for owner in sorted({_owner(key) for key in saved}):
+        lacking = sorted(n for n in prints if n.rpartition(".")[0] == owner and n not in present)
+        if not owner or owner in paths or lacking:
+            mine = sorted(n for n in present if n.rpartition(".")[0] == owner)
+            why = "it is the model itself" if not owner else "it is adapted" if owner in paths else ""
+            raise ValueError(
+                f"an adapter in PEFT's format cannot hold {', '.join(mine)}, which training has moved: it holds "
+                f"modules as a whole, and {why or f'the chain has no {lacking[0]!r} (train the whole module)'}. Save "
+                "the merged model instead"
+            )
+
+
+def _owner(name: str) -> str:
+    return name.removeprefix(PREFIX).rpartition(".")[0]

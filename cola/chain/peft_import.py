@@ -1,0 +1,163 @@
+"""Read a LoRA adapter in PEFT's format as a link: the files alone, PEFT is not needed.
+
+Only what is a plain ``s·B A`` on linear layers can be a link. Everything else is refused with the reason: an adapter
+that is half understood would give wrong weights in silence.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cola.chain import tensorfile
+from cola.chain.files import MAX_JSON, StoreError, parse, read
+from cola.chain.peft_export import CONFIG, PREFIX, WEIGHTS
+from cola.common.arguments import is_finite
+from cola.common.contexts import unaffected
+from cola.knot.tie import RECORDED, TIEABLE
+from cola.lora.link import Factor, KnotReport, LayerReport, Link, used_rank
+from cola.lora.names import require_plain_name
+from cola.lora.peft import CHANGES_BASE
+
+#: entries of adapter_config.json that do not change what a stored LoRA computes
+_HARMLESS = {
+    "alora_invocation_string", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type",
+}  # fmt: skip
+_UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+#: what a pattern may be made of: characters, classes of them, repeated or not, and alternatives of these
+_ATOM = r"(?:[^\\()\[\]{}*+?|^$]|\\[\W_dw]|\[\^?[\w.-]+\])[*+]?"
+_GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"
+_SAFE = re.compile(rf"\^?(?:{_ATOM}|{_GROUP}|\|)*\$?")
+
+
+@unaffected()
+def from_peft(directory: Path, rounding: str) -> Link:
+    """The adapter as link 0; see `Chain.from_peft`."""
+    if rounding not in RECORDED:
+        raise ValueError(f"rounding={rounding!r} is unknown: choose one of {', '.join(RECORDED)}")
+    path = directory / CONFIG
+    config = parse(read(path, limit=MAX_JSON), path)
+    if not isinstance(config, dict):
+        raise StoreError(f"{path} is not an adapter's configuration")
+    _require_plain_lora(config, path)
+    path = directory / WEIGHTS
+    if not path.exists() and (directory / "adapter_model.bin").exists():
+        raise StoreError(f"{directory / 'adapter_model.bin'} is a pickle, which is never read: save it as safetensors")
+    tensors, _ = tensorfile.load(read(path), path)
+    factors, trained = _sort(tensors, config, path, rounding)
+    layers = {name: LayerReport(factor.norm(), 0.0, rounding) for name, factor in factors.items()}
+    norm = math.sqrt(sum(layer.delta_norm**2 for layer in layers.values()))
+    ranks = [factor.rank for factor in factors.values()]
+    return Link(0, 0, factors, trained, KnotReport(0, 0, max(ranks), norm, 0.0, None, 0.0, layers))
+
+
+def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise StoreError(f"{path} describes an adapter of type {kind!r:.40}; only LORA can be a link")
+    for name, value in config.items():
+        if value and name not in _HARMLESS | _UNDERSTOOD:
+            raise StoreError(
+                f"{path} has {name}={value!r:.60}: such an adapter is not a plain s·B A, so it cannot be a link"
+            )
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(str(name).endswith(".weight") for name in parameters):
+        raise StoreError(
+            f"{path} has target_parameters={parameters!r:.60}: only weights of linear layers can be in a link"
+        )
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(CHANGES_BASE):
+        raise StoreError(
+            f"{path} has init_lora_weights={init!r:.40}, which changes the base weights too: convert the adapter to "
+            "plain LoRA first (PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+
+
+def _sort(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, rounding: str
+) -> tuple[dict[str, Factor], dict[str, Tensor]]:
+    """The file's tensors as factors by layer, and as values trained beside them."""
+    factors, trained = {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        try:
+            require_plain_name(name)
+        except ValueError as error:
+            raise StoreError(f"{path}: {error}") from None
+        if len(name) > 512:
+            raise StoreError(f"{path} has a name of {len(name)} characters: {name[:60]!r}…")
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            B = tensors.get(key.removesuffix("A.weight") + "B.weight")
+            factors[layer] = _factor(layer, tensor, B, config, path, rounding)
+        elif name.endswith(".lora_B.weight"):
+            if key.removesuffix("B.weight") + "A.weight" not in tensors:
+                raise StoreError(f"{path} has {key!r:.120} without its lora_A")
+        elif "lora_" in name:
+            raise StoreError(f"{path} has {key!r:.120}: not part of a plain LoRA on linear layers")
+        else:
+            trained[name.replace(".base_layer.bias", ".bias")] = tensor
+    if not factors:
+        raise StoreError(f"{path} holds no LoRA factors")
+    return factors, trained
+
+
+def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], path: Path, rounding: str) -> Factor:
+    if B is None or A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0] or {A.dtype, B.dtype} - set(TIEABLE):
+        raise StoreError(f"{path}: lora_A and lora_B of layer {layer!r:.120} are not factors of a linear layer")
+    r, alpha = A.shape[0], _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha"), path)
+    if _by_pattern(config.get("rank_pattern"), layer, config.get("r"), path) != r:
+        raise StoreError(f"{path}: layer {layer!r:.120} has rank {r}, and {CONFIG} says otherwise")
+    if r == 0:
+        raise StoreError(f"{path}: layer {layer!r:.120} has rank 0")
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    return Factor(*_unpadded(A, B), scaling, rounding)
+
+
+def _unpadded(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors without the zeros at their end by which an export brings layers to one rank."""
+    rank = max(used_rank(A, B), 1)
+    return (A, B) if rank == len(A) else (A[:rank].clone(), B[:, :rank].clone())
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _expression(pattern: str, config: Path) -> re.Pattern[str]:
+    """``pattern`` for the end of a path, if no path can keep the matcher busy for long.
+
+    An expression with nested or many repetitions or alternatives could do so for years.
+    """
+    try:
+        found = re.compile(rf"(.*\.)?({pattern})$") if len(pattern) <= 512 else None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise StoreError(f"{config} has a bad pattern {pattern!r:.60}: {error}") from None
+    bare = re.sub(r"\\.|\[[^\]]*\]", "", pattern[:513])  # no repetition and no alternative is written in these
+    groups = (re.sub(r"\([^()]*\)", "", bare), *re.findall(r"\([^()]*\)", bare))
+    ways = math.prod(group.count("|") + 1 for group in groups)
+    if found is None or not _SAFE.fullmatch(pattern) or len(re.findall(r"[*+]", bare)) > 2 or ways > 32:
+        raise StoreError(
+            f"{config} has a pattern that is too intricate to be safe: {pattern!r:.60} (two repetitions of a "
+            "character, groups of up to 32 alternatives in all, nothing nested): write the layers' paths"
+        )
+    return found
+
+
+def _by_pattern(patterns: Any, layer: str, default: Any, path: Path) -> float:
+    """The value for ``layer``: that of the first pattern that matches the end of its path, else the default."""
+    value, config = default, path.with_name(CONFIG)
+    if not isinstance(patterns or {}, dict):
+        raise StoreError(f"{config} has patterns that are not an object: {patterns!r:.60}")
+    for pattern, candidate in (patterns or {}).items():
+        if _expression(pattern, config).match(layer):
+            value = candidate
+            break
+    if not is_finite(value):
+        raise StoreError(f"{config} gives layer {layer!r:.120} the rank or alpha {value!r:.40}")
+    return value

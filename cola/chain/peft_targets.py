@@ -1,0 +1,166 @@
+"""Names by which PEFT finds the adapted layers of a base again, and no other module: it matches ends of paths.
+
+The rules are those of PEFT 0.21 (`check_target_module_exists`, `_set_trainable`, `_inject_parameters`, and the
+conversion of its configurations for transformers 5).
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from cola.chain.architecture import Architecture, holders
+from cola.chain.fingerprint import Fingerprint, weight_of
+
+#: names of layers that PEFT takes for parts of fused experts, by the model_type of mixtures in transformers 5
+_MIXTRAL, _QWEN = ("gate", "w1", "w2", "w3"), ("gate", "gate_proj", "up_proj", "down_proj")
+_FUSED = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
+    **dict.fromkeys(
+        (
+            "Dots3NoteTextModel", "UnlimitedOcrTextModel", "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+            "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite",
+            "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
+            "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "solar_open",
+        ),
+        _QWEN,
+    ),
+}  # fmt: skip
+#: a tensor with such a name belongs to fused experts; decides where the model_type was not recorded
+_EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)$")
+#: layers whose keys PEFT 0.21 renames when it loads them with transformers 5, so that they are lost, by model_type
+_RENAMED = {
+    **dict.fromkeys(("inkling2", "inkling2_text"), r"\.[kv]_sconv\.weight_proj$"),
+    **dict.fromkeys(("laguna", "mistral_large4", "mistral_large4_text"), r"\.shared_experts\."),
+    "maskformer": r"\.layers\.\d+\.blocks\.\d+\.",
+    "pi0": r"(^|\.)embed_action_time\.",
+    "unlimited_ocr": r"(^|\.)language_model\.layers\.",
+}
+#: modules that PEFT's classes for a task train whole, whatever the adapter says
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
+    """Entries of ``adapter_config.json`` that say which layers are adapted.
+
+    Args:
+        paths: of the adapted layers.
+        saved: of the modules that are stored whole.
+        base: with the names of all tensors, and the architecture, as far as they are known.
+
+    Returns:
+        ``target_modules``: a list of the layers' names where these select the adapted layers alone, else of their
+        paths, else a regular expression; and ``target_parameters`` with the weights of layers that PEFT would take
+        for parts of fused experts otherwise, else None.
+
+    Raises:
+        ValueError: PEFT would adapt other layers, or refuse one; the message names it.
+    """
+    built = base.architecture if base is not None else None
+    tensors = set(base.prints()) if base is not None and base.others is not None else set()
+    modules = holders(tensors).union(paths, built.modules if built is not None else ())
+    _require_free(paths, saved, modules, built)
+    fused = _fused(built, tensors)
+    apart = [path for path in paths if path.rpartition(".")[2] in fused]
+    plain = [path for path in paths if path not in set(apart)]
+    expression = "|".join(map(re.escape, plain))
+    if built is None and not fused:
+        return {"target_modules": expression, "target_parameters": None}  # an expression fits whatever else is there
+    _require_parameters(apart, tensors, base)
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in plain))
+    for listed in (names, plain):
+        if _selected(listed, modules) == set(plain):
+            break
+    else:
+        if fused:  # PEFT reduces an expression to names there
+            other = sorted(_selected(plain, modules) - set(plain))[0]
+            raise ValueError(
+                f"PEFT cannot tell the adapted layers of this mixture from {other!r}, whose path ends as one of theirs "
+                "does: save the merged model instead"
+            )
+        return {"target_modules": expression, "target_parameters": None}
+    return {"target_modules": listed, "target_parameters": [weight_of(path) for path in apart] or None}
+
+
+def task(saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
+    """``task_type``, or where there is none ``auto_mapping``, by which PEFT finds the class of the base."""
+    built = base.architecture if base is not None else None
+    if base is None or built is None:
+        return {"task_type": None, "auto_mapping": None}
+    heads = {m for m in holders(base.prints()) if any(m.endswith(head) for head in _HEADS.get(built.task or "", ()))}
+    if built.task and heads <= set(saved):
+        return {"task_type": built.task, "auto_mapping": None}
+    mapping = {"base_model_class": built.name, "parent_library": built.library}
+    return {"task_type": None, "auto_mapping": mapping}
+
+
+def _fused(built: Architecture | None, tensors: Collection[str]) -> tuple[str, ...]:
+    """Names of layers that PEFT takes for parts of fused experts."""
+    if built is not None and built.model_type is not None:
+        return _FUSED.get(built.model_type, ())
+    return tuple({*_MIXTRAL, *_QWEN}) if built is None and any(map(_EXPERTS.search, tensors)) else ()
+
+
+def _selected(listed: Sequence[str], modules: Collection[str]) -> set[str]:
+    """The modules that PEFT adapts for a list of names."""
+    wanted = set(listed)
+    return {module for module in modules if any(end in wanted for end in _ends(module))}
+
+
+def _ends(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _require_free(
+    paths: Sequence[str], saved: Sequence[str], modules: Collection[str], built: Architecture | None
+) -> None:
+    """Nothing may come between PEFT and the layers and modules of these paths."""
+    for path in (*paths, *saved):
+        if built is not None and path in built.aliases:
+            raise ValueError(
+                f"an adapter in PEFT's format cannot hold {path!r}: the model has this module at "
+                f"{', '.join(map(repr, built.aliases[path]))} as well, and PEFT would change it at one place alone. "
+                "Save the merged model instead"
+            )
+    for path in paths:
+        # so PEFT writes it: the names are expressions
+        owner = next((name for name in saved if re.match(rf"(^|.*\.){name}($|\..*)", path)), None)
+        if owner is not None:
+            raise ValueError(
+                f"an adapter in PEFT's format cannot hold layer {path!r}: PEFT adapts nothing in a module called "
+                f"{owner!r}, which is stored whole. Save the merged model instead"
+            )
+        if built is not None and re.search(_RENAMED.get(built.model_type or "", "$^"), path):
+            raise ValueError(
+                f"PEFT loads a {built.model_type} model's layer {path!r} under another name, so that its part of an "
+                "adapter would be lost: save the merged model, or leave the layer out of target_modules"
+            )
+    for name in saved:
+        other = next((m for m in sorted(modules) if m.endswith(name) and m not in saved), None)
+        if other is not None:
+            raise ValueError(
+                f"an adapter in PEFT's format cannot hold module {name!r}: PEFT would look for {other!r} too, whose "
+                "path ends the same. Save the merged model instead"
+            )
+
+
+def _require_parameters(apart: Sequence[str], tensors: Collection[str], base: Fingerprint | None) -> None:
+    """PEFT can adapt the weights of these layers as parameters, and finds no others by their names."""
+    prints = base.layers if base is not None else {}
+    for path in apart:
+        one = prints.get(path)
+        if one is not None and (one.transposed or not one.dtype.startswith(("float", "bfloat"))):
+            raise ValueError(
+                f"PEFT takes layer {path!r} of this mixture for a part of its fused experts, and cannot adapt a "
+                f"{one.dtype} weight as a parameter: save the merged model, or leave the layer out of target_modules"
+            )
+        other = next((n for n in sorted(tensors) if n.endswith(f".{weight_of(path)}")), None)
+        if other is not None and other.removesuffix(".weight") not in apart:
+            raise ValueError(
+                f"PEFT cannot tell the weight of layer {path!r} from {other!r}, whose name ends the same: save the "
+                "merged model instead"
+            )

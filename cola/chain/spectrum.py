@@ -1,0 +1,82 @@
+"""The linear algebra of an update ``ΔW = Σ s B A`` from its factors alone: spectrum, best approximation, angles.
+
+With ``[s₁B₁ s₂B₂ …] = Q_L R_L`` and ``[A₁; A₂; …]ᵀ = Q_R R_R``, ΔW = Q_L (R_L R_Rᵀ) Q_Rᵀ, so a decomposition of the
+small matrix in the middle is one of ΔW. ΔW itself, out×in, is never formed. All in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cola.lora.link import Factor
+
+
+def stack(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    """One pair with ``L R = Σ s B A``: L out×Σr has the scaled B's side by side, R Σr×in the A's stacked."""
+    left = torch.cat([f.scaling * f.B.double() for f in factors], dim=1)
+    return left, torch.cat([f.A.double() for f in factors], dim=0)
+
+
+def svd(factors: Sequence[Factor]) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out×k), the singular values (k, largest first) and Vᵀ (k×in) of the update; k is at most Σr."""
+    left, right = stack(factors)
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left @ u, values, v @ q_right.T
+
+
+def singular_values(factors: Sequence[Factor]) -> Tensor:
+    """Singular values of the update, largest first."""
+    left, right = stack(factors)
+    return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
+
+
+def rank(factors: Sequence[Factor], tolerance: float | None = None) -> int:
+    """Number of singular values above ``tolerance`` times the largest; None for `default_tolerance`."""
+    values = singular_values(factors)
+    share = default_tolerance(factors[0]) if tolerance is None else tolerance
+    return int((values > share * values[0]).sum()) if values[0] > 0 else 0
+
+
+def default_tolerance(factor: Factor) -> float:
+    """``eps·max(out, in)`` of the factors' dtype, as in `torch.linalg.matrix_rank`."""
+    return torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
+
+
+def truncate(factors: Sequence[Factor], r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of rank r: A (r×in), B (out×r), and all singular values of ΔW.
+
+    ``‖ΔW − B A‖`` is the root of the sum of squares of those left out (Eckart–Young). Q_L and Q_R are applied to r
+    columns each, and never formed.
+    """
+    left, right = stack(factors)
+    (left, left_tau), (right, right_tau) = torch.geqrf(left), torch.geqrf(right.T)
+    u, values, v = torch.linalg.svd(_upper(left) @ _upper(right).T, full_matrices=False)
+    root = values[:r].sqrt()
+    return _apply_q(right, right_tau, v[:r].T * root).T, _apply_q(left, left_tau, u[:, :r] * root), values
+
+
+def _upper(packed: Tensor) -> Tensor:
+    """R of a QR decomposition as LAPACK packs it."""
+    return packed[: packed.shape[1]].triu()
+
+
+def _apply_q(packed: Tensor, tau: Tensor, columns: Tensor) -> Tensor:
+    """``Q [columns; 0]``."""
+    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return torch.ormqr(packed[:, : tau.shape[0]], tau, padded)
+
+
+def cosines(one: Factor, two: Factor, side: str) -> Tensor:
+    """Cosines of the principal angles between two updates' column (``"out"``) or row (``"in"``) spaces."""
+    first, second = _basis(one, side), _basis(two, side)
+    return torch.linalg.svdvals(first.T @ second).clamp(max=1.0)
+
+
+def _basis(factor: Factor, side: str) -> Tensor:
+    """Orthonormal columns that span the space; fewer than r where the update has a smaller rank."""
+    u, values, v = svd([factor])
+    count = int((values > default_tolerance(factor) * values[0]).sum()) if values[0] > 0 else 0
+    return u[:, :count] if side == "out" else v[:count].T

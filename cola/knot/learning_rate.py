@@ -1,0 +1,111 @@
+"""The learning rate after a knot. By itself it goes on as the scheduler says; a new link may warm up, or start over.
+
+Both act around `ChainOptimizer.step` and so compose with any scheduler: `rewarm` scales the rate for the length of a
+step and puts it back, so the scheduler never sees it; `restart` gives the scheduler back the state that it began with.
+What they count is kept in ``param_groups``, where every kind of checkpoint keeps it. Hooks are not kept: call them
+again on a resumed or copied optimizer, before its state is loaded.
+"""
+
+import copy
+from typing import Any
+
+from cola.knot.reset import groups_with
+from cola.optimizer import ChainOptimizer
+
+_REWARM, _RESTART = "cola_rewarm", "cola_restart"
+
+
+def rewarm(opt: ChainOptimizer, steps: int) -> None:
+    """Warm every link but the first up: its k-th step is taken with ``min(1, k / (steps + 1))`` of the learning rate.
+
+    Args:
+        opt: the chain's optimizer; the rate of its adapters is scaled, other groups keep theirs.
+        steps: taken with less than the full rate; at least 1.
+
+    Raises:
+        ValueError: steps is not a positive integer.
+
+    >>> import torch
+    >>> from cola import LinkConfig, StepKnots
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> link = LinkConfig(r=1, target_modules="all-linear")
+    >>> opt = ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.1)
+    >>> rewarm(opt, steps=1)
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"rewarm(steps={steps!r}) must be a positive integer")
+    opt.param_groups[0].setdefault(_REWARM, steps)  # steps since the knot; the first link is not warmed up
+    full: list[tuple[dict[str, Any], Any]] = []
+    taken, tied = opt.steps, False
+
+    def before(_opt: Any, _args: Any, _kwargs: Any) -> None:
+        nonlocal taken, tied
+        put_back()  # after a step that raised
+        first = opt.param_groups[0]
+        if tied:  # by hand
+            first[_REWARM], tied = 0, False
+        done, taken = first.get(_REWARM, steps), opt.steps
+        if done < steps:
+            for group in groups_with(opt.param_groups, opt.live.adapters()):
+                full.append((group, group["lr"]))
+                group["lr"] = group["lr"] * ((done + 1) / (steps + 1))
+
+    def put_back() -> None:
+        while full:
+            group, rate = full.pop()
+            group["lr"] = rate
+
+    def after(*_: Any) -> None:
+        nonlocal tied
+        put_back()
+        first = opt.param_groups[0]
+        first[_REWARM] = 0 if tied else min(first.get(_REWARM, steps) + opt.steps - taken, steps)
+        tied = False
+
+    def knotted(_report: Any) -> None:
+        nonlocal tied
+        tied = True
+
+    opt.register_step_pre_hook(before)
+    opt.register_step_post_hook(after)
+    opt.on_knot(knotted)
+
+
+def restart(opt: ChainOptimizer, scheduler: Any) -> None:
+    """Let every link go through the whole schedule: its first step is taken with the schedule's first rate.
+
+    Args:
+        opt: the chain's optimizer.
+        scheduler: any that `torch.optim` has, or another with ``state_dict`` and ``load_state_dict``; just made, over
+            ``opt``. What it has put into ``param_groups`` is put back with it, e.g. the momentum of OneCycleLR.
+
+    Raises:
+        ValueError: the scheduler was made over another optimizer.
+
+    >>> import torch
+    >>> from cola import LinkConfig, StepKnots
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> link = LinkConfig(r=1, target_modules="all-linear")
+    >>> opt = ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.1)
+    >>> restart(opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.5))
+    """
+    if getattr(scheduler, "optimizer", opt) is not opt:
+        raise ValueError("scheduler is of another optimizer: make it over the ChainOptimizer")
+    opt.param_groups[0].setdefault(_RESTART, opt.live.index)
+    first = copy.deepcopy(scheduler.state_dict())
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in opt.param_groups]
+    schedules = {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "momentum", "betas"}
+
+    def before(_opt: Any, _args: Any, _kwargs: Any) -> None:
+        # here, and not at the knot: scheduler.step() comes between, and would leave the first rate out
+        group = opt.param_groups[0]
+        if group.get(_RESTART, 0) == opt.live.index:
+            return
+        group[_RESTART] = opt.live.index
+        scheduler.load_state_dict(copy.deepcopy(first))
+        for now, then in zip(opt.param_groups, groups):
+            now.update({name: then[name] for name in schedules & then.keys()})
+
+    handle = opt.register_step_pre_hook(before)
+    hooks: Any = opt._optimizer_step_pre_hooks  # an OrderedDict
+    hooks.move_to_end(handle.id, last=False)  # `rewarm` scales what this has put back

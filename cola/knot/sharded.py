@@ -1,0 +1,58 @@
+"""The tie of a weight that may be sharded over processes.
+
+Factors are small, so a knot gathers them whole. A weight is never gathered: each process ties its own part, and rounds
+it as it would be rounded within the whole.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.common.distributed import is_sharded, part_here
+from cola.knot.tie import Tie, delta_norm, obstacle, tie_
+
+
+def tie_anywhere(
+    weight: Tensor, left: Tensor, right: Tensor, scaling: float, *, rounding: str, seed: int, residual: Tensor | None
+) -> Tie:
+    """`cola.knot.tie.tie_` on a weight that may be sharded; ``left`` and ``right`` are in full.
+
+    A sharded weight has no residual: `LiveLink.check` has refused it.
+    """
+    if not is_sharded(weight):
+        return tie_(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
+    local, (rows, columns) = part_here(weight)
+    shape = (weight.shape[0], weight.shape[1])
+    part = tie_(
+        local,
+        left[rows],
+        right[:, columns],
+        scaling,
+        rounding=rounding,
+        seed=seed,
+        part_of=shape,
+        offset=(rows.start, columns.start),
+    )
+    squares = torch.tensor([part.lost**2, part.deviation**2, part.weight**2], dtype=torch.float64, device=local.device)
+    lost, deviation, norm = _sum_over_shards(squares, weight).sqrt().tolist()
+    return replace(part, delta=delta_norm(left, right, scaling), lost=lost, deviation=deviation, weight=norm)
+
+
+def obstacle_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
+    """`cola.knot.tie.obstacle` on a weight that may be sharded: agreed by all that share it."""
+    if not is_sharded(weight):
+        return obstacle(weight, left, right, scaling)
+    local, (rows, columns) = part_here(weight)
+    mine = obstacle(local, left[rows], right[:, columns], scaling) if local.numel() else None
+    found = torch.full((1,), float(mine is not None), dtype=torch.float32, device=local.device)
+    somewhere = _sum_over_shards(found, weight).item()
+    return mine or ("cannot hold W + sBA in another process's part" if somewhere else None)
+
+
+def _sum_over_shards(values: Tensor, tensor: Any) -> Tensor:
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group(dim))
+    return values

@@ -1,0 +1,240 @@
+"""Extend the chain: what a new link starts from. Ranks, scalings and seeded draws."""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.common.arguments import choice, integer, names
+from cola.knot.tie import TIEABLE
+from cola.lora.init import INITS, LinkStart, Pair, draw, generator
+
+SCALINGS = ("constant", "alpha/r", "rslora")
+RANK_CHANGES = ("auto", "resize", "mask")
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """What each link of a chain is.
+
+    Args:
+        r: rank: an int, a sequence (one per link; the last repeats) or a callable of the link index (from 0).
+        lora_alpha: the first link's scale is ``s = lora_alpha / r``.
+        target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
+            path, ``"all-linear"`` (every linear layer but output embeddings and the heads of transformers'
+            classifiers), or None for query and value projections; in a vision-language model the language model's.
+        lora_dropout: probability of dropping an input of the link in training.
+        bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
+        modules_to_save: names of modules that are trained whole (heads, embeddings).
+        init: how the factor that does not start at zero is drawn: ``"gaussian"`` N(0, 1/r²); ``"kaiming"``
+            U(−1/√n, 1/√n), n its input width; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r
+            each link.
+        train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
+        scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
+            (``alpha/√r``) recompute it from each link's rank.
+        dtype: of the factors; None for fp32, and float64 on a float64 base.
+        rank_change: how a link of another rank is made: ``"resize"`` the factors, ``"mask"`` (zeros beyond the rank,
+            for shapes that may not change), or ``"auto"``: mask in a distributed run, else resize.
+        residual_device: where compensated rounding keeps its residuals, and re-quantised layers their original codes;
+            None for the weight's device.
+
+    Raises:
+        ValueError, TypeError: an argument out of range.
+
+    >>> LinkConfig(r=(8, 4)).scaling_of(1)
+    2.0
+    """
+
+    r: int | Sequence[int] | Callable[[int], int] = 8
+    lora_alpha: float = 16
+    target_modules: str | Sequence[str] | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: Sequence[str] = field(default=())
+    init: str = "gaussian"
+    train: str = "both"
+    scaling: str = "constant"
+    dtype: torch.dtype | None = None
+    rank_change: str = "auto"
+    residual_device: str | None = "cpu"
+
+    def __post_init__(self) -> None:
+        choice("bias", self.bias, ("none", "lora_only"))
+        choice("init", self.init, tuple(INITS))
+        choice("train", self.train, ("both", "A", "B"))
+        choice("scaling", self.scaling, SCALINGS)
+        choice("rank_change", self.rank_change, RANK_CHANGES)
+        if not callable(self.r):
+            ranks = self.r if isinstance(self.r, Sequence) else (self.r,)
+            if isinstance(ranks, str) or not len(ranks):
+                raise ValueError(
+                    f"r={self.r!r} must be a positive integer, a non-empty sequence of them, or a callable"
+                )
+            for rank in ranks:
+                _rank(rank)
+        if not _number(self.lora_alpha) or not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a positive number")
+        if not _number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be a probability in [0, 1)")
+        if self.dtype is not None and self.dtype not in TIEABLE:
+            raise ValueError(f"dtype={self.dtype} must be one of {', '.join(map(str, TIEABLE))}")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            names("target_modules", self.target_modules)
+        names("modules_to_save", self.modules_to_save)
+        if self.residual_device is not None:
+            try:
+                torch.device(self.residual_device)
+            except RuntimeError as error:
+                raise ValueError(f"residual_device={self.residual_device!r} is no device: {error}") from None
+
+    def rank_of(self, link: int) -> int:
+        """Rank of link ``link`` (from 0)."""
+        if callable(self.r):
+            return _rank(self.r(link))
+        return _rank(self.r[min(link, len(self.r) - 1)] if isinstance(self.r, Sequence) else self.r)
+
+    def scaling_of(self, link: int) -> float:
+        """Scale s of link ``link``."""
+        if self.scaling == "rslora":
+            return self.lora_alpha / math.sqrt(self.rank_of(link))
+        return self.lora_alpha / self.rank_of(link if self.scaling == "alpha/r" else 0)
+
+    def known_ranks(self) -> tuple[int, ...] | None:
+        """All ranks that links can have; None if a callable decides."""
+        if callable(self.r):
+            return None
+        return tuple(map(_rank, self.r)) if isinstance(self.r, Sequence) else (_rank(self.r),)
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments as JSON values, for a checkpoint to compare; a callable r is not described."""
+        known = self.known_ranks()
+        targets = self.target_modules
+        return {
+            "r": "callable" if known is None else list(known),
+            "lora_alpha": float(self.lora_alpha),
+            "target_modules": targets if targets is None or isinstance(targets, str) else list(targets),
+            "lora_dropout": float(self.lora_dropout),
+            "bias": self.bias,
+            "modules_to_save": list(self.modules_to_save),
+            "init": self.init,
+            "train": self.train,
+            "scaling": self.scaling,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
+        """dtype of the factors on ``weight``."""
+        return self.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Ranks and scales of one layer's links: the configuration's, or in proportion to a first link of its own.
+
+    Args:
+        config: of all layers.
+        rank, scaling: of the layer's first link, where it has its own (PEFT's ``rank_pattern``, ``alpha_pattern``).
+
+    A schedule of ranks ``r_0, r_1, …`` takes a layer that starts with R to ``R·r_k/r_0``, rounded half up and at least
+    1. Its scale stays its own under ``"constant"``, and follows its own rank under ``"alpha/r"`` and ``"rslora"``.
+
+    >>> plan = LayerPlan(LinkConfig(r=(8, 4), scaling="alpha/r"), rank=3, scaling=2.0)
+    >>> plan.rank_of(1), plan.scaling_of(1)
+    (2, 3.0)
+    """
+
+    config: LinkConfig
+    rank: int | None = None
+    scaling: float | None = None
+
+    def rank_of(self, link: int) -> int:
+        """Rank of link ``link`` (from 0)."""
+        usual = self.config.rank_of(link)
+        if self.rank is None:
+            return usual
+        first = self.config.rank_of(0)
+        return max(1, (2 * self.rank * usual + first) // (2 * first))
+
+    def scaling_of(self, link: int) -> float:
+        """Scale s of link ``link``."""
+        if self.rank is None or self.scaling is None:
+            return self.config.scaling_of(link)
+        share = self.rank / self.rank_of(link)
+        return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
+
+    def draw(self, path: str, shape: tuple[int, int], *, seed: int, link: int, opt: Any = None) -> Pair:
+        """The factors A and B that link ``link`` of the layer at ``path`` starts from, on the CPU.
+
+        Raises:
+            ValueError: the link's rank is above the layer's; or as in `cola.lora.init.draw`.
+        """
+        rank = self.rank_of(link)
+        if rank > min(shape):
+            raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
+        start = LinkStart(path, shape, rank, self.scaling_of(link), link, generator(seed, link, path), opt)
+        return draw(self.config.init, self.config.train, start)
+
+    def known_ranks(self) -> tuple[int, ...] | None:
+        """All ranks that the layer's links can have; None if a callable decides."""
+        usual = self.config.known_ranks()
+        return None if usual is None else tuple(self.rank_of(link) for link in range(len(usual)))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The next link's factors and scale, drawn before anything is changed.
+
+    Attributes:
+        pairs: A and B of each layer.
+        scaling: the first layer's.
+        rank: the largest.
+        scalings: of each layer; None for those that the plans give.
+    """
+
+    pairs: Mapping[str, Pair]
+    scaling: float
+    rank: int
+    scalings: Mapping[str, float] | None = None
+
+
+def prepare(
+    config: LinkConfig,
+    plans: Mapping[str, LayerPlan],
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    seed: int,
+    link: int,
+) -> Prepared:
+    """Draw link ``link`` of all layers.
+
+    Args:
+        config: as for `draw`.
+        plans: of the layers, by path.
+        shapes: (out, in) of the layers.
+        seed: as for `draw`.
+        link: index of the link.
+
+    Raises:
+        ValueError: a rank is above a layer's own.
+    """
+    pairs = {}
+    for path, shape in shapes.items():
+        pairs[path] = plans[path].draw(path, shape, seed=seed, link=link)
+    scalings = {path: plans[path].scaling_of(link) for path in shapes}
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    return Prepared(pairs, next(iter(scalings.values())), rank, scalings)
+
+
+def _rank(rank: Any) -> int:
+    number = integer(rank)
+    if number is None or number <= 0:
+        raise ValueError(f"r={rank!r} must be a positive integer")
+    return number
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,262 @@
+"""Which share of a model its links reach, and what holds the rest."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from cola.lora import peft
+from cola.lora.defaults import heads, left_encoders, task_heads, within
+from cola.lora.kinds import is_linear_map
+from cola.lora.live import LiveLink
+from cola.lora.names import modules_by_name, unwrap
+from cola.lora.quantized import QuantizedLinear, is_quantized
+from cola.lora.targets import obstacles
+
+logger = logging.getLogger("cola")
+
+#: kinds of encoders by words in their paths
+_TOWERS = {"vision": ("vis", "image", "video"), "audio": ("audio", "speech")}
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Adapted layers of one name in one part of the model.
+
+    Attributes:
+        part: path of the part, up to the first index of a layer.
+        name: last part of the layers' paths.
+        layers: how many there are.
+        parameters: in their weights.
+    """
+
+    part: str
+    name: str
+    layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Parameters that stay frozen, and why.
+
+    Attributes:
+        group: what they are: ``"fused experts"``, ``"output head"``, ``"embeddings"``, ``"norms and biases"``,
+            ``"vision tower"``, ``"audio tower"``, ``"other tower"``, ``"shared weights"``, ``"convolutions"``,
+            ``"refused linear layers"``, ``"other linear layers"`` or ``"other"``.
+        parameters: how many.
+        why: the reason, in words.
+    """
+
+    group: str
+    parameters: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a run's links reach. Each parameter of the model is counted once.
+
+    Attributes:
+        rows: the adapted layers, by part and name, in the model's order.
+        left_out: what stays frozen, the largest group first.
+        trained: parameters trained beside the links (biases, ``modules_to_save``).
+        total: parameters of the model, links not counted.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    >>> found = coverage(model, {"0": model[0]})
+    >>> found.layers, found.parameters, found.total, round(found.share, 2)
+    (1, 32, 49, 0.65)
+    >>> print(found)
+    1 layer with links, 32 of 49 parameters (65.3 %)
+      0: 1 layer, 32
+    left out:
+      norms and biases: 9 (18.4 %), only linear layers carry links
+      other linear layers: 8 (16.3 %), target_modules does not name them
+    """
+
+    rows: tuple[Reached, ...]
+    left_out: tuple[LeftOut, ...]
+    trained: int
+    total: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers carry links."""
+        return sum(row.layers for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in the weights of the layers that carry links."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """`parameters` as a share of the model's, from 0 to 1."""
+        return self.parameters / max(self.total, 1)
+
+    def summary(self) -> str:
+        """The first line and the three largest groups that are left out."""
+        rest = ", ".join(f"{one.group} {self._share(one.parameters)}" for one in self.left_out[:3])
+        return self._head() + (f"; left out: {rest}" if rest else "")
+
+    def __str__(self) -> str:
+        lines = [self._head()]
+        lines += [
+            f"  {f'{r.part}: ' if r.part else ''}{r.name}: {_layers(r.layers)}, {r.parameters:,}" for r in self.rows
+        ]
+        if self.trained:
+            lines.append(f"trained beside the links: {self.trained:,} ({self._share(self.trained)})")
+        if self.left_out:
+            lines.append("left out:")
+        lines += [f"  {o.group}: {o.parameters:,} ({self._share(o.parameters)}), {o.why}" for o in self.left_out]
+        return "\n".join(lines)
+
+    def _head(self) -> str:
+        reached = f"{self.parameters:,} of {self.total:,} parameters ({self._share(self.parameters)})"
+        return f"{_layers(self.layers)} with links, {reached}"
+
+    def _share(self, parameters: int) -> str:
+        return f"{100 * parameters / max(self.total, 1):.1f} %"
+
+
+def coverage(
+    model: nn.Module, layers: Mapping[str, nn.Module], trained: Iterable[nn.Parameter] = (), target_modules: object = ()
+) -> Coverage:
+    """Count what links on ``layers`` reach.
+
+    Args:
+        model: any module, with its links or without.
+        layers: the modules that have the adapted weights, by canonical path.
+        trained: parameters that are trained beside the links; those that are not the model's count as well.
+        target_modules: as in `LinkConfig`, to name the reason why linear layers are left out.
+    """
+    extra = {id(p): p.numel() for p in trained}
+    rows: dict[tuple[str, str], list[int]] = {}
+    left: dict[tuple[str, str], int] = {}
+    groups = _Groups(model, layers, target_modules)
+    total = 0
+    for path, module, name, parameter in _parameters(model):
+        size = _size(module, name, parameter)
+        total += size
+        if path in layers and name == "weight":
+            part, kind = _place(path)
+            row = rows.setdefault((part, kind), [0, 0])
+            row[0], row[1] = row[0] + 1, row[1] + size
+        elif id(parameter) not in extra:
+            key = groups.of(path, module, name, parameter)
+            left[key] = left.get(key, 0) + size
+    merged: dict[str, tuple[int, list[str]]] = {}
+    for (group, why), size in left.items():
+        count, reasons = merged.get(group, (0, []))
+        merged[group] = (count + size, [*reasons, why])
+    return Coverage(
+        rows=tuple(Reached(part, kind, *row) for (part, kind), row in rows.items()),
+        left_out=tuple(
+            LeftOut(group, size, reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""))
+            for group, (size, reasons) in sorted(merged.items(), key=lambda item: -item[1][0])
+        ),
+        trained=sum(extra.values()),
+        total=total,
+    )
+
+
+def covered(live: LiveLink) -> Coverage:
+    """The coverage of a live link."""
+    layers = {path: live.holder(path) for path in live.layers}
+    return coverage(live.model, layers, live.trained().values(), live.config.target_modules)
+
+
+def announced(live: LiveLink) -> Coverage:
+    """The coverage of a live link, logged. It warns where half a model is left out, or a task's head is frozen."""
+    found = covered(live)
+    logger.info("%s", found.summary())
+    if live.config.target_modules == "all-linear" and found.share < 0.5:
+        logger.warning("target_modules='all-linear' reaches less than half of the model: %s", found.summary())
+    inner, trained = unwrap(live.model), [path.rpartition(".")[0] for path in live.trained()]
+    frozen = [head for head in task_heads(inner) if not any(within(p, [head]) for p in (*live.layers, *trained))]
+    if frozen:
+        one = len(frozen) == 1
+        logger.warning(
+            "the %s %s of %s %s frozen: if %s new, train %s whole by modules_to_save=%r",
+            "head" if one else "heads",
+            " and ".join(map(repr, frozen)),
+            type(inner).__name__,
+            "stays" if one else "stay",
+            "it is" if one else "they are",
+            "it" if one else "them",
+            frozen,
+        )
+    return found
+
+
+class _Groups:
+    """Names the group that a parameter without a link belongs to, and the reason."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], target_modules: object) -> None:
+        small = target_modules == "all-linear"
+        self.linear = "the rank of a link is above theirs" if small else "target_modules does not name them"
+        inner, modules = unwrap(model), modules_by_name(model)
+        self.heads, self.obstacles = heads(inner, modules), obstacles(model)
+        self.towers = [t for t in left_encoders(inner, modules) if not any(within(path, [t]) for path in layers)]
+
+    def of(self, path: str, module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, str]:
+        tower = next((tower for tower in self.towers if within(path, [tower])), None)
+        if tower is not None:
+            kind = next((kind for kind, words in _TOWERS.items() if any(word in tower for word in words)), "other")
+            return f"{kind} tower", f"{tower} feeds the language model"
+        if path in self.heads:
+            return "output head", f"{self.heads[path]} is the model's output"
+        expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower() and not is_linear_map(module)
+        if expert and (name != "weight" or parameter.dim() >= 3):
+            return "fused experts", "they are parameters of several experts at once, and only linear layers carry links"
+        if parameter.dim() <= 1 and not is_quantized(module):
+            return "norms and biases", "only linear layers carry links"
+        if is_linear_map(module):
+            reason = self.obstacles.get(path, "")
+            if reason.startswith("is tied"):
+                return "shared weights", f"{path} {reason.split(':')[0]}"
+            if reason and not reason.startswith("already carries"):
+                return "refused linear layers", f"{path} {reason}"
+            return "other linear layers", self.linear
+        if "Embedding" in type(module).__name__:
+            return "embeddings", "only linear layers carry links"
+        if "Conv" in type(module).__name__:
+            return "convolutions", "only linear layers carry links"
+        return "other", f"a {type(module).__name__} is not a linear layer"
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Each parameter of the model once, without the links': its module's path, the module, its name, and itself.
+
+    Where PEFT trains a copy of a module, the copy counts and the original, which is out of use, does not.
+    """
+    wrappers = [m for m in unwrap(model).modules() if peft.original(m) == "original_module"]
+    unused = {id(module) for wrapper in wrappers for module in wrapper._modules["original_module"].modules()}  # type: ignore[union-attr]
+    seen: set[int] = set()
+    for path, module in modules_by_name(model).items():
+        for name, parameter in () if id(module) in unused else module._parameters.items():
+            factor = name in ("lora_A", "lora_B") or {"lora_A", "lora_B"} & set(path.split("."))
+            if parameter is not None and not factor and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield path, module, name, parameter
+
+
+def _size(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for: codes of quantised weights are packed."""
+    if name == "weight" and is_quantized(module) and is_linear_map(module):
+        out, inner = QuantizedLinear.shape(module)
+        return out * inner
+    return parameter.numel()
+
+
+def _place(path: str) -> tuple[str, str]:
+    """The part of the model, up to the first index, and the layer's own name."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[:first]), parts[-1]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"

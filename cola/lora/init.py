@@ -1,0 +1,132 @@
+"""How a link starts: the values of A and B before its first step.
+
+A way to start is a function of a `LinkStart`. It returns A (r×in), and then B is zero, or a pair (A, B). The library's
+own are in `INITS`; ``LinkConfig(init=...)`` takes the name of one of them, or any such function.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.common.contexts import unaffected
+from cola.knot.tie import key
+
+#: A (r×in) and B (out×r) of one layer
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LinkStart:
+    """The arguments of a way to start, for one layer of one link.
+
+    Attributes:
+        path: of the layer.
+        shape: (out, in) of its weight.
+        rank: r.
+        scaling: s.
+        link: index of the link, from 0.
+        generator: on the CPU, seeded by (seed, link, path), so that equal keys draw equal values everywhere.
+        opt: the `ChainOptimizer`, with the link before this one still in place; None for the first link.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    link: int
+    generator: torch.Generator
+    opt: Any = None
+
+
+Init = Callable[[LinkStart], Tensor | Pair]
+
+#: of draws, whatever the caller's defaults are
+_PLAIN: Any = {"device": "cpu", "dtype": torch.float32}
+
+
+def _gaussian(start: LinkStart) -> Tensor:
+    """N(0, 1/r²), as in PEFT."""
+    return torch.randn(start.rank, start.shape[1], generator=start.generator, **_PLAIN) / start.rank
+
+
+def _kaiming(start: LinkStart) -> Tensor:
+    """U(−1/√in, 1/√in), as `nn.Linear` and PEFT draw."""
+    width = start.shape[1]
+    return (2 * torch.rand(start.rank, width, generator=start.generator, **_PLAIN) - 1) / math.sqrt(width)
+
+
+def _orthogonal(start: LinkStart) -> Tensor:
+    """Orthonormal rows."""
+    draws = torch.randn(start.shape[1], start.rank, generator=start.generator, **_PLAIN)
+    q, upper = torch.linalg.qr(draws)
+    return (q * torch.sign(torch.diagonal(upper))).t().contiguous()
+
+
+def _selector(start: LinkStart) -> Tensor:
+    """r coordinates of the input, shifted by r with every link."""
+    rows = torch.arange(start.rank, device="cpu")
+    columns = (rows + start.link * start.rank) % start.shape[1]
+    return torch.zeros(start.rank, start.shape[1], **_PLAIN).index_put_((rows, columns), torch.ones((), **_PLAIN))
+
+
+INITS: dict[str, Callable[[LinkStart], Tensor]] = {
+    "gaussian": _gaussian,
+    "kaiming": _kaiming,
+    "orthogonal": _orthogonal,
+    "selector": _selector,
+}
+
+
+def generator(seed: int, link: int, path: str) -> torch.Generator:
+    """The generator that draws the link of one layer."""
+    return torch.Generator("cpu").manual_seed(key(seed, link, path))
+
+
+@torch.no_grad()
+@unaffected()
+def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
+    """The factors that a link starts from, on the CPU.
+
+    Args:
+        init: a name in `INITS`, or a function.
+        train: as in `LinkConfig`. With ``"A"`` the names draw B, and A is zero.
+        start: passed to the function.
+
+    Returns:
+        A and B, in fp32 where a name draws them. One of them is zero, unless a function has returned a pair.
+
+    Raises:
+        TypeError: the function returned neither a tensor nor a pair of tensors.
+        ValueError: what it returned has other shapes or values that are not finite, or it is A alone with train="A".
+    """
+    out, inner = start.shape
+    if isinstance(init, str):
+        if train == "A":
+            B = INITS[init](replace(start, shape=(inner, out))).t().contiguous()
+            return torch.zeros(start.rank, inner, **_PLAIN), B
+        return INITS[init](start), torch.zeros(out, start.rank, **_PLAIN)
+    name = f"init={getattr(init, '__name__', init)!s:.60}"
+    made = init(start)
+    if isinstance(made, Tensor) and train == "A":
+        raise ValueError(f"{name} returned A alone, and train='A' needs a pair (A, B): B is not trained, and not zero")
+    pair = (made, torch.zeros(out, start.rank, **_PLAIN)) if isinstance(made, Tensor) else made
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
+        raise TypeError(f"{name} returned a {type(made).__name__} for {start.path!r}: return A, or a pair (A, B)")
+    A, B = (factor.detach().cpu() for factor in pair)
+    fits = A.shape == (start.rank, inner) and B.shape == (out, start.rank)
+    if not (fits and A.is_floating_point() and B.is_floating_point()):
+        raise ValueError(
+            f"{name} returned A {tuple(A.shape)} of {A.dtype} and B {tuple(B.shape)} of {B.dtype} for {start.path!r}: "
+            f"A must be {start.rank}×{inner} and B {out}×{start.rank}, of floating-point numbers"
+        )
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise ValueError(f"{name} returned values that are not finite for {start.path!r}")
+    return A.to(_at_least_fp32(A)), B.to(_at_least_fp32(B))
+
+
+def _at_least_fp32(factor: Tensor) -> torch.dtype:
+    return torch.promote_types(factor.dtype, torch.float32)

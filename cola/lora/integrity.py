@@ -1,0 +1,146 @@
+"""Whether the layers that carry the live link are still as the chain left them.
+
+A model is the user's: PEFT may merge or unload an adapter, a layer may be replaced or offloaded, a weight computed by a
+parametrization. Tied into such a layer, a link would be added twice, or to something that the model no longer reads.
+"""
+
+import logging
+from collections.abc import Mapping
+
+from torch import nn
+
+from cola.common.distributed import is_sharded, whole
+from cola.knot.tie import TIEABLE, KnotError
+from cola.lora import peft
+from cola.lora.layer import AdaptedLayer
+from cola.lora.live import LiveLink
+from cola.lora.names import modules_by_name, unwrap
+from cola.lora.peft import PeftLayer
+from cola.lora.quantized import is_quantized
+
+logger = logging.getLogger("cola")
+
+_GIVE_UP = "or let the model go as it is by opt.finish(merge=False), without this link in the chain"
+
+
+def require_intact(live: LiveLink) -> None:
+    """Refuse to go on with a layer that has been changed under the chain. Changes nothing.
+
+    Raises:
+        KnotError: names the layer, and says what happened and what to do.
+    """
+    inside, modules = {id(module) for module in unwrap(live.model).modules()}, modules_by_name(live.model)
+    for path in live.layers:
+        reason = _absence(path, live, inside, modules) or _change(path, live)
+        if reason is not None:
+            raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
+
+
+def require_removable(live: LiveLink) -> None:
+    """Refuse to take the live link off where that would leave the model broken. Changes nothing.
+
+    Raises:
+        KnotError: as `require_intact`.
+    """
+    inside = {id(module) for module in unwrap(live.model).modules()}
+    for path, layer in live.layers.items():
+        reason = None
+        if isinstance(layer, PeftLayer):
+            if id(layer.module) in inside and layer.module.merged:
+                reason = peft.refusal(layer.module, own=True)
+        elif live.holder(path)._parameters.get("weight") is None:
+            reason = _COMPUTED
+        if reason is not None:
+            raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
+
+
+def warn_of_loaded_link(live: LiveLink) -> None:
+    """Warn, before the first step of a run, of a link that is trained already: it has come without its history.
+
+    PEFT's layers are not asked: an adapter may have been trained before it becomes a chain's first link.
+    """
+    zero_first = "lora_A" if live.config.train == "A" else "lora_B"
+    own = [layer for layer in live.layers.values() if isinstance(layer, AdaptedLayer)]
+    if any(whole(getattr(layer, zero_first).detach()).any() for layer in own):
+        logger.warning(
+            "the link was trained before this optimizer's first step: the model's state dict was loaded without the "
+            "optimizer's. Links that were tied before are in the weights but not in the chain, so exports lack them, "
+            "and the policy begins anew. Load the optimizer's state dict as well, or use opt.save and opt.load"
+        )
+
+
+def weights_of(live: LiveLink) -> dict[str, nn.Parameter]:
+    """The weights as Parameters, by path, for `require_intact` to compare."""
+    weights = ((path, live.holder(path)._parameters.get("weight")) for path in live.layers)
+    return {path: weight for path, weight in weights if weight is not None}
+
+
+def require_same_weights(live: LiveLink, held: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that are not those on which training began. Changes nothing.
+
+    Args:
+        live: the live link, for which `require_intact` holds.
+        held: from `weights_of`, when training began; layers that are not in it are not compared.
+
+    Raises:
+        KnotError: names the layer.
+    """
+    for path, weight in weights_of(live).items():
+        before = held.get(path, weight)
+        if before is not weight and not is_sharded(before) and not is_sharded(weight):  # FSDP2 goes to and fro
+            raise KnotError(
+                f"layer {path!r} has been given another weight after training had begun, which the chain's record does "
+                f"not know: put the old weight back, {_GIVE_UP}. Nothing has been changed"
+            )
+
+
+_COMPUTED = (
+    "has a weight that is computed (a parametrization, weight_norm or pruning came after the ChainOptimizer), into "
+    "which nothing can be tied: remove it first, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
+)
+
+
+def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, nn.Module]) -> str | None:
+    """Why the layer is not where it was; None if it is."""
+    layer = live.layers[path]
+    if isinstance(layer, PeftLayer) and id(layer.module) not in inside:
+        if layer.module.merged:
+            return (
+                "has been merged and unloaded by PEFT (merge_and_unload), so its weight holds the live link already "
+                "and would get it a second time: call opt.finish() before model.unload() next time, " + _GIVE_UP
+            )
+        return f"has been unloaded by PEFT, and the live link with it: call opt.finish() first, {_GIVE_UP}"
+    holder = live.holder(path)
+    if modules.get(path) is holder:
+        return None
+    elsewhere = next((other for other, module in modules.items() if module is holder), None)
+    if elsewhere is not None:
+        return f"is now at {elsewhere!r}, where the chain's record would not find it: put it back"
+    there = modules.get(path)
+    what = "has been deleted" if there is None else f"has been replaced by a {type(there).__name__}"
+    return f"{what}, and the live link went with it: put the adapted layer back, {_GIVE_UP}"
+
+
+def _change(path: str, live: LiveLink) -> str | None:
+    """Why the layer cannot be tied; None if it can."""
+    layer, holder = live.layers[path], live.holder(path)
+    if isinstance(layer, PeftLayer):
+        if layer.gone():
+            return f"has lost its PEFT adapter {layer.adapter!r}, and the live link with it: load it again, {_GIVE_UP}"
+        reason = peft.refusal(layer.module, own=True)
+        if reason is not None:
+            return reason
+    elif not isinstance(holder, AdaptedLayer):
+        return f"has become a {type(holder).__name__}: put the adapted layer back, {_GIVE_UP}"
+    weight = holder._parameters.get("weight")
+    if weight is None:
+        return _COMPUTED
+    if weight.is_meta or layer.lora_A.is_meta or layer.lora_B.is_meta:
+        return (
+            "has its parameters on the meta device: they were offloaded after the ChainOptimizer was made "
+            "(cpu_offload, disk_offload, a device_map with offloading), so the optimizer has nothing to train there. "
+            "Keep the adapted layers on a device"
+        )
+    if weight.dtype not in TIEABLE and not is_quantized(holder):
+        return f"has a {weight.dtype} weight now (quantised?), into which nothing can be tied: quantise before training"
+    return None

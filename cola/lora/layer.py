@@ -1,0 +1,302 @@
+"""A linear layer with one low-rank link: ``y = W x + b + s·B (A x)``.
+
+`LowRankLinear` is the fast path, one autograd function that adds the link into the output buffer and keeps only the
+input, ``A x`` and, of a dropout, the seed. `AdaptedLayer.composed` is its slow twin, made of ordinary operations; it
+also serves where those are needed (autocast, a base weight that is itself trained, dropout in a compiled model, the
+transforms of `torch.func`).
+"""
+
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from cola.common.distributed import copy_whole
+
+
+class LowRankLinear(torch.autograd.Function):
+    """``y = x Wᵀ + b + s·(d(x) Aᵀ) Bᵀ`` with W frozen; x (…, in), W out×in, A r×in, B out×r; d is dropout.
+
+    A and B are used in x's dtype, as under automatic mixed precision; their gradients come back in their own dtype.
+    Saved for backward are x, ``d(x) Aᵀ`` and the parameters; the mask of a dropout is drawn again from its seed, which
+    comes from torch's global generator.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """The layer's output, (…, out)."""
+        flat = x.reshape(-1, x.shape[-1])
+        mask = None
+        if dropout:
+            ctx.seed = int(torch.randint(1 << 62, (), device="cpu"))
+            mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
+        down, up = _used(A, B, x.dtype)
+        reduced = _masked(flat, mask).mm(down.t())
+        out = F.linear(x, weight, bias)  # the base's own call; views of it stay inside (FSDP2 warns of others)
+        out.view(-1, out.shape[-1]).addmm_(reduced, up.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, A, B, reduced)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        # F.linear may return a view, and autograd forbids in-place operations on a view that a Function returns
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Gradients for x, bias, A and B; none for W. Autograd casts those of A and B to their own dtype."""
+        (grad,) = grads
+        x, weight, A, B, reduced = ctx.saved_tensors
+        s = ctx.scaling
+        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        down, up = _used(A, B, grad.dtype)
+        needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        mask = kept(flat, ctx.dropout, ctx.seed) if ctx.dropout and (needs_x or needs_A) else None
+        if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
+            reduced = _masked(flat, mask).mm(down.t())
+        grad_x = grad_bias = grad_A = grad_B = None
+        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone, and no edge to
+        # the graph. The small products come before the large one, which leaves nothing of the gradient in the caches.
+        if needs_B:  # r×out first: BLAS is twice as fast that way round
+            grad_B = torch.addmm(up.detach().t(), reduced.t(), grad, beta=0, alpha=s).t().contiguous()
+        if needs_x or needs_A:
+            grad_reduced = grad.mm(up)
+            if needs_A:
+                grad_A = torch.addmm(down.detach(), grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s)
+            if needs_x and mask is None:
+                grad_x = grad.mm(weight).addmm_(grad_reduced, down, alpha=s).view(x.shape)
+            elif needs_x:
+                through = torch.addmm(flat.detach(), grad_reduced, down, beta=0, alpha=s)
+                grad_x = grad.mm(weight).add_(_masked(through, mask)).view(x.shape)
+        if needs_bias:
+            grad_bias = grad.sum(0)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None
+
+
+def _used(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # a cast that changes nothing is a call all the same, and calls are what a short step is made of
+    return (A, B) if A.dtype == B.dtype == dtype else (A.to(dtype), B.to(dtype))
+
+
+def kept(like: Tensor, dropout: float, seed: int) -> Tensor:
+    """Which entries a dropout keeps: integers as wide as ``like``'s numbers, with all bits set (kept) or none.
+
+    The same seed gives the same on one device. Four entries share one draw of 64 bits, of which each takes 15: several
+    times faster than one draw each. And a mask of bits is laid over numbers several times faster than booleans.
+    """
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    draws.random_(-(1 << 63), None, generator=generator)
+    words = draws.view(torch.int16)[: like.numel()].view(like.shape)
+    words.bitwise_and_(_DRAWS - 1).sub_(_dropped(dropout))  # negative where dropped
+    return words.bitwise_right_shift_(15).bitwise_not_().to(_BITS[like.element_size()])
+
+
+def share_kept(dropout: float) -> float:
+    """The probability with which `kept` keeps an entry: ``1 − dropout`` to the nearest 2⁻¹⁵, never 0."""
+    return 1 - _dropped(dropout) / _DRAWS
+
+
+_DRAWS = 1 << 15
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _dropped(dropout: float) -> int:
+    return min(round(dropout * _DRAWS), _DRAWS - 1)
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values
+    if torch.is_grad_enabled():  # on the way to a second derivative
+        return torch.where(mask != 0, values, 0)
+    return values.view(mask.dtype).bitwise_and(mask).view(values.dtype)
+
+
+class AdaptedLayer(nn.Module):
+    """What every adapted layer has: the live link, and how to read its base weight.
+
+    Attributes:
+        lora_A: r×in, lora_B: out×r; Parameters whose identity lasts from `attach` to `detach`.
+        scaling: s.
+        lora_dropout: probability of dropping an input of the link (not of the base) in training.
+        rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
+        allowed_ranks: ranks that a loaded state may bring; None for any.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    weight: Tensor
+    scaling: float
+    lora_dropout: float
+    rank: int
+    allowed_ranks: tuple[int, ...] | None
+
+    #: whether the stored weight is in×out, the transpose of what the mathematics writes
+    transposed: ClassVar[bool] = False
+    plain_class: ClassVar[type[nn.Module]] = nn.Module
+    _made: ClassVar[dict[tuple[type, type], type]] = {}
+
+    @classmethod
+    def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
+        """This adapted class for layers of class ``plain`` (itself, or a subclass that keeps its forward)."""
+        if plain is cls.plain_class:
+            return cls
+        made = cls._made.get((cls, plain))
+        if made is None:
+            made = type(f"{cls.__name__}Over{plain.__name__}", (cls, plain), {"plain_class": plain})
+            cls._made[cls, plain] = made
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class made by `over` has no name to be pickled under: say how it was made
+        made = next((kind for kind in type(self).__mro__ if (kind, type(self).plain_class) in self._made), None)
+        if made is None:
+            return super().__reduce_ex__(protocol)
+        return _empty, (made, self.plain_class), self.__dict__
+
+    def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        """Give a layer whose class has just become this one its link."""
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.lora_dropout = scaling, dropout
+        self.rank, self.allowed_ranks = A.shape[0], (A.shape[0],)
+
+    def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
+        """Make (A, B) the link; the Parameters stay the same objects.
+
+        Args:
+            A, B: r×in and out×r, of any rank.
+            scaling: s.
+            mask: keep the Parameters' sizes, with zeros beyond the rank, instead of resizing them. Such zeros stay: the
+                gradient of a row of A is a multiple of its column of B, and the other way round.
+        """
+        put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
+        self.rank, self.scaling = A.shape[0], scaling
+
+    def detach(self, *, spent: bool = False) -> None:
+        """Take the link off: class, parameters and attributes are as they were before `attach`."""
+        del self.lora_A, self.lora_B
+        for name in ("scaling", "lora_dropout", "rank", "allowed_ranks"):
+            delattr(self, name)
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+        rebind(self)
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, int]:
+        """(out, in) of a plain or adapted layer of this kind."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        m, n = weight.shape
+        return (n, m) if cls.transposed else (m, n)
+
+    @classmethod
+    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, R) such that the stored weight changes by ``s·L R``."""
+        return (A.t(), B.t()) if cls.transposed else (B, A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
+        if not isinstance(self, AdaptedLayer):  # a hook has kept this bound method, and the chain is finished
+            return type(self).forward(self, x)
+        weight = self.weight.t() if self.transposed else self.weight
+        dropout = self.lora_dropout if self.training else 0.0
+        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
+        if plain_operations or (dropout and _records(x)):
+            return self.composed(x)
+        return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def composed(self, x: Tensor) -> Tensor:
+        """The same function from ordinary operations."""
+        weight = self.weight.t() if self.transposed else self.weight
+        link_input = F.dropout(x, self.lora_dropout, self.training)
+        reduced = F.linear(link_input, self.lora_A.to(x.dtype))
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        return F.linear(x, weight, bias) + self.scaling * F.linear(reduced, self.lora_B.to(x.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As any module's; a link of another permitted rank is given room first."""
+        A, B = state_dict.get(prefix + "lora_A"), state_dict.get(prefix + "lora_B")
+        if A is not None and B is not None and A.dim() == B.dim() == 2 and A.shape != self.lora_A.shape:
+            rank, ((out, _), (_, inner)) = A.shape[0], (self.lora_B.shape, self.lora_A.shape)
+            fits = A.shape[1] == inner and B.shape == (out, rank)
+            if fits and (self.allowed_ranks is None or rank in self.allowed_ranks):
+                self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The plain layer's, and the link's."""
+        return f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}"
+
+
+class LoRALinear(AdaptedLayer, nn.Linear):
+    """An `nn.Linear` with a link."""
+
+    plain_class = nn.Linear
+
+
+def rebind(module: nn.Module) -> None:
+    """Give attributes of ``module`` that are its own methods, bound when it had another class, those of its class.
+
+    Dispatch hooks keep the forward that they replace, and name it as what they wrap (``__wrapped__``).
+    """
+    for name, value in list(vars(module).items()):
+        if _bound_to(module, value):
+            vars(module)[name] = getattr(type(module), value.__name__).__get__(module)
+        while hasattr(value, "__wrapped__"):
+            if _bound_to(module, value.__wrapped__):
+                value.__wrapped__ = getattr(type(module), value.__wrapped__.__name__).__get__(module)
+                break
+            value = value.__wrapped__
+
+
+def _bound_to(module: nn.Module, value: Any) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module and hasattr(type(module), value.__name__)
+
+
+def _records(x: Tensor) -> bool:
+    """Whether what runs is being compiled or captured: a seed drawn then would serve every later call."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _transformed() -> bool:
+    """Whether `torch.func` transforms or forward-mode AD are at work, which the autograd function has no rule for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _empty(kind: type[AdaptedLayer], plain: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(kind.over(plain))
+
+
+@torch.no_grad()
+def put_pair(lora_A: nn.Parameter, lora_B: nn.Parameter, A: Tensor, B: Tensor, *, mask: bool) -> None:
+    """Give two Parameters the values of a link; see `AdaptedLayer.put`."""
+    for parameter, value, rank_dim in ((lora_A, A, 0), (lora_B, B, 1)):
+        if parameter.shape == value.shape:
+            copy_whole(parameter, value)
+        elif mask:
+            padded = value.new_zeros(parameter.shape)
+            padded.narrow(rank_dim, 0, value.shape[rank_dim]).copy_(value)
+            copy_whole(parameter, padded)
+        else:
+            _resize(parameter, value)
+
+
+def _resize(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a Parameter a value of another shape.
+
+    A graph that is still alive (the caller's last loss) keeps the Parameter's gradient accumulator, which remembers the
+    old shape and would refuse the new gradients. Autograd drops it when the dtype changes, hence the detour.
+    """
+    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    device, dtype = parameter.device, parameter.dtype
+    parameter.grad = None
+    parameter.data = torch.empty(0, dtype=other, device=device)
+    parameter.data = value.to(device=device, dtype=dtype).contiguous().clone()

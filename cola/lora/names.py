@@ -1,0 +1,170 @@
+"""A model's modules, parameters and buffers by canonical name: without wrappers, PEFT's layers and links.
+
+Canonical names are what a chain records, so they stay the same through `torch.compile`, DDP, FSDP and PEFT.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cola.lora import peft, quantized
+from cola.lora.layer import AdaptedLayer
+from cola.lora.quantized import is_quantized
+from cola.lora.stacked import STACK
+
+# parameters of an adapted layer that the plain one does not have
+_LINK = ("lora_A", "lora_B")
+# what torch.compile, DDP, FSDP and activation checkpointing put into a module's path
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def called(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DDP and DataParallel wrappers, whose forward the training loop reaches."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside all wrappers, a PeftModel included."""
+    model = called(model)
+    return unwrap(peft.inner_model(model)) if peft.is_peft_model(model) else model
+
+
+def canonical(path: str) -> str:
+    """A module's or parameter's path without the wrappers' parts: the name that a chain records."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of ``model`` (wrappers removed) by canonical path; a module met twice is listed once.
+
+    Where PEFT has wrapped a layer, its path leads to the layer inside, or to the copy that is trained whole.
+    """
+    found: dict[str, nn.Module] = {}
+    names, modules, copies = {"": ""}, dict(unwrap(model).named_modules()), set()
+    for path, module in modules.items():
+        parent, _, part = path.rpartition(".")
+        if path:
+            through = part in peft.transparent(modules[parent])
+            hidden = through or parent in copies or part in _WRAPPERS
+            names[path] = names[parent] if hidden else f"{names[parent]}.{part}".lstrip(".")
+            if through and isinstance(module, nn.ModuleDict):
+                copies.add(path)
+        found[names[path]] = module
+    return found
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of ``model`` by canonical path."""
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in modules_by_name(model).items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def buffers_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers of ``model`` (those in its state dict) by canonical path."""
+    return {
+        name: buffer
+        for path, module in modules_by_name(model).items()
+        for name, buffer in tensors_of(path, module, parameters=False).items()
+    }
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the model has without links, by canonical path.
+
+    What PEFT has added is left out; where it trains a copy of a module, the original is listed.
+    """
+    names, modules = {"": ""}, dict(unwrap(model).named_modules())
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        parent, _, part = path.rpartition(".")
+        if path:
+            original = peft.original(modules[parent])
+            if parent not in names or (original is not None and part != original):
+                continue
+            hidden = original is not None or part in _WRAPPERS
+            names[path] = names[parent] if hidden else f"{names[parent]}.{part}".lstrip(".")
+        found[names[path]] = module
+    return found
+
+
+def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
+    """The module's own persistent buffers, and parameters that are not a link's, by name."""
+    left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
+    held = {**(module._parameters if parameters else {}), **module._buffers}
+    if is_quantized(module):
+        left_out.update(STACK)
+        held.update(quantized.scales(module) if parameters else {})
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for name, tensor in held.items()
+        if tensor is not None and name not in left_out
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers that the model has without links, under the names that it has them then."""
+    return {
+        name: tensor
+        for path, module in base_modules(model).items()
+        for name, tensor in tensors_of(path, module).items()
+    }
+
+
+def named(modules: dict[str, nn.Module], name: str) -> list[str]:
+    """Paths that equal ``name`` or end in it."""
+    return [path for path in modules if path == name or path.endswith("." + name)]
+
+
+def listed(paths: Sequence[str]) -> str:
+    """The first three of ``paths``, and how many more there are."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more
+
+
+def require_plain_name(name: str) -> None:
+    """Refuse paths of layers and parameters that could be mistaken for paths of files.
+
+    Raises:
+        ValueError: ``name`` has slashes, empty parts or control characters.
+    """
+    parts = name.split(".")
+    if name and (not all(parts) or any(c in "/\\" or not c.isprintable() for c in name)):
+        raise ValueError(f"layer name {name!r:.80} is not a module path (slashes, empty or unprintable parts): refused")
+
+
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the parameters that share memory with each parameter (by id), where there are several."""
+    spans: dict[int, list[tuple[int, int, int, str]]] = {}  # storage to (first byte, end, id, name)
+    for name, parameter in parameters_by_name(model).items():
+        if parameter.is_meta or not parameter.numel() or odd_storage(parameter):
+            spans.setdefault(id(parameter), []).append((0, 1, id(parameter), name))
+            continue
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        start = local.data_ptr()
+        end = start + local.numel() * local.element_size()
+        spans.setdefault(local.untyped_storage().data_ptr(), []).append((start, end, id(parameter), name))
+    shared: dict[int, list[str]] = {}
+    for group in spans.values():
+        for start, end, identity, _ in group if len(group) > 1 else ():
+            together = sorted(name for a, b, _, name in group if a < end and start < b)
+            if len(together) > 1:
+                shared[identity] = together
+    return shared
+
+
+def odd_storage(weight: torch.Tensor) -> bool:
+    """Whether a tensor is sparse or made of others (torchao's quantised ones), and so has no memory of its own."""
+    made = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
+    return made or weight.layout != torch.strided

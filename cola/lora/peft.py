@@ -1,0 +1,344 @@
+"""PEFT's LoRA layers, used as they are. Nothing of PEFT is imported: a layer is known by what it has.
+
+A chain ties into the layer's ``base_layer`` and draws the next link into the layer's own ``lora_A`` and ``lora_B``;
+forward, dropout, dtype and state-dict keys stay PEFT's.
+"""
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cola.lora import quantized, stacked
+from cola.lora.config import LayerPlan, LinkConfig
+from cola.lora.layer import put_pair
+
+logger = logging.getLogger("cola")
+
+#: how values of ``init_lora_weights`` begin that change the base's weights before training
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: values of ``init_lora_weights``, and the init of later links that draws as PEFT does
+_INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian"}
+#: others, and the init that is nearest to them; "kaiming" for all that are not here
+_NEAREST = {"orthogonal": "orthogonal", "eva": "orthogonal"}
+#: fields of LoraConfig that a chain cannot honour where they are set, and why; the layers show all others
+_REFUSED = {
+    "trainable_token_indices": "trains rows of an embedding, which a chain does not record, so that exports and "
+    "unload() would lose them: train the whole embedding by modules_to_save instead",
+    "layer_replication": "repeats layers that share their weights, so that a knot in one would change the others: "
+    "make the larger model with weights of its own first",
+}
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer that some PEFT method has wrapped around another."""
+    return "base_layer" in module._modules and hasattr(module, "active_adapters")
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PEFT's LoRA layers."""
+    return is_tuner_layer(module) and hasattr(module, "lora_A") and hasattr(module, "lora_B")
+
+
+def is_peft_model(module: nn.Module) -> bool:
+    """Whether ``module`` is what `peft.get_peft_model` returns."""
+    return any(c.__name__ == "PeftModel" and c.__module__.split(".")[0] == "peft" for c in type(module).__mro__)
+
+
+def inner_model(module: nn.Module) -> nn.Module:
+    """The user's model inside a `PeftModel`."""
+    tuner: Any = module.base_model
+    return tuner.model if isinstance(getattr(tuner, "model", None), nn.Module) else tuner
+
+
+def transparent(parent: nn.Module) -> tuple[str, ...]:
+    """Names of the children of ``parent`` that stand in its place in the original model."""
+    if is_tuner_layer(parent):
+        return ("base_layer",)
+    return ("modules_to_save",) if _trains_copy(parent) else ()
+
+
+def original(parent: nn.Module) -> str | None:
+    """Name of the child of ``parent`` that is the original model's module; None if PEFT has not wrapped it."""
+    if is_tuner_layer(parent):
+        return "base_layer"
+    return "original_module" if _trains_copy(parent) else None
+
+
+def _trains_copy(parent: nn.Module) -> bool:
+    """Whether PEFT trains a copy of a whole module (a head) in its place."""
+    return "original_module" in parent._modules and isinstance(parent._modules.get("modules_to_save"), nn.ModuleDict)
+
+
+def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's configurations in ``model``, with the adapters' names, however they got there."""
+    seen: set[int] = set()
+    for module in model.modules():
+        found = vars(module).get("peft_config")
+        for name, config in found.items() if isinstance(found, dict) else ():
+            if id(config) not in seen:
+                seen.add(id(config))
+                yield name, config
+
+
+def changed_base(model: nn.Module) -> str | None:
+    """How PEFT has changed the weights of its base, as a clause; None if it has not."""
+    for _, config in configs(model):
+        init = str(getattr(config, "init_lora_weights", True)).lower()
+        if init.startswith(CHANGES_BASE):
+            return f"PEFT's init_lora_weights={init!r} has changed the base's weights before training"
+    return None
+
+
+def require_whole(model: nn.Module) -> None:
+    """Check that a chain on PEFT's LoRA layers takes all that PEFT trains in ``model``, and changes nothing else.
+
+    Raises:
+        ValueError: it does not; the message says why.
+    """
+    for name, config in configs(model):
+        for option, why in _REFUSED.items():
+            value = getattr(config, option, None)
+            if value:
+                raise ValueError(f"model: {option}={value!r:.60} of PEFT's adapter {name!r} {why}")
+    modules = dict(model.named_modules())
+    tuned = {path: module for path, module in modules.items() if is_tuner_layer(module)}
+    layers = {path: module for path, module in tuned.items() if is_lora_layer(module)}
+    for path in tuned.keys() - layers.keys() if layers else ():
+        raise ValueError(
+            f"model: PEFT has put a {type(tuned[path]).__name__} at {path!r}, which is no LoRA layer, so a chain would "
+            "leave out what it trains: use LoRA alone"
+        )
+    bases = {id(module._modules["base_layer"]): path for path, module in layers.items()}
+    for parent, module in modules.items():
+        for name, child in () if parent in layers else module._modules.items():
+            if id(child) in bases:
+                raise ValueError(
+                    f"PEFT's layer {bases[id(child)]!r}: the model has its base layer at {f'{parent}.{name}'!r} as "
+                    "well, where PEFT has not wrapped it. A knot would change that one too: make them two layers, or "
+                    "leave them out of target_modules"
+                )
+
+
+def refusal(module: Any, *, own: bool = False) -> str | None:
+    """Why a PEFT LoRA layer with a linear base cannot carry a chain, as the end of a sentence; None if it can.
+
+    Args:
+        module: PEFT's layer.
+        own: whether it carries the caller's chain already.
+    """
+    if not own and any(
+        isinstance(getattr(h.hook, "__self__", None), PeftLayer) for h in module._load_state_dict_pre_hooks.values()
+    ):
+        return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
+    if len(module.lora_embedding_A):
+        return "is an embedding with a PEFT adapter: a chain's links go on linear layers, so leave it out of LoraConfig"
+    names = list(module.lora_A.keys())
+    if len(names) != 1:
+        return (
+            f"carries the PEFT adapters {', '.join(names) or '(none)'}: a knot would change the weights under all of "
+            "them, so keep one and delete_adapter the others"
+        )
+    if module.merged:
+        return "has its PEFT adapter merged: call unmerge_adapter() first"
+    if module.disable_adapters:
+        return "has its PEFT adapter disabled: call enable_adapter_layers() first"
+    if list(module.active_adapters) != names:
+        return f"has the active adapters {list(module.active_adapters)} and carries {names}: call set_adapter first"
+    (name,) = names
+    if getattr(module, "lora_variant", {}).get(name) is not None or module.use_dora.get(name):
+        kind = "DoRA" if module.use_dora.get(name) or len(module.lora_magnitude_vector) else "a variant of LoRA"
+        return f"uses {kind}, whose update is more than s·BA and so is no link of a chain: use plain LoRA"
+    if module.lora_bias.get(name):
+        return "has lora_bias=True, an update beside s·BA: leave it off"
+    if type(module.lora_A[name]) is not nn.Linear or type(module.lora_B[name]) is not nn.Linear:
+        return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers"
+    return None
+
+
+class PeftLayer:
+    """One PEFT LoRA layer as a chain sees it: the members of `cola.lora.kinds.AdaptedLayer` that `LiveLink` uses.
+
+    It is a view: everything is looked up on PEFT's module when asked for.
+
+    Args:
+        module: PEFT's layer, for which `refusal` is None.
+        allowed_ranks: ranks that a loaded state may bring; None for any.
+    """
+
+    #: whether the stored weight is in×out, the transpose of what the mathematics writes
+    transposed: ClassVar[bool] = False
+
+    def __init__(self, module: Any, allowed_ranks: tuple[int, ...] | None) -> None:
+        self.module = module
+        self.adapter: str = next(iter(module.lora_A.keys()))
+        self.allowed_ranks = allowed_ranks
+        self._hook = module.register_load_state_dict_pre_hook(self._make_room)
+        if quantized.is_quantized(module.base_layer):
+            stacked.begin(module.base_layer)
+
+    def gone(self) -> bool:
+        """Whether PEFT has deleted the adapter."""
+        return self.adapter not in self.module.lora_A
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """r×in."""
+        return self.module.lora_A[self.adapter].weight
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """out×r."""
+        return self.module.lora_B[self.adapter].weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, as stored."""
+        return self.module.base_layer.weight
+
+    @property
+    def rank(self) -> int:
+        """The link's rank; the Parameters may be larger, with zeros beyond it."""
+        return self.module.r[self.adapter]
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self.module.r[self.adapter] = rank
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.module.scaling[self.adapter]
+
+    @scaling.setter
+    def scaling(self, scaling: float) -> None:
+        self.module.scaling[self.adapter] = scaling
+
+    @classmethod
+    def shape(cls, layer: "PeftLayer") -> tuple[int, int]:
+        """(out, in)."""
+        base = layer.module.base_layer
+        m, n = quantized.QuantizedLinear.shape(base) if quantized.is_quantized(base) else layer.weight.shape
+        return (n, m) if cls.transposed else (m, n)
+
+    @classmethod
+    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, R) such that the stored weight changes by ``s·L R``."""
+        return (A.t(), B.t()) if cls.transposed else (B, A)
+
+    def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
+        """As `AdaptedLayer.put`."""
+        put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
+        room = self.lora_A.shape[0]
+        self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = room
+        self.rank, self.scaling = A.shape[0], scaling
+
+    @torch.no_grad()
+    def detach(self, *, spent: bool = False) -> None:
+        """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
+        if spent and not self.gone():
+            self.lora_B.zero_()
+        stacked.settle(self.module.base_layer)
+        self._hook.remove()
+
+    def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        """Before a state dict is loaded: a link of another permitted rank is given room."""
+        A = state_dict.get(f"{prefix}lora_A.{self.adapter}.weight")
+        B = state_dict.get(f"{prefix}lora_B.{self.adapter}.weight")
+        if A is None or B is None or A.shape == self.lora_A.shape or A.dim() != 2:
+            return
+        fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
+        if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
+            self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
+
+
+class PeftConv1D(PeftLayer):
+    """On transformers' Conv1D, whose weight is stored in×out."""
+
+    transposed = True
+
+
+def link_config(
+    config: LinkConfig, layers: Mapping[str, Any], model: nn.Module
+) -> tuple[LinkConfig, dict[str, LayerPlan]]:
+    """``config`` with what PEFT has decided already: rank and scale of the first link, and how links start.
+
+    The configuration gets what most layers have, or most of those with the rank that it starts with. A layer that
+    differs (``rank_pattern``, ``alpha_pattern``) has a plan of its own, as `LayerPlan` describes.
+
+    Args:
+        config: the caller's. Where PEFT decides, it must have its default or agree.
+        layers: PEFT's modules by path.
+        model: that they are in, for PEFT's own configuration.
+
+    Returns:
+        The configuration, and the plan of every layer.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    own = {path: (next(iter(m.r.values())), next(iter(m.scaling.values()))) for path, m in layers.items()}
+    default = LinkConfig()
+    ranks = [rank for rank, _ in own.values()]
+    meant = ranks if config.r == default.r else [config.rank_of(0)]
+    counts = Counter(values for values in own.values() if values[0] in meant)
+    for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype"):
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            raise ValueError(
+                f"link=LinkConfig({name}={value!r}) conflicts with the model's PEFT layers, which are used as they "
+                "are: set it in PEFT's LoraConfig, or give the model without an adapter"
+            )
+    if config.train == "A":
+        raise ValueError(
+            "link=LinkConfig(train='A') needs a first link whose B is drawn, and PEFT's layers start with B = 0: use "
+            "'both' or 'B', or give the model without an adapter"
+        )
+    if not counts:
+        raise ValueError(
+            f"link=LinkConfig(r={config.r!r}) starts with rank {config.rank_of(0)}, and the model's PEFT layers have "
+            f"rank {' or '.join(map(str, sorted(set(ranks))))}: make them agree, or leave r out"
+        )
+    rank, scale = usual = counts.most_common(1)[0][0]
+    if config.r == default.r:
+        config = dataclasses.replace(config, r=rank)
+    if config.lora_alpha != default.lora_alpha and not math.isclose(config.scaling_of(0), scale):
+        raise ValueError(
+            f"link=LinkConfig(lora_alpha={config.lora_alpha!r}) means a scale of {config.scaling_of(0):g}, and the "
+            f"model's PEFT layers have {scale:g}: make them agree, or leave lora_alpha out"
+        )
+    width = math.sqrt(rank) if config.scaling == "rslora" else rank
+    init = _init_like(layers, model) if config.init == default.init else config.init
+    config = dataclasses.replace(config, lora_alpha=scale * width, init=init)
+    plans = {path: LayerPlan(config, *(() if values == usual else values)) for path, values in own.items()}
+    for path, plan in plans.items():
+        room, wanted = own[path][0], max(plan.known_ranks() or (1,))
+        if config.rank_change == "mask" and wanted > room:
+            raise ValueError(
+                f"link=LinkConfig(r={config.r!r}) needs rank {wanted}, and PEFT's layer {path!r} has room for {room}, "
+                "which rank_change='mask' keeps: give PEFT's LoraConfig the largest r first, or use the model without "
+                "an adapter"
+            )
+    return config, plans
+
+
+def _init_like(layers: Mapping[str, Any], model: nn.Module) -> str:
+    """The init that draws later links as PEFT has drawn the first."""
+    names = {name for module in layers.values() for name in module.lora_A}
+    theirs = next((getattr(c, "init_lora_weights", True) for name, c in configs(model) if name in names), True)
+    word = str(theirs).lower()
+    if word in _INITS:
+        return _INITS[word]
+    init = _NEAREST.get(word, "kaiming")
+    logger.warning(
+        "PEFT started the first link by init_lora_weights=%r; later links start by init=%r, with B = 0. Another one "
+        "is chosen by LinkConfig(init=...)",
+        theirs,
+        init,
+    )
+    return init

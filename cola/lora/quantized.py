@@ -1,0 +1,285 @@
+"""Quantised linear layers (bitsandbytes 4-bit and 8-bit): a tied link is kept beside the weight, or quantised into it.
+
+A quantised weight cannot take a small update: its steps are wider than that. So there are two ways to tie.
+
+``"stack"``: the frozen links stay factors, ``y = Q(W) x + b + B̄ (Ā x) + s·B (A x)``, with ``Ā`` the rows of all A_k and
+``B̄`` the columns of all s_k B_k. Nothing is lost; a forward costs two thin products more, however long the chain.
+
+``"requantize"``: the codes become those of ``W₀ + Σ s_k B_k A_k``, where W₀ is what the original codes stand for,
+decoded anew at each knot, so the original codes are kept: quantising the last knot's codes again would lose small links
+one by one. What the new codes miss is the knot's ``lost_norm``: all of a small ΣΔ, and little of one that is wider than
+the codes' steps. The layer stays plain.
+
+Nothing of bitsandbytes is imported before such a layer is tied: layers are known by the names of their classes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cola.common.contexts import without_autocast
+from cola.knot.tie import Tie, delta_norm
+from cola.lora.layer import AdaptedLayer
+from cola.lora.quantized_codes import Codes, codes_of, kind_of
+from cola.lora.stacked import (
+    STACK,
+    StackedLinear,
+    Triple,
+    begin,
+    joined,
+    no_stack,
+    plain_class_of,
+    scaled,
+    settle,
+    stack_rank,
+    thin,
+)
+
+#: how links are tied to quantised weights
+QUANTIZED = ("stack", "requantize")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is one of bitsandbytes' layers, or made of one."""
+    return any(c.__module__.split(".")[0] == "bitsandbytes" for c in type(module).__mro__)
+
+
+def refusal(module: Any, *, stacked: bool = False) -> str | None:
+    """Why a layer of bitsandbytes cannot carry a link, as the end of a sentence; None if it can.
+
+    Args:
+        module: for which `is_quantized` holds.
+        stacked: whether it may carry tied links already.
+    """
+    name, kind = plain_class_of(module).__name__, kind_of(module)
+    if kind is None:
+        return f"is a {name} of bitsandbytes: links go on its Linear4bit and Linear8bitLt"
+    if not plain_class_of(module).forward.__module__.startswith("bitsandbytes"):
+        return f"is a {name} with a forward of its own, which a link could not follow"
+    if "forward" in vars(module):
+        return "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
+    if "weight" not in module._parameters:
+        return "has a weight that is computed (a parametrization?)"
+    if kind.__name__ == "EightBit" and module.state.has_fp16_weights:
+        return (
+            f"is a {name} that keeps its weight in 16 bits and quantises it at every step: make it with "
+            "has_fp16_weights=False, as load_in_8bit does"
+        )
+    if module.weight.is_floating_point() and getattr(module.weight, "quant_state", None) is None:
+        return f"is a {name} whose weight is not quantised yet: bitsandbytes does that when the model is moved, .to(…)"
+    if hasattr(module.weight, "full_tensor"):
+        return f"is a {name} whose weight is sharded: use DDP"
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return (
+            "was rearranged by bitsandbytes for evaluation on this CPU, which rounds its scales and passes no gradient "
+            "on: load the model again, and make the ChainOptimizer before it is evaluated"
+        )
+    if not stacked and stack_rank(module):
+        return (
+            "carries the links of a finished chain: load the base anew (opt.follow(chain) goes on along a chain), or "
+            "export them by chain.to_peft"
+        )
+    return None
+
+
+class QuantizedLinear(AdaptedLayer, StackedLinear):
+    """A quantised layer with a live link, and with those tied before it beside the weight or in it."""
+
+    plain_class = nn.Linear
+
+    def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        """As `AdaptedLayer.attach`, with an empty stack."""
+        super().attach(A, B, scaling, dropout)
+        begin(self)
+
+    def detach(self, *, spent: bool = False) -> None:
+        """Take the live link off. A layer with tied links beside it keeps these; any other is its plain class again."""
+        plain = self.plain_class
+        super().detach(spent=spent)
+        self.__class__ = StackedLinear.over(plain)  # type: ignore[assignment]
+        settle(self)
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, int]:
+        """(out, in): the codes are stored flat."""
+        return module.out_features, module.in_features  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``Q(W) x + b + B̄ Ā x + s·B A x``; dropout, where set, acts on the live link's input in training."""
+        if not isinstance(self, QuantizedLinear):  # a hook has kept this bound method, and the chain is finished
+            return type(self).forward(self, x)
+        link_input = F.dropout(x, self.lora_dropout, self.training)
+        return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_B)
+
+    def composed(self, x: Tensor) -> Tensor:
+        """The same function of the decoded weight: the slow twin."""
+        weight = codes_of(self).values() + (self.chain_B @ self.chain_A).float()
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        out = F.linear(x.float(), weight, None if bias is None else bias.float())
+        link_input = F.dropout(x.float(), self.lora_dropout, self.training)
+        return (out + self.scaling * thin(link_input, self.lora_A, self.lora_B)).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        AdaptedLayer._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+
+@dataclass
+class OriginalWeight:
+    """A weight before the first knot, and what has been tied since: what re-quantising starts from at every knot.
+
+    Attributes:
+        stored: the original codes and scales, as `cola.lora.quantized_codes.Codes.stored` has them.
+        A, B: rows and columns of all tied links, the scales in B; ``ΣΔ = B A``.
+    """
+
+    stored: Mapping[str, Tensor]
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module, device: str | None = None) -> "OriginalWeight":
+        """The present weight as origin.
+
+        Args:
+            module: a quantised layer.
+            device: where the copy is kept; None for the weight's own.
+        """
+        codes = codes_of(module)
+        (out, inner), where = codes.shape, torch.device(device or codes.device)
+        stored = {name: value.to(where, copy=True) for name, value in codes.stored().items()}
+        like: Any = {"device": where, "dtype": torch.float32}
+        return cls(stored, torch.zeros(0, inner, **like), torch.zeros(out, 0, **like))
+
+    def extended(self, links: Sequence[Triple]) -> "OriginalWeight":
+        """With more links tied."""
+        A, B = joined(self.A, self.B, links)
+        return OriginalWeight(self.stored, A, B)
+
+    def bare(self) -> "OriginalWeight":
+        """With none."""
+        return OriginalWeight(self.stored, self.A[:0], self.B[:, :0])
+
+
+@torch.no_grad()
+def obstacle(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> str | None:
+    """Why tying would leave values that cannot be stored, as the rest of a sentence on the layer; None if it is ok."""
+    if not all(torch.isfinite(scaled(B, s)).all() for _, B, s in links):
+        return "would get an s·B beyond the largest number of its dtype"
+    if origin is None:
+        return None
+    codes, after = codes_of(module), origin.extended(links)
+    decode, A, B = codes.decoder(origin.stored), after.A.to(codes.device), after.B.to(codes.device)
+    for rows in codes.blocks():
+        if not torch.addmm(decode(rows), B[rows].float(), A.float()).abs().amax() <= codes.limit:
+            return (
+                f"would get a W + ΣsBA beyond {codes.limit:g}, the largest number that its {codes.kind} codes scale to"
+            )
+    return None
+
+
+@torch.no_grad()
+@without_autocast()
+def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> list[Tie]:
+    """Tie links, in order, to a quantised layer.
+
+    Args:
+        module: changed in place; a plain one becomes a `StackedLinear` where links are stacked.
+        links: (A, B, s) each.
+        origin: None to stack; else what to re-quantise from, with the links tied before. It is brought up to date.
+
+    Returns:
+        Per link its norm and what was lost: of a stacked one the rounding of ``s·B``; of the last of re-quantised ones
+        ``‖Q(W₀ + ΣΔ) − (W₀ + ΣΔ)‖``, the quantisation error that the layer now has. Those before it are not measured
+        (NaN).
+    """
+    if not links:
+        return []
+    if origin is None:
+        begin(module)
+        stored = [scaled(B, s) for _, B, s in links]
+        module.chain_A, module.chain_B = joined(module.chain_A, module.chain_B, links)  # type: ignore[arg-type]
+        lost = [delta_norm(b.double() - B.double() * s, A, 1.0) for b, (A, B, s) in zip(stored, links)]
+    else:
+        after = origin.extended(links)
+        new, error = requantized(codes_of(module), after)
+        codes_of(module).write(new)
+        origin.A, origin.B = after.A, after.B
+        lost = [math.nan] * (len(links) - 1) + [error]
+    return [Tie(delta_norm(B, A, s), loss, loss, math.nan) for (A, B, s), loss in zip(links, lost)]
+
+
+@torch.no_grad()
+@without_autocast()
+def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float]:
+    """The codes of ``W₀ + ΣΔ``, and how far in Frobenius norm they are from it. Nothing is changed.
+
+    It is done a block of rows at a time, from fp32 sums: no matrix of the weight's size but the new codes is held.
+    """
+    decode = codes.decoder(origin.stored)
+    A, B = origin.A.to(codes.device).float(), origin.B.to(codes.device).float()
+    new = codes.join([codes.encode(torch.addmm(decode(rows), B[rows], A)) for rows in codes.blocks()])
+    again, squares = codes.decoder(new), torch.zeros((), dtype=torch.float64, device=codes.device)
+    for rows in codes.blocks():  # a second pass, because scales that are quantised themselves are known last
+        error = torch.addmm(decode(rows), B[rows], A).sub_(again(rows))
+        squares += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
+    return new, squares.sqrt().item()
+
+
+def parts(module: nn.Module) -> dict[str, Tensor]:
+    """Everything that decides a layer's function but its bias and its live link: codes, scales and tied links."""
+    found = codes_of(module).stored()
+    if stack_rank(module):
+        found.update({name: module._buffers[name] for name in STACK})  # type: ignore[misc]
+    return found
+
+
+def scales(module: nn.Module) -> dict[str, Tensor]:
+    """What the codes of a layer are decoded with, named as in its state dict; empty where it is not quantised yet."""
+    floating = module.weight.is_floating_point()  # type: ignore[operator]
+    if kind_of(module) is None or (floating and not hasattr(module.weight, "quant_state")):
+        return {}
+    return {name: value for name, value in codes_of(module).stored().items() if name != "weight"}
+
+
+@torch.no_grad()
+def put_parts(module: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Make a layer of what `parts` gave for another like it."""
+    codes = codes_of(module)
+    codes.write({name: value for name, value in found.items() if name not in STACK})
+    for name, empty in zip(STACK, no_stack(module)):
+        if name in module._buffers:
+            module._buffers[name] = found[name].to(codes.device, copy=True) if name in found else empty
+
+
+def part_names(module: nn.Module) -> list[str]:
+    """Names, in a state dict of the untouched layer, of what its weight is made of."""
+    return list(codes_of(module).stored())
+
+
+@torch.no_grad()
+def untie(module: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Take all tied links off: ``stored`` is the weight again, with nothing beside it (`settle` if for good)."""
+    put_parts(module, {name: value for name, value in stored.items() if name not in STACK})
+
+
+def hold_layout(model: nn.Module) -> list[nn.Module]:
+    """Keep bitsandbytes from rearranging 4-bit weights for evaluation on some CPUs; returns the layers held.
+
+    What it does there is not undone in training: the scales have been rounded to bf16, no gradient comes through, and
+    sizes that are not multiples of 32 raise.
+    """
+    held = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in held:
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return held
+
+
+def release_layout(held: Sequence[nn.Module]) -> None:
+    """Undo `hold_layout`."""
+    for module in held:
+        module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]

@@ -1,0 +1,272 @@
+"""Which layers of a model carry the links: names, a regular expression, ``"all-linear"``, or query and value."""
+
+import difflib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from cola.knot.tie import TIEABLE
+from cola.lora import peft
+from cola.lora.defaults import heads, left_encoders, query_value, read_directly, within
+from cola.lora.kinds import is_linear_map, refusal
+from cola.lora.names import (
+    called,
+    listed,
+    modules_by_name,
+    named,
+    odd_storage,
+    parameters_by_name,
+    shared_weights,
+    unwrap,
+)
+from cola.lora.quantized import is_quantized
+
+logger = logging.getLogger("cola")
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The layers to adapt, by canonical path, in the model's order.
+
+    Args:
+        model: any module.
+        target_modules: as in `LinkConfig`.
+
+    Raises:
+        ValueError: nothing matches, a name matches nothing, or a match cannot carry a link; the message says why.
+    """
+    modules = modules_by_name(model)
+    _require_initialised(model)
+    if target_modules is None or target_modules == "all-linear":
+        return _usable(model, modules, target_modules)
+    by = _by_regex if isinstance(target_modules, str) else _by_names
+    found = by(modules, target_modules)  # type: ignore[arg-type]
+    reasons = obstacles(model)
+    for path, module in found.items():
+        reason = reasons[path] if path in reasons else refusal(module)
+        if reason is not None:
+            raise ValueError(f"target_modules: {_about(path, reason)}")
+    return found
+
+
+def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers in ``model`` by canonical path, each fit to carry a chain; empty if PEFT has put none there.
+
+    Raises:
+        ValueError: one cannot carry a chain, or PEFT has put something other than LoRA there; the message says why.
+    """
+    modules = modules_by_name(model)
+    tuned = [module for module in unwrap(model).modules() if peft.is_tuner_layer(module)]
+    layers = [module for module in tuned if peft.is_lora_layer(module)]
+    paths = {id(module): path for path, module in modules.items()}
+    if not layers:
+        if tuned or peft.is_peft_model(called(model)):
+            what = f"a {type(tuned[0]).__name__} at {paths.get(id(_wrapped(tuned[0])))!r}" if tuned else "an adapter"
+            raise ValueError(
+                f"model: PEFT has given it {what} and no LoRA layer; chains are made of LoRA: use LoraConfig, or the "
+                "model without an adapter"
+            )
+        return {}
+    _require_initialised(model)
+    reasons, found = obstacles(model), {}
+    for layer in layers:
+        base = _wrapped(layer)
+        path = paths.get(id(base), type(base).__name__)
+        if isinstance(getattr(layer, "parameter_name", None), str):
+            raise ValueError(
+                f"PEFT's layer {path!r} adapts the parameter {layer.parameter_name!r} by itself (target_parameters), "
+                "and a chain's links go on whole linear layers: leave it out of LoraConfig(target_parameters=...)"
+            )
+        reason = peft.refusal(layer) or (reasons[path] if path in reasons else refusal(base))
+        if reason is not None:
+            raise ValueError(f"PEFT's {_about(path, reason)}")
+        found[path] = layer
+    return found
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """The linear layers of ``model`` that cannot carry a link, by canonical path: why, as the end of a sentence."""
+    modules = modules_by_name(model)
+    shared, read = shared_weights(model), read_directly(modules)
+    found = {}
+    for path, module in modules.items():
+        if is_linear_map(module):
+            reason = refusal(module) or read.get(id(module)) or _untieable(module, shared)
+            if reason is not None:
+                found[path] = reason
+    return found
+
+
+def _wrapped(layer: nn.Module) -> nn.Module:
+    """The module of the model inside a layer of PEFT's, or inside several around one another."""
+    while peft.is_tuner_layer(layer):
+        layer = layer._modules["base_layer"]  # type: ignore[assignment]
+    return layer
+
+
+def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules that are to be trained whole (``modules_to_save``).
+
+    Args:
+        model: any module.
+        names: a whole path or its end, each.
+        targets: the layers that get links.
+
+    Raises:
+        ValueError: a name matches nothing, or a module that holds a target or cannot be trained.
+    """
+    modules = modules_by_name(model)
+    found: list[nn.Module] = []
+    for name in names:
+        paths = named(modules, name)
+        if not paths:
+            raise ValueError(unknown("modules_to_save", name, modules))
+        for path in paths:
+            inside = [t for t in targets if t == path or t.startswith(path + ".")]
+            if inside:
+                raise ValueError(
+                    f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
+                )
+            kept = [p.dtype for p in modules[path].parameters() if not p.is_floating_point()]
+            if kept:
+                raise ValueError(
+                    f"modules_to_save: {path!r} has {kept[0]} weights (quantised?), which cannot be trained: give it "
+                    "links, or keep it from being quantised"
+                )
+            found.append(modules[path])
+    return found
+
+
+def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
+    """The message for a name that matches nothing, with the nearest names that exist."""
+    paths = {id(module): path for path, module in modules.items()}
+    for path, module in modules[""].named_modules(remove_duplicate=False):  # a module at two places is listed at one
+        if (path == name or path.endswith("." + name)) and id(module) in paths:
+            return f"{kind}: {name!r} is another name of the module {paths[id(module)]!r}: use that one"
+    last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
+    near = difflib.get_close_matches(name, last_parts, n=3) or last_parts[:8]
+    return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
+
+
+def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | None) -> dict[str, nn.Module]:
+    """What ``None`` or "all-linear" means here; layers that cannot carry a link are left out, with a word."""
+    linear = [path for path, module in modules.items() if is_linear_map(module)]
+    inner = unwrap(model)
+    if target_modules is None:
+        encoders = left_encoders(inner, modules)
+        wanted = [path for path in query_value(modules) if not within(path, encoders)]
+        if not wanted:
+            names = dict.fromkeys(path.rsplit(".", 1)[-1] for path in linear)
+            raise ValueError(
+                "target_modules=None means the query and value projections, and this model has none that is known by "
+                f"name: give target_modules='all-linear' or names among {', '.join([*names][:12]) or _kinds(modules)}"
+            )
+        if encoders:
+            logger.warning(
+                "target_modules=None puts links on the language model alone and leaves out %s: to train these parts, "
+                "name their layers in target_modules",
+                listed(encoders),
+            )
+    else:
+        output = heads(inner, modules)
+        wanted = [path for path in linear if path not in output]
+    reasons = obstacles(model)
+    found = {path: modules[path] for path in wanted if path not in reasons}
+    by_reason: dict[str, list[str]] = {}
+    for path in wanted:
+        if path in reasons:
+            by_reason.setdefault(reasons[path], []).append(path)
+            if any(reasons[path].startswith(end) for end in _UNREADY):  # the user's next move, and not the model's kind
+                raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")
+    if not found:
+        why = "; ".join(
+            f"{listed(paths)}{'' if len(paths) == 1 else ' each'} {reason}" for reason, paths in by_reason.items()
+        )
+        raise ValueError(
+            f"target_modules={target_modules!r}: the model has no linear layer that can carry a link: "
+            f"{why or _kinds(modules)}"
+        )
+    for reason, paths in by_reason.items():
+        subject, why = "it" if len(paths) == 1 else "each", reason.removesuffix(_TIED_ADVICE)
+        logger.warning("target_modules=%r leaves out %s: %s %s", target_modules, listed(paths), subject, why)
+    return found
+
+
+def _about(path: str, reason: str) -> str:
+    return f"{'the weight of' if reason.startswith('is tied') else 'layer'} {path!r} {reason}"
+
+
+def _kinds(modules: dict[str, nn.Module]) -> str:
+    kinds = dict.fromkeys(type(m).__name__ for m in modules.values() if _has_weight(m))
+    return f"(no linear layer; it has {', '.join([*kinds][:6])})" if kinds else "(no linear layer)"
+
+
+def _by_regex(modules: dict[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"target_modules={pattern!r} is not a regular expression: {error}") from None
+    matches = {path: module for path, module in modules.items() if path and expression.fullmatch(path)}
+    found = {path: module for path, module in matches.items() if _has_weight(module)}
+    if not found:
+        raise ValueError(
+            unknown("target_modules", pattern, modules)
+            + " (a string is a regular expression for the whole path; for names give a list)"
+        )
+    return found
+
+
+def _by_names(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
+    if not len(names):
+        raise ValueError("target_modules=[] is empty: give names, a regular expression, 'all-linear' or None")
+    wanted = set()
+    for name in names:
+        paths = named(modules, name)
+        if not paths:
+            raise ValueError(unknown("target_modules", name, modules))
+        wanted.update(paths)
+    return {path: module for path, module in modules.items() if path in wanted}
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return "weight" in module._parameters or isinstance(getattr(module, "weight", None), torch.Tensor)
+
+
+_META = "has its weight on the meta device: load the weights before making a chain"
+_INFERENCE = "was made under torch.inference_mode: its weight cannot be changed in place"
+_OWNED = "already carries a link"
+_TIED_ADVICE = ": leave the layer out, or untie the weights first"
+# what stands in the way of the whole model until the caller has done something
+_UNREADY = (_META, _INFERENCE, _OWNED)
+
+
+def _untieable(module: nn.Module, shared: dict[int, list[str]]) -> str | None:
+    weight = module._parameters["weight"]
+    assert weight is not None  # refusal() has looked
+    if id(weight) in shared:
+        return (
+            f"is tied ({' and '.join(shared[id(weight)])} are one tensor), so a knot would change them all"
+            f"{_TIED_ADVICE}"
+        )
+    if weight.is_meta:
+        return _META
+    if is_quantized(module):
+        return _INFERENCE if weight.is_inference() else None
+    if weight.dtype not in TIEABLE:
+        return f"has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
+    if odd_storage(weight):
+        kind = f"{type(weight.data).__name__} of layout {weight.layout}"
+        return f"has a weight that is a {kind} (quantised?): links can be tied into ordinary dense tensors"
+    return _INFERENCE if weight.is_inference() else None
+
+
+def _require_initialised(model: nn.Module) -> None:
+    for name, parameter in parameters_by_name(model).items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"model: {name!r} has no shape yet (a lazy layer): run one batch through the model before making a "
+                "ChainOptimizer"
+            )

@@ -1,0 +1,103 @@
+"""Notices links that train nothing, which no error tells of: the loss falls by what else is trained, or not at all."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cola.common.distributed import whole
+from cola.lora.live import LiveLink
+from cola.lora.names import listed
+
+logger = logging.getLogger("cola")
+
+
+class Untrained:
+    """Counts steps without any gradient, and warns once of layers whose links have had none.
+
+    Attributes:
+        idle: steps without any gradient since the last one that counted.
+    """
+
+    def __init__(self) -> None:
+        self.idle = 0
+        self._at = 0  # counted steps before them
+        self._told = False
+
+    def count(self, groups: Iterable[Mapping[str, Any]], steps: int) -> None:
+        """A step that does not count is being taken, after ``steps`` that did."""
+        if any(p.grad is not None for group in groups for p in group["params"]):
+            return  # zeros: a probe
+        self.idle = self.idle + 1 if self._at == steps else 1
+        self._at = steps
+
+    def look(self, live: LiveLink, base: Optimizer, steps: int) -> None:
+        """Warn, once in a run, of the layers whose link of ``steps`` steps is still as it began.
+
+        Call it before the link is tied. It asks the factor that starts at zero: not trained are those that are zero
+        still, though their learning rate is not, and of which the base has seen no gradient but zero.
+        """
+        if self._told or not steps:
+            return
+        name = "lora_A" if live.config.train == "A" else "lora_B"
+        found = [path for path, layer in live.layers.items() if _untouched(getattr(layer, name), base)]
+        if not found:
+            return
+        self._told = True
+        named = listed(found)
+        if len(found) == len(live.layers):
+            logger.warning(
+                "link %d has trained nothing: after %d steps %s of all %d layers (%s) has had no gradient. Usual "
+                "causes: parameters frozen after the ChainOptimizer was made, a forward under no_grad, reentrant "
+                "gradient checkpointing (set use_reentrant=False), or a model that reads the layers' weights without "
+                "calling them",
+                live.index, steps, name, len(found), named,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "link %d: after %d steps %s of %d of %d layers (%s) has had no gradient, so their links are zero. This "
+                "is expected for experts that received no token; other causes are parameters frozen after the "
+                "ChainOptimizer was made, reentrant gradient checkpointing (set use_reentrant=False), and layers "
+                "whose weight the model reads without calling them",
+                live.index, steps, name, len(found), len(live.layers), named,
+            )  # fmt: skip
+
+    def end(self, live: LiveLink, steps: int, tied_at: int) -> None:
+        """Warn of a run that ends with steps that had no gradient, if they were more than those that counted.
+
+        Args:
+            live: the live link.
+            steps: counted in the run.
+            tied_at: those of them that were taken before the last knot.
+        """
+        if self._at != steps or self.idle <= steps - tied_at or (self.idle == 1 and steps):
+            return
+        logger.warning(
+            "the last %d calls of step() found no gradient and were not counted (%d earlier ones were, %d of them in "
+            "link %d). Usual causes: parameters frozen after the ChainOptimizer was made, "
+            "zero_grad() between backward() and step(), a forward under no_grad, reentrant gradient checkpointing (set "
+            "use_reentrant=False), or a model that reads the layers' weights without calling them",
+            self.idle, steps, steps - tied_at, live.index,
+        )  # fmt: skip
+
+
+def _untouched(parameter: nn.Parameter, base: Optimizer) -> bool:
+    """Whether a parameter that began at zero is zero, and was not kept there by its learning rate."""
+    if _any(parameter):
+        return False
+    group = next((g for g in base.param_groups if any(p is parameter for p in g["params"])), None)
+    if group is not None and not _rate(group):
+        return False
+    state = base.state.get(parameter) or {}
+    seen = [value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    return not any(map(_any, [parameter.grad] if parameter.grad is not None else [])) and not any(map(_any, seen))
+
+
+def _any(tensor: Tensor) -> bool:
+    return bool(whole(tensor.detach()).any())
+
+
+def _rate(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("lr", 1.0))

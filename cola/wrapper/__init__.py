@@ -1,0 +1,1 @@
+"""A `torch.optim.Optimizer` around another one, without any knowledge of chains."""

@@ -1,0 +1,222 @@
+"""Finds the loss that each optimizer step has optimised, without a device sync and without holding the optimizer."""
+
+import numbers
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola.common.distributed import is_sharded
+
+ParamGroups = Iterable[Mapping[str, Any]]
+
+
+class LossWatch:
+    """The mean loss of each optimizer step, from the first of these sources that has one.
+
+    1. What the caller tells by `tell`, averaged.
+    2. What a training framework computed, given by `give`.
+    3. A closure's first run: its losses if it backpropagated several, else what it returned.
+    4. The ``.loss`` of the model's outputs. A forward hook puts a hook on that tensor, so a loss counts when backward
+       runs through it, with its gradient as weight: the step's loss is ``Σ g·loss / Σ |g|``. A loss that is never
+       backpropagated has no weight; accumulation, with or without division, and loss scaling do not change the mean.
+
+    Losses of a forward with ``num_items_in_batch`` are shares of the step's mean, and are added up.
+
+    Inside `torch.compile` gradients cannot be watched: a training forward counts with weight 1.
+
+    Args:
+        model: to watch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.told = _Mean()
+        self.seen: list[tuple[Tensor, Tensor]] = []  # losses and their gradients, one pair for each backward
+        self._traced: Tensor | None = None  # sum and count of the losses of compiled forwards
+        self._shares = False
+        self._given: Tensor | None = None
+        self._first: Tensor | None = None  # of a closure's runs in one step
+        # a gradient that the last step with a told loss used, and its version
+        self._stepped: tuple[Callable[[], Tensor | None], int] = _NOTHING
+        self._backward = -1  # autograd's number of the last backward that was seen
+        self._handle = model.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """The forward hook."""
+        loss = getattr(output, "loss", None)
+        if loss is None and isinstance(output, dict):
+            loss = output.get("loss")
+        elif loss is None and isinstance(output, tuple) and output and kwargs.get("labels") is not None:
+            loss = output[0]  # transformers with return_dict=False
+        if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
+            return
+        if torch._C._are_functorch_transforms_active():
+            return  # the gradients of torch.func reach no backward
+        self._shares = kwargs.get("num_items_in_batch") is not None
+        value = _copied(loss)  # the training loop may divide the loss in place
+        if not torch.compiler.is_compiling():
+            loss.register_hook(partial(self._backpropagated, module, value))
+        elif module.training:
+            pair = torch.stack((value, torch.ones_like(value)))
+            self._traced = pair if self._traced is None else self._traced + pair
+
+    def _backpropagated(self, module: nn.Module, value: Tensor, gradient: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if self.seen and backward != self._backward and not _has_gradients(module):
+            self.seen.clear()  # model.zero_grad() has dropped the gradients of a step that was skipped
+        self._backward = backward
+        self.seen.append((value, gradient.detach().reshape(())))
+
+    def tell(self, loss: Tensor | float) -> None:
+        """Add one loss that the caller gives; it counts in place of what was seen. Tensors stay on their device.
+
+        Raises:
+            TypeError, ValueError: it is not one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"observe(loss) needs one number, got a tensor of shape {tuple(loss.shape)}: reduce it"
+                )
+        elif not isinstance(loss, numbers.Real):
+            raise TypeError(f"observe(loss={loss!r}) needs a number or a tensor with one element")
+        self.told.add(loss)
+
+    def give(self, loss: Tensor) -> None:
+        """Set the coming step's mean loss, as a training framework computed it."""
+        self._given = _copied(loss)
+
+    def first_of(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure``, which keeps the loss of its first run: LBFGS runs it many times in a step."""
+        self._first, ran = None, False
+
+        def run() -> Any:
+            nonlocal ran
+            result = closure()
+            if not ran:
+                ran, self._first = True, self._of_closure(result)
+            self.clear()
+            return result
+
+        return run
+
+    def take(self, groups: ParamGroups) -> Tensor | None:
+        """The step's loss as a 0-d tensor, None if there was none; everything is forgotten.
+
+        Args:
+            groups: of the optimizer that has taken the step.
+        """
+        told, first, given = self.told.take(), self._first, self._given
+        self._first = None
+        if told is not None:
+            used = _gradient(groups)
+            self._stepped = _NOTHING if used is None else (weakref.ref(used), used._version)
+        elif given is not None:
+            told = given
+        else:
+            told = self._mean_seen() if first is None else first
+        self.clear()
+        return told
+
+    def drop(self, groups: ParamGroups) -> None:
+        """Forget the losses of gradients that are about to be zeroed.
+
+        Losses told for gradients that no step has used are dropped (a loss scaler has skipped the step). Others stay:
+        they belong to a backward that is still to come.
+
+        Args:
+            groups: of the optimizer that zeroes them.
+        """
+        if self.told.count:
+            present, (stepped, version) = _gradient(groups), self._stepped
+            if present is not None and (present is not stepped() or present._version != version):
+                self.told.take()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all losses but those that were told."""
+        self.seen.clear()
+        self._traced = self._given = None
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_stepped": _NOTHING}  # a weak reference neither copies nor pickles
+
+    def _of_closure(self, result: Any) -> Tensor | None:
+        if self._given is not None:
+            return self._given
+        number = isinstance(result, numbers.Real) or (isinstance(result, Tensor) and result.numel() == 1)
+        if len(self.seen) > 1 or not number:
+            return self._mean_seen()
+        return _copied(_number(result))
+
+    def _mean_seen(self) -> Tensor | None:
+        if not self.seen:
+            if self._traced is None:
+                return None
+            total, count = self._traced.unbind()
+            return total.clone() if self._shares else total / count
+        if len(self.seen) == 1:
+            ((value, weight),) = self.seen
+            return value * weight.sign()
+        device = self.seen[0][0].device
+        values = torch.stack([value.to(device) for value, _ in self.seen])
+        weights = torch.stack([weight.to(values) for _, weight in self.seen])
+        total = weights.abs().sum().clamp(min=torch.finfo(weights.dtype).tiny)  # losses times zero
+        mean = (values * weights).sum() / total
+        return mean * len({id(value) for value, _ in self.seen}) if self._shares else mean
+
+
+def _nothing() -> None:
+    return None
+
+
+_NOTHING = (_nothing, 0)
+
+
+def _gradient(groups: ParamGroups) -> Tensor | None:
+    """One of the gradients at hand."""
+    return next((p.grad for group in groups for p in group["params"] if p.grad is not None), None)
+
+
+def _copied(loss: Tensor) -> Tensor:
+    """A 0-d copy in at least fp32."""
+    dtype = torch.promote_types(loss.dtype, torch.float32)
+    return loss.detach().reshape(()).to(dtype, copy=True)
+
+
+def _has_gradients(module: nn.Module) -> bool:
+    """Whether backward has left gradients; FSDP2 may keep those of sharded parameters elsewhere until the last one."""
+    return any(p.grad is not None or is_sharded(p) for p in module.parameters())
+
+
+class _Mean:
+    """A mean that grows; the sum stays on its device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float | None = None
+        self.count = 0
+
+    def add(self, value: Tensor | float) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().reshape(())
+        self.total = value if self.total is None else self.total + value
+        self.count += 1
+
+    def take(self) -> Tensor | None:
+        if self.total is None:
+            return None
+        total, count = self.total, self.count
+        self.total, self.count = None, 0
+        return _number(total) / count  # a copy: the caller's loss may be a buffer that is written again
+
+
+def _number(value: Any) -> Tensor:
+    # a Python number would take the caller's default dtype and device
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
