@@ -6,10 +6,14 @@ from cola.common.version import __version__
 from cola.knot.learning_rate import restart, rewarm
 from cola.knot.tie import KnotError
 from cola.lora.config import LinkConfig
+from cola.lora.init import LinkStart
+from cola.lora.kinds import register_kind
+from cola.lora.layer import AdaptedLayer
 from cola.optimizer import ChainOptimizer
 from cola.policies import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
 
 __all__ = [
+    "AdaptedLayer",
     "Chain",
     "ChainOptimizer",
     "EpochKnots",
@@ -21,12 +25,14 @@ __all__ = [
     "LayerReport",
     "Link",
     "LinkConfig",
+    "LinkStart",
     "NeverKnots",
     "PlateauKnots",
     "Signal",
     "StepKnots",
     "StoreError",
     "__version__",
+    "register_kind",
     "restart",
     "rewarm",
 ]

@@ -1,8 +1,8 @@
 """ChainOptimizer: the one place that knows the order  step → knot? → tie → record → extend → reset."""
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from cola.checkpoint.state import GROUP_KEY, arguments_of
 from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import agreed_mean
-from cola.knot.reset import GroupWatch, Reset, carry_over, require_keepable, require_reset, reset_name
-from cola.knot.tie import KnotError, Tie
+from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
+from cola.knot.tie import KnotError
+from cola.knot.transaction import Knot
 from cola.lora.config import LinkConfig
 from cola.lora.coverage import Coverage, announced, covered
 from cola.lora.integrity import require_intact, require_removable, require_same_weights, warn_of_loaded_link, weights_of
-from cola.lora.link import KnotReport, LayerReport, Link
+from cola.lora.link import KnotReport
 from cola.lora.live import LiveLink
 from cola.lora.names import called
 from cola.lora.trainable import require_apart, warn_of_half
@@ -118,6 +119,7 @@ class ChainOptimizer(Resumable):
             require_keepable(self.base, reset)
             self.chain = Chain(keep=keep_links)
             self._base_model = BaseModel(self.live, self.chain)
+            self._begin_first_link()
         except BaseException:
             self.live.detach()
             raise
@@ -139,6 +141,14 @@ class ChainOptimizer(Resumable):
         self._coverage = announced(self.live)
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
+    def _begin_first_link(self) -> None:
+        """If the first link does not start at zero, record the base model and let its weights give the product back."""
+        if self.live.starts_at_a_product():
+            if self.chain.keep:
+                self.chain.base = self._base_model.fingerprint()
+            self.live.give_back_first()
+            self._given_back = self._base_model.weights().digest
+
     @property
     def model(self) -> nn.Module:
         """The model as it was given."""
@@ -155,7 +165,7 @@ class ChainOptimizer(Resumable):
         self.base.add_param_group(param_group)
         before = self.live.trained()
         factors = {id(p) for p in self.live.adapters()}
-        self.live.beside.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
+        self.live.trainable.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
         names = {id(p): name for name, p in self.live.trained().items() if name not in before}
         added = self.param_groups[-1]["params"]
         warn_of_half({names.get(id(p), f"the added parameter {i} {tuple(p.shape)}"): p for i, p in enumerate(added)})
@@ -285,10 +295,12 @@ class ChainOptimizer(Resumable):
         # what has moved beside an untrained link still has its values to record
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
         self._untrained.end(self.live, self.steps, self._tied_at())
-        if merge and (not self.live.is_zero() or trained or self._base_model.has_unrecorded()):
+        given_back = bool(self.live.starts) and self.steps > 0  # a tie puts it back, to the bit
+        if merge and (not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()):
             report = self._knot(extend=False)
         else:
             report = None
+            self.live.drop()
             if merge:
                 self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
@@ -352,62 +364,70 @@ class ChainOptimizer(Resumable):
         if self._bound is not None:
             self._require_trainable()
         if not self.steps:
+            self._require_given_back()
             warn_of_loaded_link(self.live)
         self._base_model.settle()
         self._held = weights_of(self.live)
+        self.live.forget_untouched()
         if self._probed:
             self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
 
+    def _require_given_back(self) -> None:
+        """The weights still lack the product that they gave back when the first link began."""
+        expected, self._given_back = self._given_back, None
+        if self.live.starts and expected not in (None, self._base_model.weights().digest):
+            raise RuntimeError(
+                "the model's weights were loaded after the first link began, and so have its s·BA twice: load the "
+                "weights before the ChainOptimizer is made"
+            )
+
     def _knot(self, *, extend: bool) -> KnotReport:
-        """Prepare, commit, announce: all that can fail comes first, on copies; then the weights change, whole."""
+        """One knot of Algorithm 1. If anything can go wrong, it does so before the first of the four steps."""
+        with self._transaction(extend) as knot:
+            knot.tie()
+            report = knot.record()
+            if extend:
+                knot.extend()
+                knot.reset()
+            else:
+                self._leave()
+        self._announce(report)
+        return report
+
+    @contextmanager
+    def _transaction(self, extend: bool) -> Iterator[Knot]:
+        """Around the steps of a knot: all that can fail before them, and no interruption until they are done."""
         self._require_outside_a_knot("tie()")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
         self._knotting = True
         try:
-            report = self._tie(extend)
-            logger.info("%s", report)
+            self._require_trainable()
+            self._require_weights()
+            self._base_model.settle()
+            mode = self._leave_training_mode()
+            try:
+                knot = Knot(self, extend=extend)
+            except BaseException:
+                self._mode(mode)
+                raise
+            with interrupts.deferred():
+                yield knot
+                if extend:
+                    self._mode(mode)
+                    self._held = weights_of(self.live)
+        finally:
+            self._knotting = False
+
+    def _announce(self, report: KnotReport) -> None:
+        logger.info("%s", report)
+        self._knotting = True  # a listener cannot tie a knot
+        try:
             self.policy.knotted(self.steps)
             for listener in self._listeners:
                 listener(report)
         finally:
             self._knotting = False
-        return report
-
-    def _tie(self, extend: bool) -> KnotReport:
-        started = time.perf_counter()
-        self._require_trainable()
-        live, index, keep = self.live, self.live.index, self.chain.keep
-        self.chain.require_next(index)
-        self._require_weights()
-        self._base_model.settle()
-        mode = self._leave_training_mode()
-        try:
-            live.check()
-            self._untrained.look(live, self.base, self.steps - self._tied_at())
-            snapshot, scalings, rank = live.snapshot(), live.scalings(), live.rank
-            factors = live.factors(snapshot) if keep else {}
-            trained = {**live.beside.values(), **self._base_model.moved()} if keep else {}
-            base = self.chain.base
-            if index == 0 and keep and base is None:
-                base = self._base_model.fingerprint()
-            fresh = self._extend(index + 1, snapshot, self.reset) if extend else None
-        except BaseException:
-            self._mode(mode)
-            raise
-        with interrupts.deferred():
-            ties = live.tie(index, snapshot, scalings)
-            if extend:
-                if fresh is not None:
-                    self._adopt(fresh, live.adapters())
-                self._mode(mode)
-            else:
-                self._leave()
-            report = self._report(index, rank, ties, started)
-            self.chain.base = base
-            self.chain.append(Link(index, live.seed, factors, trained, report))
-            self._held = {} if self.finished else weights_of(live)
-        return report
 
     def _leave(self) -> None:
         """Give the model back; the live link has been tied or dropped."""
@@ -425,42 +445,6 @@ class ChainOptimizer(Resumable):
 
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0
-
-    def _extend(self, index: int, snapshot: Any, reset: Reset = "state") -> Optimizer | None:
-        """Begin link ``index`` and make its fresh base state; on failure the present link is put back as it was.
-
-        Returns:
-            The fresh base; None if ``reset`` leaves the state there or has changed it.
-        """
-        live, before = self.live, self.live.index
-        prepared, present = live.prepare(index), live.present(snapshot)
-        grads = [p.grad for p in live.adapters()]
-        try:
-            live.begin(index, prepared)
-            if index != before:
-                live.require_extended(snapshot)
-            if reset == "state":
-                return self._fresh(live.adapters())
-            new = {path: (layer.lora_A, layer.lora_B) for path, layer in live.layers.items()}
-            carry_over(self.base, reset, snapshot, new, {path: layer.rank for path, layer in live.layers.items()})
-            return None
-        except BaseException:
-            live.begin(before, present)
-            for parameter, grad in zip(live.adapters(), grads):
-                parameter.grad = grad
-            raise
-
-    def _report(self, index: int, rank: int, ties: dict[str, Tie], started: float) -> KnotReport:
-        return KnotReport(
-            index=index,
-            step=self.steps,
-            rank=rank,
-            delta_norm=sum(t.delta**2 for t in ties.values()) ** 0.5,
-            lost_norm=sum(t.lost**2 for t in ties.values()) ** 0.5,
-            loss=None if self._loss is None else float(self._loss),
-            seconds=time.perf_counter() - started,
-            layers={path: LayerReport(t.delta, t.lost, self.live.rounding_of(path)) for path, t in ties.items()},
-        )
 
     def _require_running(self, call: str) -> None:
         if self.finished:

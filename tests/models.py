@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from cola.lora.config import LayerPlan
+
 
 class Net(nn.Module):
     """Two linear layers, a bias-free one and a head: what a chain must cope with in five lines."""

@@ -310,6 +310,8 @@ def link_to_parts(link: Link) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, factor in link.factors.items():
         require_plain_name(path)
         tensors[f"A:{path}"], tensors[f"B:{path}"] = factor.A, factor.B
+        if factor.start is not None:
+            tensors[f"A0:{path}"], tensors[f"B0:{path}"] = factor.start
     for path, value in link.trained.items():
         require_plain_name(path)
         tensors[f"trained:{path}"] = value
@@ -336,12 +338,16 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
         if not is_finite(scaling) or rounding not in RECORDED:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")
-        factors[path] = Factor(A, B, float(scaling), rounding)  # an integer could be larger than torch takes
+        start = (tensors[f"A0:{path}"], tensors[f"B0:{path}"]) if f"A0:{path}" in tensors else None
+        if start is not None and (start[0].shape != A.shape or start[1].shape != B.shape):
+            raise ValueError(f"the start of layer {path!r} does not fit its factors")
+        factors[path] = Factor(A, B, float(scaling), rounding, start)  # an integer could be larger than torch takes
     trained = {}
     for path in content["trained"]:
         require_plain_name(path)
         trained[path] = tensors[f"trained:{path}"]
-    if len(tensors) != 2 * len(factors) + len(trained):
+    starts = sum(factor.start is not None for factor in factors.values())
+    if len(tensors) != 2 * (len(factors) + starts) + len(trained):
         raise ValueError("it holds tensors that belong to no layer")
     index, seed = content["index"], content["seed"]
     if type(index) is not int or type(seed) is not int or index < 0:
@@ -384,5 +390,5 @@ def _is_there(directory: Path, item: Entry) -> bool:
 
 def _versions(link: Link) -> tuple[int, ...]:
     """Counts in-place changes of the link's tensors."""
-    tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B))
+    tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B, *(factor.start or ())))
     return tuple(t._version for t in (*tensors, *link.trained.values()))

@@ -39,7 +39,7 @@ def to_peft(
         require_plain_name(path)
         factors = [link.factors[path] for link in links if path in link.factors]
         dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B would not fit half precision
-        if r is None or r >= sum(f.rank for f in factors):
+        if r is None or r >= sum(len(A) for f in factors for A, _, _ in f.triples()):
             (B, A), errors[path] = spectrum.stack(factors), 0.0
             norms[path] = delta_norm(B, A, 1.0)
         else:

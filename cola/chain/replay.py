@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from cola.chain.architecture import Architecture
 from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, fingerprint, weight_of
 from cola.common.distributed import copy_whole
-from cola.knot.sharded import tie_anywhere
 from cola.knot.tie import Tie, key, residual_like
 from cola.lora import quantized, stacked
-from cola.lora.kinds import adapted_class, refusal
+from cola.lora.kinds import is_quantized, known_kind, refusal
 from cola.lora.layer import AdaptedLayer
-from cola.lora.link import Factor, Link
+from cola.lora.link import Factor, Link, combined
 from cola.lora.names import (
     base_modules,
     base_tensors,
@@ -29,16 +28,10 @@ from cola.lora.names import (
     shared_weights,
     unwrap,
 )
-from cola.lora.quantized import is_quantized
 
 logger = logging.getLogger("cola")
 
 Base = nn.Module | Mapping[str, Tensor]
-
-
-def layer_class(module: nn.Module) -> type[AdaptedLayer]:
-    """How ``module`` stores its weight, whether it carries a live link or not."""
-    return type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
 
 
 def paths(links: Iterable[Link]) -> list[str]:
@@ -65,10 +58,10 @@ def take_fingerprint(
     """
     values, modules = base_tensors(model), base_modules(model)
     weights = {path: values.pop(weight_of(path)) for path in layers}
-    beside = {name: t for path in weights for name, t in parts_of(path, modules[path]).items() if name not in weights}
+    parts = {name: t for path in weights for name, t in parts_of(path, modules[path]).items()}
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
     named = name if isinstance(name, str) and name else None
-    rest = values if whole else beside or None
+    rest = values if whole else parts or None
     built = Architecture.of(model) if whole else None
     flipped = transposed(model, weights)
     return fingerprint(weights, flipped, named, rest, known=known, cache=cache, architecture=built)
@@ -86,7 +79,7 @@ def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:
 def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Those of the layers that store their weight in×out."""
     modules = base_modules(model)
-    return [path for path in layers if layer_class(modules[path]).transposed]
+    return [path for path in layers if known_kind(modules[path]).transposed]
 
 
 def codes_differ(recorded: Fingerprint, originals: Mapping[str, quantized.OriginalWeight]) -> str | None:
@@ -131,7 +124,7 @@ def check(
     for link in links:
         for path, factor in link.factors.items():
             _require_layer(path, factor, modules, live=live, stacked=live or base is not None)
-            if not (torch.isfinite(factor.A).all() and torch.isfinite(factor.B).all()):
+            if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
             for name in _stored_names(modules[path], path, base):
                 if name not in values:
@@ -195,14 +188,14 @@ def tie_links(
             copy_whole(values[path], value)
     for path in codes:
         module, both = modules[path], [(ours, link.factors.get(path)) for ours, link in zip(ties, links)]
-        for way in quantized.QUANTIZED:  # all links at once: they are quantised once; the two ways do not meet
+        for way in quantized.QUANTIZED:  # requantise once for all links; a link uses one mode only
             mine = [(ours, factor) for ours, factor in both if factor is not None and factor.rounding == way]
-            origin = None
+            original = None
             if mine and way == "requantize":
-                origin = (originals or {}).get(path) or quantized.OriginalWeight.of(module, device)
-            did = quantized.tie(module, [(f.A, f.B, f.scaling) for _, f in mine], origin)
-            for (ours, _), one in zip(mine, did):
-                ours[path] = one
+                original = (originals or {}).get(path) or quantized.OriginalWeight.of(module, device)
+            did = iter(quantized.tie(module, [triple for _, f in mine for triple in f.triples()], original))
+            for ours, factor in mine:
+                ours[path] = combined([next(did) for _ in factor.triples()], factor)
     return ties
 
 
@@ -229,20 +222,20 @@ def settle(model: nn.Module, links: Iterable[Link]) -> None:
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:
     factor = link.factors[path]
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    left, right = layer_class(module).factors(factor.A, factor.B)
-    compensated = factor.rounding == "compensated"
-    if compensated and path not in residuals:
-        residuals[path] = residual_like(weight, device or weight.device)
-    return tie_anywhere(
-        weight,
-        left,
-        right,
-        factor.scaling,
-        rounding=factor.rounding,
-        seed=key(link.seed, link.index, path, "rounding"),
-        residual=residuals[path] if compensated else None,
-    )
+    memory = None
+    if factor.rounding == "compensated":
+        if path not in residuals:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            residuals[path] = residual_like(weight, device or weight.device)
+        memory = residuals[path]
+    purposes = ("start", "rounding")[-len(factor.triples()) :]
+    did = [
+        known_kind(module).tie(
+            module, triple, rounding=factor.rounding, seed=key(link.seed, link.index, path, purpose), memory=memory
+        )
+        for triple, purpose in zip(factor.triples(), purposes)
+    ]
+    return combined(did, factor)
 
 
 def _parts(module: nn.Module, path: str, base: Base | None) -> dict[str, Tensor]:
@@ -276,7 +269,7 @@ def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module], *, 
     reason = None if live and isinstance(module, AdaptedLayer) else refusal(module, stacked=stacked)
     if reason is not None:
         raise ValueError(f"the chain has a link on {path!r}, which {reason}")
-    shape = layer_class(module).shape(module)
+    shape = known_kind(module).shape(module)
     if shape != wanted:
         raise ValueError(f"the chain's link on {path!r} is {wanted}, the layer is {shape}: is it the right base?")
     codes = is_quantized(module)

@@ -14,8 +14,8 @@ from cola.lora.link import Factor
 
 def stack(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
     """One pair with ``L R = Σ s B A``: L out×Σr has the scaled B's side by side, R Σr×in the A's stacked."""
-    left = torch.cat([f.scaling * f.B.double() for f in factors], dim=1)
-    return left, torch.cat([f.A.double() for f in factors], dim=0)
+    triples = [triple for factor in factors for triple in factor.triples()]
+    return torch.cat([s * B.double() for _, B, s in triples], 1), torch.cat([A.double() for A, _, _ in triples])
 
 
 def svd(factors: Sequence[Factor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from cola.chain import replay
 from cola.chain.on_disk import Ledger
 from cola.checkpoint.state import RunState, class_name
-from cola.lora.config import Prepared
 from cola.lora.link import Link
 from cola.lora.live import LiveLink
 from cola.lora.names import buffers_by_name
@@ -63,6 +62,13 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
     if chain is not None and chain.missing + len(chain.links) != counters.index:
         held = [link.index for link in chain.links]
         raise ValueError(f"the state is at link {counters.index} and holds the links {held}: a link is missing")
+    lacking = [path for path in counters.started if path not in saved.start_A]
+    if lacking:
+        raise ValueError(
+            f"the live link of layer {lacking[0]!r} did not start at zero, and the saved state does not have its "
+            "start: a framework dropped the state's 'cola' entry. Save such a run by opt.save, or by torch.save of "
+            "opt.state_dict()"
+        )
     if counters.finished or not counters.index:
         return
     if live.originals:
@@ -117,6 +123,9 @@ def check(saved: RunState, live: LiveLink, base: Optimizer) -> None:
                 f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
                 f"({out}, {rank}) by ({rank}, {inner})"
             )
+        start_A, start_B = saved.start_A.get(path, A), saved.start_B.get(path, B)
+        if start_A.shape != A.shape or start_B.shape != B.shape:
+            raise ValueError(f"the start of the saved live link of layer {path!r} has another shape than the link")
     buffers = buffers_by_name(live.model)
     for path, value in sorted(saved.buffers.items()):
         if path not in buffers or (buffers[path].shape, buffers[path].dtype) != (value.shape, value.dtype):
@@ -153,8 +162,9 @@ def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
     """Make weights, live link and base state the saved ones. Call `check` first."""
     assert saved.chain is not None
     replay_links(live, saved.chain.links)
-    pairs = {path: (A, saved.B[path]) for path, A in saved.A.items()}
-    live.begin(saved.counters.index, Prepared(pairs, saved.counters.scaling, saved.counters.rank))
+    index = saved.counters.index
+    live.begin(index, {path: live.factor_of(index, path, A, saved.B[path]) for path, A in saved.A.items()})
+    live.give_back({path: (A, saved.start_B[path]) for path, A in saved.start_A.items()})
     for path, parameter in live.trained().items():
         parameter.copy_(saved.trained[path])
     for path, buffer in buffers_by_name(live.model).items():

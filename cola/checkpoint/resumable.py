@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from cola.chain import replay
 from cola.chain.chain import Chain
@@ -25,6 +24,7 @@ from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import is_sharded
 from cola.knot.reset import Reset, reset_name
+from cola.knot.transaction import NextLink
 from cola.lora.integrity import require_intact, require_same_weights
 from cola.lora.link import Link
 from cola.lora.live import LiveLink
@@ -51,6 +51,7 @@ class Resumable(Composed):
     _probed: list[int]
     _held: dict[str, nn.Parameter]  # the weights when training began, for `require_same_weights`
     _ready: bool = False  # whether the checks before a step have been made
+    _given_back: str | None = None  # digest of the weights that gave back the first link's start, until a step
     _loaded: Counters | None = None  # of a loaded state, until a step has compared the model's weights with it
 
     # in a directory of our own
@@ -125,16 +126,17 @@ class Resumable(Composed):
         self._require_untouched("load()")
         saved = read_run(Path(directory))
         self._require_same_run(saved)
-        restore.check(saved, self.live, self.base)
-        restore.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
-        assert saved.chain is not None
-        self._base_model.resume(saved.chain.base)
+        with self.live.untouched():
+            restore.check(saved, self.live, self.base)
+            restore.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
+            assert saved.chain is not None
+            self._base_model.resume(saved.chain.base)
         with interrupts.deferred():
             restore.rebuild(saved, self.live, self.base)
             self._continue(saved)
             self._loaded = None  # nothing to compare: the weights have been rebuilt
             self._loss = None if saved.loss is None else torch.tensor(saved.loss, dtype=torch.float32, device="cpu")
-        if self.live.index and self._base_model.weights().digest != saved.counters.weights:
+        if saved.counters.weights not in (None, self._base_model.weights().digest):
             logger.warning(
                 "the rebuilt weights agree with the saved run's within rounding, not bit for bit: another device, "
                 "library version, kernel or number of threads sums in another order"
@@ -199,6 +201,7 @@ class Resumable(Composed):
         self.base.load_state_dict(saved.optimizer)
         if not self.finished:
             self.live.resume(counters.index)
+            self.live.take_starts(saved.start_A, saved.start_B, saved.start_lost)
             self.live.take_residuals(saved.residuals)
             self.live.take_links(() if saved.chain is None else saved.chain.links)
         self._continue(saved)
@@ -260,11 +263,12 @@ class Resumable(Composed):
         if not isinstance(chain, Chain):
             raise TypeError(f"follow(chain={chain!r:.80}) needs a Chain, e.g. Chain.load(directory)")
         links = chain.complete("follow()")
-        replay.check(self.live.model, links, chain.base, live=True)
-        base = self._base_model.fingerprint(chain.layers())
-        self._base_model.settle()
-        with self._restarted(len(links)):
-            restore.replay_links(self.live, links)
+        with self.live.untouched():
+            replay.check(self.live.model, links, chain.base, live=True)
+            base = self._base_model.fingerprint(chain.layers())
+            self._base_model.settle()
+            with self._restarted(len(links)):
+                restore.replay_links(self.live, links)
         self.chain.restore(Ledger(links, base=base))
 
     @unaffected()
@@ -308,14 +312,14 @@ class Resumable(Composed):
 
     @contextlib.contextmanager
     def _restarted(self, index: int) -> Iterator[None]:
-        """Around a change of the weights: link ``index`` begins before it, with fresh base state after it."""
+        """Around a change of the weights: afterwards link ``index`` begins, with fresh base state."""
         modes = self._leave_training_mode()
         try:
             with interrupts.deferred():
-                fresh = self._extend(index, self.live.snapshot())
+                following = NextLink(self, index, self.live.snapshot(), "state")
                 yield
-                if fresh is not None:
-                    self._adopt(fresh, self.live.adapters())
+                following.begin()
+                following.reset()
         finally:
             self._mode(modes)
         self._loss, self._held = None, {}
@@ -328,7 +332,8 @@ class Resumable(Composed):
         else:
             require_intact(live)
             require_same_weights(live, self._held)
-            index, weights = live.index, self._base_model.weights().digest if live.index else None
+            tied = live.index or live.starts
+            index, weights = live.index, self._base_model.weights().digest if tied else None
             if self._loaded is not None:
                 weights = self._loaded.weights  # the model's own state dict may not have been loaded yet
         counters = Counters(
@@ -345,12 +350,23 @@ class Resumable(Composed):
             weights=weights,
             knots=knots_of(chain),
             origin=None if live.index or self.finished else self._base_model.to_json(),
+            started=[] if self.finished else sorted(live.starts),
             finished=self.finished,
         )
         self.base.param_groups[0][GROUP_KEY] = counters.to_text()
         residuals = {} if self.finished else live.residuals
         extras = {name: thing.state_dict() for name, thing in self._extras.items()}
-        return RunState(counters, self.base.state_dict(), chain.ledger(), extras=extras, residuals=residuals)
+        starts = {} if self.finished else live.starts
+        return RunState(
+            counters,
+            self.base.state_dict(),
+            chain.ledger(),
+            extras=extras,
+            start_A={path: start.A for path, start in starts.items()},
+            start_B={path: start.B for path, start in starts.items()},
+            start_lost={path: torch.tensor(start.lost, dtype=torch.float64) for path, start in starts.items()},
+            residuals=residuals,
+        )
 
     def _whole_state(self) -> RunState:
         """The run, with everything that a new process needs besides the untouched base model."""
@@ -359,8 +375,8 @@ class Resumable(Composed):
             state,
             chain=ledger if ledger.base is not None else replace(ledger, base=self._base_model.fingerprint()),
             loss=None if self._loss is None else float(self._loss),
-            A={path: A for path, (A, _) in link.items()},
-            B={path: B for path, (_, B) in link.items()},
+            A={path: factor.A for path, factor in link.items()},
+            B={path: factor.B for path, factor in link.items()},
             trained=self.live.trained(),
             buffers=self._base_model.moved(),
             others={str(i): p for i, p in enumerate(restore.others(self.base, self.live))},
@@ -409,7 +425,7 @@ class Resumable(Composed):
         self.policy.load_state_dict(counters.policy)
         self.steps, self._epoch = counters.steps, counters.epoch
         self._probed, self._groups.changed = list(counters.probed), set(counters.stepped)
-        self._ready, self._held = False, {}
+        self._ready, self._held, self._given_back = False, {}, None
         for name, state in saved.extras.items():
             self._extras[name].load_state_dict(state)
         if saved.chain is None:
@@ -442,8 +458,6 @@ class Resumable(Composed):
         def _require_running(self, call: str) -> None: ...
 
         def _require_outside_a_knot(self, call: str) -> None: ...
-
-        def _extend(self, index: int, snapshot: Any, reset: Reset = "state") -> Optimizer | None: ...
 
 
 def _agree(told: list[Any], held: list[Any]) -> bool:

@@ -25,7 +25,7 @@ from cola.lora.live import LiveLink
 GROUP_KEY = "cola"
 
 #: fields of a `RunState` that map names to tensors; `encode` stores each under ``field:name``
-_TENSORS = ("A", "B", "trained", "buffers", "others", "residuals", "rng")
+_TENSORS = ("A", "B", "start_A", "start_B", "start_lost", "trained", "buffers", "others", "residuals", "rng")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Counters:
         weights: digest of the tied weights that the state belongs to; None before the first knot.
         knots: the tied links that the chain holds, from `knots_of`.
         origin: before the first knot, prints of the base model's tensors that training has moved; None later.
+        started: layers whose weight gave back a product when the live link began.
         finished: whether the chain is.
     """
 
@@ -62,6 +63,7 @@ class Counters:
     weights: str | None
     knots: list[list[Any]]
     origin: dict[str, Any] | None
+    started: list[str]
     finished: bool
 
     def to_text(self) -> str:
@@ -148,6 +150,7 @@ class Counters:
             and _is_list(self.knots, list)
             and all([type(value) for value in knot] == [int, int, int, str] for knot in self.knots)
             and isinstance(self.origin, (dict, type(None)))
+            and _is_list(self.started, str)
             and type(self.finished) is bool
         )
         if not fits:
@@ -166,6 +169,8 @@ class RunState:
         loss: of the last step.
         extras: state dicts of what was registered by `ChainOptimizer.register_for_checkpointing`, by name.
         A, B: factors of the live link, by layer.
+        start_A, start_B: the factors that the live link began with, of layers whose weight gave their product back.
+        start_lost: what rounding lost when it did.
         trained: values of the parameters that are trained besides the factors, by path.
         buffers: persistent buffers that are no longer the base model's, by path.
         others: parameters of groups that the caller added, numbered in order.
@@ -180,6 +185,9 @@ class RunState:
     extras: Mapping[str, Any] = field(default_factory=dict)
     A: Mapping[str, Tensor] = field(default_factory=dict)
     B: Mapping[str, Tensor] = field(default_factory=dict)
+    start_A: Mapping[str, Tensor] = field(default_factory=dict)
+    start_B: Mapping[str, Tensor] = field(default_factory=dict)
+    start_lost: Mapping[str, Tensor] = field(default_factory=dict)
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
@@ -213,7 +221,7 @@ def decode(
         kind, _, name = full_name.partition(":")
         if kind in named:
             named[kind][name] = tensor
-    if named["A"].keys() != named["B"].keys():
+    if named["A"].keys() != named["B"].keys() or named["start_A"].keys() != named["start_B"].keys():
         raise ValueError("a layer's live link lacks one of its factors")
     return RunState(counters, optimizer, chain, loss, extras, **named)
 

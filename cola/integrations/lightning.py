@@ -33,9 +33,8 @@ from torch.optim import Optimizer
 from cola import ChainOptimizer, KnotReport
 from cola.knot.tie import tie_
 from cola.lora.config import LayerPlan
-from cola.lora.kinds import adapted_class
+from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.link import used_rank
-from cola.lora.quantized import is_quantized
 
 
 class ChainKnots(Callback):
@@ -151,6 +150,6 @@ class _MergesLink:
             raise ValueError(f"the checkpoint's link on {prefix[:-1]!r} has rank {rank}, which no link of the run has")
         if rank:
             weight = state[f"{prefix}weight"].clone()
-            left, right = adapted_class(module).factors(A[:rank], B[:, :rank])
+            left, right = known_kind(module).factors(A[:rank], B[:, :rank])
             tie_(weight, left, right, scalings[0])
             state[f"{prefix}weight"] = weight

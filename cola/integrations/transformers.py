@@ -29,8 +29,8 @@ from cola.integrations.checkpoints import CHAIN_DIR, watch_checkpoints
 from cola.integrations.references import require_fixed_reference, require_no_averaging
 from cola.integrations.settings import base_arguments, say_what_is_not_used, spare_from_decay
 from cola.lora import quantized
+from cola.lora.kinds import is_quantized
 from cola.lora.peft import is_peft_model
-from cola.lora.quantized import is_quantized
 from cola.lora.stacked import StackedLinear
 
 logger = logging.getLogger("cola")
@@ -249,11 +249,11 @@ def _chainable(trainer: Any, finish: bool) -> Any:
 
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     live = opt.live
-    quantised = {path for path in live.layers if is_quantized(live.holder(path))}
+    quantised = {path for path in live.layers if is_quantized(live.layers[path].holder)}
     return {
         **state,
         _WEIGHTS: {
-            path: quantized.parts(live.holder(path)) if path in quantised else layer.weight.detach()
+            path: quantized.parts(live.layers[path].holder) if path in quantised else layer.weight.detach()
             for path, layer in live.layers.items()
         },
     }
@@ -264,7 +264,7 @@ def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     weights = state.get(_WEIGHTS, {})
     for path, layer in opt.live.layers.items():
         if path in weights and isinstance(weights[path], dict):
-            quantized.put_parts(opt.live.holder(path), weights[path])
+            quantized.put_parts(opt.live.layers[path].holder, weights[path])
         elif path in weights:
             layer.weight.copy_(weights[path])
     return {name: value for name, value in state.items() if name != _WEIGHTS}

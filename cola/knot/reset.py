@@ -182,8 +182,10 @@ def require_keepable(base: Optimizer, reset: Reset) -> None:
         )
 
 
-def carry_over(base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Mapping[str, int]) -> None:
-    """Keep the base's state for the factors, or let a function change it, at a knot.
+def carried_over(
+    base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Mapping[str, int]
+) -> dict[Any, Any] | None:
+    """The base's state for the factors of the next link, made from that for the old one. The base is left as it is.
 
     Args:
         base: with the state of the old link.
@@ -192,9 +194,12 @@ def carry_over(base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Map
         new: the Parameters, with the values of the link that begins.
         ranks: of the link that begins, by layer; the Parameters may have room for more.
 
+    Returns:
+        State by Parameter; None if all of it stays.
+
     Raises:
         KnotError: state is to be kept over a change of rank.
-        Exception: what the function raises; the state is as it was then.
+        Exception: what the function raises.
     """
     if not callable(reset):
         for path, (A, _) in old.items():
@@ -203,14 +208,13 @@ def carry_over(base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Map
                     f"reset='keep' needs links of one rank, and layer {path!r} goes from {len(A)} to {ranks[path]}: "
                     "use reset='state', or a function that gives the state the new shapes"
                 )
-        return
+        return None
     parameters = [p for pair in new.values() for p in pair]
-    held = [copy.deepcopy(base.state.get(p)) for p in parameters]
+    held = {p: copy.deepcopy(base.state[p]) for p in parameters if p in base.state}
     try:
         reset(base, old, new)
-    except BaseException:
-        for parameter, state in zip(parameters, held):
+        return {p: base.state[p] for p in parameters if p in base.state}
+    finally:
+        for parameter in parameters:
             base.state.pop(parameter, None)
-            if state is not None:
-                base.state[parameter] = state
-        raise
+        base.state.update(held)

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cola.common.arguments import choice, integer, names
 from cola.knot.tie import TIEABLE
-from cola.lora.init import INITS, LinkStart, Pair, draw, generator
+from cola.lora.init import INITS, Init, LinkStart, Pair, draw, generator
 
 SCALINGS = ("constant", "alpha/r", "rslora")
 RANK_CHANGES = ("auto", "resize", "mask")
@@ -32,7 +32,8 @@ class LinkConfig:
         modules_to_save: names of modules that are trained whole (heads, embeddings).
         init: how the factor that does not start at zero is drawn: ``"gaussian"`` N(0, 1/r²); ``"kaiming"``
             U(−1/√n, 1/√n), n its input width; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r
-            each link.
+            each link. Or a function of a `LinkStart` that returns A (r×in), or a pair (A, B). If B A is not zero, the
+            weight gives back ``s·B A`` when the link begins, so the model's function stays.
         train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
         scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
             (``alpha/√r``) recompute it from each link's rank.
@@ -55,7 +56,7 @@ class LinkConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     modules_to_save: Sequence[str] = field(default=())
-    init: str = "gaussian"
+    init: str | Init = "gaussian"
     train: str = "both"
     scaling: str = "constant"
     dtype: torch.dtype | None = None
@@ -64,7 +65,10 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         choice("bias", self.bias, ("none", "lora_only"))
-        choice("init", self.init, tuple(INITS))
+        if isinstance(self.init, str):
+            choice("init", self.init, tuple(INITS))
+        elif not callable(self.init):
+            raise TypeError(f"init={self.init!r:.80} must be one of {', '.join(map(repr, INITS))}, or a function")
         choice("train", self.train, ("both", "A", "B"))
         choice("scaling", self.scaling, SCALINGS)
         choice("rank_change", self.rank_change, RANK_CHANGES)
@@ -110,7 +114,7 @@ class LinkConfig:
         return tuple(map(_rank, self.r)) if isinstance(self.r, Sequence) else (_rank(self.r),)
 
     def describe(self) -> dict[str, Any]:
-        """The arguments as JSON values, for a checkpoint to compare; a callable r is not described."""
+        """The arguments as JSON values, for a checkpoint to compare; callables are not described."""
         known = self.known_ranks()
         targets = self.target_modules
         return {
@@ -120,7 +124,7 @@ class LinkConfig:
             "lora_dropout": float(self.lora_dropout),
             "bias": self.bias,
             "modules_to_save": list(self.modules_to_save),
-            "init": self.init,
+            "init": self.init if isinstance(self.init, str) else "callable",
             "train": self.train,
             "scaling": self.scaling,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
@@ -182,51 +186,6 @@ class LayerPlan:
         """All ranks that the layer's links can have; None if a callable decides."""
         usual = self.config.known_ranks()
         return None if usual is None else tuple(self.rank_of(link) for link in range(len(usual)))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The next link's factors and scale, drawn before anything is changed.
-
-    Attributes:
-        pairs: A and B of each layer.
-        scaling: the first layer's.
-        rank: the largest.
-        scalings: of each layer; None for those that the plans give.
-    """
-
-    pairs: Mapping[str, Pair]
-    scaling: float
-    rank: int
-    scalings: Mapping[str, float] | None = None
-
-
-def prepare(
-    config: LinkConfig,
-    plans: Mapping[str, LayerPlan],
-    shapes: Mapping[str, tuple[int, int]],
-    *,
-    seed: int,
-    link: int,
-) -> Prepared:
-    """Draw link ``link`` of all layers.
-
-    Args:
-        config: as for `draw`.
-        plans: of the layers, by path.
-        shapes: (out, in) of the layers.
-        seed: as for `draw`.
-        link: index of the link.
-
-    Raises:
-        ValueError: a rank is above a layer's own.
-    """
-    pairs = {}
-    for path, shape in shapes.items():
-        pairs[path] = plans[path].draw(path, shape, seed=seed, link=link)
-    scalings = {path: plans[path].scaling_of(link) for path in shapes}
-    rank = max(A.shape[0] for A, _ in pairs.values())
-    return Prepared(pairs, next(iter(scalings.values())), rank, scalings)
 
 
 def _rank(rank: Any) -> int:

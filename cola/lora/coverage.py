@@ -8,10 +8,9 @@ from torch import nn
 
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
-from cola.lora.kinds import is_linear_map
+from cola.lora.kinds import is_linear, is_quantized, known_kind
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
-from cola.lora.quantized import QuantizedLinear, is_quantized
 from cola.lora.targets import obstacles
 
 logger = logging.getLogger("cola")
@@ -164,7 +163,7 @@ def coverage(
 
 def covered(live: LiveLink) -> Coverage:
     """The coverage of a live link."""
-    layers = {path: live.holder(path) for path in live.layers}
+    layers = {path: live.layers[path].holder for path in live.layers}
     return coverage(live.model, layers, live.trained().values(), live.config.target_modules)
 
 
@@ -208,12 +207,12 @@ class _Groups:
             return f"{kind} tower", f"{tower} feeds the language model"
         if path in self.heads:
             return "output head", f"{self.heads[path]} is the model's output"
-        expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower() and not is_linear_map(module)
+        expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower() and not is_linear(module)
         if expert and (name != "weight" or parameter.dim() >= 3):
             return "fused experts", "they are parameters of several experts at once, and only linear layers carry links"
         if parameter.dim() <= 1 and not is_quantized(module):
             return "norms and biases", "only linear layers carry links"
-        if is_linear_map(module):
+        if is_linear(module):
             reason = self.obstacles.get(path, "")
             if reason.startswith("is tied"):
                 return "shared weights", f"{path} {reason.split(':')[0]}"
@@ -245,8 +244,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
 
 def _size(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
     """How many numbers a parameter stands for: codes of quantised weights are packed."""
-    if name == "weight" and is_quantized(module) and is_linear_map(module):
-        out, inner = QuantizedLinear.shape(module)
+    if name == "weight" and is_quantized(module):
+        out, inner = known_kind(module).shape(module)
         return out * inner
     return parameter.numel()
 

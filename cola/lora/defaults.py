@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from cola.lora.kinds import is_linear_map
+from cola.lora.kinds import is_linear
 
 #: names of query and value projections, or of projections that hold them, within one attention; the first that fits
 QUERY_VALUE = (
@@ -84,7 +84,7 @@ READ_DIRECTLY: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def query_value(modules: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the query and value projections, for each attention by the first names of `QUERY_VALUE` that it has."""
-    linear = [path for path, module in modules.items() if is_linear_map(module)]
+    linear = [path for path, module in modules.items() if is_linear(module)]
     owners: dict[str, dict[str, list[str]]] = {}  # of an attention: name to paths
     known = {name for names in QUERY_VALUE for name in names}
     for path in linear:
@@ -120,7 +120,7 @@ def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     output = output_embeddings(model)
     found = {path: path for path, module in modules.items() if module is output}
     for head in [] if output is not None else task_heads(model):
-        found.update({path: head for path, m in modules.items() if within(path, [head]) and is_linear_map(m)})
+        found.update({path: head for path, m in modules.items() if within(path, [head]) and is_linear(m)})
     return found
 
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from cola.common.distributed import is_sharded, whole
+from cola.common.distributed import is_sharded
 from cola.knot.tie import TIEABLE, KnotError
 from cola.lora import peft
+from cola.lora.kinds import is_quantized
 from cola.lora.layer import AdaptedLayer
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
 from cola.lora.peft import PeftLayer
-from cola.lora.quantized import is_quantized
 
 logger = logging.getLogger("cola")
 
@@ -48,7 +48,7 @@ def require_removable(live: LiveLink) -> None:
         if isinstance(layer, PeftLayer):
             if id(layer.module) in inside and layer.module.merged:
                 reason = peft.refusal(layer.module, own=True)
-        elif live.holder(path)._parameters.get("weight") is None:
+        elif live.layers[path].holder._parameters.get("weight") is None:
             reason = _COMPUTED
         if reason is not None:
             raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
@@ -59,9 +59,8 @@ def warn_of_loaded_link(live: LiveLink) -> None:
 
     PEFT's layers are not asked: an adapter may have been trained before it becomes a chain's first link.
     """
-    zero_first = "lora_A" if live.config.train == "A" else "lora_B"
-    own = [layer for layer in live.layers.values() if isinstance(layer, AdaptedLayer)]
-    if any(whole(getattr(layer, zero_first).detach()).any() for layer in own):
+    own = [path for path, layer in live.layers.items() if isinstance(layer, AdaptedLayer)]
+    if not all(map(live.is_untrained, own)):
         logger.warning(
             "the link was trained before this optimizer's first step: the model's state dict was loaded without the "
             "optimizer's. Links that were tied before are in the weights but not in the chain, so exports lack them, "
@@ -71,7 +70,7 @@ def warn_of_loaded_link(live: LiveLink) -> None:
 
 def weights_of(live: LiveLink) -> dict[str, nn.Parameter]:
     """The weights as Parameters, by path, for `require_intact` to compare."""
-    weights = ((path, live.holder(path)._parameters.get("weight")) for path in live.layers)
+    weights = ((path, live.layers[path].holder._parameters.get("weight")) for path in live.layers)
     return {path: weight for path, weight in weights if weight is not None}
 
 
@@ -110,7 +109,7 @@ def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, 
                 "and would get it a second time: call opt.finish() before model.unload() next time, " + _GIVE_UP
             )
         return f"has been unloaded by PEFT, and the live link with it: call opt.finish() first, {_GIVE_UP}"
-    holder = live.holder(path)
+    holder = live.layers[path].holder
     if modules.get(path) is holder:
         return None
     elsewhere = next((other for other, module in modules.items() if module is holder), None)
@@ -123,7 +122,7 @@ def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, 
 
 def _change(path: str, live: LiveLink) -> str | None:
     """Why the layer cannot be tied; None if it can."""
-    layer, holder = live.layers[path], live.holder(path)
+    layer, holder = live.layers[path], live.layers[path].holder
     if isinstance(layer, PeftLayer):
         if layer.gone():
             return f"has lost its PEFT adapter {layer.adapter!r}, and the live link with it: load it again, {_GIVE_UP}"

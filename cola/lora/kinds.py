@@ -1,51 +1,78 @@
-"""Adapted layers, one kind per file: what can carry a link, and how a link gets onto it and off it.
+"""The kinds of layers that can carry a link. Each is a subclass of `AdaptedLayer` in a file of its own."""
 
-A layer is adapted in place: its object, hooks and parameters stay, and its class becomes a subclass that adds
-``s·B A x`` to the output. Taking the adapter off restores the class, so nothing in the model remembers it.
-"""
+from typing import TypeVar
 
 from torch import nn
 
-from cola.lora import quantized
+from cola.lora.conv1d import LoRAConv1D
 from cola.lora.layer import AdaptedLayer, LoRALinear
-from cola.lora.quantized import QuantizedLinear, is_quantized
-from cola.lora.stacked import StackedLinear
+from cola.lora.quantized import QuantizedLinear
 
-__all__ = [
-    "AdaptedLayer",
-    "LoRALinear",
-    "StackedLinear",
-    "adapted_class",
-    "is_linear_map",
-    "is_quantized",
-    "quantized",
-    "refusal",
-]
+Kind = TypeVar("Kind", bound=type[AdaptedLayer])
+
+#: the first that matches a module is its kind
+KINDS: list[type[AdaptedLayer]] = [QuantizedLinear, LoRALinear, LoRAConv1D]
 
 
-#: subclasses of nn.Linear whose own forward is ``W x + b`` all the same: transformers' Falcon
-LINEAR = ("FalconLinear",)
+def register_kind(kind: Kind) -> Kind:
+    """Let a kind of layer carry links; usable as a class decorator. It comes before the kinds known so far.
+
+    Args:
+        kind: a subclass of `cola.AdaptedLayer`.
+
+    Raises:
+        TypeError: it is not one, or it has no ``plain_class`` to recognise modules by.
+
+    >>> class Doubled(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.ones(2, 3))
+    ...
+    ...     def forward(self, x):
+    ...         return 2 * x @ self.weight.t()
+    >>> @register_kind
+    ... class DoubledWithLink(AdaptedLayer):
+    ...     plain_class = Doubled
+    ...
+    ...     def forward(self, x):
+    ...         return Doubled.forward(self, x) + 2 * self.link(x)
+    >>> kind_of(Doubled()).__name__
+    'DoubledWithLink'
+    >>> KINDS.remove(DoubledWithLink)
+    """
+    if not (isinstance(kind, type) and issubclass(kind, AdaptedLayer)):
+        raise TypeError(f"register_kind(kind={kind!r:.80}) needs a subclass of cola.AdaptedLayer")
+    if kind.plain_class is nn.Module and kind.matches.__func__ is AdaptedLayer.matches.__func__:  # type: ignore[attr-defined]
+        raise TypeError(f"{kind.__name__} must set plain_class to the class of the layers that it adapts")
+    if kind not in KINDS:
+        KINDS.insert(0, kind)
+    return kind
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D (the linear layer of GPT-2), without importing transformers."""
-    return _conv1d_class(module) is not None
+def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
+    """The kind of ``module``, whether it carries a link or not; None if no kind matches."""
+    if isinstance(module, AdaptedLayer):
+        return type(module)
+    return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
-def is_linear_map(module: nn.Module) -> bool:
-    """Whether ``module`` is of a kind that a link can be added to: `nn.Linear` or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def known_kind(module: nn.Module) -> type[AdaptedLayer]:
+    """The kind of a module that has one."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind
 
 
-def adapted_class(module: nn.Module) -> type[AdaptedLayer]:
-    """The adapted class for ``module``'s kind. Call `refusal` first."""
-    if is_quantized(module):
-        return QuantizedLinear.over(module.plain_class if isinstance(module, StackedLinear) else type(module))
-    if isinstance(module, nn.Linear):
-        return LoRALinear.over(type(module))
-    from cola.lora.conv1d import LoRAConv1D  # here transformers has been imported already
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``target_modules="all-linear"`` means ``module``."""
+    kind = kind_of(module)
+    return kind is not None and kind.linear
 
-    return LoRAConv1D.over(type(module))
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is of a kind whose weight is stored as codes."""
+    kind = kind_of(module)
+    return kind is not None and kind.quantized
 
 
 def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
@@ -53,29 +80,14 @@ def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
 
     Args:
         module: any module.
-        stacked: whether it may have tied links beside it already, as quantised layers can.
+        stacked: as in `AdaptedLayer.refusal`.
     """
     if isinstance(module, AdaptedLayer):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
-    if not is_linear_map(module):
-        kind_name = type(module).__name__
-        if kind_name == "Linear":  # one of that name which is not torch's
-            kind_name = f"{type(module).__module__}.{kind_name}"
-        return f"is a {kind_name}: links go on nn.Linear and transformers' Conv1D"
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "is the output projection of nn.MultiheadAttention, which reads its weight without calling it"
-    if is_quantized(module):
-        return quantized.refusal(module, stacked=stacked)
-    kind = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class(module)
-    if type(module).forward is not kind.forward and type(module).__name__ not in LINEAR:  # type: ignore[union-attr]
-        return f"is a {type(module).__name__} with a forward of its own, which a link could not follow"
-    if "forward" in vars(module):
-        return "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
-    if "weight" not in module._parameters:
-        return "has a weight that is computed (a parametrization?) and so cannot be tied in place"
-    return None
-
-
-def _conv1d_class(module: nn.Module) -> type[nn.Module] | None:
-    classes = (c for c in type(module).__mro__ if c.__name__ == "Conv1D")
-    return next((c for c in classes if c.__module__ == "transformers.pytorch_utils"), None)
+    kind = kind_of(module)
+    if kind is None:
+        name = type(module).__name__
+        if name == "Linear":  # one of that name which is not torch's
+            name = f"{type(module).__module__}.{name}"
+        return f"is a {name}: links go on nn.Linear and transformers' Conv1D (others: cola.register_kind)"
+    return kind.refusal(module, stacked=stacked)

@@ -1,11 +1,13 @@
 """A linear layer with one low-rank link: ``y = W x + b + s·B (A x)``.
 
 `LowRankLinear` is the fast path, one autograd function that adds the link into the output buffer and keeps only the
-input, ``A x`` and, of a dropout, the seed. `AdaptedLayer.composed` is its slow twin, made of ordinary operations; it
+input, ``A x`` and, of a dropout, the seed. `LoRALinear.reference` is its slow twin, made of ordinary operations. It
 also serves where those are needed (autocast, a base weight that is itself trained, dropout in a compiled model, the
 transforms of `torch.func`).
 """
 
+import math
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -15,6 +17,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from cola.common.distributed import copy_whole
+from cola.knot.sharded import obstacle_anywhere, tie_anywhere
+from cola.knot.tie import KnotError, Tie, tolerance
+
+#: why a layer whose own forward has been overwritten cannot carry a link
+REPLACED = "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
+#: (A, B, s) of one link on one layer
+Triple = tuple[Tensor, Tensor, float]
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -123,7 +132,14 @@ def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class AdaptedLayer(nn.Module):
-    """What every adapted layer has: the live link, and how to read its base weight.
+    """A layer with a live link, and at the same time the kind of layer: one subclass per kind of module.
+
+    A module is adapted in place: its object, hooks and parameters stay, and its class becomes one made by `over`, which
+    adds ``s·B A x`` to the output. `detach` restores the class, so nothing in the model remembers the link.
+
+    A new kind is a subclass that sets `plain_class` and writes `forward` with `link`; `cola.register_kind` makes it
+    known. The class methods below are asked of plain modules; override those for which the default, a weight called
+    ``weight`` of shape out×in, is not true.
 
     Attributes:
         lora_A: r×in, lora_B: out×r; Parameters whose identity lasts from `attach` to `detach`.
@@ -131,6 +147,21 @@ class AdaptedLayer(nn.Module):
         lora_dropout: probability of dropping an input of the link (not of the base) in training.
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
         allowed_ranks: ranks that a loaded state may bring; None for any.
+
+    >>> class Gain(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight, self.gain = nn.Parameter(torch.ones(2, 3)), 0.5
+    ...
+    ...     def forward(self, x):
+    ...         return self.gain * (x @ self.weight.t())
+    >>> class GainWithLink(AdaptedLayer):
+    ...     plain_class = Gain
+    ...
+    ...     def forward(self, x):
+    ...         return Gain.forward(self, x) + self.gain * self.link(x)
+    >>> GainWithLink.matches(Gain()), GainWithLink.shape(Gain())
+    (True, (2, 3))
     """
 
     lora_A: nn.Parameter
@@ -141,28 +172,115 @@ class AdaptedLayer(nn.Module):
     rank: int
     allowed_ranks: tuple[int, ...] | None
 
+    #: the class of the modules that are of this kind
+    plain_class: ClassVar[type[nn.Module]] = nn.Module
     #: whether the stored weight is in×out, the transpose of what the mathematics writes
     transposed: ClassVar[bool] = False
-    plain_class: ClassVar[type[nn.Module]] = nn.Module
+    #: whether ``target_modules="all-linear"`` means modules of this kind
+    linear: ClassVar[bool] = True
+    #: whether the weight is stored as codes, which a sum cannot be rounded into
+    quantized: ClassVar[bool] = False
+    #: names of buffers that links leave on a layer, which the plain one does not have
+    added: ClassVar[tuple[str, ...]] = ()
     _made: ClassVar[dict[tuple[type, type], type]] = {}
+
+    # the kind
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether ``module``, with a link or without, is of this kind."""
+        return isinstance(module, cls.plain_class)
+
+    @classmethod
+    def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:
+        """Why a plain module of this kind cannot carry a link, as the end of a sentence; None if it can.
+
+        Args:
+            module: for which `matches` holds.
+            stacked: whether it may have tied links next to its weight already, as quantised layers can.
+        """
+        if cls._forward_of(module) is not type(module).forward:
+            return f"is a {type(module).__name__} with a forward of its own, which a link could not follow"
+        if "forward" in vars(module):
+            return REPLACED
+        if "weight" not in module._parameters:
+            return "has a weight that is computed (a parametrization?) and so cannot be tied in place"
+        return None
+
+    @classmethod
+    def _forward_of(cls, module: nn.Module) -> Any:
+        """The forward that a link can follow."""
+        return cls.plain_class.forward
 
     @classmethod
     def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
-        """This adapted class for layers of class ``plain`` (itself, or a subclass that keeps its forward)."""
-        if plain is cls.plain_class:
-            return cls
+        """This adapted class for modules of class ``plain``."""
         made = cls._made.get((cls, plain))
         if made is None:
             made = type(f"{cls.__name__}Over{plain.__name__}", (cls, plain), {"plain_class": plain})
             cls._made[cls, plain] = made
         return made
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # a class made by `over` has no name to be pickled under: say how it was made
-        made = next((kind for kind in type(self).__mro__ if (kind, type(self).plain_class) in self._made), None)
-        if made is None:
-            return super().__reduce_ex__(protocol)
-        return _empty, (made, self.plain_class), self.__dict__
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, int]:
+        """(out, in) of the weight of a plain or adapted module of this kind."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        m, n = weight.shape
+        return (n, m) if cls.transposed else (m, n)
+
+    @classmethod
+    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, R) such that the stored weight changes by ``s·L R``."""
+        return (A.t(), B.t()) if cls.transposed else (B, A)
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> dict[str, Tensor]:
+        """What decides the module's function besides its parameters and buffers, by name in its state dict."""
+        return {}
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, links: Sequence[Triple], memory: Any = None) -> str | None:
+        """Why tying all of ``links`` would damage the weight, as the rest of a sentence on the layer; None if not.
+
+        Args:
+            module: plain or adapted.
+            links: (A, B, s) each.
+            memory: as in `tie`.
+        """
+        pairs = [cls.factors(A, B) for A, B, _ in links]
+        if len(links) == 1:
+            return obstacle_anywhere(module.weight, *pairs[0], links[0][2])  # type: ignore[arg-type]
+        left = torch.cat([left.double() * s for (left, _), (*_, s) in zip(pairs, links)], 1)
+        right = torch.cat([right.to(left.device).double() for _, right in pairs])
+        return obstacle_anywhere(module.weight, left, right, 1.0)  # type: ignore[arg-type]
+
+    @classmethod
+    def tie(cls, module: nn.Module, link: Triple, *, rounding: str, seed: int, memory: Any = None) -> Tie:
+        """Add ``s·B A`` to the module's weight, in place.
+
+        Args:
+            module: plain or adapted.
+            link: (A, B, s).
+            rounding: one of `cola.knot.tie.ROUNDINGS`.
+            seed: of stochastic rounding.
+            memory: the residual buffer of compensated rounding; None for other roundings.
+
+        Raises:
+            KnotError: the stored weight is farther from the exact sum than rounding explains.
+        """
+        A, B, scaling = link
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        left, right = cls.factors(A, B)
+        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=memory)
+        limit = tolerance(weight, done, A.shape[0])
+        if not (math.isfinite(limit) and done.deviation <= limit):
+            raise KnotError(
+                f"the tied weight is {done.deviation:.3g} from W + sBA, and rounding to {weight.dtype} explains "
+                f"{limit:.3g}: please report this"
+            )
+        return done
+
+    # the link
 
     def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         """Give a layer whose class has just become this one its link."""
@@ -190,36 +308,27 @@ class AdaptedLayer(nn.Module):
         self.__class__ = self.plain_class  # type: ignore[assignment]
         rebind(self)
 
-    @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, int]:
-        """(out, in) of a plain or adapted layer of this kind."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        m, n = weight.shape
-        return (n, m) if cls.transposed else (m, n)
+    def link(self, x: Tensor) -> Tensor:
+        """``s·B A x`` in x's dtype; dropout, where set, acts on x in training."""
+        reduced = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
+        return self.scaling * F.linear(reduced, self.lora_B.to(x.dtype))
 
-    @classmethod
-    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, R) such that the stored weight changes by ``s·L R``."""
-        return (A.t(), B.t()) if cls.transposed else (B, A)
+    @property
+    def kind(self) -> "type[AdaptedLayer]":
+        """The layer's kind."""
+        return type(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
-        if not isinstance(self, AdaptedLayer):  # a hook has kept this bound method, and the chain is finished
-            return type(self).forward(self, x)
-        weight = self.weight.t() if self.transposed else self.weight
-        dropout = self.lora_dropout if self.training else 0.0
-        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
-        if plain_operations or (dropout and _records(x)):
-            return self.composed(x)
-        return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+    @property
+    def holder(self) -> nn.Module:
+        """The module that holds the weight."""
+        return self
 
-    def composed(self, x: Tensor) -> Tensor:
-        """The same function from ordinary operations."""
-        weight = self.weight.t() if self.transposed else self.weight
-        link_input = F.dropout(x, self.lora_dropout, self.training)
-        reduced = F.linear(link_input, self.lora_A.to(x.dtype))
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        return F.linear(x, weight, bias) + self.scaling * F.linear(reduced, self.lora_B.to(x.dtype))
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a class made by `over` has no name to be pickled under: say how it was made
+        made = next((kind for kind in type(self).__mro__ if (kind, type(self).plain_class) in self._made), None)
+        if made is None:
+            return super().__reduce_ex__(protocol)
+        return _empty, (made, self.plain_class), self.__dict__
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As any module's; a link of another permitted rank is given room first."""
@@ -233,13 +342,45 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The plain layer's, and the link's."""
-        return f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}"
+        return f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}".removeprefix(", ")
 
 
-class LoRALinear(AdaptedLayer, nn.Linear):
-    """An `nn.Linear` with a link."""
+class LoRALinear(AdaptedLayer):
+    """An `nn.Linear`, or a subclass that keeps its forward, with a link: ``W x + b + s·B A x``."""
 
-    plain_class = nn.Linear
+    plain_class: ClassVar[type[nn.Module]] = nn.Linear
+    bias: Tensor | None
+
+    @classmethod
+    def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:
+        """As `AdaptedLayer.refusal`."""
+        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+            return "is the output projection of nn.MultiheadAttention, which reads its weight without calling it"
+        return super().refusal(module, stacked=stacked)
+
+    @classmethod
+    def _forward_of(cls, module: nn.Module) -> Any:
+        return type(module).forward if type(module).__name__ in LINEAR else cls.plain_class.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
+        if not isinstance(self, AdaptedLayer):  # a hook has kept this bound method, and the chain is finished
+            return type(self).forward(self, x)
+        weight = self.weight.t() if self.transposed else self.weight
+        dropout = self.lora_dropout if self.training else 0.0
+        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
+        if plain_operations or (dropout and _records(x)):
+            return self.reference(x)
+        return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The same function from ordinary operations."""
+        weight = self.weight.t() if self.transposed else self.weight
+        return F.linear(x, weight, self.bias) + self.link(x)
+
+
+#: subclasses of nn.Linear whose own forward is ``W x + b`` all the same: transformers' Falcon
+LINEAR = ("FalconLinear",)
 
 
 def rebind(module: nn.Module) -> None:

@@ -1,12 +1,15 @@
 """The record of one tied link: what it added to each layer, and what its knot reported. Plain data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from cola.knot.tie import delta_norm
+from cola.knot.tie import Tie, delta_norm
+from cola.lora.init import Pair
+from cola.lora.layer import Triple
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,61 @@ def used_rank(A: Tensor, B: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A link's share of one layer: ``ΔW = scaling·B A``, with A r×in and B out×r, on the CPU as they were trained."""
+    """A link's share of one layer.
+
+    Attributes:
+        A: r×in, B: out×r, as they were trained.
+        scaling: s.
+        rounding: how the tie was rounded or, on a quantised layer, what was done instead.
+        start: (A₀, B₀) of a link that did not start at zero; the weight gave back ``s·B₀ A₀`` when the link began.
+
+    The link adds ``ΔW = s·B A`` to the weight, or ``s·(B A − B₀ A₀)`` if it has a ``start``.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
     rounding: str
+    start: Pair | None = None
 
     @property
     def rank(self) -> int:
         """r."""
         return self.A.shape[0]
 
+    def given_back(self) -> Triple:
+        """What the weight gives back when the link begins, as (A, B, s)."""
+        assert self.start is not None
+        return *self.start, -self.scaling
+
+    def triples(self) -> list[Triple]:
+        """(A, B, s) of all products that make up ΔW, in the order in which the weight takes them."""
+        own = self.A, self.B, self.scaling
+        return [own] if self.start is None else [self.given_back(), own]
+
+    def cpu(self) -> "Factor":
+        """The same on the CPU."""
+        start = None if self.start is None else (self.start[0].cpu(), self.start[1].cpu())
+        return replace(self, A=self.A.cpu(), B=self.B.cpu(), start=start)
+
     def norm(self) -> float:
         """``‖ΔW‖`` without forming ΔW."""
-        return delta_norm(self.B, self.A, self.scaling)
+        if self.start is None:
+            return delta_norm(self.B, self.A, self.scaling)
+        left = torch.cat([B.double() * s for _, B, s in self.triples()], 1)
+        return delta_norm(left, torch.cat([A.double() for A, _, _ in self.triples()]), 1.0)
 
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """ΔW, out×in, in full."""
-        return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+        first, *rest = (s * (B.to(dtype) @ A.to(dtype)) for A, B, s in self.triples())
+        return sum(rest, first)
+
+
+def combined(ties: Sequence[Tie], factor: Factor) -> Tie:
+    """What a whole link did to a layer, from the ties of its products."""
+    if len(ties) == 1:
+        return ties[0]
+    return replace(ties[-1], delta=factor.norm(), lost=math.hypot(*(tie.lost for tie in ties)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,31 +1,40 @@
-"""The live link: the adapters that are being trained, on the layers that carry them.
+"""The live link: the factors that are being trained, on the layers that carry them.
 
-It holds modules, never Parameters: frameworks replace Parameters (FSDP2) and weights, and what is looked up at
-each knot cannot be stale.
+It holds modules, never Parameters: frameworks replace Parameters (FSDP2) and weights, and what is looked up at each
+knot cannot be stale.
 """
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cola.common.arguments import choice
-from cola.common.distributed import is_sharded, release, require_supported, require_unwrapped, shapes_are_free, whole
-from cola.knot.sharded import obstacle_anywhere, tie_anywhere
-from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like, tolerance
+from cola.common.distributed import (
+    copy_whole,
+    is_sharded,
+    release,
+    require_supported,
+    require_unwrapped,
+    shapes_are_free,
+    whole,
+)
+from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like
 from cola.lora import quantized
-from cola.lora.config import LayerPlan, LinkConfig, Prepared, prepare
+from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.init import Pair
-from cola.lora.kinds import adapted_class, is_conv1d
-from cola.lora.layer import AdaptedLayer
+from cola.lora.kinds import is_quantized, known_kind
+from cola.lora.layer import AdaptedLayer, Triple
 from cola.lora.link import Factor, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
-from cola.lora.peft import PeftConv1D, PeftLayer, link_config, require_whole
-from cola.lora.quantized import is_quantized
+from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.targets import find_peft_layers, find_saved, find_targets
-from cola.lora.trainable import Beside
+from cola.lora.trainable import Trainable
 from cola.lora.unsaved import Note, forget, remind
 
 logger = logging.getLogger("cola")
@@ -72,6 +81,8 @@ class LiveLink:
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.quantized, self.index = quantised, 0
         self.residuals: dict[str, Tensor] = {}
+        self.starts: dict[str, Start] = {}
+        self._untouched: dict[str, dict[str, Tensor]] = {}
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
         if not tuned:
@@ -82,7 +93,7 @@ class LiveLink:
             require_plain_name(path)  # what could not be saved under its name is refused before it is trained
         small: list[str] = []
         for path, module in list(modules.items()):
-            shape, plan = adapted_class(module).shape(module), self.plans[path]
+            shape, plan = known_kind(module).shape(module), self.plans[path]
             ranks = plan.known_ranks() or (plan.rank_of(0),)
             if max(ranks) > min(shape) and config.target_modules == "all-linear" and len(modules) > 1:
                 # a small classification head should not stand in the way of "all"
@@ -98,7 +109,10 @@ class LiveLink:
             logger.warning(
                 "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), max(ranks), whose
             )
-        prepared = self._draw(0, {path: adapted_class(module).shape(module) for path, module in modules.items()})
+        drawn = {
+            path: self.plans[path].draw(path, known_kind(module).shape(module), seed=seed, link=0)
+            for path, module in modules.items()
+        }
         device = config.residual_device
         self.originals = {
             path: quantized.OriginalWeight.of(module, device)
@@ -109,18 +123,18 @@ class LiveLink:
         self.layers: dict[str, Carrier] = {}
         self._requires_grad = {name: p.requires_grad for name, p in unwrap(model).named_parameters()}
         self._held = quantized.hold_layout(unwrap(model))
-        self.beside = Beside(model)
+        self.trainable = Trainable(model)
         if tuned:
             self._adopt(tuned)
         else:
             for path, module in modules.items():
-                self._attach(path, module, prepared)
+                self._attach(path, module, *drawn[path])
                 if config.bias == "lora_only":
-                    self.beside.add(module, "bias")
+                    self.trainable.add(module, "bias")
         for module in saved:
             for owner in module.modules():
                 for name in owner._parameters:
-                    self.beside.add(owner, name)
+                    self.trainable.add(owner, name)
         for parameter in unwrap(model).parameters():
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
@@ -142,12 +156,12 @@ class LiveLink:
         return {f"{path}.{name}": getattr(layer, name) for path, layer in held.items() for name in _FACTORS}
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters trained beside the adapters, by canonical path; they live through every knot."""
-        return self.beside.parameters()
+        """The extra trained parameters (biases, heads), by canonical path. No knot touches them."""
+        return self.trainable.parameters()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each layer."""
-        return {path: type(layer).shape(layer) for path, layer in self.layers.items()}  # type: ignore[arg-type]
+        return {path: layer.kind.shape(layer.holder) for path, layer in self.layers.items()}
 
     @property
     def rank(self) -> int:
@@ -171,23 +185,27 @@ class LiveLink:
         """The link's s in each layer."""
         return {path: layer.scaling for path, layer in self.layers.items()}
 
-    def holder(self, path: str) -> nn.Module:
-        """The module that has the weight of a layer: the layer itself, or the one that PEFT has wrapped."""
-        layer = self.layers[path]
-        return layer.module.base_layer if isinstance(layer, PeftLayer) else layer
-
     def rounding_of(self, path: str) -> str:
         """How ties of one layer are rounded; of a quantised layer, what is done instead."""
-        if is_quantized(self.holder(path)):
+        layer = self.layers[path]
+        if layer.kind.quantized:
             return self.quantized
-        return AUTO_ROUNDING[self.layers[path].weight.dtype] if self.rounding == "auto" else self.rounding
+        return AUTO_ROUNDING[layer.weight.dtype] if self.rounding == "auto" else self.rounding
+
+    def is_untrained(self, path: str) -> bool:
+        """Whether the link of one layer is still as it began."""
+        layer, start = self.layers[path], self.starts.get(path)
+        if start is not None:
+            factor = self._factor(path)
+            return torch.equal(factor.A, start.A) and torch.equal(factor.B, start.B)
+        zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
+        return not whole(zero_first.detach()).any().item()
 
     def is_zero(self) -> bool:
         """Whether the link changes nothing (it has not been trained)."""
-        zero_first = "lora_A" if self.config.train == "A" else "lora_B"
-        return not any(whole(getattr(layer, zero_first)).any().item() for layer in self.layers.values())
+        return all(map(self.is_untrained, self.layers))
 
-    # a knot, in the order in which the optimizer calls
+    # a knot
 
     @torch.no_grad()
     def check(self) -> None:
@@ -198,88 +216,106 @@ class LiveLink:
             ValueError: compensated rounding of sharded weights.
         """
         for path, layer in self.layers.items():
-            if is_sharded(layer.weight) and is_quantized(self.holder(path)):
+            if is_sharded(layer.weight) and layer.kind.quantized:
                 raise ValueError(f"layer {path!r} is quantised and sharded, which cannot be tied: use DDP")
             if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
                 raise ValueError(
                     "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
                     "'stochastic'"
                 )
-            A, B = whole(layer.lora_A), whole(layer.lora_B)
-            for name, factor in (("A", A), ("B", B)):
-                if not torch.isfinite(factor).all():
+            factor = self._factor(path)
+            for name, values in (("A", factor.A), ("B", factor.B)):
+                if not torch.isfinite(values).all():
                     raise KnotError(
                         f"link {self.index} is not tied: lora_{name} of layer {path!r} has non-finite values. The "
                         "base weights are untouched: go back to a checkpoint, or drop the link by finish(merge=False)"
                     )
-            left, right = layer.factors(A, B)
-            if is_quantized(self.holder(path)):
-                triple = A[: layer.rank], B[:, : layer.rank], layer.scaling
-                reason = quantized.obstacle(self.holder(path), [triple], self.originals.get(path))
-            else:
-                reason = obstacle_anywhere(layer.weight, left, right, layer.scaling)
+            own = factor.A, factor.B, factor.scaling
+            reason = layer.kind.obstacle(layer.holder, [own], self.originals.get(path))
             if reason is not None:
                 raise KnotError(
                     f"link {self.index} is not tied: layer {path!r} {reason}. Nothing has been changed: go back to a "
                     "checkpoint, drop the link by finish(merge=False), or use a smaller learning rate or a wider dtype"
                 )
-            if self.rounding_of(path) == "compensated" and path not in self.residuals:
-                device = self.config.residual_device or layer.weight.device
-                self.residuals[path] = residual_like(layer.weight, device)
+            if self.rounding_of(path) == "compensated":
+                self._residual(path)
 
     @torch.no_grad()
-    def snapshot(self) -> dict[str, Pair]:
-        """Copies of the factors, cut to the link's rank, on their device."""
-        return {
-            path: (whole(layer.lora_A)[: layer.rank].clone(), whole(layer.lora_B)[:, : layer.rank].clone())
-            for path, layer in self.layers.items()
-        }
+    def snapshot(self) -> dict[str, Factor]:
+        """Copies of the link's share of each layer, on its device."""
+        copies = {}
+        for path in self.layers:
+            factor = self._factor(path)
+            copies[path] = replace(factor, A=factor.A.clone(), B=factor.B.clone())
+        return copies
 
-    def factors(self, snapshot: Mapping[str, Pair]) -> dict[str, Factor]:
-        """The snapshot as the ledger keeps it."""
-        return {
-            path: Factor(A.cpu(), B.cpu(), self.layers[path].scaling, self.rounding_of(path))
-            for path, (A, B) in snapshot.items()
-        }
+    def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
+        """Draw link ``index``. Changes nothing.
 
-    def present(self, snapshot: Mapping[str, Pair]) -> Prepared:
-        """The present link in the form of `prepare`'s, to go back to."""
-        return Prepared(snapshot, self.scaling, self.rank, self.scalings())
+        Args:
+            index: of the link.
+            opt: the `ChainOptimizer`, for ways to start that look at it.
+        """
+        drawn = {}
+        for path, shape in self.shapes().items():
+            A, B = self.plans[path].draw(path, shape, seed=self.seed, link=index, opt=opt)
+            drawn[path] = self.factor_of(index, path, A, B)
+        return drawn
 
-    def prepare(self, index: int) -> Prepared:
-        """Draw link ``index``; changes nothing."""
-        return self._draw(index, self.shapes())
+    def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
+        """A and B as link ``index`` of one layer."""
+        return Factor(A, B, self.plans[path].scaling_of(index), self.rounding_of(path))
 
     @torch.no_grad()
-    def begin(self, index: int, prepared: Prepared) -> None:
+    def check_start(self, link: Mapping[str, Factor], index: int) -> None:
+        """Refuse a link that starts at a product which a weight could not give back once the live link is tied.
+
+        Raises:
+            KnotError: names the layer.
+        """
+        for path, factor in link.items() if callable(self.config.init) else ():
+            layer, now = self.layers[path], self._factor(path)
+            links = [(now.A, now.B, now.scaling), (factor.A, factor.B, -factor.scaling)]
+            reason = layer.kind.obstacle(layer.holder, links, self.originals.get(path))
+            if reason is not None:
+                raise KnotError(f"link {index} cannot start: giving back its s·BA, layer {path!r} {reason}")
+
+    @torch.no_grad()
+    def begin(self, index: int, link: Mapping[str, Factor]) -> None:
         """Put link ``index`` in the place of the present one: same Parameters, new values, no gradients."""
         for path, layer in self.layers.items():
-            mask, room, (A, B) = self._masks(layer.lora_A), layer.lora_A.shape[0], prepared.pairs[path]
-            if mask and len(A) > room:
+            mask, room, factor = self._masks(layer.lora_A), layer.lora_A.shape[0], link[path]
+            if mask and factor.rank > room:
                 raise KnotError(
-                    f"link {index} has rank {len(A)}, above the {room} that there is room for, and shapes "
+                    f"link {index} has rank {factor.rank}, above the {room} that there is room for, and shapes "
                     "may not change here: give r as a sequence, or the largest rank first"
                 )
-            scalings = prepared.scalings
-            layer.put(A, B, self.plans[path].scaling_of(index) if scalings is None else scalings[path], mask=mask)
+            layer.put(factor.A, factor.B, factor.scaling, mask=mask)
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
 
     def resume(self, index: int) -> None:
         """Say that the factors at hand are link ``index``'s: the model's state dict has brought their values, or will.
 
-        Factors of another rank are replaced by that link's draw, so that there is room for the values to come.
+        Factors of another rank are made zeros of that link's rank, so that there is room for the values to come.
         """
-        prepared = self.prepare(index)
         self.index = self.note.tied = index
         for path, layer in self.layers.items():
-            mask, (A, B), scaling = self._masks(layer.lora_A), prepared.pairs[path], self.plans[path].scaling_of(index)
+            rank, scaling = self.plans[path].rank_of(index), self.plans[path].scaling_of(index)
+            room, mask = layer.lora_A.shape[0], self._masks(layer.lora_A)
             # a masked link that comes from a distributed run has zeros beyond its rank
-            masked = layer.lora_A.shape[0] > len(A) and not whole(layer.lora_A)[len(A) :].any()
-            if mask or masked or layer.lora_A.shape[0] == len(A):
-                layer.rank, layer.scaling = len(A), scaling
+            if mask or room == rank or (room > rank and not whole(layer.lora_A)[rank:].any()):
+                layer.rank, layer.scaling = rank, scaling
             else:
-                layer.put(A, B, scaling, mask=mask)
+                (out, inner) = layer.kind.shape(layer.holder)
+                layer.put(layer.lora_A.new_zeros(rank, inner), layer.lora_B.new_zeros(out, rank), scaling, mask=mask)
+
+    def take_starts(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> None:
+        """Go on with a link that began at these factors; the model's state dict brings the weights without them."""
+        self._untouched, self.starts = {}, {}
+        for path in A:
+            device = self.layers[path].lora_A.device
+            self.starts[path] = Start(A[path].to(device), B[path].to(device), float(lost[path]))
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Go on with copies of these residual buffers, where the configuration keeps them."""
@@ -293,56 +329,111 @@ class LiveLink:
     def take_links(self, links: Iterable[Link]) -> None:
         """Count these links among those that the layers to be re-quantised have been given."""
         recorded = list(links)
-        for path, origin in self.originals.items():
+        for path, original in self.originals.items():
             factors = [link.factors[path] for link in recorded if path in link.factors]
-            mine = [(f.A, f.B, f.scaling) for f in factors if f.rounding == "requantize"]
-            self.originals[path] = origin.bare().extended(mine)
+            mine = [triple for f in factors if f.rounding == "requantize" for triple in f.triples()]
+            self.originals[path] = original.bare().extended(mine)
 
-    def tie(self, index: int, snapshot: Mapping[str, Pair], scalings: Mapping[str, float]) -> dict[str, Tie]:
-        """Add the snapshot of link ``index`` to the weights, in place; beside or into codes where they are quantised.
+    @torch.no_grad()
+    def tie(self, index: int, link: Mapping[str, Factor]) -> dict[str, Tie]:
+        """Add ``s·B A`` of link ``index`` to the weights, in place.
+
+        Returns:
+            What the link as a whole did to each layer.
 
         Raises:
             KnotError: a stored weight is farther from the exact sum than rounding explains.
         """
         ties = {}
-        for path, (A, B) in snapshot.items():
-            layer, scaling = self.layers[path], scalings[path]
-            if is_quantized(self.holder(path)):
-                (ties[path],) = quantized.tie(self.holder(path), [(A, B, scaling)], self.originals.get(path))
-                continue
-            left, right = layer.factors(A, B)
-            rounding = self.rounding_of(path)
-            ties[path] = tie_anywhere(
-                layer.weight.detach(),
-                left,
-                right,
-                scaling,
-                rounding=rounding,
-                seed=key(self.seed, index, path, "rounding"),
-                residual=self.residuals.get(path) if rounding == "compensated" else None,
-            )
-            limit = tolerance(layer.weight, ties[path], A.shape[0])
-            if not (math.isfinite(limit) and ties[path].deviation <= limit):
-                raise KnotError(
-                    f"link {index}: the tied weight of layer {path!r} is {ties[path].deviation:.3g} from W + sBA, and "
-                    f"rounding to {layer.weight.dtype} explains {limit:.3g}: please report this"
-                )
+        for path, factor in link.items():
+            done = self._add(path, (factor.A, factor.B, factor.scaling), index, "rounding")
+            start = self.starts.get(path)
+            if start is not None:
+                done = replace(done, delta=factor.norm(), lost=math.hypot(start.lost, done.lost))
+            ties[path] = done
+        self.starts = {}
         return ties
 
-    def require_extended(self, snapshot: Mapping[str, Pair]) -> None:
+    def require_extended(self, old: Mapping[str, Factor]) -> None:
         """Check what a new link must be: one factor zero, and the drawn one not the old one.
 
         Raises:
             KnotError: it is not.
         """
-        zero, drawn = ("lora_A", "lora_B") if self.config.train == "A" else ("lora_B", "lora_A")
-        for path, layer in self.layers.items():
-            old = snapshot[path][1 if drawn == "lora_B" else 0]
-            new = whole(getattr(layer, drawn))
+        zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
+        for path in self.layers if isinstance(self.config.init, str) else ():
+            new, before = getattr(self._factor(path), drawn), getattr(old[path], drawn)
             # a selector that has gone round all coordinates is the old one by right
-            again = new.shape == old.shape and torch.equal(new, old) and self.config.init != "selector"
-            if whole(getattr(layer, zero)).any() or again:
+            again = new.shape == before.shape and torch.equal(new, before) and self.config.init != "selector"
+            if getattr(self._factor(path), zero).any() or again:
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
+
+    # a link that does not start at zero
+
+    def starts_at_a_product(self) -> bool:
+        """Whether a link that the caller's init has just drawn changes the model's function."""
+        drawn = callable(self.config.init) and not any(isinstance(layer, PeftLayer) for layer in self.layers.values())
+        return drawn and any(f.A.any() and f.B.any() for f in map(self._factor, self.layers))
+
+    def give_back(self, starts: Mapping[str, Pair] | None = None) -> None:
+        """Let the weights give back ``s·B A`` of a link that has just begun, so that the model's function stays.
+
+        Args:
+            starts: A and B of each layer as the link began; None for the present ones. Layers for which the product is
+                zero need not be there.
+        """
+        if starts is None:
+            starts = {path: (f.A, f.B) for path, f in self.snapshot().items()} if callable(self.config.init) else {}
+        self.starts = {}
+        for path, (A, B) in starts.items():
+            if A.any() and B.any():
+                A, B = (factor.to(self.layers[path].lora_A.device) for factor in (A, B))
+                done = self._add(path, (A, B, -self.layers[path].scaling), self.index, "start")
+                self.starts[path] = Start(A, B, done.lost)
+
+    def give_back_first(self) -> None:
+        """As `give_back` for the first link, keeping copies of the weights until `forget_untouched`."""
+        self._untouched = {path: _values(layer) for path, layer in self.layers.items()}
+        self.give_back()
+        self._untouched = {path: self._untouched[path] for path in self.starts}
+
+    def forget_untouched(self) -> None:
+        """Training begins: drop the copies of the untouched weights."""
+        self._untouched = {}
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Give the first link's layers their untouched weights while the block runs, and for good unless it raises."""
+        held = self._untouched
+        if not held:
+            yield
+            return
+        self._restore(held)
+        try:
+            yield
+        except BaseException:
+            self.give_back()
+            raise
+        self._untouched = {}
+
+    @torch.no_grad()
+    def drop(self) -> None:
+        """Before a link is taken off without a tie: the weights get back what they gave when it began."""
+        self._restore(self._untouched)
+        for path, start in self.starts.items():
+            self._add(path, (start.A, start.B, self.layers[path].scaling), self.index, "dropped")
+        self.starts, self._untouched = {}, {}
+
+    @torch.no_grad()
+    def _restore(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for path, values in held.items():
+            holder = self.layers[path].holder
+            if is_quantized(holder):
+                quantized.put_parts(holder, values)
+            else:
+                copy_whole(self.layers[path].weight, values["weight"])
+            self.starts.pop(path, None)
+            self.residuals.pop(path, None)
 
     def detach(self, *, spent: bool = False) -> None:
         """Take the link off the model: classes, state-dict keys and ``requires_grad`` are as before.
@@ -350,6 +441,8 @@ class LiveLink:
         Args:
             spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it once more.
         """
+        self._restore(self._untouched)
+        self._untouched = {}
         for layer in self.layers.values():
             if isinstance(layer, AdaptedLayer):
                 release(unwrap(self.model), layer, ("lora_A", "lora_B"))
@@ -367,34 +460,70 @@ class LiveLink:
 
     # inside
 
+    def _factor(self, path: str) -> Factor:
+        """The link's share of one layer, cut to its rank; views, not copies."""
+        layer, start = self.layers[path], self.starts.get(path)
+        A, B = whole(layer.lora_A.detach())[: layer.rank], whole(layer.lora_B.detach())[:, : layer.rank]
+        pair = None if start is None else (start.A, start.B)
+        return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
+
+    @torch.no_grad()
+    def _add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:
+        """``W ← round(W + s·B A)`` of one layer; the purpose is part of the key of stochastic rounding."""
+        layer, rounding = self.layers[path], self.rounding_of(path)
+        memory: Any = self.originals.get(path)
+        if rounding == "compensated":
+            memory = self._residual(path)
+        seed = key(self.seed, index, path, purpose)
+        try:
+            return layer.kind.tie(layer.holder, link, rounding=rounding, seed=seed, memory=memory)
+        except KnotError as error:
+            raise KnotError(f"link {index}, layer {path!r}: {error}") from None
+
+    def _residual(self, path: str) -> Tensor:
+        if path not in self.residuals:
+            weight = self.layers[path].weight
+            self.residuals[path] = residual_like(weight, self.config.residual_device or weight.device)
+        return self.residuals[path]
+
     def _masks(self, tensor: Tensor) -> bool:
         change = self.config.rank_change
         return change == "mask" or (change == "auto" and not shapes_are_free(tensor))
 
     def _adopt(self, tuned: Mapping[str, nn.Module]) -> None:
-        """Take PEFT's layers as they are: the first link is what they hold, and what they train beside it stays so."""
+        """Take PEFT's layers as they are: the first link is what they hold, and they go on training what they train."""
         for path, module in tuned.items():
-            kind = PeftConv1D if is_conv1d(module.base_layer) else PeftLayer  # type: ignore[arg-type]
-            self.layers[path] = kind(module, self.plans[path].known_ranks())
+            self.layers[path] = PeftLayer(module, self.plans[path].known_ranks())
         factors = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         for owner in modules_by_name(self.model).values():
             for name, p in owner._parameters.items():
                 if p is not None and p.requires_grad and id(p) not in factors:
-                    self.beside.add(owner, name)
+                    self.trainable.add(owner, name)
 
-    def _attach(self, path: str, module: nn.Module, prepared: Prepared) -> None:
+    def _attach(self, path: str, module: nn.Module, A: Tensor, B: Tensor) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         dtype = self.config.dtype_for(weight)
-        kind = adapted_class(module)
-        A, B = (factor.to(device=weight.device, dtype=dtype) for factor in prepared.pairs[path])
-        module.__class__ = kind
+        A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
+        module.__class__ = known_kind(module).over(type(module))
         assert isinstance(module, AdaptedLayer)
-        known = self.config.known_ranks()
-        room = max(known or (prepared.rank,)) if self._masks(weight) else prepared.rank
-        module.attach(A.new_zeros(room, A.shape[1]), B.new_zeros(B.shape[0], room), prepared.scaling, 0.0)
-        module.put(A, B, prepared.scaling, mask=True)
+        known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
+        room = max(known or (len(A),)) if self._masks(weight) else len(A)
+        module.attach(A.new_zeros(room, A.shape[1]), B.new_zeros(B.shape[0], room), scaling, 0.0)
+        module.put(A, B, scaling, mask=True)
         module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
 
-    def _draw(self, index: int, shapes: Mapping[str, tuple[int, int]]) -> Prepared:
-        return prepare(self.config, self.plans, shapes, seed=self.seed, link=index)
+
+@dataclass(frozen=True)
+class Start:
+    """The factors that a link of one layer began with, and what rounding lost when the weight gave them back."""
+
+    A: Tensor
+    B: Tensor
+    lost: float
+
+
+def _values(layer: Carrier) -> dict[str, Tensor]:
+    """Copies of the tensors that make up a layer's weight."""
+    values = quantized.parts(layer.holder) if layer.kind.quantized else {"weight": layer.weight}
+    return {name: value.detach().clone() for name, value in values.items()}

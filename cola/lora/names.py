@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cola.lora import peft, quantized
+from cola.lora import peft
+from cola.lora.kinds import kind_of
 from cola.lora.layer import AdaptedLayer
-from cola.lora.quantized import is_quantized
-from cola.lora.stacked import STACK
 
 # parameters of an adapted layer that the plain one does not have
 _LINK = ("lora_A", "lora_B")
@@ -103,9 +102,10 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
     """The module's own persistent buffers, and parameters that are not a link's, by name."""
     left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
     held = {**(module._parameters if parameters else {}), **module._buffers}
-    if is_quantized(module):
-        left_out.update(STACK)
-        held.update(quantized.scales(module) if parameters else {})
+    kind = kind_of(module)
+    if kind is not None:
+        left_out.update(kind.added)
+        held.update(kind.parts(module) if parameters else {})
     return {
         f"{path}.{name}" if path else name: tensor
         for name, tensor in held.items()

@@ -9,14 +9,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cola.lora import quantized, stacked
+from cola.lora import stacked
 from cola.lora.config import LayerPlan, LinkConfig
-from cola.lora.layer import put_pair
+from cola.lora.kinds import known_kind
+from cola.lora.layer import AdaptedLayer, put_pair
 
 logger = logging.getLogger("cola")
 
@@ -162,7 +163,7 @@ def refusal(module: Any, *, own: bool = False) -> str | None:
 
 
 class PeftLayer:
-    """One PEFT LoRA layer as a chain sees it: the members of `cola.lora.kinds.AdaptedLayer` that `LiveLink` uses.
+    """One PEFT LoRA layer as a chain sees it: the members of `AdaptedLayer` that `LiveLink` uses.
 
     It is a view: everything is looked up on PEFT's module when asked for.
 
@@ -171,15 +172,12 @@ class PeftLayer:
         allowed_ranks: ranks that a loaded state may bring; None for any.
     """
 
-    #: whether the stored weight is in×out, the transpose of what the mathematics writes
-    transposed: ClassVar[bool] = False
-
     def __init__(self, module: Any, allowed_ranks: tuple[int, ...] | None) -> None:
         self.module = module
         self.adapter: str = next(iter(module.lora_A.keys()))
         self.allowed_ranks = allowed_ranks
         self._hook = module.register_load_state_dict_pre_hook(self._make_room)
-        if quantized.is_quantized(module.base_layer):
+        if self.kind.quantized:
             stacked.begin(module.base_layer)
 
     def gone(self) -> bool:
@@ -219,17 +217,15 @@ class PeftLayer:
     def scaling(self, scaling: float) -> None:
         self.module.scaling[self.adapter] = scaling
 
-    @classmethod
-    def shape(cls, layer: "PeftLayer") -> tuple[int, int]:
-        """(out, in)."""
-        base = layer.module.base_layer
-        m, n = quantized.QuantizedLinear.shape(base) if quantized.is_quantized(base) else layer.weight.shape
-        return (n, m) if cls.transposed else (m, n)
+    @property
+    def holder(self) -> nn.Module:
+        """The module that holds the weight: the one that PEFT has wrapped."""
+        return self.module.base_layer
 
-    @classmethod
-    def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, R) such that the stored weight changes by ``s·L R``."""
-        return (A.t(), B.t()) if cls.transposed else (B, A)
+    @property
+    def kind(self) -> type[AdaptedLayer]:
+        """The kind of the base layer."""
+        return known_kind(self.holder)
 
     def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
         """As `AdaptedLayer.put`."""
@@ -255,12 +251,6 @@ class PeftLayer:
         fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
         if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
             self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
-
-
-class PeftConv1D(PeftLayer):
-    """On transformers' Conv1D, whose weight is stored in×out."""
-
-    transposed = True
 
 
 def link_config(

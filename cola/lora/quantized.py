@@ -24,12 +24,11 @@ from torch.nn import functional as F
 
 from cola.common.contexts import without_autocast
 from cola.knot.tie import Tie, delta_norm
-from cola.lora.layer import AdaptedLayer
-from cola.lora.quantized_codes import Codes, codes_of, kind_of
+from cola.lora.layer import REPLACED, AdaptedLayer, Triple
+from cola.lora.quantized_codes import Codes, codes_kind, codes_of
 from cola.lora.stacked import (
     STACK,
     StackedLinear,
-    Triple,
     begin,
     joined,
     no_stack,
@@ -44,53 +43,77 @@ from cola.lora.stacked import (
 QUANTIZED = ("stack", "requantize")
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether ``module`` is one of bitsandbytes' layers, or made of one."""
-    return any(c.__module__.split(".")[0] == "bitsandbytes" for c in type(module).__mro__)
-
-
-def refusal(module: Any, *, stacked: bool = False) -> str | None:
-    """Why a layer of bitsandbytes cannot carry a link, as the end of a sentence; None if it can.
-
-    Args:
-        module: for which `is_quantized` holds.
-        stacked: whether it may carry tied links already.
-    """
-    name, kind = plain_class_of(module).__name__, kind_of(module)
-    if kind is None:
-        return f"is a {name} of bitsandbytes: links go on its Linear4bit and Linear8bitLt"
-    if not plain_class_of(module).forward.__module__.startswith("bitsandbytes"):
-        return f"is a {name} with a forward of its own, which a link could not follow"
-    if "forward" in vars(module):
-        return "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
-    if "weight" not in module._parameters:
-        return "has a weight that is computed (a parametrization?)"
-    if kind.__name__ == "EightBit" and module.state.has_fp16_weights:
-        return (
-            f"is a {name} that keeps its weight in 16 bits and quantises it at every step: make it with "
-            "has_fp16_weights=False, as load_in_8bit does"
-        )
-    if module.weight.is_floating_point() and getattr(module.weight, "quant_state", None) is None:
-        return f"is a {name} whose weight is not quantised yet: bitsandbytes does that when the model is moved, .to(…)"
-    if hasattr(module.weight, "full_tensor"):
-        return f"is a {name} whose weight is sharded: use DDP"
-    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-        return (
-            "was rearranged by bitsandbytes for evaluation on this CPU, which rounds its scales and passes no gradient "
-            "on: load the model again, and make the ChainOptimizer before it is evaluated"
-        )
-    if not stacked and stack_rank(module):
-        return (
-            "carries the links of a finished chain: load the base anew (opt.follow(chain) goes on along a chain), or "
-            "export them by chain.to_peft"
-        )
-    return None
-
-
 class QuantizedLinear(AdaptedLayer, StackedLinear):
     """A quantised layer with a live link, and with those tied before it beside the weight or in it."""
 
     plain_class = nn.Linear
+    quantized = True
+    added = STACK
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether ``module`` is a linear layer of bitsandbytes, or made of one."""
+        names = (c.__module__.split(".")[0] for c in type(module).__mro__)
+        return isinstance(module, nn.Linear) and "bitsandbytes" in names
+
+    @classmethod
+    def over(cls, plain: type[nn.Module]) -> type[AdaptedLayer]:
+        """This class for layers of class ``plain``, with tied links next to their weight or without."""
+        return super().over(plain.plain_class if issubclass(plain, StackedLinear) else plain)
+
+    @classmethod
+    def refusal(cls, module: Any, *, stacked: bool = False) -> str | None:
+        """As `AdaptedLayer.refusal`."""
+        name, kind = plain_class_of(module).__name__, codes_kind(module)
+        if kind is None:
+            return f"is a {name} of bitsandbytes: links go on its Linear4bit and Linear8bitLt"
+        if not plain_class_of(module).forward.__module__.startswith("bitsandbytes"):
+            return f"is a {name} with a forward of its own, which a link could not follow"
+        if "forward" in vars(module):
+            return REPLACED
+        if "weight" not in module._parameters:
+            return "has a weight that is computed (a parametrization?)"
+        if kind.__name__ == "EightBit" and module.state.has_fp16_weights:
+            return (
+                f"is a {name} that keeps its weight in 16 bits and quantises it at every step: make it with "
+                "has_fp16_weights=False, as load_in_8bit does"
+            )
+        if module.weight.is_floating_point() and getattr(module.weight, "quant_state", None) is None:
+            return (
+                f"is a {name} whose weight is not quantised yet: bitsandbytes does that when the model is moved, .to(…)"
+            )
+        if hasattr(module.weight, "full_tensor"):
+            return f"is a {name} whose weight is sharded: use DDP"
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            return (
+                "was rearranged by bitsandbytes for evaluation on this CPU, which rounds its scales and passes no "
+                "gradient on: load the model again, and make the ChainOptimizer before it is evaluated"
+            )
+        if not stacked and stack_rank(module):
+            return (
+                "carries the links of a finished chain: load the base anew (opt.follow(chain) goes on along a chain), "
+                "or export them by chain.to_peft"
+            )
+        return None
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> dict[str, Tensor]:
+        """The scales that the codes are decoded with; empty where the layer is not quantised yet."""
+        floating = module.weight.is_floating_point()  # type: ignore[operator]
+        if codes_kind(module) is None or (floating and not hasattr(module.weight, "quant_state")):
+            return {}
+        return {name: value for name, value in codes_of(module).stored().items() if name != "weight"}
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, links: Sequence[Triple], memory: Any = None) -> str | None:
+        """As `AdaptedLayer.obstacle`; ``memory`` is an `OriginalWeight` where the weight is re-quantised."""
+        return obstacle(module, links, memory)
+
+    @classmethod
+    def tie(cls, module: nn.Module, link: Triple, *, rounding: str, seed: int, memory: Any = None) -> Tie:
+        """As `AdaptedLayer.tie`; ``memory`` is an `OriginalWeight` where the weight is re-quantised."""
+        (done,) = tie(module, [link], memory)
+        return done
 
     def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         """As `AdaptedLayer.attach`, with an empty stack."""
@@ -116,7 +139,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
         link_input = F.dropout(x, self.lora_dropout, self.training)
         return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_B)
 
-    def composed(self, x: Tensor) -> Tensor:
+    def reference(self, x: Tensor) -> Tensor:
         """The same function of the decoded weight: the slow twin."""
         weight = codes_of(self).values() + (self.chain_B @ self.chain_A).float()
         bias: Tensor | None = self.bias  # type: ignore[assignment]
@@ -236,14 +259,6 @@ def parts(module: nn.Module) -> dict[str, Tensor]:
     if stack_rank(module):
         found.update({name: module._buffers[name] for name in STACK})  # type: ignore[misc]
     return found
-
-
-def scales(module: nn.Module) -> dict[str, Tensor]:
-    """What the codes of a layer are decoded with, named as in its state dict; empty where it is not quantised yet."""
-    floating = module.weight.is_floating_point()  # type: ignore[operator]
-    if kind_of(module) is None or (floating and not hasattr(module.weight, "quant_state")):
-        return {}
-    return {name: value for name, value in codes_of(module).stored().items() if name != "weight"}
 
 
 @torch.no_grad()

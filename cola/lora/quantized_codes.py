@@ -208,14 +208,14 @@ class EightBit(Codes):
 _KINDS: dict[str, type[Codes]] = {"Linear4bit": FourBit, "Linear8bitLt": EightBit}
 
 
-def kind_of(module: nn.Module) -> type[Codes] | None:
+def codes_kind(module: nn.Module) -> type[Codes] | None:
     """Which of bitsandbytes' linear layers ``module`` is, found by name; None if neither."""
     classes = (c for c in type(module).__mro__ if c.__module__.split(".")[0] == "bitsandbytes")
     return next((_KINDS[c.__name__] for c in classes if c.__name__ in _KINDS), None)
 
 
 def codes_of(module: nn.Module) -> Codes:
-    """The quantised weight of ``module``, whose `kind_of` is known."""
-    kind = kind_of(module)
+    """The quantised weight of ``module``, whose `codes_kind` is known."""
+    kind = codes_kind(module)
     assert kind is not None
     return kind(module)

@@ -7,14 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cola.lora.layer import AdaptedLayer, rebind
+from cola.lora.layer import AdaptedLayer, Triple, rebind
 from cola.lora.quantized_codes import codes_of
 
 #: the buffers of tied links
 STACK = ("chain_A", "chain_B")
-
-#: (A, B, s) of one link
-Triple = tuple[Tensor, Tensor, float]
 
 
 class StackedLinear(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from cola.knot.tie import TIEABLE
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, query_value, read_directly, within
-from cola.lora.kinds import is_linear_map, refusal
+from cola.lora.kinds import is_linear, is_quantized, refusal
 from cola.lora.names import (
     called,
     listed,
@@ -23,7 +23,6 @@ from cola.lora.names import (
     shared_weights,
     unwrap,
 )
-from cola.lora.quantized import is_quantized
 
 logger = logging.getLogger("cola")
 
@@ -93,7 +92,7 @@ def obstacles(model: nn.Module) -> dict[str, str]:
     shared, read = shared_weights(model), read_directly(modules)
     found = {}
     for path, module in modules.items():
-        if is_linear_map(module):
+        if is_linear(module):
             reason = refusal(module) or read.get(id(module)) or _untieable(module, shared)
             if reason is not None:
                 found[path] = reason
@@ -146,14 +145,14 @@ def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
     for path, module in modules[""].named_modules(remove_duplicate=False):  # a module at two places is listed at one
         if (path == name or path.endswith("." + name)) and id(module) in paths:
             return f"{kind}: {name!r} is another name of the module {paths[id(module)]!r}: use that one"
-    last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear_map(module)})
+    last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear(module)})
     near = difflib.get_close_matches(name, last_parts, n=3) or last_parts[:8]
     return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
 
 
 def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | None) -> dict[str, nn.Module]:
     """What ``None`` or "all-linear" means here; layers that cannot carry a link are left out, with a word."""
-    linear = [path for path, module in modules.items() if is_linear_map(module)]
+    linear = [path for path, module in modules.items() if is_linear(module)]
     inner = unwrap(model)
     if target_modules is None:
         encoders = left_encoders(inner, modules)

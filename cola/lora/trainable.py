@@ -13,7 +13,7 @@ from cola.lora.names import modules_by_name, parameters_by_name, shared_weights
 logger = logging.getLogger("cola")
 
 
-class Beside:
+class Trainable:
     """The parameters of a model that are trained beside its links.
 
     It holds modules and names, never Parameters, which frameworks replace.

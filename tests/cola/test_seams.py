@@ -5,8 +5,20 @@ import copy
 import pytest
 import torch
 
-from cola import ChainOptimizer, KnotError, KnotPolicy, LinkConfig, NeverKnots, StepKnots
-from tests.models import BODY, Net, train
+from cola import (
+    AdaptedLayer,
+    Chain,
+    ChainOptimizer,
+    KnotError,
+    KnotPolicy,
+    LinkConfig,
+    NeverKnots,
+    StepKnots,
+    register_kind,
+)
+from cola.chain.spectrum import stack
+from cola.lora.kinds import KINDS
+from tests.models import BODY, Net, loss_of, train
 
 
 def wrap(model, policy=None, base=torch.optim.AdamW, r=2, **kwargs):
@@ -250,3 +262,236 @@ def test_an_entry_that_cannot_be_registered_is_refused(name, thing, kind, messag
     opt.register_for_checkpointing("taken", Average())
     with pytest.raises(kind, match=message):
         opt.register_for_checkpointing(name, thing)
+
+
+# an init
+
+
+def by_principal_directions(start):
+    """A starts from the weight's leading right singular vectors, B from nothing."""
+    assert start.shape == WEIGHTS[start.path].shape
+    return torch.linalg.svd(WEIGHTS[start.path]).Vh[: start.rank]
+
+
+def pissa(start):
+    """The weight's leading part is trained, and what is left of the weight is frozen."""
+    U, values, Vh = torch.linalg.svd(WEIGHTS[start.path])
+    root = (values[: start.rank] / start.scaling).sqrt()
+    return root[:, None] * Vh[: start.rank], U[:, : start.rank] * root
+
+
+def by_the_gradient(start):
+    """A starts from the directions of the live link's gradient; the first link has none before it."""
+    if start.opt is None:
+        return torch.randn(start.rank, start.shape[1], generator=start.generator)
+    return start.opt.live.layers[start.path].lora_A.grad.clone() * 100
+
+
+def random_pair(start):
+    """Both factors drawn."""
+    out, inner = start.shape
+    A = torch.randn(start.rank, inner, generator=start.generator)
+    return A, torch.randn(out, start.rank, generator=start.generator) / 8
+
+
+WEIGHTS = {path: weight.detach().clone() for path, weight in Net().named_parameters()}
+WEIGHTS = {path.removesuffix(".weight"): weight for path, weight in WEIGHTS.items() if path.endswith(".weight")}
+INITS = [by_principal_directions, pissa, by_the_gradient, random_pair]
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_link_starts_where_a_function_says_and_the_model_stays_the_same(init):
+    model = Net().double()
+    before = loss_of(model, 0, torch.float64).item()
+    link = LinkConfig(r=2, target_modules=BODY, init=init)
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02)
+    # the factors are rounded to float64 like the weights, so the function is kept to a few roundings
+    assert loss_of(model, 0, torch.float64).item() == pytest.approx(before, rel=1e-12)
+    for path, layer in opt.live.layers.items():
+        assert bool(layer.lora_B.any()) == (init in (pissa, random_pair)), path
+    train(opt, model, 2, dtype=torch.float64)
+    tied = loss_of(model, 1, torch.float64).item()
+    loss_of(model, 1, torch.float64).backward()
+    opt.tie()
+    assert loss_of(model, 1, torch.float64).item() == pytest.approx(tied, rel=1e-12)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_record_of_links_that_start_anywhere_gives_the_run_back_bit_for_bit(init, rounding, dtype, tmp_path):
+    def made():
+        model = Net().to(dtype)
+        link = LinkConfig(r=2, target_modules=BODY, init=init)
+        return model, ChainOptimizer(
+            torch.optim.SGD, model, StepKnots(at=[2, 4]), link=link, rounding=rounding, lr=0.02
+        )
+
+    model, opt = made()
+    train(opt, model, 7, dtype=dtype)
+    opt.finish()
+    fresh = Net().to(dtype)
+    opt.chain.save(tmp_path / "chain")
+    Chain.load(tmp_path / "chain").apply(fresh)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+    for stop in (0, 1, 4):  # before the first step, in a link, at a knot
+        for way in ("directory", "state dict"):
+            part, first = made()
+            train(first, part, stop, dtype=dtype)
+            resumed, second = made()
+            if way == "directory":
+                first.save(tmp_path / f"{stop}")
+                second.load(tmp_path / f"{stop}")
+            else:
+                resumed.load_state_dict(part.state_dict())
+                second.load_state_dict(first.state_dict())
+            train(second, resumed, 7 - stop, start=stop, dtype=dtype)
+            second.finish()
+            same_weights = [torch.equal(v, resumed.state_dict()[name]) for name, v in model.state_dict().items()]
+            assert all(same_weights), (stop, way)
+            assert [link.report.delta_norm for link in second.chain] == [link.report.delta_norm for link in opt.chain]
+            assert [link.report.lost_norm for link in second.chain] == [link.report.lost_norm for link in opt.chain]
+
+
+def test_a_link_that_starts_at_a_product_is_exported_and_undone():
+    model = Net()
+    opt = wrap_init(model, random_pair)
+    train(opt, model, 6)
+    opt.finish()
+    for path in opt.chain.layers():
+        total = model.get_submodule(path).weight.double() - WEIGHTS[path].double()
+        # the weights are rounded 4 times on the way
+        assert torch.allclose(opt.chain.delta(path), total, atol=4 * torch.finfo(torch.float32).eps * 8)
+        left, right = stack([link.factors[path] for link in opt.chain])
+        assert torch.allclose(left @ right, opt.chain.delta(path))
+    undone = Net()
+    opt.chain.apply(undone, upto=1)
+    opt.chain.undo(model, Net())
+    assert all(torch.equal(value, undone.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", ["failed", "dropped", "untrained"])
+def test_a_first_link_that_starts_at_a_product_leaves_the_weights_untouched(stop):
+    model, before = Net(), Net().state_dict()
+    if stop == "failed":
+        with pytest.raises(TypeError):
+            wrap_init(model, random_pair, nonsense=1)
+    else:
+        wrap_init(model, random_pair).finish(merge=stop == "untrained")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def wrap_init(model, init, **kwargs):
+    link = LinkConfig(r=2, target_modules=BODY, init=init)
+    return ChainOptimizer(torch.optim.SGD, model, StepKnots(at=[3]), link=link, lr=0.02, **kwargs)
+
+
+def test_weights_that_are_loaded_over_what_a_first_link_took_are_noticed():
+    model, before = Net(), Net().state_dict()
+    opt = wrap_init(model, random_pair)
+    model.load_state_dict(before, strict=False)
+    with pytest.raises(RuntimeError, match="load the weights before the ChainOptimizer is made"):
+        train(opt, model, 1)
+
+
+@pytest.mark.parametrize(
+    ("init", "kind", "message"),
+    [
+        (7, TypeError, "init=7 must be one of 'gaussian'"),
+        (lambda start: None, TypeError, "returned a NoneType for 'first': return A, or a pair"),
+        (lambda start: (torch.zeros(2, 6),), TypeError, "returned a tuple"),
+        (lambda start: torch.zeros(6, 2), ValueError, r"A must be 2×6 and B 6×2"),
+        (lambda start: torch.zeros(2, 6, dtype=torch.int64), ValueError, "of floating-point numbers"),
+        (lambda start: torch.full((2, 6), torch.nan), ValueError, "values that are not finite for 'first'"),
+    ],
+)
+def test_an_init_that_cannot_be_is_refused_before_anything_changes(init, kind, message):
+    model = Net()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(kind, match=message):
+        wrap_init(model, init)
+    assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+def test_an_init_that_fails_at_a_knot_changes_nothing():
+    def fail_later(start):
+        if start.link:
+            raise ArithmeticError("mine")
+        return random_pair(start)
+
+    model = Net()
+    opt = wrap_init(model, fail_later)
+    train(opt, model, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArithmeticError, match="mine"):
+        opt.tie()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(opt.chain) == 0
+
+
+# a kind of layer
+
+
+class Gain(torch.nn.Module):
+    """A user's own linear map: ``g·W x``."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gain = torch.nn.Parameter(torch.eye(6) / 2), 0.5
+
+    def forward(self, x):
+        return self.gain * (x @ self.weight.t())
+
+
+class GainWithLink(AdaptedLayer):
+    plain_class = Gain
+
+    def forward(self, x):
+        return Gain.forward(self, x) + self.gain * self.link(x)
+
+
+@pytest.fixture
+def gain_is_known():
+    register_kind(GainWithLink)
+    yield
+    KINDS.remove(GainWithLink)
+
+
+@pytest.mark.usefixtures("gain_is_known")
+@pytest.mark.parametrize("targets", ["all-linear", ["1"]])
+def test_a_users_own_kind_of_layer_carries_a_chain(targets, tmp_path):
+    def body():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, 6), Gain(), torch.nn.Tanh(), torch.nn.Linear(6, 1))
+
+    def made():
+        model = body()
+        link = LinkConfig(r=1, target_modules=targets)
+        return model, ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=link, lr=0.05)
+
+    def steps(model, opt, count):
+        for _ in range(count):
+            model(torch.ones(3, 6)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    model, opt = made()
+    plain = body()
+    assert opt.coverage().layers == (3 if targets == "all-linear" else 1)
+    steps(model, opt, 3)
+    opt.save(tmp_path)
+    resumed, again = made()
+    again.load(tmp_path)
+    steps(model, opt, 2), steps(resumed, again, 2)
+    opt.finish(), again.finish()
+    assert type(model[1]) is Gain
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+    opt.chain.apply(plain)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_kind_that_cannot_be_is_refused():
+    with pytest.raises(TypeError, match=r"needs a subclass of cola\.AdaptedLayer"):
+        register_kind(Gain)
+    with pytest.raises(TypeError, match="must set plain_class"):
+        register_kind(type("Nameless", (AdaptedLayer,), {}))

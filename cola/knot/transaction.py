@@ -1,0 +1,118 @@
+"""A knot as a transaction: whatever can fail is tried first and taken back; then Algorithm 1's steps follow."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cola.knot.reset import Reset, carried_over
+from cola.lora.link import Factor, KnotReport, LayerReport, Link
+
+
+class NextLink:
+    """A link that is ready to begin: drawn, and tried on the layers and on the base optimizer.
+
+    Args:
+        opt: the `ChainOptimizer`. Its live link and its base's state are as before when this returns or raises.
+        index: of the new link.
+        old: the live link.
+        reset: as the argument of `ChainOptimizer`.
+
+    Raises:
+        KnotError: the layers have no room for it, or state cannot be kept over a change of rank.
+        Exception: what the caller's own init, base or reset raises.
+    """
+
+    def __init__(self, opt: Any, index: int, old: Mapping[str, Factor], reset: Reset) -> None:
+        self.opt, self.live, self.index = opt, opt.live, index
+        self.link = self.live.prepare(index, opt)
+        self._fresh = self._state = None
+        present, grads = self.live.index, [p.grad for p in self.live.adapters()]
+        try:
+            self.live.begin(index, self.link)
+            if index != present:
+                self.live.require_extended(old)
+            if reset == "state":
+                self._fresh = opt._fresh(self.live.adapters())
+            else:
+                new = {path: (layer.lora_A, layer.lora_B) for path, layer in self.live.layers.items()}
+                ranks = {path: factor.rank for path, factor in self.link.items()}
+                pairs = {path: (factor.A, factor.B) for path, factor in old.items()}
+                self._state = carried_over(opt.base, reset, pairs, new, ranks)
+        finally:
+            self.live.begin(present, old)
+            for parameter, grad in zip(self.live.adapters(), grads):
+                parameter.grad = grad
+
+    def begin(self) -> None:
+        """Put the link on the layers. If it does not start at zero, the weights give back its product."""
+        self.live.begin(self.index, self.link)
+        self.live.give_back()
+
+    def reset(self) -> None:
+        """Give the base the state that the new link begins with."""
+        if self._fresh is not None:
+            self.opt._adopt(self._fresh, self.live.adapters())
+        for parameter, state in (self._state or {}).items():
+            self.opt.base.state[parameter] = state
+
+
+class Knot:
+    """One knot, ready to be tied: the link is fit to be added to the weights, and the next one is fit to begin.
+
+    Args:
+        opt: the `ChainOptimizer`; nothing of it has changed when this returns or raises.
+        extend: whether a new link follows.
+
+    Raises:
+        KnotError: a factor, or a weight with the link in it, is not finite.
+        Exception: as `NextLink`.
+    """
+
+    def __init__(self, opt: Any, *, extend: bool) -> None:
+        self._started = time.perf_counter()
+        self.opt, self.live, self.chain = opt, opt.live, opt.chain
+        self.index, keep, base_model = self.live.index, self.chain.keep, opt._base_model
+        self.chain.require_next(self.index)
+        self.live.check()
+        opt._untrained.look(self.live, opt.base, opt.steps - opt._tied_at())
+        self.link = self.live.snapshot()
+        self.rank = self.live.rank
+        self.factors = {path: factor.cpu() for path, factor in self.link.items()} if keep else {}
+        self.trained = {**self.live.trainable.values(), **base_model.moved()} if keep else {}
+        self.base = self.chain.base
+        if self.base is None and self.index == 0 and keep:
+            self.base = base_model.fingerprint()
+        self._next = NextLink(opt, self.index + 1, self.link, opt.reset) if extend else None
+        if self._next is not None:
+            self.live.check_start(self._next.link, self._next.index)
+
+    def tie(self) -> None:
+        """``W ← round(W + s·B A)`` on every layer."""
+        self.ties = self.live.tie(self.index, self.link)
+
+    def record(self) -> KnotReport:
+        """Append the link, with what its tie did, to the chain."""
+        ties, loss = self.ties, self.opt._loss
+        report = KnotReport(
+            index=self.index,
+            step=self.opt.steps,
+            rank=self.rank,
+            delta_norm=sum(t.delta**2 for t in ties.values()) ** 0.5,
+            lost_norm=sum(t.lost**2 for t in ties.values()) ** 0.5,
+            loss=None if loss is None else float(loss),
+            seconds=time.perf_counter() - self._started,
+            layers={path: LayerReport(t.delta, t.lost, self.live.rounding_of(path)) for path, t in ties.items()},
+        )
+        self.chain.base = self.base
+        self.chain.append(Link(self.index, self.live.seed, self.factors, self.trained, report))
+        return report
+
+    def extend(self) -> None:
+        """Begin the next link: A drawn anew and B zero, unless the caller's init says otherwise."""
+        assert self._next is not None
+        self._next.begin()
+
+    def reset(self) -> None:
+        """Give the factors fresh optimizer state, or what the caller's ``reset`` makes of the old one."""
+        assert self._next is not None
+        self._next.reset()
