@@ -1,4 +1,4 @@
-"""ChainOptimizer: the one place that knows the order  step → knot? → tie → record → extend → reset."""
+"""ChainOptimizer, Algorithm 1: train; at a knot tie the link, record it, extend the chain, reset the state."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -12,24 +12,23 @@ from torch.optim import Optimizer
 from cola.chain.chain import Chain
 from cola.checkpoint.base_model import BaseModel
 from cola.checkpoint.resumable import Resumable
-from cola.checkpoint.state import GROUP_KEY, arguments_of
+from cola.checkpoint.state import arguments_of
 from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import agreed_mean
 from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
-from cola.knot.tie import KnotError
 from cola.knot.transaction import Knot
 from cola.lora.config import LinkConfig
 from cola.lora.coverage import Coverage, announced, covered
-from cola.lora.integrity import require_intact, require_removable, require_same_weights, warn_of_loaded_link, weights_of
+from cola.lora.integrity import require_removable, warn_of_loaded_link, weights_of
 from cola.lora.link import KnotReport
 from cola.lora.live import LiveLink
 from cola.lora.names import called
-from cola.lora.trainable import require_apart, warn_of_half
+from cola.lora.trainable import warn_of_half
 from cola.lora.untrained import Untrained
 from cola.policies import KnotPolicy, Signal
-from cola.wrapper import real_steps
 from cola.wrapper.loss_meter import LossWatch
+from cola.wrapper.real_steps import moves, rates_are_zero, stateless
 from cola.wrapper.wrapper import require_base
 
 logger = logging.getLogger("cola")
@@ -82,8 +81,6 @@ class ChainOptimizer(Resumable):
     >>> len(opt.chain), type(model[0]).__name__
     (3, 'Linear')
     """
-
-    own_entries = (GROUP_KEY,)
 
     @unaffected()
     def __init__(
@@ -141,44 +138,6 @@ class ChainOptimizer(Resumable):
         self._coverage = announced(self.live)
         super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
 
-    def _begin_first_link(self) -> None:
-        """If the first link does not start at zero, record the base model and let its weights give the product back."""
-        if self.live.starts_at_a_product():
-            if self.chain.keep:
-                self.chain.base = self._base_model.fingerprint()
-            self.live.give_back_first()
-            self._given_back = self._base_model.weights().digest
-
-    @property
-    def model(self) -> nn.Module:
-        """The model as it was given."""
-        return self.live.model
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base, the caller's own or frozen ones of the model; no knot touches them.
-
-        Raises:
-            ValueError: one is the weight of an adapted layer.
-        """
-        self._require_running("add_param_group()")
-        require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
-        self.base.add_param_group(param_group)
-        before = self.live.trained()
-        factors = {id(p) for p in self.live.adapters()}
-        self.live.trainable.add_all(p for p in self.param_groups[-1]["params"] if id(p) not in factors)
-        names = {id(p): name for name, p in self.live.trained().items() if name not in before}
-        added = self.param_groups[-1]["params"]
-        warn_of_half({names.get(id(p), f"the added parameter {i} {tuple(p.shape)}"): p for i, p in enumerate(added)})
-        self._base_model.settled = self._ready = False
-        self._coverage = covered(self.live)
-
-    def coverage(self) -> Coverage:
-        """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
-
-        Available at any time, also after `finish`.
-        """
-        return self._coverage
-
     # training
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -197,32 +156,20 @@ class ChainOptimizer(Resumable):
             KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
             RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
         """
-        # what is mostly in vain is asked without a call: between large products each costs microseconds
         if self.finished:
-            if closure is None and real_steps.rates_are_zero(self.base.param_groups):
+            if closure is None and rates_are_zero(self.base.param_groups):
                 return None  # distributed checkpointing asks for state to be made, and there is none any more
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
         groups = self.base.param_groups if self._ready else self.param_groups
-        probing = closure is None and not real_steps.moves(groups)
-        if probing:
-            self._require_trainable()
-            self._untrained.count(groups, self.steps)
-            self._probed, self._ready = sorted({*self._probed, *real_steps.stateless(self.base)}), False
-        elif not self._ready:
-            self._get_ready()
-        before = self._groups.before(groups)
-        result = self.base.step() if closure is None else self.base.step(self._losses.first_of(closure))
-        self._groups.after(before, self.base.param_groups)
-        if not probing:
+        if closure is None and not moves(groups):
+            result = self._probe(groups)
+        else:
             if not self._ready:
-                self._bound, self._probed = None, []
-                # a closure, or a hook of the base, may have added groups or loaded a state meanwhile
-                self._ready = self._loaded is None and (self._base_model.settled or not self.chain.keep)
-            self.steps += 1
-            self.chain.live = True
-            self._loss = self._losses.take(groups)
+                self._get_ready()
+            result = self._step_base(closure, groups)
+            self._counted(groups)
             if self.policy.update(Signal(self.steps, self._epoch, self._loss, agreed_mean, self)):
                 self._knot(extend=True)
         if self._optimizer_step_post_hooks:
@@ -230,6 +177,19 @@ class ChainOptimizer(Resumable):
         return result
 
     step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it: it runs its hooks itself
+
+    def _knot(self, *, extend: bool) -> KnotReport:
+        """One knot of Algorithm 1. If anything can go wrong, it does so before the first of the four steps."""
+        with self._transaction(extend) as knot:
+            knot.tie()
+            report = knot.record()
+            if extend:
+                knot.extend()
+                knot.reset()
+            else:
+                self._leave()
+        self._announce(report)
+        return report
 
     def observe(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
         """Tell the policy of the coming step's loss (several calls are averaged) or of the epochs completed.
@@ -309,54 +269,61 @@ class ChainOptimizer(Resumable):
             logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
         return report
 
-    # saving: in Resumable
+    # everything else that a user calls; saving and loading are in Resumable
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was given."""
+        return self.live.model
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base: the caller's own, or frozen ones of the model. No knot touches them.
+
+        Raises:
+            ValueError: one is the weight of an adapted layer.
+        """
+        self._require_running("add_param_group()")
+        self._add_group(param_group)
+        self._base_model.settled = self._ready = False
+        self._coverage = covered(self.live)
+
+    def coverage(self) -> Coverage:
+        """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
+
+        Available at any time, also after `finish`.
+        """
+        return self._coverage
 
     def __repr__(self) -> str:
         link = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
         where = f"finished with {len(self.chain)} links" if self.finished else link
         return f"ChainOptimizer({where}, {self.policy!r}, base={self.base!r})"
 
-    # inside
+    # behind the steps
 
-    def _make_base(self) -> Optimizer:
-        adapters, others = self.live.adapters(), list(self.live.trained().values())
-        groups = [{"params": adapters}, {"params": others}] if others else [{"params": adapters}]
-        base = self._factory(groups, **self._base_kwargs)
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"base={self._factory!r} returned {type(base).__name__}, not a torch.optim.Optimizer")
-        held = {id(p) for group in base.param_groups for p in group["params"]}
-        if held != {id(p) for p in (*adapters, *others)}:
-            raise ValueError(
-                f"base={self._factory!r} did not take the parameters it was given: it must train those of all "
-                f"{len(groups)} groups, {len(adapters) + len(others)} in number, and took {len(held)}"
-            )
-        if isinstance(base, torch.optim.SparseAdam):
-            raise ValueError("base=SparseAdam needs sparse gradients, and a link's are dense: use torch.optim.Adam")
-        base.param_groups[0][GROUP_KEY] = ""
-        self._made = len(base.param_groups)
-        return base
+    def _step_base(self, closure: Callable[[], Any] | None, groups: list[dict[str, Any]]) -> Any:
+        """A step of the base, watching which entries of the groups it changes."""
+        before = self._groups.before(groups)
+        result = self.base.step() if closure is None else self.base.step(self._losses.first_of(closure))
+        self._groups.after(before, self.base.param_groups)
+        return result
 
-    def _all_trained(self) -> list[nn.Parameter]:
-        return [*self.live.adapters(), *self.live.trained().values()]
+    def _probe(self, groups: list[dict[str, Any]]) -> Any:
+        """A step that moves nothing reaches the base, and the state that it makes is noted."""
+        self._require_trainable()
+        self._untrained.count(groups, self.steps)
+        self._probed, self._ready = sorted({*self._probed, *stateless(self.base)}), False
+        return self._step_base(None, groups)
 
-    def _settle(self) -> None:
-        """Before the first step, follow frameworks that replace the model's Parameters.
-
-        FSDP2 leaves the old ones in the groups; Accelerate puts placeholders there, which are none of ours and stay,
-        and then the new ones itself.
-        """
-        if self._bound is None or self._bound[0] is self.live.adapters()[0]:
-            return
-        fresh = self._all_trained()
-        held = {id(p) for group in self.base.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, (*self._bound, *fresh))):
-            return
-        new = {id(before): after for before, after in zip(self._bound, fresh, strict=True)}
-        self._bound = fresh
-        for group in self.base.param_groups:
-            group["params"] = [new.get(id(p), p) for p in group["params"]]
-        self.base.state.clear()
-        self._reset([p for group in self.base.param_groups for p in group["params"]])
+    def _counted(self, groups: list[dict[str, Any]]) -> None:
+        """Count a real step that has been taken."""
+        if not self._ready:
+            self._bound, self._probed = None, []
+            # a closure, or a hook of the base, may have added groups or loaded a state meanwhile
+            self._ready = self._loaded is None and (self._base_model.settled or not self.chain.keep)
+        self.steps += 1
+        self.chain.live = True
+        self._loss = self._losses.take(groups)
 
     def _get_ready(self) -> None:
         """Before the first real step, and the first after groups were added, a state loaded or a probe step taken."""
@@ -381,18 +348,13 @@ class ChainOptimizer(Resumable):
                 "weights before the ChainOptimizer is made"
             )
 
-    def _knot(self, *, extend: bool) -> KnotReport:
-        """One knot of Algorithm 1. If anything can go wrong, it does so before the first of the four steps."""
-        with self._transaction(extend) as knot:
-            knot.tie()
-            report = knot.record()
-            if extend:
-                knot.extend()
-                knot.reset()
-            else:
-                self._leave()
-        self._announce(report)
-        return report
+    def _begin_first_link(self) -> None:
+        """If the first link does not start at zero, record the base model and let its weights give the product back."""
+        if self.live.starts_at_a_product():
+            if self.chain.keep:
+                self.chain.base = self._base_model.fingerprint()
+            self.live.give_back_first()
+            self._given_back = self._base_model.weights().digest
 
     @contextmanager
     def _transaction(self, extend: bool) -> Iterator[Knot]:
@@ -455,18 +417,3 @@ class ChainOptimizer(Resumable):
             raise RuntimeError(
                 f"{call} is called in a listener of on_knot, which would be a knot inside a knot: do it after step()"
             )
-
-    def _require_trainable(self) -> None:
-        """The layers are as the chain left them, and their factors are in the groups."""
-        require_intact(self.live)
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        for path, layer in self.live.layers.items():
-            for name in ("lora_A", "lora_B"):
-                p = getattr(layer, name)
-                if p.requires_grad and id(p) not in held:
-                    raise KnotError(
-                        f"param_groups do not hold {name} of layer {path!r}: the model's parameters were replaced "
-                        "after the ChainOptimizer had begun, or the optimizer keeps copies of its own (DeepSpeed ZeRO "
-                        "does: use DDP or FSDP2), so this layer is not trained"
-                    )
-        require_same_weights(self.live, self._held)

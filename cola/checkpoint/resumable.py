@@ -18,7 +18,7 @@ from cola.chain.on_disk import Ledger
 from cola.checkpoint import restore
 from cola.checkpoint.base_model import BaseModel
 from cola.checkpoint.directory import read_run, write_run
-from cola.checkpoint.state import GROUP_KEY, Counters, RunState, class_name, knots_of
+from cola.checkpoint.state import Counters, RunState, class_name, knots_of
 from cola.checkpoint.state_dict import from_state_dict, to_state_dict
 from cola.common import interrupts
 from cola.common.contexts import unaffected
@@ -27,19 +27,17 @@ from cola.knot.reset import Reset, reset_name
 from cola.knot.transaction import NextLink
 from cola.lora.integrity import require_intact, require_same_weights
 from cola.lora.link import Link
-from cola.lora.live import LiveLink
 from cola.lora.names import listed
 from cola.policies import KnotPolicy
-from cola.wrapper.wrapper import Composed
+from cola.wrapper.link_groups import GROUP_KEY, LinkGroups
 
 logger = logging.getLogger("cola")
 
 
-class Resumable(Composed):
+class Resumable(LinkGroups):
     """Saving and loading, for `ChainOptimizer` to inherit."""
 
     chain: Chain
-    live: LiveLink
     policy: KnotPolicy
     reset: Reset
     steps: int
@@ -49,7 +47,6 @@ class Resumable(Composed):
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
-    _held: dict[str, nn.Parameter]  # the weights when training began, for `require_same_weights`
     _ready: bool = False  # whether the checks before a step have been made
     _given_back: str | None = None  # digest of the weights that gave back the first link's start, until a step
     _loaded: Counters | None = None  # of a loaded state, until a step has compared the model's weights with it

@@ -20,9 +20,7 @@ from cola.common.arguments import is_finite
 from cola.common.version import FORMAT
 from cola.lora.link import Link
 from cola.lora.live import LiveLink
-
-#: the entry of the first param group that holds the counters
-GROUP_KEY = "cola"
+from cola.wrapper.link_groups import GROUP_KEY
 
 #: fields of a `RunState` that map names to tensors; `encode` stores each under ``field:name``
 _TENSORS = ("A", "B", "start_A", "start_B", "start_lost", "trained", "buffers", "others", "residuals", "rng")

@@ -23,6 +23,7 @@ def register_kind(kind: Kind) -> Kind:
     Raises:
         TypeError: it is not one, or it has no ``plain_class`` to recognise modules by.
 
+    >>> import torch
     >>> class Doubled(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()

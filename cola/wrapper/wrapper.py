@@ -16,7 +16,7 @@ from cola.knot.reset import GroupWatch, adopt, fresh_instance, groups_with, tens
 from cola.knot.tie import KnotError
 
 
-class Composed(Optimizer):
+class OptimizerWrapper(Optimizer):
     """What `ChainOptimizer` is without a chain: a `torch.optim.Optimizer` around ``base``, which can be made afresh."""
 
     base: Optimizer
