@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from tests.cola.chained import chained
+from tests.cola.chain.chained import chained
 from tests.models import BODY, Net, loss_of, tiny_opt, train
 
 SCHEDULERS = {

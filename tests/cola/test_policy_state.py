@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import cola
 from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.policies import Signal
-from tests.cola.json_places import places, replaced
+from tests.cola.chain.json_places import places, replaced
 from tests.models import BODY, Net, train
 
 NO_COUNT = [-1, 0.5, 3.0, "3", None, True, math.nan, math.inf, [], [3], {}]

@@ -11,7 +11,7 @@ import torch
 
 from cola import LinkConfig
 from cola.lora.init import INITS
-from tests.cola.stored import trained
+from tests.cola.chain.stored import trained
 from tests.models import draw
 
 pytestmark = pytest.mark.numerics

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from tests.cola.chained import chained
+from tests.cola.chain.chained import chained
 from tests.models import BODY, Net, loss_of, train
 
 LINK = LinkConfig(r=2, lora_alpha=2, target_modules=BODY)

@@ -9,7 +9,7 @@ from torch import nn
 from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, NeverKnots, StepKnots
 from cola.chain import tensorfile
 from cola.chain.architecture import Architecture
-from tests.cola.opt_chains import close, fit, output
+from tests.cola.chain.opt_chains import close, fit, output
 from tests.models import Net, tiny_gpt2, tiny_opt
 
 peft = pytest.importorskip("peft")

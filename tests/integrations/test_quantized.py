@@ -101,7 +101,7 @@ def test_the_fast_forward_is_the_slow_twins(kind):
     opt = chained(model)
     train(opt, model, 8)
     module, x = model.first, inputs(0).requires_grad_()
-    fast, slow = module(x), module.composed(x)
+    fast, slow = module(x), module.reference(x)
     parameters = [x, module.lora_A, module.lora_B]
     one, two = (torch.autograd.grad(y.square().sum(), parameters) for y in (fast, slow))
     # fp32 sums of 72 products, in another order

@@ -5,7 +5,7 @@ import torch
 
 from cola import ChainOptimizer, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, Signal, StepKnots
 from cola.common.distributed import agreed_mean
-from tests.cola.chained import chained
+from tests.cola.chain.chained import chained
 from tests.models import loss_of, tiny_opt, train
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.chain.fingerprint import Fingerprint, checksum, fingerprint
 from cola.lora.names import base_tensors
-from tests.cola.bases_of_chains import EVERYTHING, Wide, altered_head, same, trained, wrap
+from tests.cola.checkpoint.bases_of_chains import EVERYTHING, Wide, altered_head, same, trained, wrap
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
 
 

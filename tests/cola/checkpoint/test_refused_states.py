@@ -9,8 +9,8 @@ import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots
 from cola.chain.packing import pack
-from tests.cola.json_places import places, replaced
-from tests.cola.resumed import KNOT, made, same, undisturbed, wrap
+from tests.cola.chain.json_places import places, replaced
+from tests.cola.checkpoint.resumed import KNOT, made, same, undisturbed, wrap
 from tests.models import BODY, Net, train
 
 

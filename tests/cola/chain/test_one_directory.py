@@ -16,7 +16,7 @@ from cola import Chain, ChainOptimizer, LinkConfig, StepKnots, StoreError
 from cola.chain import files, on_disk
 from tests.models import BODY, Net, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def new(seed=0, **link):

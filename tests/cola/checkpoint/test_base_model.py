@@ -9,7 +9,7 @@ import torch
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
 from cola.chain.fingerprint import checksum, fingerprint
 from cola.lora.names import base_tensors
-from tests.cola.bases_of_chains import EVERYTHING, Wide, altered_head, same, wrap
+from tests.cola.checkpoint.bases_of_chains import EVERYTHING, Wide, altered_head, same, wrap
 from tests.models import BODY, Net, loss_of, train
 
 

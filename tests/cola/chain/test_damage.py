@@ -11,7 +11,7 @@ import torch
 from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, StepKnots, StoreError
 from cola.chain import files, on_disk, tensorfile
 from cola.common.version import FORMAT
-from tests.cola.stored import same_links, trained
+from tests.cola.chain.stored import same_links, trained
 from tests.models import BODY, Net, train
 
 # damage

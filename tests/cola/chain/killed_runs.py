@@ -1,8 +1,8 @@
 """Kill a training process again and again, resume it each time, and compare where it ends.
 
-Run as ``python -m tests.cola.killed_runs KILLS SEED``. It imports everything once, forks a process for every attempt
-and prints one JSON line. An attempt dies by SIGKILL, which nothing can catch: either at its n-th event, where an event
-is a training step, a tie, or a call to the operating system that writes, or at a random time.
+Run as ``python -m tests.cola.chain.killed_runs KILLS SEED``. It imports everything once, forks a process for every
+attempt and prints one JSON line. An attempt dies by SIGKILL, which nothing can catch: at a random time, or at its n-th
+event, which is a training step, a tie, or a call to the operating system that writes.
 """
 
 import json

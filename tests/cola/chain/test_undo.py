@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cola import ChainOptimizer, LinkConfig, StepKnots
-from tests.cola.stored import same, trained
+from tests.cola.chain.stored import same, trained
 from tests.models import BODY, Net, train
 
 

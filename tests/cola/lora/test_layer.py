@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cola.lora.kinds import adapted_class, is_linear_map, refusal
+from cola.lora.kinds import is_linear, known_kind, refusal
 from cola.lora.layer import LoRALinear, LowRankLinear, _masked, kept, share_kept
 
 pytestmark = pytest.mark.numerics
@@ -27,7 +27,7 @@ def adapted(out=5, inner=7, r=3, dtype=torch.float64, bias=True, seed=0, scaling
     for p in layer.parameters():
         p.data = torch.randn(p.shape, generator=g).to(dtype)
         p.requires_grad_(False)
-    layer.__class__ = adapted_class(layer)
+    layer.__class__ = known_kind(layer).over(type(layer))
     factor = torch.float64 if dtype == torch.float64 else torch.float32
     layer.attach(
         torch.randn(r, inner, generator=g, dtype=factor),
@@ -61,7 +61,7 @@ def test_fast_path_equals_composed(conv1d, out, inner, r, bias, lead, train_bias
     if layer.bias is not None:
         layer.bias.requires_grad_(train_bias)
     x = inputs(layer, *lead)
-    for fast, slow in zip(grads(layer, layer, x), grads(layer.composed, layer, x)):
+    for fast, slow in zip(grads(layer, layer, x), grads(layer.reference, layer, x)):
         assert fast.shape == slow.shape
         # float64, at most 9·(…) terms of size ≤ ~4³·1.7: a few hundred roundings of 2e-16 relative to ~1e2
         assert torch.allclose(fast, slow, rtol=1e-12, atol=1e-11)
@@ -107,7 +107,7 @@ def test_what_lends_its_shape_alone_has_no_second_derivative():
     found, expected = (
         torch.autograd.grad(torch.autograd.grad(fn(inputs(layer, 4)).square().sum(), layer.lora_A, create_graph=True),
                             layer.lora_A, direction)[0]
-        for fn in (layer, layer.composed)
+        for fn in (layer, layer.reference)
     )  # fmt: skip
     assert torch.equal(found.isnan(), expected.isnan())
 
@@ -167,7 +167,7 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training():
         dropped = (nn.functional.dropout(torch.ones_like(x), 0.5)) * x
         torch.manual_seed(0)
         slow = base + 1.7 * dropped @ layer.lora_A.t() @ layer.lora_B.t()
-        assert torch.allclose(layer.composed(x), slow, atol=1e-12)
+        assert torch.allclose(layer.reference(x), slow, atol=1e-12)
         torch.manual_seed(0)
         mask = kept(x, 0.5, int(torch.randint(1 << 62, ()))) != 0
         torch.manual_seed(0)
@@ -288,7 +288,7 @@ def test_detaching_leaves_no_trace(kind):
     before, calls = set(vars(layer)), []
     layer.register_forward_hook(lambda *a: calls.append(1))
     keys, params = list(layer.state_dict()), list(layer.parameters())
-    layer.__class__ = adapted_class(layer)
+    layer.__class__ = known_kind(layer).over(type(layer))
     layer.attach(torch.zeros(2, 4), torch.zeros(3, 2), 1.0, 0.0)
     assert isinstance(layer, kind)
     assert isinstance(layer, LoRALinear)
@@ -338,8 +338,8 @@ def test_put_keeps_the_parameters_and_the_function(mask, old, new):
 
 
 def test_what_can_carry_a_link():
-    assert is_linear_map(nn.Linear(2, 2))
-    assert not is_linear_map(nn.Embedding(2, 2))
+    assert is_linear(nn.Linear(2, 2))
+    assert not is_linear(nn.Embedding(2, 2))
     assert refusal(nn.Linear(2, 2)) is None
     assert "already carries a link" in refusal(adapted())
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
-from tests.cola.opt_chains import close
+from tests.cola.chain.opt_chains import close
 
 peft = pytest.importorskip("peft")
 

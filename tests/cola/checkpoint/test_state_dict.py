@@ -8,7 +8,7 @@ import torch
 
 from cola import Chain, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.common.version import FORMAT
-from tests.cola.chained import chained
+from tests.cola.chain.chained import chained
 from tests.models import BODY, Net, train
 
 

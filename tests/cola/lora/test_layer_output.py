@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
-from tests.cola.test_layer import adapted
+from tests.cola.lora.test_layer import adapted
 
 
 def assign(y):
@@ -71,7 +71,7 @@ LAYERS = {
 def test_operations_on_the_output(operation, kind, lead):
     layer, x = adapted(**LAYERS[kind]), torch.randn(*lead, 7, dtype=torch.float64)
     results = []
-    for way in (layer, layer.composed):
+    for way in (layer, layer.reference):
         torch.manual_seed(3)  # of the dropout, whose mask differs between the two ways
         mine = x.clone().requires_grad_()
         out = OPERATIONS[operation](way(mine))

@@ -11,7 +11,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, Factor, KnotReport, LayerReport, Link, LinkConfig, StepKnots
 from cola.chain import files, on_disk
-from tests.cola.stored import same, same_links, trained
+from tests.cola.chain.stored import same, same_links, trained
 from tests.models import BODY, Net, train
 
 # round trips

@@ -10,7 +10,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, Factor, KnotReport, Link, LinkConfig, StepKnots
 from cola.chain import spectrum, tensorfile
-from tests.cola.opt_chains import close, fit, output
+from tests.cola.chain.opt_chains import close, fit, output
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
 
 pytestmark = pytest.mark.numerics

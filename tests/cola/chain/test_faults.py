@@ -14,12 +14,12 @@ import torch
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
 from tests.models import BODY, Net, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def killed(kills, seed):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cola.killed_runs", str(kills), str(seed)],
+        [sys.executable, "-m", "tests.cola.chain.killed_runs", str(kills), str(seed)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from tests.cola.resumed import CASES, KNOT, TOTAL, made, same, undisturbed, wrap
+from tests.cola.checkpoint.resumed import CASES, KNOT, TOTAL, made, same, undisturbed, wrap
 from tests.models import BODY, Net, closure_steps, loss_of, tiny_gpt2, train
 
 pytestmark = pytest.mark.numerics

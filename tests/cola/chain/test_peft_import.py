@@ -7,7 +7,7 @@ import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StoreError
 from cola.chain import files, tensorfile
-from tests.cola.opt_chains import IDS, close, fit, output
+from tests.cola.chain.opt_chains import IDS, close, fit, output
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt
 
 peft = pytest.importorskip("peft")

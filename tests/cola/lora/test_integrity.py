@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.lora.layer import AdaptedLayer
-from tests.cola.chained import chained
+from tests.cola.chain.chained import chained
 from tests.models import BODY, Net, batch, loss_of, tiny_opt, train
 
 STEPS = 4  # a knot after the third
