@@ -68,7 +68,7 @@ def test_a_chain_on_pefts_layers_is_the_chain_on_plain_layers(how):
     # both are fp32 sums of at most 32 terms in another order, amplified by 8 Adam steps of size lr
     assert other == pytest.approx(mine, rel=2e-4)
     assert len(two.chain) == 2
-    assert torch.equal(one.live.prepare(2).pairs[path][0], two.live.prepare(2).pairs[path][0])
+    assert torch.equal(one.live.prepare(2)[path].A, two.live.prepare(2)[path].A)
 
 
 @pytest.mark.parametrize("how", ["get_peft_model", "inject"])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import cola.lora.live
+import cola.lora.layer
 from cola import Chain, ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
 from tests.models import BODY, Net, loss_of
 
@@ -117,7 +117,7 @@ def attempt(case: str, directory: Path, out: Path, deadly_event: int | None, sec
             os.fsync, os.replace, os.unlink = (
                 counted(f, n) for f, n in ((os.fsync, "fsync"), (os.replace, "rename"), (os.unlink, "unlink"))
             )
-            cola.lora.live.tie_anywhere = counted(cola.lora.live.tie_anywhere, "tie")
+            cola.lora.layer.tie_anywhere = counted(cola.lora.layer.tie_anywhere, "tie")
             weights = run(case, directory)
             out.write_text(json.dumps({"weights": weights.tolist(), "events": events}))
             status = 0

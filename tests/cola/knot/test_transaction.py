@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, StepKnots
-from cola.lora import live
+from cola.lora import layer
 from cola.lora.layer import AdaptedLayer
 from tests.models import BODY, Net, loss_of, train
 
@@ -209,7 +209,7 @@ def test_a_finish_that_is_disturbed_has_tied_once(how, monkeypatch):
         opt.policy.knotted = raising
     elif how == "interrupt":
         error, match = KeyboardInterrupt, None
-        monkeypatch.setattr(live, "tie_anywhere", interrupted(live.tie_anywhere))
+        monkeypatch.setattr(layer, "tie_anywhere", interrupted(layer.tie_anywhere))
     else:
         opt.on_knot(lambda report: opt.finish() if how == "finish inside" else opt.tie())
         match = "after finish"
@@ -277,7 +277,7 @@ def test_an_interrupt_in_the_middle_of_a_tie_waits_for_the_knot(monkeypatch):
     undisturbed = ChainOptimizer(torch.optim.AdamW, twin, NeverKnots(), link=LINK, lr=0.02)
     train(opt, model, 3), train(undisturbed, twin, 3)
     with monkeypatch.context() as patch, default_interrupts():
-        patch.setattr(live, "tie_anywhere", interrupted(live.tie_anywhere))
+        patch.setattr(layer, "tie_anywhere", interrupted(layer.tie_anywhere))
         with pytest.raises(KeyboardInterrupt):
             opt.tie()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
