@@ -19,17 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from theory import bounds
+from theory import theorem
 from theory.frank_wolfe import frank_wolfe
-from theory.lanczos import top_singular
-from theory.points import ObservedMatrix
-from theory.recovery import (
-    DenseCompletion,
-    ObservedCompletion,
-    low_rank_data,
-    observed_completion,
-    robust,
-)
+from theory.iterates import ObservedMatrix
+from theory.oracles.lanczos import top_singular
+from theory.problems.recovery import DenseCompletion, ObservedCompletion, low_rank_data, observed_completion, robust
 
 # dense m, n, T and observed m, n, entries, T: the sizes of the comparison
 DENSE = ((200, 200, 500), (1000, 1000, 100), (3000, 2000, 12))
@@ -154,7 +148,7 @@ def compare(
 ) -> Row:
     """Alternate ours and copt for some rounds, then certify both final points."""
     delta, shape = float(p.oracle.circumradius), (p.oracle.shape[0], p.oracle.shape[1])
-    eta = bounds.theorem_step(p.M, p.beta, p.oracle.diameter, T)
+    eta = theorem.theorem_step(p.M, p.beta, p.oracle.diameter, T)
     ours, theirs = [], []
     for _ in range(rounds):
         started = time.perf_counter()

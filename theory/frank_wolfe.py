@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from theory import bounds
+from theory import theorem
 from theory.arguments import count
-from theory.gradients import Estimator, FullGradient
+from theory.gradient_estimators import Estimator, FullGradient
+from theory.iterates import Gradient, Point, Vertex, inner, norm
 from theory.oracles import Oracle
-from theory.points import Gradient, Point, Vertex, inner, norm
 from theory.problems import Problem
 from theory.seeds import generator
-from theory.steps import Constants, Situation, Step, TheoremStep
+from theory.step_sizes import Constants, Situation, Step, TheoremStep
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class Run:
     @property
     def scale(self) -> float:
         """``s = sqrt(M beta) D / sqrt(T)``."""
-        return bounds.scale(self.problem.M, self.problem.beta, self.oracle.diameter, self.T)
+        return theorem.scale(self.problem.M, self.problem.beta, self.oracle.diameter, self.T)
 
     @property
     def average(self) -> float:

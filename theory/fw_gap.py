@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from theory import bounds, plots, significance, suite
-from theory.checks import FAIL, PASS, STRUCTURAL, VACUOUS, Check
+from theory import theorem
+from theory.checks import FAIL, PASS, VACUOUS, Check, significance
+from theory.checks.record import STRUCTURAL
 from theory.frank_wolfe import Run
-from theory.gradients import Minibatch
-from theory.instances import INSTANCES, TIGHT
-from theory.steps import STEPS, Step, TheoremStep
-from theory.suite import Record, Task
+from theory.gradient_estimators import Minibatch
+from theory.problems.instances import INSTANCES, TIGHT
+from theory.step_sizes import STEPS, Step, TheoremStep
+from theory.suite import plots, tasks
+from theory.suite.tasks import Record, Task
 
 ORACLES = ("own", "lanczos", "additive", "multiplicative")
 
@@ -82,7 +84,7 @@ def chosen(options: argparse.Namespace) -> list[Task]:
         options.sigma,
     )
     if all(value is None for value in custom):
-        return list(suite.standard(_seeds(options), options.seed))
+        return list(tasks.standard(_seeds(options), options.seed))
     for name in options.instance or []:
         if name not in INSTANCES:
             raise ValueError(f"--instance {name!r} is not known: choose from {', '.join(INSTANCES)}")
@@ -139,10 +141,10 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
                 f" b={batch}": batch is not None,
             }
             tag = "".join(part for part, told in shown.items() if told)
-            oracle = suite.oracle_maker(kind, epsilon, rho)
+            oracle = tasks.oracle_maker(kind, epsilon, rho)
             gradient = None if batch is None else Minibatch(batch)
             cell = partial(
-                suite.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag, level=level
+                tasks.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag, level=level
             )
             rated = name if not tag else None
             yield Task(name + tag, partial(_cell, cell, rated, STEPS[rule], horizons_of[name], seeds))
@@ -154,7 +156,7 @@ def _cell(
     """The runs of one setting; for the plain algorithm on a near-tight instance also the record of its rate."""
     out = [run(T=T, step=step, seed=seed) for T in horizons for seed in seeds]
     if rated in TIGHT and len(horizons) >= 4:
-        out.append(suite.rate_record(rated, out))
+        out.append(tasks.rate_record(rated, out))
     return out
 
 
@@ -224,7 +226,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
             last[r.label] = run  # of several horizons, the largest
     for label, run in last.items():
         p, eta = run.problem, float(run.eta[0])
-        sharp = bounds.sharp_bound(run.drop, p.beta, run.oracle.circumradius, run.T, eta)
+        sharp = theorem.sharp_bound(run.drop, p.beta, run.oracle.circumradius, run.T, eta)
         rows.append((label, run.average / run.scale, run.smallest / run.scale, sharp / run.scale))
     if rows:
         rows.sort(key=lambda row: -row[1])

@@ -1,7 +1,7 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
-`GapProbe` measures a chain (llm_probe.py), `Decomposition` says where its average gap went
-(llm_decomposition.py), and the chains to look at are made in llm_demo.py.
+`GapProbe` measures a chain (real_run/probe.py), `Decomposition` says where its average gap went
+(real_run/decomposition.py), and the chains to look at are made in real_run/chains.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from theory import llm_demo
 from theory.arguments import count, positive
-from theory.llm_decomposition import Decomposition, LayerGap, Probe
-from theory.llm_probe import GapProbe
+from theory.real_run import chains
+from theory.real_run.decomposition import Decomposition, LayerGap, Probe
+from theory.real_run.probe import GapProbe
 
 __all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "main", "parser"]
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if the decomposition holds to rounding, 1 if not, 2 for a bad argument."""
     options = parser().parse_args(arguments)
-    from theory import llm_plots  # matplotlib is slow to import, and --help does without
+    from theory.real_run import plots  # matplotlib is slow to import, and --help does without
 
     try:
         count("--epochs", options.epochs, "passes over the training text")
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.model == "random" and options.arm is not None:
             raise ValueError("--arm names an arm of the demo: leave it out with --model random")
         options.arm = "cola-3" if options.arm is None else options.arm
-        run = llm_demo.train(options)
+        run = chains.train(options)
         result = run.probe.decompose(eta=options.eta, delta=options.delta)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     lines.append(json.dumps({"kind": "chain", "model": options.model, "seed": options.seed, **result.as_dict()}))
     (options.out / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    picture = llm_plots.chain_gap(result, run.probe.probes, options.out / "chain_gap.png")
+    picture = plots.chain_gap(result, run.probe.probes, options.out / "chain_gap.png")
     print(f"results: {options.out / 'results.jsonl'}\npicture: {picture}")
     # the identity is algebra on recorded float64 numbers: a few of their units in the last place
     tolerance = 1e-12 * max(1.0, float(np.abs(result.loss).max()) / (result.eta * len(result.low)))

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theory.points import Gradient, LowRank, ObservedMatrix, ObservedPoint, Pattern, Point, Vertex
-from theory.recovery import ObservedCompletion
+from theory.iterates import Gradient, LowRank, ObservedMatrix, ObservedPoint, Pattern, Point, Vertex
+from theory.problems.recovery import ObservedCompletion
 
 DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
@@ -129,7 +129,7 @@ def on_torch(problem: ObservedCompletion, device: str | torch.device = "cuda") -
     """The twin of a problem on a torch device.
 
     Args:
-        problem: from `theory.recovery.observed_completion`, or your own. device: such as ``"cuda"`` or
+        problem: from `theory.problems.recovery.observed_completion`, or your own. device: such as ``"cuda"`` or
             ``"cpu"``.
 
     Raises:
@@ -137,7 +137,7 @@ def on_torch(problem: ObservedCompletion, device: str | torch.device = "cuda") -
 
     Example:
         >>> from theory.frank_wolfe import frank_wolfe
-        >>> from theory.recovery import observed_completion
+        >>> from theory.problems.recovery import observed_completion
         >>> problem = observed_completion(40, 30, 300)
         >>> here, there = (frank_wolfe(p, 20, snapshots=0) for p in (problem, on_torch(problem, "cpu")))
         >>> bool(abs(here.average / there.average - 1) < 1e-9)

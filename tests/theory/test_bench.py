@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from theory import bench
-from theory.bounds import theorem_step
 from theory.frank_wolfe import frank_wolfe
-from theory.recovery import observed_completion
+from theory.problems.recovery import observed_completion
+from theory.theorem import theorem_step
 
 pytest.importorskip("copt", reason="copt is an extra that only the comparison needs")
 

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from tests.theory import mutations
-from theory import fw_gap, suite
-from theory.audit import audit
+from tests.theory.checks import mutations
+from theory import fw_gap
+from theory.checks import audit
 from theory.frank_wolfe import frank_wolfe
-from theory.instances import INSTANCES
-from theory.suite import Task
+from theory.problems.instances import INSTANCES
+from theory.suite import tasks
+from theory.suite.tasks import Task
 
 pytestmark = pytest.mark.numerics
 
@@ -119,8 +120,8 @@ def test_a_closed_pipe_ends_without_a_traceback():
 
 def test_a_failing_check_sets_the_exit_status_and_is_named(tmp_path, capsys, monkeypatch):
     run = mutations.quarter_beta()
-    broken = Task("broken", lambda: [suite.run_record("broken", run, 0.0, audit(run))])
-    monkeypatch.setattr(suite, "standard", lambda *args: [broken])
+    broken = Task("broken", lambda: [tasks.run_record("broken", run, 0.0, audit(run))])
+    monkeypatch.setattr(tasks, "standard", lambda *args: [broken])
     assert fw_gap.main(["--no-plots", "--out", str(tmp_path)]) == 1
     assert "FAIL broken (T = 400): curvature <= beta: 4 against 1" in capsys.readouterr().out
     assert lines(tmp_path)[0]["verdict"] == "FAIL"
@@ -148,7 +149,7 @@ def test_importing_the_package_touches_nothing():
     code = """
 import sys, numpy
 before = numpy.random.get_state()[1].copy()
-import theory.fw_gap, theory.bounds, theory.lanczos
+import theory.fw_gap, theory.theorem, theory.oracles.lanczos
 assert (before == numpy.random.get_state()[1]).all()
 print(sorted({m.split('.')[0] for m in sys.modules} & {'matplotlib', 'torch', 'cola', 'tqdm', 'copt'}))
 """

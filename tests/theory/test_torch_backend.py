@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from theory.audit import audit
-from theory.checks import FAIL
+from theory.checks import FAIL, audit
 from theory.frank_wolfe import frank_wolfe
-from theory.recovery import observed_completion
+from theory.problems.recovery import observed_completion
 from theory.torch_backend import on_torch
 
 pytestmark = pytest.mark.numerics

@@ -1,0 +1,44 @@
+"""Each planted error is caught, by the checks that are there for it; the sound twin of each passes them all."""
+
+import pytest
+
+from tests.theory.checks import mutations
+from theory.checks import FAIL, PASS, audit, failures
+
+pytestmark = pytest.mark.numerics
+
+# the checks that must each catch the error by itself, so that no single check carries the suite
+CAUGHT_BY = {
+    "flipped_sign": {"identity", "gap = dense SVD"},
+    "half_diameter": {"distance <= D"},
+    "quarter_beta": {"curvature <= beta", "descent"},
+    "quarter_M": {"range <= M"},
+    "dropped_epsilon": {"identity", "descent", "sharper: 1.5 s"},
+    "silent_epsilon": {"oracle error", "sharper: 1.5 s"},
+    "stale_gradient": {"oracle error"},
+    "stale_problem": {"gradient", "curvature <= beta"},
+    "double_step_rule": {"step"},
+    "double_step_taken": {"reverse descent", "curvature <= beta"},
+    "vertex_outside": {"vertex in K", "error >= 0", "distance <= D"},
+    "double_diameter": {"D is attained"},
+    "minibatch_gap": {"gap = dense SVD", "identity"},
+}
+
+
+@pytest.mark.parametrize("plant", mutations.MUTATIONS, ids=lambda f: f.__name__)
+def test_planted_error_is_caught(plant):
+    caught = {check.name for check in failures(audit(plant()))}
+    assert CAUGHT_BY[plant.__name__] <= caught, f"caught only by {sorted(caught)}"
+
+
+@pytest.mark.parametrize("plant", mutations.SOUND, ids=lambda f: f.__name__)
+def test_sound_twin_passes(plant):
+    checks = audit(plant())
+    assert not failures(checks)
+    assert sum(check.verdict == PASS for check in checks) >= 14
+
+
+def test_margin_is_negative_exactly_where_a_check_fails():
+    for plant in [*mutations.SOUND, *mutations.MUTATIONS]:
+        for check in audit(plant()):
+            assert (check.margin < 0) == (check.verdict == FAIL), check

@@ -1,0 +1,318 @@
+"""The standard suite: which instances, horizons and settings the command runs, and the records that come out.
+
+A `Task` is a name and a function without arguments that returns `Record`s, so that the command can show
+progress and filter by name. Sizes are chosen for two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from theory.checks import FAIL, PASS, VACUOUS, Check, audit, noise
+from theory.checks.record import at_most
+from theory.checks.significance import LEVEL
+from theory.frank_wolfe import Run, frank_wolfe
+from theory.gradient_estimators import SPIDER, SVRF, Estimator, Minibatch, Momentum
+from theory.oracles import AdditiveError, MultiplicativeError, Oracle, TraceBall
+from theory.problems import NoisyProblem, Problem, StochasticProblem
+from theory.problems.instances import INSTANCES, TIGHT
+from theory.problems.tight import magnitude_counterexample, one_step_worst_case, trace_quadratic
+from theory.step_sizes import STEPS, Step, TheoremStep
+from theory.suite import ladders
+
+
+@dataclass
+class Record:
+    """One line of the table and of the JSON file: a run, or a group of runs, with its checks."""
+
+    label: str
+    kind: str
+    T: int
+    average: float
+    smallest: float
+    scale: float
+    checks: list[Check]
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list, repr=False)
+    rungs: list[ladders.Rung] = field(default_factory=list, repr=False)
+
+    def count(self, verdict: str) -> int:
+        """How many of the checks have this verdict."""
+        return sum(check.verdict == verdict for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """FAIL if any check fails; VACUOUS if none says anything; else PASS."""
+        return FAIL if self.count(FAIL) else PASS if self.count(PASS) else VACUOUS
+
+    def as_json(self) -> str:
+        """One JSON line, without the runs."""
+        line = {
+            "label": self.label,
+            "kind": self.kind,
+            "verdict": self.verdict,
+            "T": self.T,
+            "average": self.average,
+            "smallest": self.smallest,
+            "s": self.scale,
+            "average_over_s": self.average / self.scale,
+            "smallest_over_s": self.smallest / self.scale,
+            "seconds": round(self.seconds, 3),
+            **self.facts,
+            "checks": [check.as_dict() for check in self.checks],
+        }
+        return json.dumps(_finite(line))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named piece of the suite."""
+
+    name: str
+    run: Callable[[], list[Record]]
+
+
+def run_record(label: str, run: Run, seconds: float, checks: list[Check] | None = None) -> Record:
+    """The record of a single run, audited unless checks are given."""
+    p, started = run.problem, time.perf_counter()
+    checks = audit(run) if checks is None else checks
+    facts = {
+        "problem": p.name,
+        "step": run.step.name,
+        "oracle": repr(run.oracle),
+        "epsilon": run.oracle.epsilon,
+        "rho": run.oracle.rho,
+        "gradient": run.estimator.name,
+        "seed": run.seed,
+        "M": p.M,
+        "beta": p.beta,
+        "D": run.oracle.diameter,
+        "R": run.oracle.circumradius,
+        "first_gap": float(run.gap[0]),
+        "drop": run.drop,
+    }
+    seconds += time.perf_counter() - started
+    return Record(label, "run", run.T, run.average, run.smallest, run.scale, checks, seconds, facts, [run])
+
+
+def _timed(label: str, **arguments: Any) -> Record:
+    started = time.perf_counter()
+    run = frank_wolfe(**arguments)
+    return run_record(label, run, time.perf_counter() - started)
+
+
+def single(
+    name: str,
+    T: int,
+    step: Step | None = None,
+    seed: int = 0,
+    oracle: Callable[[Problem], Oracle] | None = None,
+    gradient: Estimator | None = None,
+    sigma: float | None = None,
+    tag: str = "",
+    level: float = LEVEL,
+) -> Record:
+    """One audited run of a named instance.
+
+    Args:
+        name: key of `INSTANCES`. oracle: makes the corrupted oracle from the problem. sigma: size of added
+            noise, for an estimated gradient on a problem that draws no batches itself. tag: appended to
+            the label.
+        level: of each of the checks of an estimated gradient, two at most.
+    """
+    problem = INSTANCES[name].build(T, seed)
+    if gradient is not None and gradient.noisy and not isinstance(problem, StochasticProblem):
+        problem = NoisyProblem(problem, 2.0 if sigma is None else sigma)
+    record = _timed(
+        name + tag,
+        problem=problem,
+        T=T,
+        step=step,
+        seed=seed,
+        oracle=None if oracle is None else oracle(problem),
+        gradient=gradient,
+    )
+    if gradient is not None and gradient.noisy:
+        record.checks += noise.estimate_checks(record.runs[0], level)
+    return record
+
+
+def rate(name: str, horizons: Sequence[int], seed: int = 0) -> list[Record]:
+    """Separate runs over horizons, and the record of their rate."""
+    out = [single(name, T, seed=seed) for T in horizons]
+    return [*out, rate_record(name, out)]
+
+
+def rate_record(name: str, records: Sequence[Record]) -> Record:
+    """The slope over separate runs, or flatness in units of s for G, whose constants grow with T."""
+    runs, last = [record.runs[0] for record in records], records[-1]
+    checks = ladders.flatness_check(runs) if name == "G" else [ladders.rate_check(runs)]
+    return Record(f"{name} rate", "rate", last.T, last.average, last.smallest, last.scale, checks, 0.0, {}, runs)
+
+
+def ladder_record(label: str, kind: str, rungs: list[ladders.Rung], seconds: float) -> list[Record]:
+    """One record per rung."""
+    out = []
+    for rung in rungs:
+        run = rung.runs[0]
+        facts: dict[str, Any] = {kind: rung.setting, "seeds": len(rung.runs), "half_width": rung.average.half}
+        facts |= {key: value.mean for key, value in rung.extra.items()}
+        smallest = float(np.mean([r.smallest for r in rung.runs]))
+        out.append(
+            Record(
+                f"{label} {rung.setting:g}",
+                kind,
+                run.T,
+                rung.average.mean,
+                smallest,
+                run.scale,
+                rung.checks,
+                seconds / len(rungs),
+                facts,
+                rung.runs,
+                [rung],
+            )
+        )
+    return out
+
+
+def epsilon_task(epsilons: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
+    """The additive ladder on F from random vertices, both adversaries."""
+    out = []
+    for adversary in ("away", "stall"):
+        started = time.perf_counter()
+        rungs = ladders.epsilon_ladder(lambda s: trace_quadratic(seed=s), T, epsilons, seeds, adversary)
+        out += ladder_record(f"F eps {adversary}", "epsilon", rungs, time.perf_counter() - started)
+    return out
+
+
+def rho_task(rhos: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
+    """The multiplicative ladder on F from random vertices, both adversaries."""
+    out = []
+    for adversary in ("away", "stall"):
+        started = time.perf_counter()
+        rungs = ladders.rho_ladder(lambda s: trace_quadratic(seed=s), T, rhos, seeds, adversary)
+        out += ladder_record(f"F rho {adversary}", "rho", rungs, time.perf_counter() - started)
+    return out
+
+
+def batch_task(batches: Sequence[int], seeds: Sequence[int], T: int = 1000, sigma: float = 2.0) -> list[Record]:
+    """The batch ladder on F with Gaussian noise."""
+    started = time.perf_counter()
+    rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(), sigma), T, batches, seeds)
+    return ladder_record("F batch", "batch", rungs, time.perf_counter() - started)
+
+
+def growing_batches(seeds: Sequence[int]) -> list[Record]:
+    """``b = sigma^2 T/(M beta)`` keeps the slope of -1/2."""
+    started, problem = time.perf_counter(), NoisyProblem(trace_quadratic(), 2.0)
+    runs = [ladders.growing_batch_runs(problem, (60, 120, 240, 480), seed) for seed in seeds]
+    slopes = [ladders.fitted_slope([r.T for r in group], [r.average for r in group]) for group in runs]
+    longest = [group[-1] for group in runs]
+    average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
+    checks = [ladders.rates_check(slopes)]
+    seconds = time.perf_counter() - started
+    return [Record("F b ~ T rate", "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
+
+
+def constants_task() -> list[Record]:
+    """Where the paper's constant breaks: instances that must exceed 2 s, and the two that attain 1.5 and 2.5."""
+    out = []
+    for lifted in (False, True):
+        run = frank_wolfe(magnitude_counterexample(lifted=lifted), 3000)
+        ratio = run.average / run.scale
+        checks = [
+            at_most("2 s is exceeded when only |L| <= M", 2.0, ratio, detail=f"avg/s = {ratio:.4f}"),
+            at_most("2.5 s holds when |L| <= M", ratio, 2.5),
+        ]
+        out.append(run_record("|L|<=M" + (" lifted" if lifted else ""), run, 0.0, checks))
+    for constant in (1.5, 2.5):
+        run = frank_wolfe(one_step_worst_case(constant), 1)
+        ratio = run.average / run.scale
+        checks = [at_most(f"{constant} s is attained at T = 1", abs(ratio - constant), 0.0, 4 * np.finfo(float).eps)]
+        out.append(run_record(f"one step {constant}", run, 0.0, checks))
+    return out
+
+
+def estimators_task(seed: int) -> list[Record]:
+    """Every estimator on a finite sum."""
+    estimators: tuple[Estimator, ...] = (
+        Minibatch(16),
+        Minibatch(lambda t: t),
+        Momentum(16),
+        SVRF(16, 32),
+        SPIDER(16, 32),
+    )
+    return [single("tanh", 1000, gradient=e, seed=seed, tag=f" {e.name}") for e in estimators]
+
+
+def standard(
+    seeds: int = 8,
+    seed: int = 0,
+    epsilons: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.1),
+    rhos: Sequence[float] = (1.0, 0.7, 0.5, 0.3, 0.2),
+    batches: Sequence[int] = (1, 16, 256, 4096),
+) -> Iterator[Task]:
+    """The tasks of the standard suite.
+
+    Args:
+        seeds: runs per rung of a ladder. seed: the first of them. epsilons, rhos, batches: the rungs.
+    """
+    many = range(seed, seed + seeds)
+    few = many[: max(2, seeds // 2)]
+    for name in TIGHT:
+        yield Task(f"{name}: rate", partial(rate, name, INSTANCES[name].horizons, seed))
+    for name, T in (("A", 1000), ("F", 1000), ("B2", 1000), ("G", 200)):
+        for step in STEPS.values():
+            if step != TheoremStep():
+                yield Task(f"{name}: {step.name}", partial(_one, name, T, seed, step, f" {step.name}"))
+    yield Task("constants", constants_task)
+    yield Task("epsilon ladder", partial(epsilon_task, epsilons, few))
+    yield Task("rho ladder", partial(rho_task, rhos, few))
+    yield Task("batch ladder", partial(batch_task, batches, many))
+    # short runs, and twice as many: the fewer there are, the wider is Student's interval at this level
+    yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
+    yield Task("estimators", partial(estimators_task, seed))
+    for name, instance in INSTANCES.items():
+        if name not in TIGHT:
+            yield Task(name, partial(_one, name, instance.horizons[0], seed))
+
+
+def _one(name: str, T: int, seed: int, step: Step | None = None, tag: str = "") -> list[Record]:
+    return [single(name, T, step, seed, tag=tag)]
+
+
+def oracle_maker(kind: str, epsilon: float, rho: float) -> Callable[[Problem], Oracle] | None:
+    """The oracle that ``--oracle`` names, made from the problem's own; None for the problem's own."""
+    if kind == "own":
+        return None
+    if kind == "additive":
+        return lambda p: AdditiveError(p.oracle, epsilon)
+    if kind == "multiplicative":
+        return lambda p: MultiplicativeError(p.oracle, rho)
+
+    def lanczos(problem: Problem) -> Oracle:
+        own = problem.oracle
+        if not isinstance(own, TraceBall):
+            raise ValueError(f"--oracle lanczos needs a trace ball, got {own!r}: choose another --instance")
+        return TraceBall(own.delta, (own.shape[0], own.shape[1]), method="lanczos")
+
+    return lanczos
