@@ -1,27 +1,27 @@
-"""Points of ``K``, its vertices, and gradients: how an iterate is stored, moved and paired with a gradient.
+"""The iterate ``W``, its vertices and its gradients: how they are stored, moved and paired.
 
-A vertex ``V`` is a dense array or a `LowRank` product. An iterate ``W`` is a `DensePoint`, or an
-`ObservedPoint` that keeps only its entries on an observed set and the atoms it is a sum of: a 1e5 x 1e5
-iterate then takes megabytes where a dense one takes 80 GB. A gradient is a dense array, or an
-`ObservedMatrix` on that same set.
+A vertex ``V`` is a dense array or a `LowRank` product. An iterate is a `DensePoint` or an `ObservedPoint`.
+An `ObservedPoint` keeps the atoms that it sums and its entries on an observed set, so a 1e5 x 1e5 iterate
+takes megabytes instead of 80 GB. A gradient is a dense array, or an `ObservedMatrix` on the same set.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
-# A row block of about this many bytes stays in the second-level cache while several passes go over it.
+# A row block of this size stays in the second-level cache over several passes.
 BLOCK_BYTES = 1 << 19
 
 
 def row_blocks(array: np.ndarray) -> list[slice]:
-    """Cut the rows of a matrix into slices that fit the cache; one slice for a small matrix."""
+    """Slices of rows that fit the cache; one slice for a small matrix."""
     rows = array.shape[0]
     step = max(1, BLOCK_BYTES // max(1, array.strides[0])) if array.nbytes > 4 * BLOCK_BYTES else max(rows, 1)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
@@ -55,6 +55,9 @@ Vertex = np.ndarray | LowRank
 class Pattern:
     """The observed set of an (m, n) matrix: index pairs sorted by row, shared by every matrix on that set.
 
+    The methods `native`, `take`, `compressed` and `to_numpy` are all that depends on the array library;
+    `theory.torch_backend` overrides them.
+
     Args:
         rows, cols: integer arrays of equal length, the observed positions; duplicates raise.
         shape: (m, n).
@@ -80,53 +83,54 @@ class Pattern:
         self.cols = (flat % shape[1]).astype(np.int32)
         counts = np.bincount(self.rows, minlength=shape[0])
         self.indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        by_column = np.argsort(self.cols, kind="stable").astype(np.int32)
-        self.by_column = by_column
-        self.row_of_column = self.rows[by_column]
-        self.column_indptr = np.concatenate([[0], np.cumsum(np.bincount(self.cols, minlength=shape[1]))]).astype(
-            np.int32
-        )
+        self.by_column = np.argsort(self.cols, kind="stable").astype(np.int32)
+        self.row_of_column = self.rows[self.by_column]
+        counts = np.bincount(self.cols, minlength=shape[1])
+        self.column_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
     def __len__(self) -> int:
-        return self.rows.size
+        return len(self.rows)
 
-    def entries(self, V: Vertex) -> np.ndarray:
+    def entries(self, V: Vertex) -> Any:
         """The entries of ``V`` on the observed set, in this pattern's order."""
         if isinstance(V, np.ndarray):
             return V[self.rows, self.cols]
-        out = V.left[:, 0].take(self.rows)
-        out *= V.right[0].take(self.cols)
+        out = self.take(V.left[:, 0], self.rows)
+        out *= self.take(V.right[0], self.cols)
         for k in range(1, V.left.shape[1]):
-            out += V.left[:, k].take(self.rows) * V.right[k].take(self.cols)
+            out += self.take(V.left[:, k], self.rows) * self.take(V.right[k], self.cols)
         return out
 
-    def zeros(self, dtype: Any) -> np.ndarray:
-        """One zero per observed entry."""
-        return np.zeros(len(self), dtype=dtype)
-
-    def native(self, array: np.ndarray, dtype: Any) -> np.ndarray:
+    def native(self, array: Any, dtype: Any) -> Any:
         """An array in the storage and precision of matrices on this pattern."""
         return np.asarray(array, dtype=dtype)
 
-    def matrix(self, values: np.ndarray) -> ObservedMatrix:
-        """The matrix with these observed entries."""
-        return ObservedMatrix(self, values)
+    def take(self, vector: Any, index: Any) -> Any:
+        """The indexed entries of a native vector."""
+        return vector.take(index)
+
+    def compressed(self, values: Any, columns: Any, indptr: Any, shape: tuple[int, int]) -> Any:
+        """A sparse matrix from its compressed rows."""
+        return csr_array((values, columns, indptr), shape=shape)
+
+    def to_numpy(self, matrix: Any) -> np.ndarray:
+        """A native matrix, dense or sparse, as a NumPy array."""
+        return matrix if isinstance(matrix, np.ndarray) else matrix.toarray()
 
 
 class ObservedMatrix:
     """A matrix that is zero outside a `Pattern`; the gradient of a loss over observed entries.
 
-    Both orientations are kept as row-compressed arrays: a gather per row is several times faster than the
-    scatter that a transposed product would be, and the reordering is paid once per gradient, not per product.
+    It is kept row by row and column by column. A gather per row is several times faster than the scatter of
+    a transposed product, and the reordering is paid once per gradient instead of once per product.
     """
 
-    def __init__(self, pattern: Pattern, values: np.ndarray):
+    def __init__(self, pattern: Pattern, values: Any):
         self.pattern, self.values = pattern, values
         m, n = pattern.shape
-        self.by_rows = csr_array((values, pattern.cols, pattern.indptr), shape=(m, n))
-        self.by_columns = csr_array(
-            (values.take(pattern.by_column), pattern.row_of_column, pattern.column_indptr), shape=(n, m)
-        )
+        columnwise = pattern.take(values, pattern.by_column)
+        self.by_rows = pattern.compressed(values, pattern.cols, pattern.indptr, (m, n))
+        self.by_columns = pattern.compressed(columnwise, pattern.row_of_column, pattern.column_indptr, (n, m))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,24 +139,26 @@ class ObservedMatrix:
 
     @property
     def dtype(self) -> np.dtype:
-        """The element type of the values."""
-        return self.values.dtype
+        """The element type of the values, in NumPy's terms."""
+        return np.dtype(str(self.values.dtype).removeprefix("torch."))
 
-    def native(self, array: np.ndarray) -> np.ndarray:
+    def native(self, array: np.ndarray) -> Any:
         """An array that can be multiplied by this matrix."""
         return self.pattern.native(array, self.dtype)
 
     def toarray(self) -> np.ndarray:
-        """The matrix as a dense array."""
-        return self.by_rows.toarray()
+        """The matrix as a dense NumPy array; for small checks."""
+        return self.pattern.to_numpy(self.by_rows)
 
 
 Gradient = np.ndarray | ObservedMatrix
 
 
-def as_array(G: Gradient) -> np.ndarray:
-    """A gradient as an array: itself, or the observed entries in a matrix of zeros."""
-    return G.toarray() if isinstance(G, ObservedMatrix) else G
+def as_array(X: Gradient | Vertex) -> np.ndarray:
+    """A gradient or a vertex as a dense array."""
+    if isinstance(X, ObservedMatrix):
+        return X.toarray()
+    return X.dense() if isinstance(X, LowRank) else X
 
 
 def inner(G: Gradient, V: Vertex) -> float:
@@ -173,7 +179,7 @@ def norm(G: Gradient) -> float:
 
 
 class Point(ABC):
-    """An iterate ``W`` of ``K``: mutable, moved in place along ``V - W``."""
+    """An iterate ``W`` of ``K``; it moves in place."""
 
     @property
     @abstractmethod
@@ -198,7 +204,7 @@ class Point(ABC):
 
     @abstractmethod
     def dense(self) -> np.ndarray:
-        """The iterate as an array (a copy is not promised)."""
+        """The iterate as an array, not necessarily a copy."""
 
     def distance2(self, V: Vertex) -> float:
         """The squared Frobenius distance from ``W`` to a vertex."""
@@ -210,7 +216,7 @@ class DensePoint(Point):
     """An iterate held as one array of any shape.
 
     Args:
-        array: the starting point; copied, so the caller's array never moves.
+        array: the starting point, which is copied.
     """
 
     def __init__(self, array: np.ndarray):
@@ -219,7 +225,7 @@ class DensePoint(Point):
 
     @property
     def norm2(self) -> float:
-        """The squared norm, computed again only after a move that did not carry it along."""
+        """The squared norm; cached until a dense vertex moves the point."""
         if self._norm2 is None:
             self._norm2 = float(np.dot(self.array.ravel(), self.array.ravel()))
         return self._norm2
@@ -233,21 +239,21 @@ class DensePoint(Point):
         return inner(self.array, V)
 
     def distance2(self, V: Vertex) -> float:
-        """The squared distance to ``V``: by difference where that is cheap, since it does not cancel."""
+        """The squared distance to ``V``, from the difference where that is cheap: nothing cancels there."""
         if isinstance(V, LowRank) and self.array.nbytes > BLOCK_BYTES:
             return super().distance2(V)
-        gap = (V.dense() if isinstance(V, LowRank) else V) - self.array
+        gap = as_array(V) - self.array
         return float(np.dot(gap.ravel(), gap.ravel()))
 
     def move(self, V: Vertex, eta: float) -> None:
-        """Replace ``W`` by ``W + eta (V - W)``; a low-rank vertex is never formed whole."""
+        """Replace ``W`` by ``W + eta (V - W)``, block by block for a low-rank vertex."""
         W = self.array
         self._norm2 = None
         if not isinstance(V, LowRank):
             W += eta * (V - W)
             return
         norm2, buffer = 0.0, np.empty(0)
-        # a column times a row is an outer product, for which multiply is twice as fast as matmul
+        # multiply is twice as fast as matmul for an outer product
         product = np.multiply if V.right.shape[0] == 1 else np.matmul
         for rows in row_blocks(W):
             block = W[rows]
@@ -268,18 +274,18 @@ class DensePoint(Point):
 
 
 class ObservedPoint(Point):
-    """An iterate of a trace-norm problem over observed entries: ``W = sum_k weight_k left_k right_k``.
+    """An iterate stored as a sum of atoms, ``W = sum_k weight_k left_k right_k``, that starts at zero.
 
-    Only the entries on the observed set and the atoms are stored; the start is ``W_1 = 0``.
+    Its entries on the observed set are stored too; nothing of size mn is.
 
     Args:
         pattern: the observed set.
-        dtype: of entries and atoms, float64 by default; float32 halves the memory.
+        dtype: precision of entries and atoms; float32 halves the memory.
     """
 
     def __init__(self, pattern: Pattern, dtype: Any = np.float64):
         self.pattern, self.dtype = pattern, np.dtype(dtype)
-        self.values = pattern.zeros(self.dtype)
+        self.values = pattern.native(np.zeros(len(pattern)), self.dtype)
         self.lefts: list[np.ndarray] = []
         self.rights: list[np.ndarray] = []
         self.weights = np.zeros(0)
@@ -287,15 +293,15 @@ class ObservedPoint(Point):
 
     @property
     def norm2(self) -> float:
-        """The squared norm of the whole matrix, carried along by `move`."""
+        """The squared norm of the whole matrix, updated by `move`."""
         return self._norm2
 
     def inner(self, G: Gradient) -> float:
-        """The pairing ``<G, W>``; only a gradient on the same pattern is known to vanish elsewhere."""
+        """The pairing ``<G, W>``, for a gradient on the same pattern: it is zero elsewhere."""
         if not isinstance(G, ObservedMatrix) or G.pattern is not self.pattern:
             raise ValueError(
-                f"G must be an ObservedMatrix on its own pattern, got {type(G).__name__}: a factored "
-                "iterate pairs only with gradients of the same observed set"
+                f"G must be an ObservedMatrix on its own pattern, got {type(G).__name__}: a sum of atoms "
+                "pairs only with gradients on the same observed set"
             )
         return float(G.values @ self.values)
 
@@ -307,10 +313,10 @@ class ObservedPoint(Point):
         return float(np.dot(self.weights, terms)) if terms else 0.0
 
     def move(self, V: Vertex, eta: float) -> None:
-        """Replace ``W`` by ``W + eta (V - W)``: scale the weights and append an atom."""
+        """Replace ``W`` by ``W + eta (V - W)``: scale the weights and add an atom."""
         if not isinstance(V, LowRank):
             raise ValueError(
-                f"V must be a LowRank vertex, got {type(V).__name__}: a factored iterate is a sum of atoms; "
+                f"V must be a LowRank vertex, got {type(V).__name__}: this iterate is a sum of atoms, so "
                 "use the trace ball or a rank-r ball as the oracle"
             )
         self._norm2 = max(
@@ -334,16 +340,14 @@ class ObservedPoint(Point):
         return float(np.dot(self.weights, sizes)) if sizes else 0.0
 
     def copy(self) -> ObservedPoint:
-        """A copy that shares the atoms, which are never written to."""
-        twin = ObservedPoint.__new__(ObservedPoint)
-        twin.pattern, twin.dtype, twin._norm2 = self.pattern, self.dtype, self._norm2
-        twin.values, twin.weights = self.values.copy(), self.weights.copy()
-        twin.lefts, twin.rights = list(self.lefts), list(self.rights)
+        """A copy that shares the atoms, which never change."""
+        twin = copy(self)
+        twin.values, twin.lefts, twin.rights = deepcopy(self.values), list(self.lefts), list(self.rights)
         return twin
 
     def dense(self) -> np.ndarray:
-        """The whole matrix; meant for small checks."""
+        """The whole matrix as a NumPy array; for small checks."""
         out = np.zeros(self.pattern.shape)
         for weight, left, right in zip(self.weights, self.lefts, self.rights):
-            out += weight * (left @ right)
+            out += weight * self.pattern.to_numpy(left @ right)
         return out

@@ -329,12 +329,12 @@ def _probe(run: Run, rng: np.random.Generator) -> Gradient:
     """A random gradient of the kind that the problem has; never dense where the problem's are not."""
     if isinstance(run.final, ObservedPoint):
         pattern = run.final.pattern
-        return pattern.matrix(pattern.native(rng.standard_normal(len(pattern)), run.problem.dtype))
+        return ObservedMatrix(pattern, pattern.native(rng.standard_normal(len(pattern)), run.problem.dtype))
     return rng.standard_normal(run.oracle.shape)
 
 
 def _negative(G: Gradient) -> Gradient:
-    return G.pattern.matrix(-G.values) if isinstance(G, ObservedMatrix) else -G
+    return ObservedMatrix(G.pattern, -G.values) if isinstance(G, ObservedMatrix) else -G
 
 
 ALWAYS: tuple[Callable[[Run], Check], ...] = (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from theory.arguments import count, positive
-from theory.iterates import DensePoint, Gradient, ObservedPoint, Pattern, Point, row_blocks
+from theory.iterates import DensePoint, Gradient, ObservedMatrix, ObservedPoint, Pattern, Point, row_blocks
 from theory.oracles import Oracle, TraceBall
 from theory.problems.problem import FiniteSum, Problem
 from theory.seeds import generator
@@ -129,7 +129,8 @@ class ObservedCompletion(Problem):
     ):
         if y.shape != (len(pattern),):
             raise ValueError(f"y must hold one value per observed entry ({len(pattern)}), got shape {y.shape}")
-        self.pattern, self.y, self.dtype = pattern, np.asarray(y, dtype=dtype), np.dtype(dtype)
+        self.pattern, self.dtype = pattern, np.dtype(dtype)
+        self.y: Any = pattern.native(y, dtype)
         self.oracle = TraceBall(delta, pattern.shape, method="lanczos") if oracle is None else oracle
         self.name = f"{name} {pattern.shape[0]}x{pattern.shape[1]}, {len(pattern)} entries"
         self.beta = 2 / len(pattern)
@@ -140,7 +141,7 @@ class ObservedCompletion(Problem):
         """Zero, with no atoms."""
         return ObservedPoint(self.pattern, self.dtype)
 
-    def _residual(self, W: Point) -> np.ndarray:
+    def _residual(self, W: Point) -> Any:
         if not isinstance(W, ObservedPoint):
             raise ValueError(f"W must be an ObservedPoint, got {type(W).__name__}: take it from start()")
         return W.values - self.y
@@ -148,19 +149,17 @@ class ObservedCompletion(Problem):
     def evaluate(self, W: Point) -> tuple[float, Gradient]:
         """Loss and gradient on the observed set; sums run in float64."""
         r = self._residual(W)
-        q = r * r
-        q += 1
-        np.reciprocal(q, out=q)
+        q = 1 / (1 + r * r)
         value = 1 - float(q.mean(dtype=float))
         q *= q
         r *= q
-        r *= self.dtype.type(2 / r.size)
-        return value, self.pattern.matrix(r)
+        r *= 2 / len(r)
+        return value, ObservedMatrix(self.pattern, r)
 
     def value(self, W: Point) -> float:
         """The loss alone."""
         r = self._residual(W)
-        return 1 - float(np.mean(1 / (1 + r * r), dtype=float))
+        return 1 - float((1 / (1 + r * r)).mean(dtype=float))
 
 
 def observed_completion(
