@@ -1,8 +1,10 @@
-"""Linear minimisation oracles: a convex compact set ``K`` each, with the vertex that minimises ``<V, G>`` over it."""
+"""Linear minimisation oracles, one class per set ``K``: each returns the vertex that minimises ``<V, G>``."""
 
 from theory.oracles.inexact import AdditiveError, MultiplicativeError
 from theory.oracles.matrices import CappedTraceBall, RankBall, SpectralBall, TraceBall
-from theory.oracles.vectors import Answer, Box, FrobeniusBall, L1Ball, Oracle, Product, Simplex
+from theory.oracles.oracle import Answer, Oracle
+from theory.oracles.product import Product
+from theory.oracles.vectors import Box, FrobeniusBall, L1Ball, Simplex
 
 __all__ = [
     "AdditiveError",

@@ -1,9 +1,9 @@
 """Oracles that err on purpose, by exactly as much as they admit to.
 
-Theorem 4.1 lets the oracle miss by an additive ``eps``: ``<V, G> <= min_V <V, G> + eps``. An oracle that
-keeps a fraction ``rho`` of the gap instead, ``<G, W - V> >= rho g``, divides the bound by ``rho`` and
-leaves no floor. Both come with the two adversaries that matter: *away* spends the error on moving towards
-the worst vertex, *stall* on not moving at all.
+Theorem 4.1 allows an additive error ``eps``: ``<V, G> <= min_V <V, G> + eps``. An oracle with a
+multiplicative error keeps a fraction ``rho`` of the gap, ``<G, W - V> >= rho g``; it divides the bound by
+``rho`` and leaves no floor. There are two adversaries: *away* spends the error on a move towards the worst
+vertex, *stall* on staying where the iterate is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from theory.arguments import fraction, nonnegative
-from theory.iterates import DensePoint, Gradient, LowRank, ObservedMatrix, Point
-from theory.oracles.vectors import Answer, Oracle
+from theory.iterates import DensePoint, Gradient, ObservedMatrix, Point, as_array
+from theory.oracles.oracle import Answer, Oracle
 
 ADVERSARIES = ("away", "stall")
 
 
-class _Corrupted(Oracle):
-    """Wraps an exact oracle; the answer's vertex is worse than the best by a chosen amount."""
+class _Inexact(Oracle):
+    """Wraps an exact oracle and returns a vertex that is worse than the best by a chosen amount."""
 
     def __init__(self, oracle: Oracle, adversary: str):
         if not oracle.exact:
@@ -33,18 +33,17 @@ class _Corrupted(Oracle):
         """Move the best vertex towards the adversary's target until it has lost ``error``."""
         if isinstance(G, ObservedMatrix) or not isinstance(at, DensePoint):
             raise ValueError(f"G must be a dense array, got {type(G).__name__}: errors are planted in dense points")
-        V = best.vertex.dense() if isinstance(best.vertex, LowRank) else best.vertex
+        V = as_array(best.vertex)
         if self.adversary == "away":
             opposite = self.oracle(-G, at=at, rng=rng)
-            target = opposite.vertex.dense() if isinstance(opposite.vertex, LowRank) else opposite.vertex
-            room = best.attained + opposite.attained
+            target, room = as_array(opposite.vertex), best.attained + opposite.attained
         else:
             target, room = at.array, best.attained + at.inner(G)
         share = min(1.0, error / room) if room > 0 else 0.0
         return Answer(V + share * (target - V), best.attained - share * room, best.attained)
 
     def support(self, G: np.ndarray) -> float:
-        """The exact support of the set: an erring oracle does not change ``K``."""
+        """The exact support: the error does not change ``K``."""
         return self.oracle.support(G)
 
     def gauge(self, W: np.ndarray) -> float:
@@ -56,8 +55,8 @@ class _Corrupted(Oracle):
         return self.oracle.start()
 
 
-class AdditiveError(_Corrupted):
-    """The oracle of Theorem 4.1: misses the minimum by ``epsilon``, or by the whole width if that is smaller.
+class AdditiveError(_Inexact):
+    """The oracle of Theorem 4.1: it misses the minimum by ``epsilon``, or by the width of ``K`` if that is smaller.
 
     Args:
         oracle: an exact one. epsilon: ``eps >= 0``. adversary: ``"away"`` or ``"stall"``.
@@ -72,7 +71,7 @@ class AdditiveError(_Corrupted):
         return self._worse(G, at, rng, self.oracle(G, at=at, rng=rng), self.epsilon)
 
 
-class MultiplicativeError(_Corrupted):
+class MultiplicativeError(_Inexact):
     """Keeps exactly the fraction ``rho`` of the gap: ``<G, W - V> = rho g``.
 
     Args:

@@ -1,20 +1,21 @@
-"""The top singular pair of a gradient, with an interval that is certain to hold its singular value.
+"""The top singular pair of a gradient, with an interval that contains its singular value.
 
-Golub-Kahan-Lanczos bidiagonalisation from a random start, right vectors reorthogonalised in full (one side is
-enough to keep the Ritz values honest: Simon and Zha, SIAM J. Sci. Comput. 21, 2000). One step takes one
-product with ``A`` and one with its transpose; for a dense ``A`` both are done block by block while the
-rows are in cache, so that a step reads the matrix once.
+The method is Golub-Kahan-Lanczos bidiagonalisation from a random start. Right vectors are reorthogonalised
+in full; one side is enough for accurate Ritz values (Simon and Zha, SIAM J. Sci. Comput. 21, 2000). A step
+takes one product with ``A`` and one with its transpose. For a dense ``A`` both go block by block while the
+rows are in cache, so a step reads the matrix once.
 
-The Ritz value is attained, ``u'Av = sigma``, so it bounds the top singular value from below. From above:
+The Ritz value is attained, ``u'Av = sigma``, so it bounds the top singular value from below. Two bounds hold
+from above:
 
-* ``sigma_1^2 <= |A|_F^2 - sum_{i>1} ritz_i^2``, because Ritz values never exceed singular values of the
-same rank;
-* the random start. Let ``B = A'A / sigma_1^2`` of order n, and let the start ``b`` be uniform on the
-  sphere. With ``p`` the Chebyshev polynomial of degree k-1 on [0, 1-e], a Ritz value below ``1-e`` forces
-  ``|b_1| <= 2 sqrt((1-e)/e) exp(-2(k-1) sqrt(e))``, and ``P(|b_1| <= a) <= a sqrt(2n/pi)``. The
-  probability of failure is so at most ``2 sqrt(2n/pi) sqrt((1-e)/e) exp(-2(k-1) sqrt(e))``: the form of
-  Kuczynski and Wozniakowski (SIAM J. Matrix Anal. Appl. 13, 1992), with constants that are derived in
-  these two lines.
+* ``sigma_1^2 <= |A|_F^2 - sum_{i>1} ritz_i^2``, because the i-th Ritz value never exceeds the i-th singular
+  value.
+* The random start gives the other one. Let ``B = A'A / sigma_1^2`` of order n, and let the start ``b`` be
+  uniform on the sphere. With ``p`` the Chebyshev polynomial of degree k-1 on [0, 1-e], a Ritz value below
+  ``1-e`` forces ``|b_1| <= 2 sqrt((1-e)/e) exp(-2(k-1) sqrt(e))``, and ``P(|b_1| <= a) <= a sqrt(2n/pi)``.
+  Hence the bound fails with probability at most ``2 sqrt(2n/pi) sqrt((1-e)/e) exp(-2(k-1) sqrt(e))``. This
+  is the form of Kuczynski and Wozniakowski (SIAM J. Matrix Anal. Appl. 13, 1992); these lines derive the
+  constants.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ import numpy as np
 from theory.arguments import count, fraction
 from theory.iterates import Gradient, LowRank, ObservedMatrix, norm, row_blocks
 
-# A float64 matrix above this size is searched in float32: the search only has to find a direction, to a residual of
-# SINGLE_TOL or more, and reads half the bytes. The direction is then normalised and scored on the float64 matrix.
+# Above this size the direction in a float64 matrix is sought in float32, which reads half the bytes and is accurate
+# enough for a residual of SINGLE_TOL or more. It is then normalised and scored on the float64 matrix.
 SINGLE_BYTES, SINGLE_TOL = 1 << 23, 1e-4
 
 
 @dataclass(frozen=True)
 class SingularPairs:
-    """The leading Ritz triplets of a matrix and what is certain about the first singular value.
+    """The leading Ritz triplets of a matrix, with bounds on its first singular value.
 
     Attributes:
         u: (m, r) left vectors. sigma: (r,) Ritz values, descending. v: (r, n) right vectors.
@@ -59,10 +60,10 @@ class SingularPairs:
 
 
 def random_start_excess(n: int, k: int, failure: float) -> float:
-    """The relative error ``e`` of the top Ritz value of ``A'A`` that k random-start steps exceed so rarely.
+    """The relative error ``e`` of the top Ritz value of ``A'A``, exceeded with probability at most ``failure``.
 
     Args:
-        n: order of ``A'A``. k: number of Lanczos steps. failure: allowed probability, such as 1e-12.
+        n: order of ``A'A``. k: number of Lanczos steps. failure: such as 1e-12.
 
     Returns:
         ``e`` in (0, 1]: with probability at least ``1 - failure``, ``sigma_1^2 <= ritz^2 / (1 - e)``.
@@ -133,7 +134,7 @@ def top_singular(
         rank: triplets wanted.
         tol: stop when the residual of every wanted triplet is at most ``tol * sigma_1``.
         max_steps: hard limit on the steps.
-        certify_steps: go on at least this far, which tightens ``upper``.
+        certify_steps: least number of steps; more of them tighten ``upper``.
         failure: allowed probability that ``upper`` is too small.
 
     Returns:
@@ -152,7 +153,7 @@ def top_singular(
     if single and isinstance(A, np.ndarray):
         exact = A
         A, frobenius = _single(exact)
-        if not 1e-20 < frobenius < 1e20:  # too near to the ends of float32
+        if not 1e-20 < frobenius < 1e20:  # float32 would overflow or underflow
             A = exact
     else:
         frobenius = norm(A)
@@ -160,7 +161,7 @@ def top_singular(
         raise ValueError(f"A must be finite, got a norm of {frobenius}: the loss has diverged, look at it first")
     limit = min(max(max_steps, certify_steps, rank), n)
     dtype = A.dtype
-    # the large arrays live where A does; B and its SVD are small and stay on the CPU
+    # the large arrays live with A; B and its SVD are small and stay on the CPU
     native: Callable[[Any], Any] = A.native if isinstance(A, ObservedMatrix) else partial(np.asarray, dtype=dtype)
     V, U, B = native(np.zeros((limit + 1, n))), native(np.zeros((limit, m))), np.zeros((limit, limit))
     start = rng.standard_normal(n)
@@ -175,7 +176,7 @@ def top_singular(
         if alpha > tiny:
             u = p / alpha
             r = q / alpha - alpha * V[k]
-        else:  # the Krylov space is exhausted: the row of B is zero and any unit vector serves as u
+        else:  # the Krylov space is exhausted: the row of B is zero
             alpha, u, r = 0.0, 0 * p, 0 * q
         U[k], B[k, k] = u, alpha
         k += 1
@@ -193,19 +194,18 @@ def top_singular(
     wanted = min(rank, k)
     sigma = np.zeros(rank)
     sigma[:wanted] = ritz[:wanted]
-    # a rank above the Krylov space's has zero singular values; its vectors are zero too
+    # beyond the rank of the Krylov space, singular values and vectors are zero
     to_left, to_right = np.zeros((k, rank)), np.zeros((rank, k))
     to_left[:, :wanted], to_right[:wanted] = left[:, :wanted], right[:wanted]
     u_out, v_out = U[:k].T @ native(to_left), native(to_right) @ V[:k]
     if A.dtype != given:
         u_out, v_out = u_out.astype(given), v_out.astype(given)
-    # left vectors are not reorthogonalised, and float32 has lost some digits: a vertex must have norm one to stay in K
+    # a vertex must have norm one to lie in K, and left vectors and float32 have lost digits
     u_out, v_out = _unit(u_out, 0), _unit(v_out, 1)
-    # rounding to float32 moves singular values by at most half a unit of it relative to the Frobenius norm; and
-    # an exhausted Krylov space of a random start holds the top singular vector with probability one
+    # rounding to float32 moves a singular value by at most half its unit times the Frobenius norm
     slack = 8 * np.finfo(dtype).eps * frobenius
     bounds = [math.sqrt(max(frobenius**2 - float(np.sum(ritz[1:] ** 2)), ritz[0] ** 2))]
-    if exhausted:
+    if exhausted:  # with probability one the Krylov space holds the top singular vector
         bounds.append(float(ritz[0]))
     else:
         excess = random_start_excess(n, k, failure)

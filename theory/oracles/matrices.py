@@ -1,7 +1,7 @@
-"""Sets of matrices: the trace-norm ball of Theorem 4.1, the spectral ball, and the two rank-r norm balls.
+"""Sets of matrices: the trace-norm ball of Theorem 4.1, the spectral ball, and two balls with rank-r vertices.
 
-A chain of LoRA steps with rank-one (rank-r) atoms is a chain of trace-ball (rank-r ball) vertices: that is
-the bridge from Algorithm 1 to Algorithm 2.
+The vertices of the trace ball have rank one, those of the rank-r balls rank r, like the links of a chain of
+LoRA. This is the bridge from Algorithm 1 to Algorithm 2.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from theory.arguments import count, matrix_shape, positive
 from theory.iterates import Gradient, Point, as_array, inner
 from theory.oracles.lanczos import SingularPairs, top_singular
-from theory.oracles.vectors import Answer, Oracle
+from theory.oracles.oracle import Answer, Oracle
 
-# Up to this many columns or rows a full SVD costs no more than the iteration and leaves nothing to certify.
+# Up to this many rows or columns a full SVD costs no more than Lanczos, and it is exact.
 DENSE_LIMIT = 64
 
 
 class _SingularOracle(Oracle):
-    """Shared by the sets whose vertices are built from leading singular pairs of the gradient.
+    """A set whose vertices are built from leading singular pairs of the gradient.
 
     Args:
         shape: (m, n) of the matrices.
         method: ``"svd"`` (exact), ``"lanczos"``, or ``"auto"``: a full SVD up to 64 rows or columns.
-        tol: relative residual at which Lanczos stops. certify_steps: steps it takes at least, for a
-            tighter interval.
+        tol: relative residual at which Lanczos stops.
+        certify_steps: least number of Lanczos steps; more of them tighten the interval.
     """
 
     def __init__(self, shape: tuple[int, int], method: str, tol: float, certify_steps: int):
@@ -47,21 +47,22 @@ class _SingularOracle(Oracle):
 
 
 class TraceBall(_SingularOracle):
-    """``{|W|_* <= delta}``: ``V = -delta u_1 v_1'`` with the top singular pair of ``G``;
-    ``D = 2 delta, R = delta``.
+    """``{|W|_* <= delta}``: ``V = -delta u_1 v_1'`` with the top singular pair of ``G``; ``D = 2 delta``.
 
-    The gap of Theorem 4.1 on this set is ``delta sigma_1(G) + <G, W>``. With ``method="lanczos"`` the vertex comes
-    from an iteration and the answer is an interval: ``attained <= delta sigma_1(G) <= certified``.
+    The gap of Theorem 4.1 on this set is ``delta sigma_1(G) + <G, W>``. With ``method="lanczos"`` the answer
+    is an interval: ``attained <= delta sigma_1(G) <= certified``.
 
     Args:
         delta: the trace-norm (nuclear-norm) radius. shape: (m, n).
-        method, tol, certify_steps: how the singular pair is found; see `theory.oracles.lanczos`.
+        method, tol, certify_steps: how to find the singular pair; see `theory.oracles.lanczos`.
 
     Example:
         >>> ball = TraceBall(2.0, (3, 2))
         >>> ball.diameter, ball.support(np.diag([3.0, 1.0, 0.0])[:, :2])
         (4.0, 6.0)
     """
+
+    attains_diameter = True
 
     def __init__(
         self,
@@ -90,13 +91,11 @@ class TraceBall(_SingularOracle):
         """``|W|_* / delta``."""
         return float(np.linalg.norm(W, "nuc")) / self.delta
 
-    def start(self) -> np.ndarray:
-        """Zero: the chain before its first link."""
-        return np.zeros(self.shape)
-
 
 class SpectralBall(_SingularOracle):
     """``{sigma_1(W) <= tau}``: ``V = -tau U V'``, the polar factor; ``D = 2 tau sqrt(min(m, n))``."""
+
+    attains_diameter = True
 
     def __init__(self, tau: float, shape: tuple[int, int]):
         super().__init__(shape, "svd", 1.0, 0)
@@ -118,18 +117,15 @@ class SpectralBall(_SingularOracle):
         """``sigma_1(W) / tau``."""
         return float(np.linalg.norm(W, 2)) / self.tau
 
-    def start(self) -> np.ndarray:
-        """Zero."""
-        return np.zeros(self.shape)
-
 
 class RankBall(_SingularOracle):
-    """``conv{rank W <= r, |W|_F <= delta}``: ``V = -delta G_r / |G_r|_F`` with the best rank-r part;
-    ``D = 2 delta``.
+    """``conv{rank W <= r, |W|_F <= delta}``: ``V = -delta G_r / |G_r|_F``, ``G_r`` of the best rank r; ``D = 2 delta``.
 
-    The atoms of a chain whose links have rank r and bounded Frobenius norm. ``r = 1`` is the trace ball, and
-    ``r = min(m, n)`` the Frobenius ball. Gap: ``delta (sum_{i<=r} sigma_i^2)^(1/2) + <G, W>``.
+    Its vertices are links of rank r and bounded Frobenius norm. ``r = 1`` is the trace ball and
+    ``r = min(m, n)`` the Frobenius ball. The gap is ``delta (sum_{i<=r} sigma_i^2)^(1/2) + <G, W>``.
     """
+
+    attains_diameter = True
 
     def __init__(self, delta: float, rank: int, shape: tuple[int, int]):
         super().__init__(shape, "svd", 1.0, 0)
@@ -153,20 +149,15 @@ class RankBall(_SingularOracle):
         """The r-support norm of the singular values over ``delta`` (Argyriou, Foygel, Srebro, arXiv 1204.5043)."""
         return support_norm(np.linalg.svd(W, compute_uv=False), self.rank) / self.delta
 
-    def start(self) -> np.ndarray:
-        """Zero."""
-        return np.zeros(self.shape)
-
 
 def support_norm(sigma: np.ndarray, r: int) -> float:
-    """The r-support norm of a non-negative vector in descending order: the norm whose unit ball is
-    `RankBall`'s.
+    """The r-support norm of singular values in descending order; its unit ball is that of `RankBall`.
 
     ``r = 1`` gives the sum (the trace norm), ``r = len(sigma)`` the Euclidean norm.
     """
     sigma = np.asarray(sigma, dtype=float)
     r = min(r, sigma.size)
-    for spread in range(r):  # the head keeps its values, the tail is shared by spread + 1 of the r places
+    for spread in range(r):  # the head keeps its values; spread + 1 of the r places share the tail
         head, tail = sigma[: r - spread - 1], float(sigma[r - spread - 1 :].sum()) / (spread + 1)
         if (head.size == 0 or head[-1] > tail) and tail >= sigma[r - spread - 1]:
             break
@@ -176,8 +167,8 @@ def support_norm(sigma: np.ndarray, r: int) -> float:
 class CappedTraceBall(_SingularOracle):
     """``{sigma_1(W) <= tau, |W|_* <= r tau}``: ``V = -tau U_r V_r'``; ``D = 2 tau sqrt(r)``.
 
-    The other convex set whose vertices have rank r: all r directions get the same length. Gap: ``tau sum_{i<=r}
-    sigma_i + <G, W>``.
+    Its vertices have rank r too, with r directions of equal length. The gap is
+    ``tau sum_{i<=r} sigma_i + <G, W>``.
     """
 
     def __init__(self, tau: float, rank: int, shape: tuple[int, int]):
@@ -194,17 +185,13 @@ class CappedTraceBall(_SingularOracle):
         return Answer(pairs.scaled(np.full(self.rank, -self.tau)), value, value)
 
     def support(self, G: np.ndarray) -> float:
-        """``tau sum_{i<=r} sigma_i``: tau times the Ky Fan norm."""
+        """``tau sum_{i<=r} sigma_i``, tau times the Ky Fan norm."""
         return self.tau * float(np.linalg.svd(G, compute_uv=False)[: self.rank].sum())
 
     def gauge(self, W: np.ndarray) -> float:
         """The larger of ``sigma_1 / tau`` and ``|W|_* / (r tau)``."""
         sigma = np.linalg.svd(W, compute_uv=False)
         return max(float(sigma[0]), float(sigma.sum()) / self.rank) / self.tau
-
-    def start(self) -> np.ndarray:
-        """Zero."""
-        return np.zeros(self.shape)
 
 
 def _rank(rank: int, shape: tuple[int, int]) -> int:
