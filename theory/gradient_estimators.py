@@ -1,8 +1,8 @@
-"""Gradient estimators for the stochastic versions of Algorithm 2.
+"""Gradient estimators: how a stochastic version of Algorithm 2 estimates the gradient.
 
-An estimator is a frozen description; ``begin(problem, rng)`` gives the function of one run. It is called
-with the iteration, the iterate and the true gradient, which the run computes anyway to measure the gap;
-only `FullGradient` and the snapshots of `SVRF` and `SPIDER` may return it.
+An estimator is a frozen description, and ``begin(problem, rng)`` returns the estimate function of one run. That
+function receives the iteration, the iterate and the true gradient, which the run computes anyway to measure the
+gap. Only `FullGradient` and the snapshots of `SVRF` and `SPIDER` may return the true gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Estimate = Callable[[int, Point, Gradient], Gradient]
 def _stochastic(problem: Problem, name: str) -> StochasticProblem:
     if not isinstance(problem, StochasticProblem):
         raise ValueError(
-            f"gradient must be FullGradient() for {problem.name!r}, got {name}: it draws no batches; "
+            f"gradient must be FullGradient() for {problem.name!r}, got {name}: the problem draws no batches; "
             "wrap it in NoisyProblem, or take a finite sum"
         )
     return problem
@@ -36,14 +36,23 @@ def _array(G: Gradient) -> np.ndarray:
 
 
 class Estimator(ABC):
-    """How the algorithm sees the gradient; ``noisy`` is False only for the exact one."""
+    """Base class of the estimators; ``noisy`` is False only for the exact gradient."""
 
     name: str
     noisy = True
 
     @abstractmethod
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
-        """The estimator of one run."""
+        """The estimate function of one run."""
+
+    def second(self) -> tuple[float, float, float, int] | None:
+        """The definition of the second estimate of a run, which `theory.checks.noise` tests; None if unknown.
+
+        Returns:
+            ``(a, b, c, batch)``, where the estimate is ``a grad(W_1) + b mean_B1 g(W_1) + c mean_B2 g(W_2)``. The
+            batches are independent for ``a = 0``. Otherwise ``a = 1``, and both terms use one batch.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class FullGradient(Estimator):
     noisy = False
 
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
-        """Hands the true gradient on."""
+        """Returns the true gradient."""
         return lambda t, W, G: G
 
 
@@ -63,7 +72,7 @@ class Minibatch(Estimator):
     """The mean over a fresh batch (SFW; Reddi, Sra, Poczos, Smola, arXiv 1607.08254).
 
     Args:
-        batch: ``b``, a number, or a function of the iteration t = 1, 2, … for increasing batches.
+        batch: ``b``, or for increasing batches a function of the iteration t = 1, 2, …
     """
 
     batch: int | Callable[[int], int]
@@ -78,17 +87,23 @@ class Minibatch(Estimator):
         return "increasing batch" if callable(self.batch) else f"batch {self.batch}"
 
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
-        """Draws anew at every step."""
-        source, batch = _stochastic(problem, "Minibatch"), self.batch
-        return lambda t, W, G: source.batch_gradient(W, source.draw(rng, batch(t) if callable(batch) else batch))
+        """Draws a new batch at every step."""
+        source = _stochastic(problem, "Minibatch")
+        return lambda t, W, G: source.batch_gradient(W, source.draw(rng, self._size(t)))
+
+    def second(self) -> tuple[float, float, float, int]:
+        """The mean over the second batch."""
+        return 0.0, 0.0, 1.0, self._size(2)
+
+    def _size(self, t: int) -> int:
+        return self.batch(t) if callable(self.batch) else self.batch
 
 
 @dataclass(frozen=True)
 class Momentum(Estimator):
-    """``d_t = (1 - r_t) d_{t-1} + r_t g_t`` with ``r_t = (t+1)^(-2/3)`` (Mokhtari, Hassani, Karbasi, arXiv
-    1804.09554).
+    """``d_t = (1 - r_t) d_{t-1} + r_t g_t`` with ``r_t = (t+1)^(-2/3)`` (Mokhtari et al., arXiv 1804.09554).
 
-    One sample per step suffices for convergence, at a slower rate.
+    It converges with one sample per step, at a slower rate.
     """
 
     batch: int = 1
@@ -100,7 +115,7 @@ class Momentum(Estimator):
         return f"momentum, batch {self.batch}"
 
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
-        """Starts from the first batch itself."""
+        """Starts from the first batch."""
         source = _stochastic(problem, "Momentum")
         average: np.ndarray | None = None
 
@@ -112,6 +127,11 @@ class Momentum(Estimator):
             return average
 
         return estimate
+
+    def second(self) -> tuple[float, float, float, int]:
+        """A weighted mean of two independent batches."""
+        share = 3**-self.power
+        return 0.0, 1 - share, share, self.batch
 
 
 @dataclass(frozen=True)
@@ -142,13 +162,16 @@ class SVRF(Estimator):
 
         return estimate
 
+    def second(self) -> tuple[float, float, float, int] | None:
+        """The gradient at the first point, corrected on one batch."""
+        return (1.0, -1.0, 1.0, self.batch) if self.period > 1 else None
+
 
 @dataclass(frozen=True)
 class SPIDER(Estimator):
-    """``d_t = d_{t-1} + g(W_t, B) - g(W_{t-1}, B)``, restarted every ``period`` steps (Fang, Li, Lin,
-    Zhang, 1807.01695).
+    """``d_t = d_{t-1} + g(W_t, B) - g(W_{t-1}, B)``, restarted every ``period`` steps (Fang et al., arXiv 1807.01695).
 
-    The differences are small because the steps are, which is what makes it the best known for Frank-Wolfe.
+    Its differences are small because the steps are small. No better estimator for Frank-Wolfe is known.
     """
 
     batch: int = 16
@@ -176,3 +199,17 @@ class SPIDER(Estimator):
             return running
 
         return estimate
+
+    def second(self) -> tuple[float, float, float, int] | None:
+        """The gradient at the first point, corrected on one batch."""
+        return (1.0, -1.0, 1.0, self.batch) if self.period > 1 else None
+
+
+#: the noisy estimators that the standard suite runs
+ESTIMATORS: tuple[Estimator, ...] = (
+    Minibatch(16),
+    Minibatch(lambda t: t),
+    Momentum(16),
+    SVRF(16, 32),
+    SPIDER(16, 32),
+)

@@ -1,8 +1,4 @@
-"""The theorem's statements about one run, and the audit that puts all checks together.
-
-`theory.checks` judges the record step by step; here stand the constants: the two-sided law, 2 s, 1.5 s,
-the sharp bound, and what takes their place for other steps.
-"""
+"""The theorem's bounds on one run: the two-sided law, 2 s, 1.5 s, the sharp bound, and those for other steps."""
 
 from __future__ import annotations
 
@@ -11,7 +7,8 @@ import math
 import numpy as np
 
 from theory import theorem
-from theory.checks.record import ALWAYS, FAIL, VACUOUS, Check, at_most, pairing_rounding, step_size, value_rounding
+from theory.checks.check import Check, at_most, vacuous
+from theory.checks.record import pairing_rounding, value_rounding
 from theory.frank_wolfe import Run
 from theory.step_sizes import ShortStep, TheoremStep
 
@@ -35,30 +32,29 @@ def two_sided(run: Run) -> Check:
 
 
 def _constant_step(run: Run) -> float:
-    """The constant step that the rule promises, from the constants and not from the record."""
+    """The step that the rule promises, computed from the constants and not read from the record."""
     assert isinstance(run.step, TheoremStep)
     p = run.problem
     return theorem.theorem_step(p.M, p.beta, run.oracle.diameter, run.T, run.step.factor)
 
 
 def _error_term(run: Run) -> float:
-    """The ``eps`` of the bound: what the oracle admits to, or the measured mean where the gradient is estimated."""
+    """The ``eps`` of the bound: the error that the oracle admits to, or the measured mean for an estimated gradient."""
     if run.estimator.noisy or not run.oracle.exact:
         return float((run.error + run.gap_upper - run.gap).mean())
     return run.oracle.epsilon
 
 
 def _silent(run: Run, bound: float) -> bool:
-    """Whether a bound says nothing: no gap of the run exceeds it.
+    """Whether a bound says nothing, because no gap of the run exceeds it.
 
-    Where the gap falls from its first value that means ``bound >= g_1``. Instance A starts next to a maximum, with
-    a gap of almost zero that then rises above the bound, and is judged by the gaps that it meets.
+    Not only the first gap counts: instance A starts next to a maximum, and its gap rises from almost zero.
     """
     return bound >= float(run.gap.max())
 
 
 def _bounded(name: str, run: Run, bound: float, measured: float | None = None, detail: str = "") -> Check:
-    """``avg g <= bound``, with the multiplicative oracle's 1/rho, and VACUOUS where no gap was larger anyway."""
+    """``avg g <= bound / rho``; VACUOUS where no gap was larger anyway."""
     bound /= run.oracle.rho
     seen = float(run.gap_upper.mean()) if measured is None else measured
     silent = _silent(run, bound)
@@ -70,8 +66,8 @@ def _bounded(name: str, run: Run, bound: float, measured: float | None = None, d
     return at_most(name, seen, bound, pairing_rounding(run), vacuous=silent, detail=note.lstrip("; "))
 
 
-def constant_times_scale(run: Run, constant: float, name: str) -> Check:
-    """``avg g <= constant * s + eps`` at the theorem's step, the statement of Theorem 4.1 for ``constant`` 2."""
+def multiple_of_scale(run: Run, constant: float, name: str) -> Check:
+    """``avg g <= constant * s + eps`` at the theorem's step; with 2 this is Theorem 4.1 as printed."""
     return _bounded(name, run, constant * run.scale + _error_term(run), detail=f"avg/s = {run.average / run.scale:.4f}")
 
 
@@ -89,7 +85,7 @@ def sharp(run: Run) -> Check:
     eta = _constant_step(run)
     bound = theorem.sharp_bound(run.drop, run.problem.beta, run.oracle.circumradius, run.T, eta)
     if not math.isfinite(bound):
-        return Check("sharp bound", VACUOUS, 0.0, run.average, bound, "eta = 1")
+        return vacuous("sharp bound", "eta = 1", measured=run.average, bound=bound)
     slack = 2 * value_rounding(run) / (eta * run.T)
     return _bounded("sharp bound", run, bound + _error_term(run) + slack, detail=f"{bound / run.scale:.4f} s")
 
@@ -98,7 +94,7 @@ def weighted(run: Run) -> Check:
     """``sum eta (g - eps) / sum eta <= (M + beta D^2 sum eta^2 / 2) / sum eta``, for any step rule."""
     total = float(run.eta.sum())
     if total == 0:
-        return Check("weighted bound", VACUOUS, 0.0, 0.0, 0.0, "every step was zero")
+        return vacuous("weighted bound", "every step was zero", measured=0.0)
     p = run.problem
     bound = theorem.weighted_bound(p.M, p.beta, run.oracle.diameter, total, float(np.sum(run.eta**2)))
     seen = float(np.sum(run.eta * (run.gap - run.error))) / total
@@ -114,35 +110,16 @@ def short_step(run: Run) -> Check:
     return at_most("short-step bound", run.smallest, bound, pairing_rounding(run), vacuous=_silent(run, bound))
 
 
-def audit(run: Run) -> list[Check]:
-    """Every check that applies to a run.
-
-    Returns:
-        The checks, those of the theorem last. A run is sound if none of them FAILs.
-    """
-    out = [check(run) for check in ALWAYS]
-    if isinstance(run.step, TheoremStep):
-        out += [step_size(run), two_sided(run) if run.oracle.exact else weighted(run)]
-        eta = _constant_step(run)
-        if run.step.factor == 1 and eta < 1:
-            out += [
-                constant_times_scale(run, theorem.PAPER, "theorem: 2 s"),
-                constant_times_scale(run, theorem.FROM_SUBOPTIMALITY, "sharper: 1.5 s"),
-            ]
-        else:
-            out.append(constant_step(run))
-        out.append(sharp(run))
+def bounds_on(run: Run) -> list[Check]:
+    """The bounds that apply to a run; they depend on its step rule and its oracle."""
+    erring = run.oracle.epsilon > 0 or run.oracle.rho < 1
+    if not isinstance(run.step, TheoremStep):
+        short = isinstance(run.step, ShortStep) and not run.estimator.noisy and run.oracle.exact and not erring
+        return [weighted(run), short_step(run)] if short else [weighted(run)]
+    out = [two_sided(run) if run.oracle.exact else weighted(run)]
+    if run.step.factor == 1 and _constant_step(run) < 1:
+        out.append(multiple_of_scale(run, theorem.PAPER, "theorem: 2 s"))
+        out.append(multiple_of_scale(run, theorem.FROM_SUBOPTIMALITY, "sharper: 1.5 s"))
     else:
-        out.append(weighted(run))
-        if isinstance(run.step, ShortStep) and not run.estimator.noisy and run.oracle.exact and not _erring(run):
-            out.append(short_step(run))
-    return out
-
-
-def _erring(run: Run) -> bool:
-    return run.oracle.epsilon > 0 or run.oracle.rho < 1
-
-
-def failures(checks: list[Check]) -> list[Check]:
-    """The checks that FAIL."""
-    return [check for check in checks if check.verdict == FAIL]
+        out.append(constant_step(run))
+    return [*out, sharp(run)]

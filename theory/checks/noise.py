@@ -1,7 +1,7 @@
-"""What must hold of an estimated gradient: its mean, and the size of its noise, against what is known beforehand.
+"""What must hold of an estimated gradient: its mean and the size of its noise must match its definition.
 
-The bounds of `theory.checks.bounds` take the noise of a run as it was measured, so they hold for any estimator at all;
-here the estimator is held against its definition, at the level of `theory.checks.significance`.
+The bounds of `theory.checks.bounds` use the noise that a run measured, so they hold for any estimator. The checks
+here compare the estimator with its definition, at the level of `theory.checks.significance`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from theory.checks.record import FAIL, PASS, VACUOUS, Check, at_most
+from theory.checks.check import FAIL, PASS, Check, at_most, vacuous
 from theory.checks.significance import LEVEL, bernstein, chi_squared, normal
 from theory.frank_wolfe import Run
-from theory.gradient_estimators import SPIDER, SVRF, Estimator, Minibatch, Momentum
+from theory.gradient_estimators import Minibatch
 from theory.iterates import Point, as_array
 from theory.problems import FiniteSum, NoisyProblem
 from theory.seeds import generator
 
-# enough that a finite sum's noise of 1.3 times the right size (1.69 times the square) is seen for plain batches
+# enough to see 1.3 times the right noise of plain batches on a finite sum
 DRAWS = 4096
 
 
@@ -38,12 +38,15 @@ def second_estimates(run: Run, draws: int = DRAWS) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Definition:
-    """The second of two estimates as its definition has it: a constant plus a sum of independent terms.
+    """The second of two estimates by definition: a constant plus a sum of independent terms.
 
     Attributes:
-        mean: the expectation, (d,). variance: of each entry, (d,). largest: bound on one term's entries, less their
-            means, (d,); zero where the terms are Gaussian. gaussian: whether they are.
-        square_variance: variance of ``|estimate - mean|^2``. square_largest: its largest value.
+        mean: (d,) the expectation.
+        variance: (d,) of each entry.
+        largest: (d,) bound on the entries of one term less their means; zero for Gaussian terms.
+        gaussian: whether the terms are Gaussian.
+        square_variance: variance of ``|estimate - mean|^2``.
+        square_largest: the largest value of that square.
     """
 
     mean: np.ndarray
@@ -54,24 +57,9 @@ class Definition:
     square_largest: float = math.nan
 
 
-def _weights(estimator: Estimator) -> tuple[float, float, float, int] | None:
-    """Of ``a grad_1 + b mean_B1(g at W_1) + c mean_B2(g at W_2)``: a, then b and c, and the batch size.
-
-    The batches are independent, except for SVRF and SPIDER, which take both gradients on one batch (``a = 1``).
-    """
-    if isinstance(estimator, Minibatch):
-        return 0.0, 0.0, 1.0, estimator.batch(2) if callable(estimator.batch) else estimator.batch
-    if isinstance(estimator, Momentum):
-        share = 3**-estimator.power
-        return 0.0, 1 - share, share, estimator.batch
-    if isinstance(estimator, (SVRF, SPIDER)) and estimator.period > 1:
-        return 1.0, -1.0, 1.0, estimator.batch
-    return None
-
-
 def define(run: Run) -> Definition | None:
-    """The definition of the run's estimator between its first and last snapshot; None for an unknown one."""
-    weights, p = _weights(run.estimator), run.problem
+    """The definition of the run's estimator between its first and last snapshot; None if it is unknown."""
+    weights, p = run.estimator.second(), run.problem
     if weights is None or len(run.snapshots) < 2:
         return None
     a, b, c, batch = weights
@@ -80,7 +68,7 @@ def define(run: Run) -> Definition | None:
     mean = (a + b) * first + c * second
     if isinstance(p, NoisyProblem):
         assert p.sigma is not None
-        # additive noise cancels in a difference on one batch
+        # in a difference on one batch additive noise cancels
         size = 0.0 if a else (b * b + c * c) * p.sigma**2 / (mean.size * batch)
         return Definition(mean, np.full(mean.size, size), np.zeros(mean.size), gaussian=True)
     if not isinstance(p, FiniteSum):
@@ -98,7 +86,7 @@ def _centred(p: FiniteSum, W: Point) -> np.ndarray:
 
 
 def _of_terms(mean: np.ndarray, parts: Sequence[np.ndarray], batch: int) -> Definition:
-    """The moments of a sum of ``batch`` draws from each part, by which Bernstein's inequality goes.
+    """The moments of a sum of ``batch`` draws from each part, for Bernstein's inequality.
 
     For independent centred vectors z, ``Var|sum z|^2 = sum (E|z|^4 - (tr C_z)^2 - 2 tr C_z^2) + 2 tr (sum C_z)^2``.
     """
@@ -121,14 +109,15 @@ def _rounding(run: Run, seen: np.ndarray, mean: np.ndarray) -> float:
 
 
 def definition(run: Run, seen: np.ndarray, known: Definition | None, level: float = LEVEL) -> Check:
-    """The mean of the second of two estimates is the gradient there, ``(1 - r_2) grad_1 + r_2 grad_2`` for momentum.
+    """The second of two estimates has the right mean: the gradient there, or for momentum
+    ``(1 - r_2) grad_1 + r_2 grad_2``.
 
-    Judged entry by entry. The two points are the run's first and last snapshot, so that an estimate which stays at
-    the first one is off by the change of the gradient.
+    Each entry is judged. The two points are the run's first and last snapshot, so an estimate that stays at the
+    first point is off by the change of the gradient.
     """
     name = "mean of the estimate"
     if known is None:
-        return Check(name, VACUOUS, 0.0, math.nan, 0.0, "needs two snapshots and a known estimator")
+        return vacuous(name, "needs two snapshots and a known estimator")
     draws, entries = seen.shape
     if known.gaussian:
         allowed = normal(np.sqrt(known.variance / draws), level, entries)
@@ -142,13 +131,14 @@ def definition(run: Run, seen: np.ndarray, known: Definition | None, level: floa
 
 
 def sample_noise(run: Run, seen: np.ndarray, known: Definition | None, level: float = LEVEL) -> Check:
-    """The mean square of the noise is the one that the finite sum's terms give, from both sides.
+    """The mean square of the noise equals the value from the terms of the finite sum; both sides are judged.
 
-    For plain batches that is ``mean_i |grad f_i - grad|^2 / b``, for SVRF and SPIDER that of the gradients' change.
+    For plain batches the value is ``mean_i |grad f_i - grad|^2 / b``. For SVRF and SPIDER it is the same of the
+    change of the gradients.
     """
     name = "noise = sigma / sqrt(b)"
     if known is None or known.gaussian:
-        return Check(name, VACUOUS, 0.0, math.nan, 0.0, "only for known estimators on a finite sum")
+        return vacuous(name, "only for known estimators on a finite sum")
     squares, expected = np.sum((seen - known.mean) ** 2, axis=1), float(known.variance.sum())
     allowed = float(bernstein(known.square_variance, known.square_largest, len(seen), level))
     allowed += _rounding(run, seen, known.mean) ** 2
@@ -157,9 +147,9 @@ def sample_noise(run: Run, seen: np.ndarray, known: Definition | None, level: fl
 
 
 def gaussian_noise(runs: Sequence[Run], batch: int, level: float = LEVEL) -> Check:
-    """``sum_t |G_t - grad|^2 m n b / sigma^2`` lies within the chi-squared interval of its ``m n T`` degrees per run.
+    """``sum_t |G_t - grad|^2 m n b / sigma^2`` lies in the chi-squared interval of ``m n T`` degrees per run.
 
-    Two-sided: noise that is too large and noise that is too small both fail.
+    Noise that is too large fails, and so does noise that is too small.
     """
     p, name = runs[0].problem, f"noise = sigma / sqrt(b) (b = {batch})"
     assert isinstance(p, NoisyProblem)
@@ -177,7 +167,7 @@ def gaussian_noise(runs: Sequence[Run], batch: int, level: float = LEVEL) -> Che
 
 
 def estimate_checks(run: Run, level: float = LEVEL) -> list[Check]:
-    """Every check of this module that applies to one run of an estimated gradient: two at most."""
+    """The checks of this module that apply to one run; there are at most two."""
     known = define(run)
     seen = np.zeros((0, 0)) if known is None else second_estimates(run)
     out = [definition(run, seen, known, level)]

@@ -1,76 +1,24 @@
-"""What must hold of a run: each check can fail, and says by how much it did not.
+"""What must hold of the record of any run, whatever its step rule: the identity, descent, feasibility and so on.
 
-A verdict is PASS, FAIL or VACUOUS. VACUOUS means that the statement holds and says nothing: a bound above
-every gap that was met, or a quantity that cannot be recomputed at this size. The margin is the slack left,
-relative to the bound. Tolerances come from rounding alone: ``u`` is the unit roundoff, and each tolerance
-says what is rounded. Statements about random draws are judged at a level; see `theory.checks.significance`.
+Tolerances come from rounding alone: ``u`` is the unit roundoff, and each tolerance says what is rounded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from theory import theorem
+from theory.checks.check import FAIL, PASS, VACUOUS, Check, at_most, vacuous
 from theory.frank_wolfe import Run
 from theory.iterates import DensePoint, Gradient, ObservedMatrix, ObservedPoint, as_array, inner
-from theory.oracles import Box, FrobeniusBall, L1Ball, Oracle, Product, RankBall, Simplex, SpectralBall, TraceBall
+from theory.oracles import Oracle, TraceBall
 from theory.step_sizes import TheoremStep
 
-PASS, FAIL, VACUOUS = "PASS", "FAIL", "VACUOUS"
 # above this size a dense SVD per snapshot would cost more than the run
 DENSE_SVD_LIMIT = 512
-# sets of which opposite vertices are D apart
-ATTAINING = (L1Ball, Simplex, Box, FrobeniusBall, TraceBall, SpectralBall, RankBall)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One statement about one run, or about a group of runs.
-
-    Attributes:
-        name: the statement. verdict: PASS, FAIL or VACUOUS.
-        margin: slack left, ``(bound - measured) / max(|bound|, |measured|)``; negative where the statement
-            fails.
-        measured, bound: the two sides. detail: a sentence for the reader.
-        level: the probability that the check fails though the statement holds; 0 where nothing is drawn.
-    """
-
-    name: str
-    verdict: str
-    margin: float
-    measured: float
-    bound: float
-    detail: str = ""
-    level: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON lines; numbers that are not finite become None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-
-
-def at_most(
-    name: str,
-    measured: float,
-    bound: float,
-    tolerance: float = 0.0,
-    *,
-    vacuous: bool = False,
-    detail: str = "",
-    level: float = 0.0,
-) -> Check:
-    """The statement ``measured <= bound + tolerance``; a statement that is not a number fails."""
-    size = max(abs(bound), abs(measured), tolerance, np.finfo(float).tiny)
-    margin = (bound + tolerance - measured) / size
-    verdict = (VACUOUS if vacuous else PASS) if measured <= bound + tolerance else FAIL
-    return Check(name, verdict, float(margin), float(measured), float(bound), detail, level)
 
 
 def unit(run: Run) -> float:
@@ -81,9 +29,8 @@ def unit(run: Run) -> float:
 def value_rounding(run: Run) -> float:
     """The rounding error of one evaluation of ``L``.
 
-    Pairwise summation of n terms of size at most ``magnitude`` errs by ``u log2(n)`` of it; each term by a
-    few u. The iterate itself is rounded when it moves, by u relative, which changes L by u times a
-    gradient pairing.
+    Pairwise summation of n terms of size at most ``magnitude`` errs by ``u log2(n)`` times that size, and each
+    term by a few u. A move rounds the iterate by u, which changes L by u times a pairing with the gradient.
     """
     terms = math.log2(max(2, math.prod(run.oracle.shape))) + 8
     size = run.problem.magnitude if run.problem.magnitude is not None else 0.0
@@ -91,27 +38,24 @@ def value_rounding(run: Run) -> float:
 
 
 def pairing_rounding(run: Run) -> float:
-    """The rounding error of one gap: an inner product of ``n`` terms, and an SVD that errs by
-    ``max(m, n) u``.
+    """The rounding error of one gap: an inner product of n terms, and an SVD that errs by ``max(m, n) u``.
 
-    The gap is a difference, so both errors are relative to its terms, the support and the pairing with ``W_t``.
+    The gap is a difference. Both errors are relative to its terms, the support and the pairing with ``W_t``.
     """
     size = float(np.max(np.abs(run.support) + np.abs(run.gap_upper) + np.abs(run.descent) + np.abs(run.error)))
     return 32 * max(run.oracle.shape) * unit(run) * size
 
 
 def identity(run: Run) -> Check:
-    """``sum eta (g - eps) = L_1 - L_{T+1} + sum eta^2 c / 2``, divided by ``sum eta``; exact for any run.
+    """``sum eta (g - eps) = L_1 - L_{T+1} + sum eta^2 c / 2``, divided by ``sum eta``; exact up to rounding.
 
-    Gap and error are measured by the reference oracle, ``c`` from losses and the descent, so that a gap of
-    the wrong sign or of another gradient, or an error left out, breaks it. Only rounding is allowed for.
-
-    As ``c`` takes up whatever the losses leave, a wrong loss or a wrong iterate does not:
-    descent, curvature and gradient are there for those.
+    The reference oracle measures gap and error; losses and descent give ``c``. So a gap with the wrong sign or
+    of another gradient breaks the identity, and so does a missing error term. A wrong loss or iterate does not,
+    because ``c`` absorbs it; the checks of descent, curvature and gradient are there for those.
     """
     total = float(run.eta.sum())
     if total == 0:
-        return Check("identity", VACUOUS, 0.0, 0.0, 0.0, "every step was zero")
+        return vacuous("identity", "every step was zero", measured=0.0)
     left = float(np.sum(run.eta * (run.gap - run.error))) / total
     right = (run.drop + float(np.nansum(run.eta**2 * run.curvature)) / 2) / total
     tolerance = pairing_rounding(run) + 8 * run.T * unit(run) * float(np.abs(run.value).max()) / total
@@ -139,12 +83,12 @@ def _every_step(name: str, excess: np.ndarray, bound: np.ndarray, run: Run) -> C
 
 
 def curvature(run: Run) -> Check:
-    """``|c_t| <= beta |V - W|^2``: the smoothness that the problem claims, seen along the run."""
+    """``|c_t| <= beta |V - W|^2``: the claimed smoothness, along the run."""
     tolerance = 2 * value_rounding(run) + pairing_rounding(run) * float(run.eta.max())
     change = np.abs(np.diff(run.value) + run.eta * run.descent)
     allowed = run.problem.beta * run.eta**2 * run.distance2 / 2
     worst = int(np.argmax(change - allowed))
-    # steps of which rounding is more than a thousandth part say nothing of the curvature
+    # where rounding is more than a thousandth of the step, it says nothing about the curvature
     told = allowed > 1e3 * tolerance
     ratio = float(np.max(change[told] / allowed[told])) if told.any() else 0.0
     size = max(float(allowed[worst]), tolerance)
@@ -159,68 +103,60 @@ def curvature(run: Run) -> Check:
 
 
 def value_range(run: Run) -> Check:
-    """``L_1 - min_t L_t <= M``: the suboptimality that ``M`` must bound, seen along the run."""
+    """``L_1 - min_t L_t <= M``: ``M`` bounds the suboptimality, along the run."""
     seen = float(run.value[0] - run.value.min())
     return at_most("range <= M", seen, run.problem.M, 2 * value_rounding(run))
 
 
 def _opposite(run: Run, oracle: Oracle) -> float:
-    """How far apart an oracle's vertices for a random gradient and its negative are."""
+    """The distance between an oracle's vertices for a random gradient and its negative."""
     probe, W, rng = _probe(run, np.random.default_rng(0)), run.problem.start(), np.random.default_rng(0)
     first, second = (oracle(X, at=W, rng=rng).vertex for X in (probe, _negative(probe)))
     if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
         return float(np.linalg.norm(first - second))
     if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
         return 0.0
-    # left and right factors are those of opposite matrices, up to the sign of a singular pair
     cross = float(((first.left.T @ second.left) * (first.right @ second.right.T)).sum())
     return math.sqrt(max(0.0, first.norm2 + second.norm2 - 2 * cross))
 
 
 def distances(run: Run) -> Check:
-    """``|V_t - W_t| <= D``, and the vertices for a gradient and its opposite are no further apart either."""
+    """``|V_t - W_t| <= D``, and vertices for opposite gradients are at most ``D`` apart too."""
     seen = max(_opposite(run, run.oracle), math.sqrt(float(run.distance2.max())))
     return at_most("distance <= D", seen, run.oracle.diameter, 64 * run.T * unit(run) * run.oracle.diameter)
 
 
-def _attains(oracle: Oracle) -> bool:
-    """Whether opposite gradients have vertices at distance D, as on norm balls, the box and the simplex."""
-    if isinstance(oracle, Product):
-        return all(map(_attains, oracle.parts))
-    return oracle.exact and isinstance(oracle, ATTAINING)
-
-
 def diameter(run: Run) -> Check:
-    """``D`` is attained: the set's own vertices for a gradient and its opposite are no nearer than ``D``."""
+    """``D`` is attained: the set's vertices for opposite gradients are at least ``D`` apart."""
     own, name = run.problem.oracle, "D is attained"
-    if not _attains(own):
-        return Check(name, VACUOUS, 0.0, math.nan, own.diameter, "not known to be attained by opposite vertices")
+    if not (own.exact and own.attains_diameter):
+        return vacuous(name, "not known to be attained by opposite vertices", bound=own.diameter)
     seen, tolerance = _opposite(run, own), 64 * max(own.shape) * unit(run) * own.diameter
     return at_most(name, own.diameter, seen, tolerance, detail=f"opposite vertices are {seen:.6g} apart")
 
 
 def vertices(run: Run) -> Check:
-    """``V_t`` lies in ``K``, asked again at the snapshots of the oracle that the run used."""
+    """``V_t`` lies in ``K``: the run's oracle is called again at the snapshots."""
     name, set_ = "vertex in K", run.problem.oracle
     points = [W for _, W in run.snapshots]
     if not points or not _small(run) or not all(isinstance(W, DensePoint) for W in points):
-        return Check(name, VACUOUS, 0.0, math.nan, 1.0, "no dense snapshots")
+        return vacuous(name, "no dense snapshots", bound=1.0)
     rng, worst = np.random.default_rng(2), 0.0
     for W in points:
         V = run.oracle(run.problem.gradient(W), at=W, rng=rng).vertex
-        worst = max(worst, set_.gauge(V if isinstance(V, np.ndarray) else V.dense()))
+        worst = max(worst, set_.gauge(as_array(V)))
     return at_most(name, worst, 1.0, 32 * max(set_.shape) * unit(run))
 
 
 def error_sign(run: Run) -> Check:
-    """``eps_t >= 0`` up to the width of the reference: no point of ``K`` pairs below the minimum over ``K``."""
+    """``eps_t >= 0`` up to the width of the reference: no point of ``K`` goes below the minimum over ``K``."""
     below = -run.error - (run.gap_upper - run.gap)
     worst = int(np.argmax(below))
     return at_most("error >= 0", float(below[worst]), 0.0, pairing_rounding(run), detail=f"tightest at t = {worst + 1}")
 
 
 def step_size(run: Run) -> Check:
-    """The steps taken are the theorem's, recomputed from ``M, beta, D, T``."""
+    """The steps are the theorem's, recomputed from ``M, beta, D, T``."""
     assert isinstance(run.step, TheoremStep)
     p = run.problem
     eta = theorem.theorem_step(p.M, p.beta, run.oracle.diameter, run.T, run.step.factor)
@@ -235,10 +171,10 @@ def step_size(run: Run) -> Check:
 
 
 def oracle_error(run: Run) -> Check:
-    """``eps_t`` is at most what the oracle and the gradient estimator admit to.
+    """``eps_t`` is at most the error that the oracle and the gradient estimator admit to.
 
-    ``eps <= epsilon`` for an additive oracle, ``(1 - rho) g`` for a multiplicative one, and ``D |G_t - grad|`` on
-    top for an estimated gradient: ``<grad, V - V*> = <grad - G, V - V*> + <G, V - V*>``.
+    That is ``epsilon`` for an additive oracle and ``(1 - rho) g`` for a multiplicative one. An estimated gradient
+    adds ``D |G_t - grad|``, because ``<grad, V - V*> = <grad - G, V - V*> + <G, V - V*>``.
     """
     noise = run.oracle.diameter * run.noise
     seen_gap = run.gap + noise  # the multiplicative oracle is relative to the gap that it sees
@@ -264,7 +200,7 @@ def gap_sign(run: Run) -> Check:
 
 
 def feasible(run: Run) -> Check:
-    """``W_t`` lies in ``K``; T roundings of relative size u may add up."""
+    """``W_t`` lies in ``K``, up to T roundings of relative size u."""
     set_ = run.problem.oracle
     points = [W for _, W in run.snapshots] + [run.final]
     tolerance = (3 * run.T + 32 * max(set_.shape)) * unit(run)
@@ -278,16 +214,14 @@ def feasible(run: Run) -> Check:
             tolerance,
             detail="sum of the atoms' norms",
         )
-    return Check("feasible", VACUOUS, 0.0, math.nan, 1.0, "too large for a dense norm")
+    return vacuous("feasible", "too large for a dense norm", bound=1.0)
 
 
 def dense_gap(run: Run) -> Check:
-    """The recorded gap equals ``support(-grad) + <grad, W>``, recomputed from snapshots by the dual norm
-    (dense SVD).
-    """
+    """The recorded gap equals ``support(-grad) + <grad, W>``, recomputed at the snapshots by a dense SVD."""
     set_, worst, detail, tolerance = run.problem.oracle, 0.0, "", pairing_rounding(run)
     if not _small(run) or not run.snapshots:
-        return Check("gap = dense SVD", VACUOUS, 0.0, math.nan, 0.0, "too large for a dense SVD, or no snapshots")
+        return vacuous("gap = dense SVD", "too large for a dense SVD, or no snapshots")
     for t, W in run.snapshots:
         G = run.problem.gradient(W)
         exact = set_.gap(as_array(G), W.dense())
@@ -298,10 +232,10 @@ def dense_gap(run: Run) -> Check:
 
 
 def gradient(run: Run) -> Check:
-    """The gradient against differences of the loss, inside ``K``.
+    """The gradient agrees with differences of the loss inside ``K``.
 
-    Along ``d = V - W``, smoothness alone gives ``|L(W + h d) - L(W) - h <grad, d>| <= beta h^2 |d|^2 / 2``; with h
-    chosen to balance it against the rounding of L, the allowance is derived and nothing else is assumed.
+    Along ``d = V - W`` smoothness gives ``|L(W + h d) - L(W) - h <grad, d>| <= beta h^2 |d|^2 / 2``. The step h
+    balances this against the rounding of L, and the allowance follows from both.
     """
     rng, rounding = np.random.default_rng(1), value_rounding(run)
     worst, allowed, at = -math.inf, 0.0, 0
@@ -321,12 +255,12 @@ def gradient(run: Run) -> Check:
         if off - bound > worst:
             worst, allowed, at = off - bound, bound, t
     if not run.snapshots or worst == -math.inf:
-        return Check("gradient", VACUOUS, 0.0, math.nan, 0.0, "no snapshots")
+        return vacuous("gradient", "no snapshots")
     return at_most("gradient", worst + allowed, allowed, detail=f"tightest at t = {at}")
 
 
 def _probe(run: Run, rng: np.random.Generator) -> Gradient:
-    """A random gradient of the kind that the problem has; never dense where the problem's are not."""
+    """A random gradient, dense or observed like those of the problem."""
     if isinstance(run.final, ObservedPoint):
         pattern = run.final.pattern
         return ObservedMatrix(pattern, pattern.native(rng.standard_normal(len(pattern)), run.problem.dtype))
@@ -337,38 +271,21 @@ def _negative(G: Gradient) -> Gradient:
     return ObservedMatrix(G.pattern, -G.values) if isinstance(G, ObservedMatrix) else -G
 
 
-ALWAYS: tuple[Callable[[Run], Check], ...] = (
-    identity,
-    descent,
-    reverse_descent,
-    curvature,
-    value_range,
-    distances,
-    diameter,
-    vertices,
-    error_sign,
-    feasible,
-    gap_sign,
-    dense_gap,
-    gradient,
-    oracle_error,
-)
-STRUCTURAL = frozenset(
-    {
-        "identity",
-        "descent",
-        "reverse descent",
-        "curvature <= beta",
-        "range <= M",
-        "distance <= D",
-        "D is attained",
-        "vertex in K",
-        "error >= 0",
-        "feasible",
-        "gap >= 0",
-        "gap = dense SVD",
-        "gradient",
-        "oracle error",
-        "step",
-    }
-)
+#: the checks of every run, by name; `step_size` is made only where the theorem's step was taken
+CHECKS: dict[str, Callable[[Run], Check]] = {
+    "identity": identity,
+    "descent": descent,
+    "reverse descent": reverse_descent,
+    "curvature <= beta": curvature,
+    "range <= M": value_range,
+    "distance <= D": distances,
+    "D is attained": diameter,
+    "vertex in K": vertices,
+    "error >= 0": error_sign,
+    "feasible": feasible,
+    "gap >= 0": gap_sign,
+    "gap = dense SVD": dense_gap,
+    "gradient": gradient,
+    "oracle error": oracle_error,
+}
+STRUCTURAL = CHECKS.keys() | {"step"}

@@ -1,20 +1,20 @@
-"""The level of the statistical checks: how rarely one may fail although its statement holds, and what that allows.
+"""Thresholds of the statistical checks, so chosen that false alarms are rare.
 
-One run of the command raises a false alarm with probability at most `FAMILY`, over all its checks together. The
-union bound divides it: each check is made at a level of its own, and the levels add up. Every threshold here is exact
-or a proved inequality at the level and the sample size at hand; none rests on the central limit theorem.
+One run of the command raises a false alarm with probability at most `FAMILY` over all its checks. A union bound
+divides this probability: each check has its own level, and the levels add up. Every threshold is exact, or a
+proved inequality, at the given level and sample size. None rests on the central limit theorem.
 
-=============  ==================================================================  ==============
-what is drawn  the statement                                                        the threshold
-=============  ==================================================================  ==============
-Gaussian       its mean, where its variance is known                                `normal`
-Gaussian       the sum of its squares                                               `chi_squared`
+=============  =====================================================================  =================
+draws          statement                                                              threshold
+=============  =====================================================================  =================
+Gaussian       the mean, with known variance                                          `normal`
+Gaussian       the sum of squares                                                     `chi_squared`
 Gaussian       a Lipschitz function, or a martingale with Gaussian steps, from above  `gaussian_excess`
-bounded        its mean, where variance and range are known                         `bernstein`
-any            a mean over few runs whose variance is estimated                     `student`
-=============  ==================================================================  ==============
+bounded        the mean, with known variance and range                                `bernstein`
+any            a mean over few runs, with estimated variance                          `student`
+=============  =====================================================================  =================
 
-`student` is exact for Gaussian samples only. One check uses it, whose statement has a margin of some eighty standard
+`student` is exact for Gaussian samples only. The one check that uses it has a margin of some eighty standard
 deviations; see ``theory/README.md``.
 """
 
@@ -27,16 +27,16 @@ import numpy as np
 from scipy import stats
 
 FAMILY = 1e-6
-"""Probability of at least one false alarm in a run of the command."""
+"""The probability of a false alarm in one run of the command, over all checks."""
 
 CHECKS = 100
-"""Checks among which `FAMILY` is divided; the standard suite makes a third of them."""
+"""The number of checks that share `FAMILY`; the standard suite makes a third of them."""
 
 LEVEL = FAMILY / CHECKS
 
 
 def share(checks: int) -> float:
-    """The level of each of some checks that together keep to `FAMILY`; never above `LEVEL`.
+    """The level per check at which so many checks together keep to `FAMILY`; never above `LEVEL`.
 
     >>> share(31) == LEVEL, share(10_000) < LEVEL / 99
     (True, True)
@@ -48,7 +48,7 @@ def normal(deviation: float | np.ndarray, level: float = LEVEL, tests: int = 1) 
     """How far a Gaussian number may be from its mean, on either side.
 
     Args:
-        deviation: its standard deviation. level: probability that any of the numbers is further off.
+        deviation: its standard deviation. level: probability that any of the numbers is further away.
         tests: how many numbers share the level.
 
     >>> round(normal(1.0), 3)
@@ -69,8 +69,9 @@ def chi_squared(degrees: int, level: float = LEVEL) -> tuple[float, float]:
 def gaussian_excess(deviation: float, level: float = LEVEL) -> float:
     """How far above its mean a number with tails ``exp(-x^2 / (2 deviation^2))`` may be.
 
-    A function of independent standard Gaussian numbers with Lipschitz constant ``deviation`` has such tails, and so
-    has a martingale whose steps are Gaussian given the past, ``deviation^2`` bounding the sum of their variances.
+    Such tails belong to a function of independent standard Gaussian numbers with Lipschitz constant ``deviation``.
+    They also belong to a martingale whose steps are Gaussian given the past, with variances that sum to at most
+    ``deviation^2``.
     """
     return deviation * math.sqrt(2 * math.log(1 / level))
 
@@ -83,8 +84,9 @@ def bernstein(
     Bernstein's inequality, ``P(|mean - E| >= u) <= 2 exp(-n u^2 / (2 v + 2 M u / 3))``, solved for u.
 
     Args:
-        variance: ``v`` of one draw. largest: ``M``, a bound on the independent terms of which a draw is the sum, each
-            less its mean. draws: ``n``. level: probability that any of the means is further off.
+        variance: ``v`` of one draw.
+        largest: ``M``. A draw is a sum of independent terms, and ``M`` bounds each term less its mean.
+        draws: ``n``. level: probability that any of the means is further away.
         tests: how many means share the level.
     """
     log = math.log(2 * tests / level)
@@ -93,7 +95,7 @@ def bernstein(
 
 
 def student(samples: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """The mean of Gaussian samples and how far it may be from its expectation; infinitely far for one sample."""
+    """The mean of Gaussian samples, and how far it may be from its expectation: infinitely far for one sample."""
     values = np.asarray(samples, dtype=float)
     if values.size < 2:
         return float(values.mean()), math.inf
@@ -102,7 +104,7 @@ def student(samples: Sequence[float], level: float = LEVEL) -> tuple[float, floa
 
 
 def power(shift: float, threshold: float, deviation: float) -> float:
-    """The probability that a Gaussian statistic exceeds a threshold, its mean shifted by a planted error.
+    """The probability that a Gaussian statistic exceeds a threshold after a planted error shifted its mean.
 
     >>> power(10.0, 5.731, 1.0) > 0.99998
     True

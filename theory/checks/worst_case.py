@@ -1,12 +1,11 @@
-"""The exact worst case of Theorem 4.1 for a few steps, as a semidefinite program (needs the extra ``pep``:
-PEPit).
+"""The exact worst case of Theorem 4.1 for a few steps, as a semidefinite program; needs the extra ``pep``.
 
-The largest average gap over *all* beta-smooth losses, all sets of diameter D and all starts, from the performance
-estimation of Drori and Teboulle (arXiv 1206.3209) with PEPit (arXiv 2201.04040). It is independent of every line of
-the proof: where it agrees with a bound, the bound is right; where it lies below, the bound is loose by that much.
+`worst_average_gap` is the largest average gap over all beta-smooth losses, all sets of diameter D and all starts.
+It comes from the performance estimation of Drori and Teboulle (arXiv 1206.3209) with PEPit (arXiv 2201.04040) and
+uses nothing of the proof. A bound that agrees with it is tight; one that lies above it is loose by the difference.
 
 At the theorem's step and ``M = beta D^2`` the worst case in units of s is 1.5 for T = 1 and then 1.448, 1.411,
-1.389, 1.373, 1.362: the constant 1.5 cannot be lowered for all T, and 2 is never attained.
+1.389, 1.373, 1.362. So 1.5 cannot be lowered for all T, and 2 is never attained.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ def worst_average_gap(T: int, M: float = 1.0, beta: float = 1.0, D: float = 1.0,
     """The largest average gap of T steps of ``factor`` times the theorem's step, in units of s.
 
     Args:
-        T: number of steps; the program grows with T and is meant for T up to 6 or so.
-        M: ``L(W_1) - L(W_t) <= M`` for all t, which ``M >= L(W_1) - min L`` implies. beta, D: as in the
-            theorem.
-        factor: multiple of the theorem's step.
+        T: number of steps; the program grows with it, and 6 is about the limit.
+        M: ``L(W_1) - L(W_t) <= M`` for all t, which follows from ``M >= L(W_1) - min L``.
+        beta, D: as in the theorem. factor: multiple of the theorem's step.
 
     Returns:
         The optimal value over ``s = sqrt(M beta) D / sqrt(T)``, to the solver's accuracy of about 1e-5.

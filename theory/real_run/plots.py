@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from theory.suite.plots import BLUE, GREEN, ORANGE, RED, canvas, save, styled
+from theory.style import BLUE, GREEN, ORANGE, RED, canvas, styled
 
 if TYPE_CHECKING:
     from theory.real_run.decomposition import Decomposition, Probe
@@ -81,7 +81,8 @@ def chain_gap(result: Decomposition, probes: Mapping[int, Probe], path: Path) ->
     else:
         layers.set_title("gap per layer", loc="left")
     figure.colorbar(image, ax=layers, shrink=0.9)
-    return save(figure, path)
+    figure.savefig(path)
+    return path
 
 
 def _short(path: str) -> str:

@@ -1,9 +1,4 @@
-"""The pictures of the theory test-bed: what the theorem promises, drawn over what was measured.
-
-Colours are Okabe and Ito's, told apart by people with any kind of colour vision, and every curve also has
-its own marker or dash. Figures are drawn without pyplot, so that no global state or window is touched;
-matplotlib is imported when a picture is asked for.
-"""
+"""The pictures of the suite: measured gaps, and the bounds over them."""
 
 from __future__ import annotations
 
@@ -15,18 +10,13 @@ from typing import Any
 import numpy as np
 
 from theory import theorem
+from theory.checks.rates import fitted_slope
 from theory.frank_wolfe import Run
-from theory.suite.ladders import Rung, fitted_slope
+from theory.step_sizes import TheoremStep
+from theory.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, canvas, styled
+from theory.suite.ladders import Rung
+from theory.suite.tasks import Record
 
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
 PALETTE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = "osD^vPX"
 DASHES = ("-", "-", "-", "-", (0, (4, 2)), "-", "-")
@@ -38,59 +28,56 @@ STEP_LABELS = {
     "2/(t+2)": "$2/(t+2)$",
     "1/sqrt(t+1)": r"$1/\sqrt{t+1}$",
 }
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9,
-    "legend.fontsize": 7.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-}
 
 
-def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with a flat list of axes, in the style of this package."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def pictures(records: Sequence[Record], out: Path) -> list[Path]:
+    """Draw every picture for which the records have data.
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.ravel())
+    Args:
+        records: of the suite, or of named runs. out: the folder of the PNG files.
+    """
+    paths = []
+    rates = {r.label.removesuffix(" rate"): r.runs for r in records if r.kind == "rate" and r.runs}
+    if rates:
+        paths.append(average_gap(rates, out / "average_gap.png"))
+    plain = [r for r in records if r.kind == "run" and _is_plain(r.runs[0])]
+    by_instance: dict[tuple[str, int], list[Run]] = {}
+    for r in plain:
+        by_instance.setdefault((r.runs[0].problem.name, r.T), []).append(r.runs[0])
+    several = {key: runs for key, runs in by_instance.items() if len(runs) > 1}
+    longest = [runs for key, runs in several.items() if key[0].startswith("F:")] or list(several.values())
+    if by_instance:
+        runs = max(longest, key=len) if longest else list(by_instance.values())[-1]
+        paths.append(along_a_run(runs, out / "gap_along_a_run.png"))
+    ladders: dict[str, dict[str, list[Rung]]] = {"epsilon": {}, "rho": {}, "batch": {}}
+    for r in records:
+        if r.kind in ladders:
+            ladders[r.kind].setdefault(r.label.split()[2] if r.kind != "batch" else "batch", []).extend(r.rungs)
+    if ladders["epsilon"] or ladders["rho"]:
+        paths.append(oracle_ladders(ladders["epsilon"], ladders["rho"], out / "epsilon_ladder.png"))
+    if ladders["batch"]:
+        paths.append(batch_ladder(ladders["batch"]["batch"], out / "batch_ladder.png"))
+    # of several horizons, the largest
+    last = {
+        r.label: r.runs[0]
+        for r in plain
+        if not r.label.startswith(("|L|", "one step")) and isinstance(r.runs[0].step, TheoremStep)
+    }
+    rows = [(label, r.average / r.scale, r.smallest / r.scale, _sharp(r) / r.scale) for label, r in last.items()]
+    if rows:
+        rows.sort(key=lambda row: -row[1])
+        paths.append(tightness(rows[:40], out / "tightness.png"))
+    return paths
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Write the figure in the package's style."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path)
-    return path
+def _is_plain(run: Run) -> bool:
+    """Whether the run used the problem's own oracle and the exact gradient."""
+    return run.oracle is run.problem.oracle and not run.estimator.noisy
 
 
-def styled(draw: Any) -> Any:
-    """Legends and ticks read the style when they are made, so the whole drawing runs under it."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    wrapped.__doc__, wrapped.__name__ = draw.__doc__, draw.__name__
-    return wrapped
+def _sharp(run: Run) -> float:
+    """The sharp bound for the theorem's step, from the measured drop."""
+    return theorem.sharp_bound(run.drop, run.problem.beta, run.oracle.circumradius, run.T, float(run.eta[0]))
 
 
 @styled
@@ -106,10 +93,7 @@ def average_gap(rates: dict[str, Sequence[Run]], path: Path) -> Path:
         s = np.array([run.scale for run in runs])
         average = np.array([run.average for run in runs])
         smallest = np.array([run.smallest for run in runs])
-        sharp = [
-            theorem.sharp_bound(run.drop, run.problem.beta, run.oracle.circumradius, run.T, float(run.eta[0]))
-            for run in runs
-        ]
+        sharp = [_sharp(run) for run in runs]
         ax.loglog(T, 2 * s, ":", color=BLACK, label="paper, $2s$")
         ax.loglog(T, 1.5 * s, "--", color=ORANGE, label="proved, $1.5s$")
         ax.loglog(T, sharp, "-", color=SKY, label="sharp, measured drop")
@@ -133,7 +117,8 @@ def average_gap(rates: dict[str, Sequence[Run]], path: Path) -> Path:
             ax.set_ylabel("Frank-Wolfe gap")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, handlelength=1.8, columnspacing=1.2)
-    return save(figure, path)
+    figure.savefig(path)
+    return path
 
 
 @styled
@@ -163,28 +148,31 @@ def along_a_run(runs: Sequence[Run], path: Path) -> Path:
     left.set_ylabel("Frank-Wolfe gap")
     left.legend(loc="lower left", handlelength=2.4)
     right.legend([bound], [r"$1.5s$, proved at t = T for the theorem's $\eta$"], loc="lower left")
-    return save(figure, path)
+    figure.savefig(path)
+    return path
 
 
-def _whiskers(ax: Any, x: Sequence[float], rungs: Sequence[Rung], colour: str, marker: str, label: str) -> None:
-    mean = [rung.average.mean for rung in rungs]
-    half = [rung.average.half for rung in rungs]
-    ax.errorbar(x, mean, yerr=half, fmt=marker + "-", color=colour, label=label, capsize=2.5, linewidth=1)
+def _whiskers(ax: Any, rungs: Sequence[Rung], colour: str, marker: str, label: str, key: str | None = None) -> None:
+    """One curve of a ladder with its intervals: the average gap, or one of the rungs' extra quantities."""
+    shown = [rung.average if key is None else rung.extra[key] for rung in rungs]
+    ax.errorbar(
+        [rung.setting for rung in rungs],
+        [interval.mean for interval in shown],
+        yerr=[interval.half for interval in shown],
+        fmt=marker + "-",
+        color=colour,
+        label=label,
+        capsize=2.5,
+        linewidth=1,
+    )
 
 
 @styled
 def oracle_ladders(epsilon: dict[str, Sequence[Rung]], rho: dict[str, Sequence[Rung]], path: Path) -> Path:
-    """Average gap against the oracle's error: additive on the left, multiplicative on the right, with both bounds."""
+    """Average gap against the oracle's error, additive on the left and multiplicative on the right."""
     figure, (left, right) = canvas(1, 2, 8.2, 3.3)
     for (adversary, rungs), colour, marker in zip(epsilon.items(), (BLUE, RED), "os"):
-        _whiskers(
-            left,
-            [rung.setting for rung in rungs],
-            rungs,
-            colour,
-            marker,
-            f"average gap, adversary “{adversary}”",
-        )
+        _whiskers(left, rungs, colour, marker, f"average gap, adversary “{adversary}”")
     if epsilon:
         rungs = next(iter(epsilon.values()))
         x = np.array([rung.setting for rung in rungs])
@@ -195,14 +183,7 @@ def oracle_ladders(epsilon: dict[str, Sequence[Rung]], rho: dict[str, Sequence[R
     left.set_xlabel(r"additive oracle error $\varepsilon$")
     left.set_ylabel("average Frank-Wolfe gap")
     for (adversary, rungs), colour, marker in zip(rho.items(), (BLUE, RED), "os"):
-        _whiskers(
-            right,
-            [rung.setting for rung in rungs],
-            rungs,
-            colour,
-            marker,
-            f"average gap, adversary “{adversary}”",
-        )
+        _whiskers(right, rungs, colour, marker, f"average gap, adversary “{adversary}”")
     if rho:
         rungs = next(iter(rho.values()))
         x = np.linspace(min(r.setting for r in rungs), 1, 100)
@@ -213,30 +194,19 @@ def oracle_ladders(epsilon: dict[str, Sequence[Rung]], rho: dict[str, Sequence[R
     right.set_xlabel(r"fraction $\rho$ of the gap that the oracle keeps")
     for ax in (left, right):
         ax.set_ylim(bottom=0)
-    return save(figure, path)
+    figure.savefig(path)
+    return path
 
 
 @styled
 def batch_ladder(rungs: Sequence[Rung], path: Path) -> Path:
-    """True, reported and two-batch gap against the batch size: the reported one is biased upward."""
+    """True, reported and two-batch gap against the batch size; the reported gap is biased upward."""
     figure, (ax,) = canvas(1, 1, 5.2, 3.5)
     b = [rung.setting for rung in rungs]
     ax.plot(b, [rung.extra["bound"].mean for rung in rungs], "--", color=BLACK, label=r"bound $1.5s$ + noise term")
-    for key, colour, marker, label in (
-        ("reported", RED, "s", "gap of the minibatch gradient (biased)"),
-        ("two batches", GREEN, "D", r"two-batch estimate of $g-\varepsilon$"),
-    ):
-        ax.errorbar(
-            b,
-            [r.extra[key].mean for r in rungs],
-            yerr=[r.extra[key].half for r in rungs],
-            fmt=marker + "-",
-            color=colour,
-            label=label,
-            capsize=2.5,
-            linewidth=1,
-        )
-    _whiskers(ax, b, rungs, BLUE, "o", "true gap")
+    _whiskers(ax, rungs, RED, "s", "gap of the minibatch gradient (biased)", "reported")
+    _whiskers(ax, rungs, GREEN, "D", r"two-batch estimate of $g-\varepsilon$", "two batches")
+    _whiskers(ax, rungs, BLUE, "o", "true gap")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xlabel("batch size b")
@@ -244,16 +214,16 @@ def batch_ladder(rungs: Sequence[Rung], path: Path) -> Path:
     run = rungs[0].runs[0]
     ax.set_title(f"{run.problem.name}, T = {run.T}", loc="left")
     ax.legend(loc="best")
-    return save(figure, path)
+    figure.savefig(path)
+    return path
 
 
 @styled
 def tightness(rows: Sequence[tuple[str, float, float, float]], path: Path) -> Path:
-    """How much of each bound is used: ``avg/s`` per instance and step against its own sharp bound and the
-    constants.
+    """``avg/s`` per instance and step, with its sharp bound and the constants.
 
     Args:
-        rows: (label, avg/s, min/s, sharp bound over s); a bound that is not finite is left out.
+        rows: (label, avg/s, min/s, sharp bound over s); infinite bounds are left out.
     """
     figure, (ax,) = canvas(1, 1, 6.4, 1.3 + 0.19 * len(rows))
     y = np.arange(len(rows))[::-1]
@@ -292,4 +262,5 @@ def tightness(rows: Sequence[tuple[str, float, float, float]], path: Path) -> Pa
         columnspacing=1,
         handlelength=1.5,
     )
-    return save(figure, path)
+    figure.savefig(path)
+    return path

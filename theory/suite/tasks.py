@@ -1,7 +1,7 @@
-"""The standard suite: which instances, horizons and settings the command runs, and the records that come out.
+"""The tasks of the standard suite, and the records that they return.
 
-A `Task` is a name and a function without arguments that returns `Record`s, so that the command can show
-progress and filter by name. Sizes are chosen for two minutes on two cores.
+A `Task` is a name and a function without arguments, so that the command can show its progress. The sizes make
+the suite take about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from theory.checks import FAIL, PASS, VACUOUS, Check, audit, noise
-from theory.checks.record import at_most
+from theory.checks import FAIL, PASS, VACUOUS, Check, audit, noise, rates
+from theory.checks.check import at_most
 from theory.checks.significance import LEVEL
 from theory.frank_wolfe import Run, frank_wolfe
-from theory.gradient_estimators import SPIDER, SVRF, Estimator, Minibatch, Momentum
+from theory.gradient_estimators import ESTIMATORS, Estimator
 from theory.oracles import AdditiveError, MultiplicativeError, Oracle, TraceBall
 from theory.problems import NoisyProblem, Problem, StochasticProblem
 from theory.problems.instances import INSTANCES, TIGHT
@@ -51,11 +51,11 @@ class Record:
 
     @property
     def verdict(self) -> str:
-        """FAIL if any check fails; VACUOUS if none says anything; else PASS."""
+        """FAIL if any check fails, PASS if any other passes, else VACUOUS."""
         return FAIL if self.count(FAIL) else PASS if self.count(PASS) else VACUOUS
 
     def as_json(self) -> str:
-        """One JSON line, without the runs."""
+        """The record as a JSON line, without the runs."""
         line = {
             "label": self.label,
             "kind": self.kind,
@@ -74,7 +74,7 @@ class Record:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None in their place."""
+    """The value with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -84,7 +84,7 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """A named piece of the suite."""
+    """One piece of the suite."""
 
     name: str
     run: Callable[[], list[Record]]
@@ -133,10 +133,12 @@ def single(
     """One audited run of a named instance.
 
     Args:
-        name: key of `INSTANCES`. oracle: makes the corrupted oracle from the problem. sigma: size of added
-            noise, for an estimated gradient on a problem that draws no batches itself. tag: appended to
-            the label.
-        level: of each of the checks of an estimated gradient, two at most.
+        name: key of `INSTANCES`.
+        oracle: makes the run's oracle from the problem; by default it is the problem's own.
+        gradient: estimator of the gradient, exact by default.
+        sigma: size of the noise to add for an estimated gradient if the problem draws no batches.
+        tag: suffix of the label.
+        level: of each check of an estimated gradient; there are at most two.
     """
     problem = INSTANCES[name].build(T, seed)
     if gradient is not None and gradient.noisy and not isinstance(problem, StochasticProblem):
@@ -156,7 +158,7 @@ def single(
 
 
 def rate(name: str, horizons: Sequence[int], seed: int = 0) -> list[Record]:
-    """Separate runs over horizons, and the record of their rate."""
+    """The records of separate runs over horizons, and of their rate."""
     out = [single(name, T, seed=seed) for T in horizons]
     return [*out, rate_record(name, out)]
 
@@ -164,7 +166,7 @@ def rate(name: str, horizons: Sequence[int], seed: int = 0) -> list[Record]:
 def rate_record(name: str, records: Sequence[Record]) -> Record:
     """The slope over separate runs, or flatness in units of s for G, whose constants grow with T."""
     runs, last = [record.runs[0] for record in records], records[-1]
-    checks = ladders.flatness_check(runs) if name == "G" else [ladders.rate_check(runs)]
+    checks = rates.flatness_check(runs) if name == "G" else [rates.rate_check(runs)]
     return Record(f"{name} rate", "rate", last.T, last.average, last.smallest, last.scale, checks, 0.0, {}, runs)
 
 
@@ -194,23 +196,14 @@ def ladder_record(label: str, kind: str, rungs: list[ladders.Rung], seconds: flo
     return out
 
 
-def epsilon_task(epsilons: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
-    """The additive ladder on F from random vertices, both adversaries."""
+def oracle_task(kind: str, settings: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
+    """The ladder of kind ``"epsilon"`` or ``"rho"`` on F from random vertices, against both adversaries."""
+    label, ladder = {"epsilon": ("eps", ladders.epsilon_ladder), "rho": ("rho", ladders.rho_ladder)}[kind]
     out = []
     for adversary in ("away", "stall"):
         started = time.perf_counter()
-        rungs = ladders.epsilon_ladder(lambda s: trace_quadratic(seed=s), T, epsilons, seeds, adversary)
-        out += ladder_record(f"F eps {adversary}", "epsilon", rungs, time.perf_counter() - started)
-    return out
-
-
-def rho_task(rhos: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
-    """The multiplicative ladder on F from random vertices, both adversaries."""
-    out = []
-    for adversary in ("away", "stall"):
-        started = time.perf_counter()
-        rungs = ladders.rho_ladder(lambda s: trace_quadratic(seed=s), T, rhos, seeds, adversary)
-        out += ladder_record(f"F rho {adversary}", "rho", rungs, time.perf_counter() - started)
+        rungs = ladder(lambda s: trace_quadratic(seed=s), T, settings, seeds, adversary)
+        out += ladder_record(f"F {label} {adversary}", kind, rungs, time.perf_counter() - started)
     return out
 
 
@@ -225,16 +218,16 @@ def growing_batches(seeds: Sequence[int]) -> list[Record]:
     """``b = sigma^2 T/(M beta)`` keeps the slope of -1/2."""
     started, problem = time.perf_counter(), NoisyProblem(trace_quadratic(), 2.0)
     runs = [ladders.growing_batch_runs(problem, (60, 120, 240, 480), seed) for seed in seeds]
-    slopes = [ladders.fitted_slope([r.T for r in group], [r.average for r in group]) for group in runs]
+    slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in runs]
     longest = [group[-1] for group in runs]
     average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
-    checks = [ladders.rates_check(slopes)]
+    checks = [rates.rates_check(slopes)]
     seconds = time.perf_counter() - started
     return [Record("F b ~ T rate", "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
 
 
 def constants_task() -> list[Record]:
-    """Where the paper's constant breaks: instances that must exceed 2 s, and the two that attain 1.5 and 2.5."""
+    """The constants: instances that must exceed the paper's 2 s, and two that attain 1.5 s and 2.5 s."""
     out = []
     for lifted in (False, True):
         run = frank_wolfe(magnitude_counterexample(lifted=lifted), 3000)
@@ -254,14 +247,7 @@ def constants_task() -> list[Record]:
 
 def estimators_task(seed: int) -> list[Record]:
     """Every estimator on a finite sum."""
-    estimators: tuple[Estimator, ...] = (
-        Minibatch(16),
-        Minibatch(lambda t: t),
-        Momentum(16),
-        SVRF(16, 32),
-        SPIDER(16, 32),
-    )
-    return [single("tanh", 1000, gradient=e, seed=seed, tag=f" {e.name}") for e in estimators]
+    return [single("tanh", 1000, gradient=e, seed=seed, tag=f" {e.name}") for e in ESTIMATORS]
 
 
 def standard(
@@ -285,10 +271,10 @@ def standard(
             if step != TheoremStep():
                 yield Task(f"{name}: {step.name}", partial(_one, name, T, seed, step, f" {step.name}"))
     yield Task("constants", constants_task)
-    yield Task("epsilon ladder", partial(epsilon_task, epsilons, few))
-    yield Task("rho ladder", partial(rho_task, rhos, few))
+    yield Task("epsilon ladder", partial(oracle_task, "epsilon", epsilons, few))
+    yield Task("rho ladder", partial(oracle_task, "rho", rhos, few))
     yield Task("batch ladder", partial(batch_task, batches, many))
-    # short runs, and twice as many: the fewer there are, the wider is Student's interval at this level
+    # short runs, but twice as many: at this level Student's interval is wide for few samples
     yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
     yield Task("estimators", partial(estimators_task, seed))
     for name, instance in INSTANCES.items():
@@ -301,7 +287,7 @@ def _one(name: str, T: int, seed: int, step: Step | None = None, tag: str = "") 
 
 
 def oracle_maker(kind: str, epsilon: float, rho: float) -> Callable[[Problem], Oracle] | None:
-    """The oracle that ``--oracle`` names, made from the problem's own; None for the problem's own."""
+    """A function from a problem to the oracle that ``--oracle`` names; None for the problem's own."""
     if kind == "own":
         return None
     if kind == "additive":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from theory import gradient_estimators
-from theory.checks import FAIL, noise
+from theory.checks import FAIL, noise, rates
 from theory.checks.significance import (
     CHECKS,
     FAMILY,
@@ -207,9 +207,9 @@ def test_batches_that_do_not_grow_are_seen():
 
     def slope(seed):
         runs = [frank_wolfe(problem, T, gradient=Minibatch(64), seed=seed, snapshots=0) for T in horizons]
-        return ladders.fitted_slope(horizons, [run.average for run in runs])
+        return rates.fitted_slope(horizons, [run.average for run in runs])
 
     slopes = [slope(seed) for seed in range(16)]
     mean, half = student(slopes)
-    assert ladders.rates_check(slopes).verdict == FAIL
+    assert rates.rates_check(slopes).verdict == FAIL
     assert abs(mean + 0.5) - 0.03 >= 2 * half
