@@ -1,7 +1,7 @@
-"""Step rules: how far to go from ``W_t`` towards ``V_t``.
+"""Step rules: how far to move from ``W_t`` towards ``V_t``.
 
-A rule is a frozen description; ``rule.begin(constants, T)`` gives the function of one run, which holds
-that run's state, so that a rule can be shared and printed.
+A rule is a frozen description that can be shared and printed. ``rule.begin(constants, T)`` returns the
+function of one run, which holds the state of that run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from theory.arguments import positive
 
 @dataclass(frozen=True)
 class Constants:
-    """``M``, ``beta`` and ``D`` of a problem, as the step rules see them."""
+    """The constants ``M``, ``beta`` and ``D`` of a problem."""
 
     M: float
     beta: float
@@ -26,11 +26,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class Situation:
-    """What a rule may look at in iteration t.
+    """The input of a rule in iteration t.
 
     Attributes:
-        t: from 1. value: ``L(W_t)``. descent: ``<G, W_t - V_t>`` with the gradient the algorithm sees.
-        distance2: ``|V_t - W_t|^2``. trial: the function ``eta -> L(W_t + eta (V_t - W_t))``.
+        t: counts from 1. value: ``L(W_t)``.
+        descent: ``<G_t, W_t - V_t>`` with the estimated gradient. distance2: ``|V_t - W_t|^2``.
+        trial: the function ``eta -> L(W_t + eta (V_t - W_t))``.
     """
 
     t: int
@@ -44,10 +45,9 @@ Rule = Callable[[Situation], float]
 
 
 class Step(ABC):
-    """A step rule; ``name`` is what the command line and the tables call it."""
+    """Base class of the step rules; the command line and the tables use ``name``."""
 
     name: str
-    needs_distance = True
 
     @abstractmethod
     def begin(self, constants: Constants, T: int) -> Rule:
@@ -73,7 +73,7 @@ class TheoremStep(Step):
         return known.get(self.factor, f"theorem*{self.factor:g}")
 
     def begin(self, constants: Constants, T: int) -> Rule:
-        """The same step, T times."""
+        """The same step in every iteration."""
         eta = theorem.theorem_step(constants.M, constants.beta, constants.D, T, self.factor)
         return lambda situation: eta
 
@@ -98,9 +98,9 @@ class ShortStep(Step):
 class Backtracking(Step):
     """The short step with an estimated curvature (Pedregosa, Negiar, Askari, Jaggi, arXiv 1806.05123).
 
-    The estimate shrinks by ``shrink`` at each iteration and grows by ``grow`` until the quadratic upper
-    bound holds. Sufficient decrease is judged with a slack *relative* to ``|L|``: an absolute one never
-    stops on a loss of 1e6 and accepts anything on a loss of 1e-9.
+    The estimate shrinks by ``shrink`` at each iteration and grows by ``grow`` until the quadratic upper bound
+    holds. The slack of that test is relative to ``|L|``: an absolute slack never stops on a loss of 1e6 and
+    accepts anything on a loss of 1e-9.
     """
 
     shrink: float = 0.9
@@ -134,7 +134,7 @@ class OpenLoop(Step):
     name = "2/(t+2)"
 
     def begin(self, constants: Constants, T: int) -> Rule:
-        """Knows nothing of the problem."""
+        """Uses no constant of the problem."""
         return lambda now: 2 / (now.t + 1)
 
 
@@ -145,7 +145,7 @@ class RootStep(Step):
     name = "1/sqrt(t+1)"
 
     def begin(self, constants: Constants, T: int) -> Rule:
-        """Knows nothing of the problem."""
+        """Uses no constant of the problem."""
         return lambda now: 1 / math.sqrt(now.t)
 
 

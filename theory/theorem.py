@@ -1,10 +1,10 @@
-"""Theorem 4.1 and what can be proved around it, as functions of ``M, beta, D, T``.
+"""Theorem 4.1 and the bounds around it, as functions of ``M, beta, D, T``.
 
-Symbols, as everywhere in this package: ``L`` the loss, ``beta`` its smoothness on ``K``; ``D`` the
-diameter and ``R`` the circumradius of ``K``; ``g_t = max_{V in K} <grad L(W_t), W_t - V>`` the Frank-Wolfe
-gap; ``eps_t`` the oracle's error; ``h_1 = L(W_1) - min_K L <= M``; ``eta = sqrt(M) / (D sqrt(beta T))``
-the step; ``s = sqrt(M beta) D / sqrt(T)`` the scale of the bound. `theory/README.md` has the proofs and
-the three corrections of the paper.
+The symbols of this package: ``L`` is the loss and ``beta`` its smoothness on ``K``; ``D`` is the diameter and
+``R`` the circumradius of ``K``; ``g_t = max_{V in K} <grad L(W_t), W_t - V>`` is the Frank-Wolfe gap; ``eps_t``
+is the oracle's error; ``h_1 = L(W_1) - min_K L <= M``; ``eta = sqrt(M) / (D sqrt(beta T))`` is the step; and
+``s = sqrt(M beta) D / sqrt(T)`` is the scale of the bound. `theory/README.md` has the proofs and three
+corrections to the paper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 
 from theory.arguments import count, positive
 
-# what the theorem prints, what follows from h_1 <= M, and what follows if only |L| <= M is known
+# as the paper prints it, from h_1 <= M, and from |L| <= M alone
 PAPER, FROM_SUBOPTIMALITY, FROM_MAGNITUDE = 2.0, 1.5, 2.5
 
 
@@ -44,22 +44,21 @@ def constant_step_bound(M: float, beta: float, D: float, T: int, eta: float) -> 
 
 
 def two_sided(drop: float, M: float, beta: float, D: float, T: int, eta: float) -> tuple[float, float]:
-    """The interval that holds ``avg (g - eps)``, given the measured drop ``L_1 - L_{T+1}``.
+    """The interval that contains ``avg (g - eps)``, given the measured drop ``L_1 - L_{T+1}``.
 
-    ``drop / (eta T) -+ eta beta D^2 / 2``; at the theorem's step ``s (drop / M -+ 1/2)``. If the drop is
-    above ``M / 2``, the lower end is positive: the average gap *is* of order ``1/sqrt(T)``, not only
-    bounded by it.
+    It is ``drop / (eta T) -+ eta beta D^2 / 2``; at the theorem's step ``s (drop / M -+ 1/2)``. For a drop
+    above ``M / 2`` the lower end is positive, so the average gap is of order ``1/sqrt(T)`` and not only bounded
+    by it.
     """
     centre, half = drop / (eta * T), eta * beta * D**2 / 2
     return centre - half, centre + half
 
 
 def sharp_bound(drop: float, beta: float, R: float, T: int, eta: float) -> float:
-    """``avg (g - eps) <= drop / (eta T) + beta eta R^2 (1 + 1/(eta T)) / (2 (1 - eta))``, infinite at eta
-    = 1.
+    """``avg (g - eps) <= drop / (eta T) + beta eta R^2 (1 + 1/(eta T)) / (2 (1 - eta))``; infinite at eta = 1.
 
-    For norm balls (``R = D/2``) the constant tends to 1.125 at the theorem's step, and to 0.707 at sqrt(8) times
-    it.
+    For norm balls (``R = D/2``) the constant tends to 1.125 at the theorem's step and to 0.707 at sqrt(8) times
+    that step.
     """
     if eta >= 1:
         return math.inf
@@ -67,22 +66,22 @@ def sharp_bound(drop: float, beta: float, R: float, T: int, eta: float) -> float
 
 
 def weighted_bound(M: float, beta: float, D: float, sum_eta: float, sum_eta2: float) -> float:
-    """``sum eta_t (g_t - eps_t) / sum eta_t <= (M + beta D^2 sum eta_t^2 / 2) / sum eta_t``, for any steps at all."""
+    """``sum eta_t (g_t - eps_t) / sum eta_t <= (M + beta D^2 sum eta_t^2 / 2) / sum eta_t``, for any steps."""
     return (M + beta * D**2 * sum_eta2 / 2) / sum_eta
 
 
 def short_step_bound(h1: float, beta: float, D: float, T: int) -> float:
     """``min_t g_t <= max(2 h_1, beta D^2) / sqrt(T)`` for the short step (Lacoste-Julien, arXiv 1607.00345).
 
-    Each step gains ``min(g^2 / (2C), g - C/2)`` with ``C = beta D^2``. If the smallest gap is at most C, T
-    of the former give ``g <= sqrt(2 h_1 C / T)``; otherwise T of the latter give ``C/2 < h_1/T`` and
-    ``g < 2 h_1 / T``.
+    With ``C = beta D^2`` each step gains ``min(g^2 / (2C), g - C/2)``. If the smallest gap is at most C, T gains
+    of the first kind give ``g <= sqrt(2 h_1 C / T)``. Otherwise T gains of the second kind give ``C/2 < h_1/T``
+    and ``g < 2 h_1 / T``.
     """
     return max(2 * h1, beta * D**2) / math.sqrt(T)
 
 
 def shortest_telling_run(M: float, beta: float, D: float, g1: float, constant: float = FROM_SUBOPTIMALITY) -> int:
-    """The least T at which ``constant * s < g_1``; for shorter runs the bound says less than the first gap does."""
+    """The least T at which ``constant * s < g_1``; below it the bound says less than the first gap."""
     return math.floor(M * beta * (constant * D / g1) ** 2) + 1
 
 

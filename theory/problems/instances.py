@@ -1,4 +1,4 @@
-"""The named instances of the command: how each is built, its standard horizons, and a line about it."""
+"""The named instances of `theory.fw_gap`: each with its builder, its standard horizons and a line of text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _quadratic(make: Callable[[], Oracle], reach: float, T: int, seed: int) -> P
     centre = np.full(oracle.shape, 1 / oracle.shape[0]) if isinstance(oracle, Simplex) else oracle.start()
     d = generator(seed).standard_normal(oracle.shape)
     if isinstance(oracle, Simplex):
-        d -= d.mean()  # stay in the affine hull, so that a short offset is an interior optimum
+        d -= d.mean()  # in the affine hull, where a short offset gives an interior optimum
     where = "interior" if reach < 1 else "boundary"
     return quadratic(f"quadratic, {where}, {type(oracle).__name__}", oracle, centre + reach * d / np.linalg.norm(d))
 

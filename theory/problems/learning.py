@@ -1,9 +1,8 @@
-"""Learning problems with certified smoothness: squared loss through tanh or the logistic function, two
-layers.
+"""Learning problems with certified smoothness: squared loss through tanh or the logistic function, and a network.
 
 For one output ``z`` and a target ``y`` in the range of the link ``h``, the second derivative of
-``(h(z) - y)^2 / 2`` is ``h'^2 + (h - y) h''``, a polynomial in ``h`` that is bounded exactly below; a
-linear map ``z = X w`` then gives ``beta = kappa sigma_1(X)^2 / N``.
+``(h(z) - y)^2 / 2`` is ``h'^2 + (h - y) h''``. This is a polynomial in ``h``, and the code below has its exact
+bound kappa. A linear map ``z = X w`` then gives ``beta = kappa sigma_1(X)^2 / N``.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from theory.oracles import L1Ball, Oracle, Product, TraceBall
 from theory.problems.problem import FiniteSum
 from theory.seeds import generator
 
-# sup |h'^2 + (h - y) h''|: with t = tanh z and y = 1 it is (1 - t)^2 (1 + t)(1 + 3t), whose derivative
-# vanishes where 6 t^2 + 3 t = 1; other y in [-1, 1] give less. The logistic function is (1 + tanh(z/2))/2: a
+# sup |h'^2 + (h - y) h''|: with t = tanh z and y = 1 it is (1 - t)^2 (1 + t)(1 + 3t), whose derivative vanishes
+# where 6 t^2 + 3 t = 1; other y in [-1, 1] give less. The logistic function is (1 + tanh(z/2))/2 and gives a
 # sixteenth of that.
 _T = (math.sqrt(33) - 3) / 12
 _KAPPA_TANH = (1 - _T) ** 2 * (1 + _T) * (1 + 3 * _T)
@@ -32,8 +31,8 @@ class Regression(FiniteSum):
 
     Args:
         link: ``"tanh"`` (targets in [-1, 1]) or ``"sigmoid"`` (targets in [0, 1]).
-        samples, inputs, outputs: sizes N, d, k. One output is a vector problem on the l1 ball, more a
-            matrix problem on the trace ball.
+        samples, inputs, outputs: sizes N, d, k. One output gives a vector problem on the l1 ball, several
+            give a matrix problem on the trace ball.
         delta: radius of the set. seed: of the data; targets are signs of a noisy linear map.
         oracle: another set of the same shape.
     """
@@ -83,12 +82,11 @@ class Regression(FiniteSum):
 
 
 class TwoLayer(FiniteSum):
-    """A network ``W_2 tanh(W_1 x)`` with squared loss, each layer in its own trace ball: the product set
-    of a chain.
+    """A network ``W_2 tanh(W_1 x)`` with squared loss, each layer in a trace ball, like the product set of a chain.
 
-    Inputs have norm at most 1. With ``E = delta_1 delta_2 + max|y|`` the residual's bound and ``k = sup|tanh''|``,
-    the second derivative along a unit direction is at most ``delta_1^2 + delta_2^2 + E (1 + k delta_2) = beta``:
-    the square of the output's first derivative, and the residual against its second.
+    Inputs have norm at most 1. Let ``E = delta_1 delta_2 + max|y|`` bound the residual and ``k = sup|tanh''|``. The
+    second derivative along a unit direction is at most ``delta_1^2 + delta_2^2 + E (1 + k delta_2) = beta``. Its
+    first terms bound the square of the output's first derivative, the last one the residual times the second.
 
     Args:
         samples, inputs, hidden, outputs: sizes. delta: the two trace-norm radii. seed: of data and start.

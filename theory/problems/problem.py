@@ -1,7 +1,7 @@
-"""Problems whose constants are known: the loss, its gradient, the set, and what Theorem 4.1 asks to be told.
+"""The interface of a problem: a loss with its gradient, the set ``K``, and the constants of Theorem 4.1.
 
-Every problem states ``beta`` (smoothness on ``K``) and ``M >= L(W_1) - min_K L`` with the reason, so that
-a run can be checked against the theorem and not against a guess.
+Every problem states ``beta``, its smoothness on ``K``, and ``M >= L(W_1) - min_K L``, and says why they hold.
+So a run is checked against the theorem and not against a guess.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ class Problem(ABC):
     """A smooth loss over a convex compact set.
 
     Attributes:
-        name: what tables call it. oracle: the set ``K``.
+        name: its name in tables. oracle: the set ``K``.
         beta: Lipschitz constant of the gradient on ``K``. M: bound on ``L(W_1) - min_K L``.
-        magnitude: bound on the size of the terms summed in ``L``, which sets its rounding error; None
-            takes ``|L|``.
+        magnitude: bound on the terms that ``L`` sums, which sets its rounding error; None uses ``|L|``.
         dtype: precision of the arithmetic.
     """
 
@@ -60,7 +59,7 @@ class StochasticProblem(Problem):
     """A problem that also gives unbiased gradient estimates from batches.
 
     Attributes:
-        sigma: bound on ``sqrt(E|xi|_F^2)`` of a single draw over ``K``, or None where none is known.
+        sigma: bound on ``sqrt(E|xi|_F^2)`` of one draw over ``K``, or None if unknown.
         samples: size of the finite sum, or None for an endless supply.
     """
 
@@ -69,11 +68,11 @@ class StochasticProblem(Problem):
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, batch: int) -> Any:
-        """Draw a batch of the given size; what it holds is between this and `batch_gradient`."""
+        """Draw a batch of the given size, in a form that `batch_gradient` understands."""
 
     @abstractmethod
     def batch_gradient(self, W: Point, batch: Any) -> np.ndarray:
-        """The gradient estimate at ``W`` from a drawn batch; the same batch may be used at several points."""
+        """The gradient estimate at ``W`` from a batch; a batch may serve at several points."""
 
 
 class DenseProblem(Problem):
@@ -81,11 +80,10 @@ class DenseProblem(Problem):
 
     Args:
         name: for tables. oracle: the set. value, gradient: functions of an array of the set's shape.
-        beta, M: the constants, see `Problem`. start: ``W_1``, the set's own start by default.
-        magnitude: see `Problem`.
+        beta, M, magnitude: see `Problem`. start: ``W_1``, by default the set's start.
 
     Raises:
-        ValueError: for constants that are not positive, or a start of another shape or outside the set.
+        ValueError: a constant is not positive, or the start has another shape or lies outside the set.
 
     Example:
         >>> from theory.oracles import L1Ball
@@ -130,10 +128,10 @@ class DenseProblem(Problem):
 
 
 def quadratic(name: str, oracle: Oracle, target: np.ndarray, start: np.ndarray | None = None) -> DenseProblem:
-    """``L(W) = |W - C|_F^2 / 2``: beta = 1 exactly, and ``M = L(W_1)`` since L is nowhere negative.
+    """``L(W) = |W - C|_F^2 / 2``: beta = 1 exactly, and ``M = L(W_1)`` because L is never negative.
 
     Args:
-        target: ``C``; inside ``K`` the optimum is interior and L reaches 0, outside it lies on the boundary.
+        target: ``C``. Inside ``K`` it is the optimum; outside, the optimum lies on the boundary.
     """
     C = np.asarray(target, dtype=float)
     W1 = oracle.start() if start is None else start
@@ -149,27 +147,23 @@ def quadratic(name: str, oracle: Oracle, target: np.ndarray, start: np.ndarray |
 
 
 class NoisyProblem(StochasticProblem):
-    """Any dense problem seen through additive Gaussian noise of total size ``sigma = sqrt(E|xi|_F^2)``.
+    """A dense problem with Gaussian noise of size ``sigma = sqrt(E|xi|_F^2)`` on its gradients.
 
-    A batch of b draws is averaged, so its noise has size ``sigma / sqrt(b)``; the loss itself is not noisy.
+    The noise of a batch of b draws has size ``sigma / sqrt(b)``. The loss has no noise.
 
     Args:
-        problem: the problem to observe. sigma: root mean square Frobenius norm of one draw's noise.
+        problem: the problem without noise. sigma: root mean square Frobenius norm of one draw's noise.
     """
 
     def __init__(self, problem: Problem, sigma: float):
         self.problem = problem
         self.sigma = nonnegative("sigma", sigma, "the size of one draw's noise")
         self.name, self.oracle = f"{problem.name} with noise {sigma:g}", problem.oracle
-        self.beta, self.M, self.magnitude, self.dtype = (
-            problem.beta,
-            problem.M,
-            problem.magnitude,
-            problem.dtype,
-        )
+        self.beta, self.M = problem.beta, problem.M
+        self.magnitude, self.dtype = problem.magnitude, problem.dtype
 
     def operator_noise(self, batch: int) -> float | None:
-        """Bound on ``E|xi|_op`` for a batch of Gaussian matrix noise: entries' size times ``sqrt(m) + sqrt(n)``."""
+        """Bound on ``E|xi|_op`` for a batch: the size of an entry times ``sqrt(m) + sqrt(n)``; None for vectors."""
         shape = self.oracle.shape
         if len(shape) != 2 or self.sigma is None:
             return None
@@ -202,9 +196,9 @@ class NoisyProblem(StochasticProblem):
 
 
 class FiniteSum(StochasticProblem):
-    """A mean of N smooth terms; subclasses give the loss and gradient of any subset.
+    """A mean of N smooth terms; a subclass sets ``samples`` and defines `part`, the mean over a subset.
 
-    Subclasses set ``samples`` and define `part`; a batch is an array of indices drawn with replacement.
+    A batch is an array of indices, drawn with replacement.
     """
 
     _start: np.ndarray
@@ -222,7 +216,7 @@ class FiniteSum(StochasticProblem):
         return self.part(W.dense(), slice(None))
 
     def draw(self, rng: np.random.Generator, batch: int) -> np.ndarray:
-        """Indices with replacement, so that the estimate's variance is ``sigma^2 / b``."""
+        """Indices with replacement, which gives the estimate the variance ``sigma^2 / b``."""
         assert self.samples is not None
         return rng.integers(self.samples, size=count("batch", batch, "the number of samples per step"))
 

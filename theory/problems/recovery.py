@@ -1,8 +1,8 @@
 """Robust matrix recovery on the trace ball: sensing, dense completion, and completion over observed entries.
 
-The loss is the mean of ``r^2 / (1 + r^2)`` over residuals r (Geman and McClure): outliers cost at most 1 each, and
-the price is non-convexity. Its second derivative ``(2 - 6 r^2) / (1 + r^2)^3`` lies in [-1/2, 2], and it is never
-negative, so ``beta = 2 |A|^2 / N`` for measurements ``A`` and ``M = L(W_1)`` are certified.
+The loss is the mean of ``r^2 / (1 + r^2)`` over residuals r (Geman and McClure). An outlier costs at most 1, at
+the price of convexity. The second derivative ``(2 - 6 r^2) / (1 + r^2)^3`` lies in [-1/2, 2], so
+``beta = 2 |A|^2 / N`` holds for measurements ``A``. The loss is never negative, so ``M = L(W_1)`` holds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LowRankData:
     """Noisy low-rank data with outliers.
 
     Attributes:
-        Y: the observations, (m, n). X: the truth. delta: ``|X|_*``, the radius at which X is feasible.
+        Y: (m, n) observations. X: the truth. delta: ``|X|_*``, the radius at which X is feasible.
     """
 
     Y: np.ndarray
@@ -42,19 +42,24 @@ class LowRankData:
 
 
 def low_rank_data(m: int, n: int, seed: int = 0, rank: int = 5) -> LowRankData:
-    """``X = U V' / sqrt(rank)`` with Gaussian factors; ``Y = X + 0.1 noise``, 5 % of it with outliers of scale 10."""
+    """``X = U V' / sqrt(rank)`` with Gaussian factors, and ``Y`` as `observe` gives it."""
     count("m", m, "the number of rows"), count("n", n, "the number of columns")
     rng = generator(seed)
     U, V = rng.standard_normal((m, rank)), rng.standard_normal((n, rank))
     X = U @ V.T / math.sqrt(rank)
-    Y = X + NOISE * rng.standard_normal((m, n))
-    hit = rng.random((m, n)) < OUTLIERS
-    Y[hit] += OUTLIER_SCALE * rng.standard_normal(int(hit.sum()))
-    return LowRankData(Y, X, product_trace_norm(U, V) / math.sqrt(rank))
+    return LowRankData(observe(X, rng), X, product_trace_norm(U, V) / math.sqrt(rank))
+
+
+def observe(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The values with Gaussian noise of size 0.1, and 5 % of them with outliers of size 10."""
+    y = truth + NOISE * rng.standard_normal(truth.shape)
+    hit = rng.random(truth.shape) < OUTLIERS
+    y[hit] += OUTLIER_SCALE * rng.standard_normal(int(hit.sum()))
+    return y
 
 
 def product_trace_norm(U: np.ndarray, V: np.ndarray) -> float:
-    """``|U V'|_*`` from the small triangular factors of two QR decompositions."""
+    """``|U V'|_*`` from the triangular factors of two QR decompositions."""
     left, right = np.linalg.qr(U)[1], np.linalg.qr(V)[1]
     return float(np.linalg.svd(left @ right.T, compute_uv=False).sum())
 
@@ -62,7 +67,7 @@ def product_trace_norm(U: np.ndarray, V: np.ndarray) -> float:
 class DenseCompletion(Problem):
     """Every entry observed: ``L(W) = mean r^2/(1 + r^2)``, ``r = W - Y``; ``beta = 2/(mn)``, ``W_1 = 0``.
 
-    Loss and gradient are computed in one pass over row blocks that stay in cache.
+    One pass over row blocks that fit the cache computes loss and gradient.
 
     Args:
         Y: (m, n) observations. delta: trace-norm radius. oracle: another set of the same shape.
@@ -77,12 +82,12 @@ class DenseCompletion(Problem):
         self.magnitude = 1.0
 
     def loss_into(self, W: np.ndarray, G: np.ndarray | None) -> float:
-        """The loss; the gradient is written to ``G`` if given."""
+        """The loss; writes the gradient to ``G`` unless it is None."""
         total, weight = 0.0, 2 / W.size
         q = np.empty((0, 0))
         for rows in row_blocks(W):
             q = q if q.shape == W[rows].shape else np.empty_like(W[rows])
-            # the residual is built where the gradient will stand
+            # the residual uses the memory of the gradient
             r = np.subtract(W[rows], self.Y[rows], out=None if G is None else G[rows])
             np.multiply(r, r, out=q)
             q += 1
@@ -109,7 +114,7 @@ class DenseCompletion(Problem):
 
 
 class ObservedCompletion(Problem):
-    """Completion over an observed set, with the iterate as a sum of atoms: nothing of size mn is ever formed.
+    """Completion over an observed set; the iterate is a sum of atoms, and nothing of size mn is formed.
 
     ``L(W) = mean over the set of r^2/(1 + r^2)``; ``beta = 2/N`` for N observed entries, ``W_1 = 0``.
 
@@ -147,7 +152,7 @@ class ObservedCompletion(Problem):
         return W.values - self.y
 
     def evaluate(self, W: Point) -> tuple[float, Gradient]:
-        """Loss and gradient on the observed set; sums run in float64."""
+        """Loss and gradient on the observed set; the mean runs in float64."""
         r = self._residual(W)
         q = 1 / (1 + r * r)
         value = 1 - float(q.mean(dtype=float))
@@ -165,7 +170,7 @@ class ObservedCompletion(Problem):
 def observed_completion(
     m: int, n: int, entries: int, seed: int = 0, rank: int = 5, dtype: Any = np.float64
 ) -> ObservedCompletion:
-    """An `ObservedCompletion` with data as in `low_rank_data`, drawn entry by entry, never as a dense matrix."""
+    """An `ObservedCompletion` with data like `low_rank_data`, but without a dense matrix."""
     entries = count("entries", entries, "the number of observed entries")
     if entries > m * n // 2:
         raise ValueError(f"entries must be at most half of {m} x {n}, got {entries}: use DenseCompletion")
@@ -178,19 +183,15 @@ def observed_completion(
     for k in range(rank):
         y += U[pattern.rows, k] * V[pattern.cols, k]
     y /= math.sqrt(rank)
-    y += NOISE * rng.standard_normal(y.size)
-    hit = rng.random(y.size) < OUTLIERS
-    y[hit] += OUTLIER_SCALE * rng.standard_normal(int(hit.sum()))
-    return ObservedCompletion(pattern, y, product_trace_norm(U, V) / math.sqrt(rank), dtype=dtype)
+    return ObservedCompletion(pattern, observe(y, rng), product_trace_norm(U, V) / math.sqrt(rank), dtype=dtype)
 
 
 class Sensing(FiniteSum):
-    """Robust sensing: ``y_i = <A_i, X>`` with outliers; ``L(W) = mean r^2/(1+r^2)``,
-    ``beta = 2 sigma_1(A)^2 / N``.
+    """Robust sensing: ``y_i = <A_i, X>`` with noise and outliers; ``beta = 2 sigma_1(A)^2 / N``.
 
     Args:
-        m, n: shape of W. measurements: N. seed: of the data. oracle: by default the trace ball of radius
-            ``|X|_*``.
+        m, n: shape of W. measurements: N. seed: of the data.
+        oracle: by default the trace ball of radius ``|X|_*``.
     """
 
     def __init__(self, m: int, n: int, measurements: int, seed: int = 0, oracle: Oracle | None = None):
@@ -198,17 +199,14 @@ class Sensing(FiniteSum):
         rng = generator(seed)
         X = rng.standard_normal((m, 1)) @ rng.standard_normal((1, n)) / math.sqrt(m * n)
         self.A = rng.standard_normal((self.samples, m * n))
-        self.y = self.A @ X.ravel() + NOISE * rng.standard_normal(self.samples)
-        hit = rng.random(self.samples) < OUTLIERS
-        self.y[hit] += OUTLIER_SCALE * rng.standard_normal(int(hit.sum()))
+        self.y = observe(self.A @ X.ravel(), rng)
         delta = positive("delta", float(np.linalg.norm(X, "nuc")), "a truth that is not zero")
         self.oracle = TraceBall(delta, (m, n)) if oracle is None else oracle
         self.name = f"robust sensing {m}x{n}, {measurements} measurements"
         self._start = np.zeros((m, n))
         self.beta = 2 * float(np.linalg.norm(self.A, 2)) ** 2 / self.samples
         self.M = self.part(self._start, slice(None))[0]
-        # the derivative of r^2/(1+r^2) is largest at r = 1/sqrt(3), where it is 3 sqrt(3)/8; E|xi|^2 <=
-        # E|g|^2
+        # the derivative of r^2/(1+r^2) is at most 3 sqrt(3)/8, at r = 1/sqrt(3); and E|xi|^2 <= E|g|^2
         self.sigma = 3 * math.sqrt(3) / 8 * math.sqrt(float(np.mean(np.sum(self.A**2, axis=1))))
         self.magnitude = 1.0
 

@@ -1,8 +1,7 @@
-"""Instances on which Theorem 4.1 is nearly attained: a bound that is checked only where it is slack is not
-checked.
+"""Instances that nearly attain Theorem 4.1; only on such instances does a check of the bound say much.
 
-``A``, ``B``, ``B2`` and ``F`` are of order ``1/sqrt(T)`` because of the constant step; ``G`` alone also
-resists the short step. The last two functions make the paper's constant fail when ``M`` bounds only ``|L|``.
+On ``A``, ``B``, ``B2`` and ``F`` the gap is of order ``1/sqrt(T)`` because of the constant step. Only ``G`` resists
+the short step too. The last two functions break the paper's constant if ``M`` bounds ``|L|`` alone.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from theory.seeds import generator
 
 
 def cosine(M: float = 1.0) -> DenseProblem:
-    """Instance A: ``L(x) = (M/2)(1 - cos 4x)`` on [-1, 1] from ``pi/4 - 1e-3``, next to the maximum;
-    non-convex.
+    """Instance A: ``L(x) = (M/2)(1 - cos 4x)`` on [-1, 1] from ``pi/4 - 1e-3``, next to the maximum; non-convex.
 
-    ``L'' = 8 M cos 4x``, so ``beta = 8 M``; L runs over [0, M]. Average gap 1.1235 s at T = 1e5.
+    ``L'' = 8 M cos 4x``, so ``beta = 8 M``. L takes values in [0, M]. The average gap is 1.1235 s at T = 1e5.
     """
     M = positive("M", M, "the height of the wave")
     return DenseProblem(
@@ -39,7 +37,7 @@ def cosine(M: float = 1.0) -> DenseProblem:
 def cosine_ray(m: int = 6, n: int = 4, M: float = 1.0, seed: int = 0) -> DenseProblem:
     """Instance A lifted to the trace ball: ``L(W) = (M/2)(1 - cos 4 <A, W>)`` with ``A = a b'`` of norm 1.
 
-    On the ball of radius 1, ``<A, W>`` runs over [-1, 1]; smoothness and diameter are those of `cosine`.
+    On the ball of radius 1, ``<A, W>`` takes values in [-1, 1]. Smoothness and diameter are those of `cosine`.
     """
     M = positive("M", M, "the height of the wave")
     rng = generator(seed)
@@ -59,7 +57,7 @@ def cosine_ray(m: int = 6, n: int = 4, M: float = 1.0, seed: int = 0) -> DensePr
 def simplex_quadratic(n: int = 400) -> DenseProblem:
     """Instance B: ``|x - 1/n|^2 / 2`` on the simplex from a vertex; ``beta = 1``, ``M = h_1 = (1 - 1/n)/2``.
 
-    The steps go round the vertices for ever: average gap 1.251 s.
+    The steps cycle through the vertices for ever. The average gap is 1.251 s.
     """
     return DenseProblem(
         "B: simplex",
@@ -74,8 +72,8 @@ def simplex_quadratic(n: int = 400) -> DenseProblem:
 def simplex_well(n: int = 400, width: float = 0.35) -> DenseProblem:
     """Instance B2: the Gaussian well ``1 - exp(-|x - 1/n|^2 / (2 width^2))`` on the same set; non-convex.
 
-    Its Hessian has eigenvalues in ``[-2 exp(-3/2), 1] / width^2``, so ``beta = 1 / width^2``; L lies in
-    [0, 1), so ``M = 1``. Average gap 1.221 s.
+    Its Hessian has eigenvalues in ``[-2 exp(-3/2), 1] / width^2``, so ``beta = 1 / width^2``. L lies in [0, 1), so
+    ``M = 1``. The average gap is 1.221 s.
     """
     a = 1 / (2 * positive("width", width, "the width of the well") ** 2)
 
@@ -96,11 +94,11 @@ def simplex_well(n: int = 400, width: float = 0.35) -> DenseProblem:
 def trace_quadratic(n: int = 20, seed: int | None = None) -> DenseProblem:
     """Instance F: ``|W - C|^2 / 2`` on the trace ball of radius 1, ``C = 1.5 I/n``, from ``e_1 e_1'``.
 
-    The optimum ``I/n`` is on the boundary, so a gap with the paper's sign stays away from zero.
-    ``beta = 1`` and ``M = h_1``, with ``L`` at the start less ``1/(8n)`` at the optimum. Average gap 1.126 s.
+    The optimum ``I/n`` lies on the boundary, so a gap with the paper's sign does not tend to zero. ``beta = 1``,
+    and ``M = h_1`` is the loss at the start less ``1/(8n)`` at the optimum. The average gap is 1.126 s.
 
     Args:
-        n: order of the matrices. seed: start from a random vertex ``u v'`` in place of ``e_1 e_1'``.
+        n: order of the matrices. seed: of a random start ``u v'``; None starts from ``e_1 e_1'``.
     """
     n = count("n", n, "the order of the matrices", least=2)
     C = 1.5 / n * np.eye(n)
@@ -134,13 +132,12 @@ def _ramp(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def zero_chain(n: int) -> DenseProblem:
-    """Instance G: the zero-chain of Carmon, Duchi, Hinder and Sidford (arXiv 1710.11606) on the l2 ball of
-    3 sqrt(n).
+    """Instance G: the zero-chain of Carmon et al. (arXiv 1710.11606) from 0 on the l2 ball of radius 3 sqrt(n).
 
-    ``L(x) = -Psi(1) Phi(x_1) + sum_{i>1} Psi(-x_{i-1}) Phi(-x_i) - Psi(x_{i-1}) Phi(x_i)``, from 0. A
-    method that combines gradients finds one new coordinate per step, so n = T steps never see the end.
-    With ``Phi < sqrt(2 pi e)`` and ``Psi < e``, ``L(0) - inf L <= 12 n = M``; the rows of the tridiagonal
-    Hessian sum to at most ``sup Psi'' sup Phi + sup Psi sup Phi'' + 2 sup Psi' sup Phi' < 152 = beta``.
+    ``L(x) = -Psi(1) Phi(x_1) + sum_{i>1} Psi(-x_{i-1}) Phi(-x_i) - Psi(x_{i-1}) Phi(x_i)``. A method that combines
+    gradients finds one new coordinate per step, so n = T steps never reach the end. As ``Phi < sqrt(2 pi e)`` and
+    ``Psi < e``, ``L(0) - inf L <= 12 n = M``. The rows of the tridiagonal Hessian sum to at most
+    ``sup Psi'' sup Phi + sup Psi sup Phi'' + 2 sup Psi' sup Phi' < 152 = beta``.
     """
     n = count("n", n, "the length of the chain; take it equal to T")
 
@@ -174,10 +171,10 @@ def zero_chain(n: int) -> DenseProblem:
 def magnitude_counterexample(M: float = 1.0, lifted: bool = False) -> DenseProblem:
     """``L = -M cos 4x`` on [-1, 1]: ``|L| <= M`` holds, yet the average gap is 2.12 s, above the paper's 2.
 
-    The problem's ``M`` is the bound of ``|L|``, which the paper's proof assumes; ``L(W_1) - min L`` is ``2 M``.
+    The problem's ``M`` bounds ``|L|``, as the paper's proof assumes, while ``L(W_1) - min L`` is ``2 M``.
 
     Args:
-        lifted: along a ray of the trace ball in place of the interval.
+        lifted: whether to use a ray of the trace ball instead of the interval.
     """
     twin = cosine_ray(M=2 * M) if lifted else cosine(M=2 * M)
     return DenseProblem(
@@ -192,11 +189,9 @@ def magnitude_counterexample(M: float = 1.0, lifted: bool = False) -> DenseProbl
 
 
 def one_step_worst_case(constant: float = 2.5, M: float = 1.0, D: float = 1.0) -> DenseProblem:
-    """``L = -c M x / D + beta x^2 / 2`` on [0, D] with ``beta = M / D^2``: at T = 1 the gap is exactly
-    ``c s``.
+    """``L = -c M x / D + beta x^2 / 2`` on [0, D] with ``beta = M / D^2``: at T = 1 the gap is exactly ``c s``.
 
-    ``c = 1.5`` has ``L(W_1) - min L = M``, and with ``c = 2.5`` the shifted loss ``M + L`` has ``|M + L| <= M``:
-    both constants are attained.
+    With ``c = 1.5``, ``L(W_1) - min L = M``; with ``c = 2.5``, ``|M + L| <= M``. So both constants are attained.
     """
     positive("constant", constant, "the constant to attain")
     beta = M / D**2
