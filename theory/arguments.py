@@ -1,4 +1,4 @@
-"""Argument checks. Every message names the argument, shows its value and says what to give instead."""
+"""Argument checks. Every message names the argument, shows its value and asks for a better one."""
 
 from __future__ import annotations
 

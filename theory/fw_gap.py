@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def listing() -> str:
-    """What ``--list`` prints."""
+    """The output of ``--list``."""
     width = max(map(len, INSTANCES))
     lines = ["instances (with their standard horizons):"]
     for name, instance in INSTANCES.items():
@@ -92,7 +92,7 @@ def _seeds(options: argparse.Namespace) -> int:
 
 
 def _consistent(options: argparse.Namespace) -> None:
-    """Refuse options that have no effect with the others."""
+    """Refuse options that would have no effect."""
     if options.epsilon is not None and options.rho is not None:
         raise ValueError("--epsilon and --rho name different oracles: give one of them")
     for flag, kind in (("epsilon", "additive"), ("rho", "multiplicative")):

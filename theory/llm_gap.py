@@ -1,7 +1,7 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
-`GapProbe` measures a chain (real_run/probe.py), `Decomposition` says where its average gap went
-(real_run/decomposition.py), and the chains to look at are made in real_run/chains.py.
+`GapProbe` (real_run/probe.py) measures a chain, `Decomposition` (real_run/decomposition.py) splits its average gap
+into three terms, and real_run/chains.py trains the chains.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")
-    out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, in place of an interval")
+    out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, but no interval")
     out.add_argument("--seed", type=int, default=0, metavar="N", help="of training, data and sketches")
     out.add_argument("--out", type=Path, default=Path("runs/llm_gap"), metavar="DIR", help="results and pictures")
     return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if the decomposition holds to rounding, 1 if not, 2 for a bad argument."""
+    """Run the command; returns 0 if the decomposition holds up to rounding, 1 if not, 2 for a bad argument."""
     options = parser().parse_args(arguments)
     from theory.real_run import plots  # matplotlib is slow to import, and --help does without
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     picture = plots.chain_gap(result, run.probe.probes, options.out / "chain_gap.png")
     print(f"results: {options.out / 'results.jsonl'}\npicture: {picture}")
-    # the identity is algebra on recorded float64 numbers: a few of their units in the last place
+    # the identity is float64 arithmetic: a few units in the last place
     tolerance = 1e-12 * max(1.0, float(np.abs(result.loss).max()) / (result.eta * len(result.low)))
     if result.identity_error() > tolerance:
         print(f"FAIL the decomposition is off by {result.identity_error():.3g}, above rounding ({tolerance:.3g})")

@@ -1,4 +1,4 @@
-"""Bad input: every message names the argument, shows the value and says what to do."""
+"""Messages for bad input: each names the argument, shows the value and asks for a better one."""
 
 import math
 

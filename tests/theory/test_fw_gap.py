@@ -1,4 +1,4 @@
-"""The command: options, exit status, files, and what a failing check does to them."""
+"""The command ``python -m theory.fw_gap``: its options, exit status and files, also for a failing check."""
 
 import json
 import subprocess
@@ -92,7 +92,7 @@ def test_bad_options_end_with_status_two(options, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("seed", [-1, -(2**70), 2**63, 10**40])
 def test_any_whole_number_is_a_seed(seed, tmp_path):
-    """Every stream of the command is drawn: data, batches, oracles, and the checks of an estimate."""
+    """The options draw from every stream of the command: data, batches, oracles, and checks of an estimate."""
     options = ["--instance", "tanh", "A-ray", "--batch", "4", "--T", "20", "--seeds", "2", "--no-plots"]
     assert fw_gap.main([*options, "--seed", str(seed), "--out", str(tmp_path)]) == 0
     assert {row["seed"] for row in lines(tmp_path)} == {seed, seed + 1}

@@ -1,4 +1,4 @@
-"""The figures of the near-tight family, within their rounding; the long table takes the largest horizons."""
+"""The figures of the near-tight instances, up to rounding; the long table has the largest horizons."""
 
 import math
 
@@ -24,7 +24,7 @@ from theory.step_sizes import ShortStep, TheoremStep
 
 pytestmark = pytest.mark.numerics
 
-# instance, T, avg/s, min/s; None where the reference gives none. Each is compared to half of its last digit.
+# instance, T, avg/s, min/s (None if the reference has none); each must agree to half a unit of the last digit
 QUICK = [
     (cosine, 1000, "1.110", None),
     (cosine_ray, 1000, "1.110", None),

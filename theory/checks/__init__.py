@@ -1,4 +1,4 @@
-"""What must hold of a run: `audit` makes every check that applies, and each of them can fail.
+"""Checks of a run: `audit` makes every check that applies, and each of them can fail.
 
 A new statement about any run goes to `theory.checks.record`, a new bound to `theory.checks.bounds`, and a
 statement about estimated gradients or about groups of runs to `theory.checks.noise` or `theory.checks.rates`.

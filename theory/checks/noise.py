@@ -1,4 +1,4 @@
-"""What must hold of an estimated gradient: its mean and the size of its noise must match its definition.
+"""Checks of an estimated gradient: its mean and the size of its noise must match its definition.
 
 The bounds of `theory.checks.bounds` use the noise that a run measured, so they hold for any estimator. The checks
 here compare the estimator with its definition, at the level of `theory.checks.significance`.

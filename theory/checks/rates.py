@@ -1,4 +1,7 @@
-"""How the average gap falls with T. The theorem's step depends on T, so each horizon needs a run of its own."""
+"""Checks of the rate at which the average gap falls with T.
+
+The theorem's step depends on T, so each horizon needs a separate run.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What must hold of the record of any run, whatever its step rule: the identity, descent, feasibility and so on.
+"""Checks of the record of any run, with any step rule: the identity, descent, feasibility and so on.
 
-Tolerances come from rounding alone: ``u`` is the unit roundoff, and each tolerance says what is rounded.
+Tolerances come from rounding alone; ``u`` is the unit roundoff.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every oracle does: given a gradient ``G``, return the vertex of ``K`` that minimises ``<V, G>``.
+"""The interface of an oracle: for a gradient ``G`` it returns the vertex of ``K`` that minimises ``<V, G>``.
 
 An oracle is its set ``K``. It knows the diameter ``D`` and the circumradius ``R`` in the Frobenius norm,
 and how far a point lies outside. It also evaluates the support function by its dual norm, on a route that

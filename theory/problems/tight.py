@@ -1,4 +1,4 @@
-"""Instances that nearly attain Theorem 4.1; only on such instances does a check of the bound say much.
+"""Instances that nearly attain the bound of Theorem 4.1, so that a check of the bound says something.
 
 On ``A``, ``B``, ``B2`` and ``F`` the gap is of order ``1/sqrt(T)`` because of the constant step. Only ``G`` resists
 the short step too. The last two functions break the paper's constant if ``M`` bounds ``|L|`` alone.

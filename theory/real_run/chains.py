@@ -1,4 +1,4 @@
-"""The chains that ``python -m theory.llm_gap`` looks at: the demo's own, and one on a random network."""
+"""The two chains of ``python -m theory.llm_gap``: that of the demo, and one on a random network."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Trained:
 
 
 def train(options: argparse.Namespace) -> Trained:
-    """Train the chain that the options name, probing every link as its knot is tied."""
+    """Train the chain that the options name; the probe measures every link when its knot is tied."""
     return _demo(options) if options.model == "demo" else _random(options)
 
 
 def _demo(options: argparse.Namespace) -> Trained:
-    """The demo's chain: its model, text, arm and schedule."""
+    """Train the demo's chain, with its model, text, arm and schedule."""
     try:
         from experiments import arms, corpus, tiny_opt
         from experiments.demo_run import DemoCell, Setting
@@ -48,7 +48,7 @@ def _demo(options: argparse.Namespace) -> Trained:
     lr = arm.start if options.lr is None else options.lr
     optimizer = DemoCell(setting, arm.method, lr, options.seed).optimizer(model)
     assert isinstance(optimizer, ChainOptimizer)
-    # the fixed loss: blocks spread evenly over the text, as many for the fresh pass from between them
+    # blocks spread evenly over the text, in turn for the fixed loss and for the fresh pass
     blocks = corpus.blocks(setting.training_text(), setting.context)
     wanted = 2 * options.probe_batches * setting.batch_size
     if wanted > len(blocks):
@@ -76,7 +76,7 @@ def _demo(options: argparse.Namespace) -> Trained:
 
 
 def _random(options: argparse.Namespace) -> Trained:
-    """A random two-layer network on data of a random teacher; needs torch alone."""
+    """Train a chain on a random two-layer network and a random teacher; it needs only torch."""
     generator = torch.Generator().manual_seed(options.seed)
     x = torch.randn(256, 24, generator=generator)
     y = torch.tanh(x @ torch.randn(24, 12, generator=generator) / 4)

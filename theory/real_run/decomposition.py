@@ -1,13 +1,12 @@
-"""A chain's average Frank-Wolfe gap, and where it went: loss drop, curvature met, oracle error.
+"""The average Frank-Wolfe gap of a chain, split into loss drop, curvature and oracle error.
 
-A chain is Algorithm 2 with ``V_t = W_t + B_t A_t / eta``: the link that training found, in place of the
-best vertex of K. Per layer ``g = delta sigma_1(G) + <G, dW>`` with ``G`` the gradient at the frozen weight
-and ``dW`` the sum of the links so far; gaps of layers add up over the product set. delta is a choice and
-sigma_1 a fact, so both are reported.
+A chain is Algorithm 2 with ``V_t = W_t + B_t A_t / eta``: the trained link replaces the best vertex of K. For a
+layer, ``g = delta sigma_1(G) + <G, dW>``, where ``G`` is the gradient at the frozen weight and ``dW`` the sum of
+the links so far. The gaps of the layers add up over the product set. delta is a choice, so it is reported
+together with sigma_1.
 
-The exact decomposition of a chain's average gap, whatever the training did: ``avg g = (L_1 - L_{T+1})/(eta T) +
-(eta/2) avg c + avg eps``: loss drop, curvature met, oracle error. Chains are short, so the theorem's bound says
-nothing about them; the decomposition always does.
+The decomposition is exact for any training: ``avg g = (L_1 - L_{T+1})/(eta T) + (eta/2) avg c + avg eps``. Chains
+are too short for the theorem's bound to say anything, but the decomposition holds for them too.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ class LayerGap:
     """One layer at the start of one link.
 
     Attributes:
-        sigma: leading singular values of ``Q'G``, each at most that of the gradient.
-        residual: bound on ``|(I - QQ')G|`` in the spectral norm; 0 for an exact range, infinite on fresh
-            batches.
-        pairing: ``<G, dW_t>``. moved: ``<G, B_t A_t>``, negative where the link descends.
-        scored: ``u'Gv`` of the first pass's vertex on fresh batches, or None.
+        sigma: leading singular values of ``Q'G``; each is at most that of the gradient.
+        residual: bound on ``|(I - QQ')G|`` in the spectral norm: 0 for an exact range, infinite on fresh batches.
+        pairing: ``<G, dW_t>``. moved: ``<G, B_t A_t>``, negative if the link descends.
+        scored: ``u'Gv`` on fresh batches for the vertex of the first pass, or None.
     """
 
     sigma: tuple[float, ...]
@@ -53,7 +51,7 @@ class LayerGap:
 
 @dataclass(frozen=True)
 class Probe:
-    """The measurements at the start ``W_t`` of link t, before any choice of delta and eta."""
+    """The measurements at the start ``W_t`` of link t; they do not depend on delta and eta."""
 
     link: int
     loss: float
@@ -62,16 +60,16 @@ class Probe:
 
 @dataclass
 class Decomposition:
-    """A chain's gaps and where they went; arrays have one entry per link.
+    """The gaps of a chain and the terms of their average; arrays have one entry per link.
 
     Attributes:
         eta: the step. delta: radius per layer. rank: of the atoms of K (1: the trace ball).
         loss: (T+1,) ``L_1 .. L_{T+1}``. low, high: the interval of ``g_t``.
-        error_low, error_high: of ``eps_t = g_t + <G, B_t A_t>/eta``. alignment: ``rho_t = 1 - eps_t/g_t``,
-        both ends.
+        error_low, error_high: the interval of ``eps_t = g_t + <G, B_t A_t>/eta``.
+        alignment: (T, 2) both ends of ``rho_t = 1 - eps_t/g_t``.
         curvature: ``c_t``. distance2: ``|V_t - W_t|^2``.
         per_layer: path -> (T, 2) interval of the layer's gap.
-        beside: whether parameters beside the adapters moved too; their effect is then inside ``c_t``.
+        others_moved: whether training moved other parameters than the adapters; ``c_t`` includes their effect.
     """
 
     eta: float
@@ -86,11 +84,11 @@ class Decomposition:
     curvature: np.ndarray
     distance2: np.ndarray
     per_layer: dict[str, np.ndarray] = field(repr=False, default_factory=dict)
-    beside: bool = False
+    others_moved: bool = False
 
     @property
     def terms(self) -> dict[str, float]:
-        """The three terms of the average gap (its lower end), which sum to it."""
+        """The three terms that sum to the average gap (its lower end)."""
         T = self.low.size
         return {
             "loss drop": float(self.loss[0] - self.loss[-1]) / (self.eta * T),
@@ -104,9 +102,9 @@ class Decomposition:
         return math.sqrt(sum(4 * d * d for d in self.delta.values()))
 
     def identity_error(self) -> float:
-        """How far the three terms are from the average gap; rounding only.
+        """The distance of the three terms' sum from the average gap, which is rounding only.
 
-        The curvature term is defined from the same losses and pairings, so this checks the bookkeeping and not the
+        The curvature term is computed from the same losses and pairings, so this checks the arithmetic and not the
         measurements.
         """
         return abs(sum(self.terms.values()) - float(self.low.mean()))
@@ -123,11 +121,11 @@ class Decomposition:
             "terms": self.terms,
             "identity_error": self.identity_error(),
             "per_layer": {path: gaps.tolist() for path, gaps in self.per_layer.items()},
-            "other_parameters_moved": self.beside,
+            "other_parameters_moved": self.others_moved,
         }
 
     def table(self) -> str:
-        """The links, and the decomposition, as text."""
+        """The links and the decomposition as text."""
         lines = [
             f"{'link':>4} {'loss':>8} {'gap g_t':>21} {'error eps_t':>21} {'alignment':>15} {'c_t':>10} {'|V-W|':>8}"
         ]
@@ -141,8 +139,8 @@ class Decomposition:
         terms = " + ".join(f"{value:.4g} ({name})" for name, value in self.terms.items())
         lines.append(f"after the last link: loss {self.loss[-1]:.4f}; eta = {self.eta:.4g}, D = {self.diameter:.4g}")
         lines.append(f"average gap {self.low.mean():.4g} = {terms}   [off by {self.identity_error():.1e}]")
-        if self.beside:
-            lines.append("note: parameters beside the adapters moved too; their effect is inside c_t")
+        if self.others_moved:
+            lines.append("note: training moved other parameters than the adapters too; c_t includes their effect")
         return "\n".join(lines)
 
 
@@ -158,12 +156,12 @@ def decompose(
     radius: Mapping[str, float],
     rank: int,
 ) -> Decomposition:
-    """Decompose the average gap of a chain that was measured at every link.
+    """Decompose the average gap of a chain whose links are all measured.
 
     Args:
-        links: the chain. probes: at the start of each.
+        links: the chain. probes: one per link, measured at its start.
         last_loss: the fixed loss after the last link, ``L_{T+1}``.
-        eta: the step. radius: of K per layer, as `radii` gives it. rank: of the atoms of K.
+        eta: the step. radius: of K per layer, from `radii`. rank: of the atoms of K.
     """
     loss = np.array([*(probe.loss for probe in probes), last_loss])
     per_layer = {path: np.array([_gap(probe.layers[path], radius[path], rank) for probe in probes]) for path in radius}
@@ -191,15 +189,14 @@ def decompose(
 
 
 def radii(links: Sequence[Link], eta: float, delta: float | Mapping[str, float] | None, rank: int) -> dict[str, float]:
-    """The radius of each layer's set; checked to hold every W_t and V_t.
+    """The radius of each layer's set, checked to contain every W_t and V_t.
 
     Args:
-        links: the chain, of one link at least.
-        eta: the step. rank: of the atoms of K.
-        delta: as wanted, for all layers or per layer; None for the smallest that will do.
+        links: the chain, with at least one link. eta: the step. rank: of the atoms of K.
+        delta: the radius of all layers, or one per layer; None chooses the smallest.
 
     Raises:
-        ValueError: ``delta`` is not positive, or leaves a W_t or V_t outside (the gap could be negative).
+        ValueError: ``delta`` is not positive, or too small for a W_t or V_t, so that a gap could be negative.
     """
     needed = {}
     for path in links[0].factors:
@@ -226,7 +223,7 @@ def radii(links: Sequence[Link], eta: float, delta: float | Mapping[str, float] 
 
 
 def _gap(layer: LayerGap, delta: float, rank: int) -> tuple[float, float]:
-    """``delta (sum sigma_i^2)^(1/2) + <G, dW>``, both ends; one unbiased value on fresh batches."""
+    """Both ends of ``delta (sum sigma_i^2)^(1/2) + <G, dW>``; on fresh batches one unbiased value."""
     if layer.scored is not None:
         value = delta * layer.scored + layer.pairing
         return value, value
@@ -253,7 +250,7 @@ def stack(links: Sequence[Link], path: str) -> LowRankPair | None:
 
 
 def _size(pair: LowRankPair | None, rank: int) -> float:
-    """The gauge of ``left @ right`` in the unit rank-r ball, from two QR decompositions of the factors."""
+    """The gauge of ``left @ right`` in the unit rank-r ball, from QR decompositions of both factors."""
     if pair is None:
         return 0.0
     left, right = torch.linalg.qr(pair[0])[1], torch.linalg.qr(pair[1].T)[1]

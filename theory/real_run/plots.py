@@ -1,4 +1,4 @@
-"""The picture of one chain: gaps with their intervals, where the average gap went, and which layers hold it."""
+"""The picture of one chain: the gap of each link, the terms of the average gap, and the gap of each layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @styled
 def chain_gap(result: Decomposition, probes: Mapping[int, Probe], path: Path) -> Path:
-    """Draw a decomposition: per link on the left, the three terms in the middle, layers on the right.
+    """Draw a decomposition: links on the left, terms in the middle, layers on the right.
 
     Args:
-        result: of the chain. probes: per link, for the layers' sigma_1. path: where to write the PNG.
+        result: of the chain. probes: per link, with sigma_1 of the layers. path: of the PNG file.
     """
     figure, (links, terms, layers) = canvas(1, 3, 10.2, 3.5)
     T = result.low.size
@@ -86,7 +86,7 @@ def chain_gap(result: Decomposition, probes: Mapping[int, Probe], path: Path) ->
 
 
 def _short(path: str) -> str:
-    """The telling end of a module path: layer number and name."""
+    """The end of a module path: layer number and name."""
     parts = path.split(".")
     numbers = [part for part in parts if part.isdigit()]
     return f"{numbers[-1]}.{parts[-1]}" if numbers and not parts[-1].isdigit() else parts[-1]

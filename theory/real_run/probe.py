@@ -1,13 +1,12 @@
-"""Measuring a chain, link by link: `GapProbe` finds sigma_1 of each layer's gradient without forming it.
+"""`GapProbe` measures a chain link by link: it finds sigma_1 of each layer's gradient without forming it.
 
-A probe of a link costs two passes over its batches. The first draws a sketch ``G Omega`` and finds the
-range Q; the second reads ``Q'G``. On the same batches (a fixed loss) that gives an interval, certified for
-the gradient as the model's arithmetic computes it and not for the exact one (in bfloat16 they differ by near
-half a percent):
-``sigma_1(Q'G) <= sigma_1(G)``, and ``sigma_1(G)^2 <= sigma_1(Q'G)^2 + |(I - QQ')G|^2`` with the last norm
-bounded from columns ``(I - QQ') G omega`` that took no part in choosing Q (Halko, Martinsson, Tropp, arXiv
-0909.4061, lemma 4.1). On fresh batches the vertex of the first pass is scored without the upward bias of a
-maximum over noise.
+A measurement makes two passes over the batches. The first pass takes a sketch ``G Omega`` and finds the range Q;
+the second takes ``Q'G``. If both use the same batches (a fixed loss), the result is an interval:
+``sigma_1(Q'G) <= sigma_1(G)`` and ``sigma_1(G)^2 <= sigma_1(Q'G)^2 + |(I - QQ')G|^2``. The last norm is bounded
+from columns ``(I - QQ') G omega`` that did not help to choose Q (Halko, Martinsson, Tropp, arXiv 0909.4061, lemma
+4.1). The interval is certified for the gradient that the model computes; in bfloat16 it differs from the exact
+gradient by about half a percent. If the second pass uses fresh batches, the vertex of the first pass is scored
+without the upward bias of a maximum over noise.
 """
 
 from __future__ import annotations
@@ -27,28 +26,30 @@ from theory.real_run.decomposition import Decomposition, LayerGap, Probe, decomp
 from theory.real_run.sketch import Loss, LowRankPair, Tap, mean_loss, sweep
 from theory.seeds import generator
 
-FAILURE = 1e-6  # allowed probability, per layer and probe, that the upper end of an interval is too small
+FAILURE = 1e-6  # allowed probability, per layer and measurement, of an upper end that is too small
 
 
 class GapProbe:
     """Measure the gap at the start of every link of a chain.
 
-    With a running optimizer, the probe measures each link as its knot is tied; for a finished chain call
-    `measure` with the index of a link. Weights are never written: the state ``W_t`` is the stored weight
-    less the links from t on, added as low-rank terms while measuring. Nothing of the run changes: no
+    With a running optimizer the probe measures each link when its knot is tied. For a finished chain, call
+    `measure` with the index of a link. The probe writes no weights: ``W_t`` is the stored weight minus the links
+    from t on, and these are added as low-rank terms during the measurement. The run does not change: no
     ``.grad``, no generator, no mode.
 
     Args:
         model: the model that the optimizer trains.
         opt: a `ChainOptimizer` (made with ``keep_links=True``), or the `Chain` of a finished run.
-        batches: microbatches of the fixed loss, weighted alike.
+        batches: microbatches of the fixed loss, all with the same weight.
         loss: ``loss(model, batch)``, a scalar mean; by default ``model(**batch).loss``.
-        fresh: other batches for the second pass, for an estimate without upward bias in place of an interval.
-        sketch: columns for the range; as many, and at least 16, only test it. rank: singular values to keep.
+        fresh: other batches for the second pass; they give an estimate without upward bias, not an interval.
+        sketch: number of columns for the range; as many, and at least 16, test it. rank: number of singular
+            values to keep.
         seed: of the sketches.
 
     Raises:
-        TypeError: ``opt`` is neither; ValueError: no batches, or links that are not kept.
+        TypeError: ``opt`` has another type.
+        ValueError: there are no batches, or the chain does not keep its links.
 
     Example:
         >>> from cola import LinkConfig, StepKnots
@@ -97,7 +98,7 @@ class GapProbe:
         self.measure(report.index)
 
     def measure(self, link: int) -> Probe:
-        """Measure at the start of a tied link; two passes over the batches.
+        """Measure at the start of a tied link, in two passes over the batches.
 
         Args:
             link: index of a link of the chain, from 0.
@@ -130,24 +131,22 @@ class GapProbe:
         return self.probes[link]
 
     def loss_now(self) -> float:
-        """The fixed loss at the weights as they are stored, without a live link."""
+        """The fixed loss at the stored weights, without the live link."""
         layers = self._layers()
         return mean_loss(self.model, layers, {path: Tap() for path in layers}, self.loss, self.batches)
 
     def decompose(
         self, *, eta: float | None = None, delta: float | Mapping[str, float] | None = None, rank: int | None = None
     ) -> Decomposition:
-        """Decompose the average gap of the measured chain.
+        """Decompose the average gap of the chain.
 
         Args:
             eta: the step, 1/T by default; ``V_t = W_t + B_t A_t / eta``.
-            delta: radius of K, for all layers or per layer; by default the smallest that holds every W_t
-                and V_t.
-            rank: rank of the atoms of K; 1, the default, is the trace ball.
+            delta: radius of K, for all layers or per layer; by default the smallest that contains every W_t and V_t.
+            rank: rank of the atoms of K, by default that of the probe; 1 is the trace ball.
 
         Raises:
-            ValueError: a link was not measured, or a radius leaves a W_t or V_t outside (the gap could be
-                negative).
+            ValueError: a link is not measured, or a radius is too small for a W_t or V_t.
         """
         T = len(self.chain)
         missing = [t for t in range(T) if t not in self.probes]
@@ -165,14 +164,12 @@ class GapProbe:
         radius = radii(links, eta, delta, rank)
         return decompose(links, [self.probes[t] for t in range(T)], self.loss_now(), eta, radius, rank)
 
-    # inside
-
     def _layers(self) -> dict[str, nn.Module]:
         modules = modules_by_name(self.model)
         return {path: modules[path] for path in self.chain[0].factors}
 
     def _tap(self, path: str, link: int) -> Tap:
-        """Offset and pairings of one layer at W_t."""
+        """The tap of one layer at W_t: its offset and its pairings."""
         links = list(self.chain)
         ahead, behind = stack(links[link:], path), stack(links[:link], path)
         assert ahead is not None
@@ -182,7 +179,7 @@ class GapProbe:
         return Tap(offset=(-ahead[0], ahead[1]), pairs=pairs)
 
     def _sketch(self, path: str, link: int) -> _Sketch:
-        """Gaussian columns, keyed by (seed, link, layer): the same for both passes and in every process."""
+        """Gaussian columns that depend on seed, link and layer only: the same in both passes and every process."""
         factor = self.chain[link].factors[path]
         m, n = factor.B.shape[0], factor.A.shape[1]
         layer = sorted(self.chain[link].factors).index(path)
@@ -213,7 +210,7 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sketch:
-    """Gaussian matrices for one layer: ``range`` (in x k) and ``corange`` (out x 2k) find, ``test`` (in x k) judges."""
+    """Gaussian matrices of one layer: ``range`` (in x k) and ``corange`` (out x 2k) find Q; ``test`` (in x k) checks it."""
 
     range: Tensor
     test: Tensor
@@ -221,11 +218,11 @@ class _Sketch:
 
 
 def _range_and_vertex(tap: Tap, sketch: _Sketch, rank: int) -> tuple[Tensor, LowRankPair]:
-    """An orthonormal range of the sketch, and the best vertex direction that the first pass alone can tell.
+    """An orthonormal range of the sketch, and the best vertex direction after the first pass.
 
-    With ``G ~ Q X`` and ``X = (Psi'Q)^+ Psi'G``, the single-pass approximation of Tropp, Yurtsever, Udell
-    and Cevher (arXiv 1609.00048), the vertex has the leading singular directions of X, weighted by their
-    singular values to norm 1.
+    The single-pass approximation of Tropp, Yurtsever, Udell and Cevher (arXiv 1609.00048) is ``G ~ Q X`` with
+    ``X = (Psi'Q)^+ Psi'G``. The vertex has the leading singular directions of X, weighted by their singular values
+    and scaled to norm 1.
     """
     Q = torch.linalg.qr(tap.sums["range"].double())[0]
     X = torch.linalg.lstsq(sketch.corange.to(Q).T @ Q, tap.sums["corange"].double()).solution

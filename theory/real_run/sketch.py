@@ -1,10 +1,9 @@
-"""Linear functionals of a frozen layer's gradient, accumulated without ever forming the gradient.
+"""Products with a frozen layer's gradient, summed over microbatches; the gradient itself is never formed.
 
-For ``y = W x`` with a loss L, the gradient of L at W is ``G = sum_i dy_i x_i'`` over tokens i. Every
-``G Omega``, ``Psi' G`` and ``<G, P>`` with a low-rank P is a sum over tokens too, so hooks can add them up
-over microbatches and keep no more than a few columns. The base weights need no ``requires_grad``: a scalar
-zero is added to the layer's output and the loss is differentiated with respect to those scalars alone, so
-that no parameter's ``.grad`` is touched.
+For ``y = W x`` the gradient of the loss at W is ``G = sum_i dy_i x_i'`` over tokens i. The products ``G Omega``,
+``Psi' G`` and ``<G, P>`` with a low-rank P are sums over tokens too, so hooks can add them up in a few columns.
+The base weights need no ``requires_grad``: each layer's output gets a scalar zero added, and the loss is
+differentiated with respect to those scalars alone. No parameter's ``.grad`` changes.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class Tap:
-    """What to add up for one layer, and the sums.
+    """The products to sum for one layer, and their sums.
 
     Attributes:
-        offset: added to the stored weight while measuring; None for nothing.
-        right: name -> in x k, sums ``G Omega``. left: name -> out x k, sums ``Psi' G``.
-        pairs: name -> low-rank P, sums ``<G, P>``.
-        sums: name -> the sums, float32 (float64 for a float64 model).
+        offset: added to the stored weight during a measurement, or None.
+        right: name -> Omega, in x k, for ``G Omega``. left: name -> Psi, out x k, for ``Psi' G``.
+        pairs: name -> low-rank P, for ``<G, P>``.
+        sums: name -> the sum, in float32 (float64 for a float64 model).
     """
 
     offset: LowRankPair | None = None
@@ -60,7 +59,7 @@ class Tap:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A layer's stored weight as out x in, whichever way it is stored."""
+    """A layer's weight as out x in, even if it is stored transposed."""
     transposed = getattr(module, "transposed", not isinstance(module, nn.Linear))
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.t() if transposed else weight
@@ -68,10 +67,10 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @contextmanager
 def _tapped(layers: Mapping[str, nn.Module], taps: Mapping[str, Tap], anchors: list[Tensor] | None) -> Iterator[None]:
-    """Hooks under which each layer computes with its stored weight plus the offset, without a live link.
+    """Hooks that make each layer use its stored weight plus the offset, without the live link.
 
-    With ``anchors``, a scalar zero per call is added to the output and collected, and the output's
-    gradient is tapped.
+    If ``anchors`` is a list, each call adds a scalar zero to the output and to that list, and the tap reads the
+    output's gradient.
     """
 
     def hook_for(tap: Tap) -> Callable[..., Tensor]:
@@ -105,7 +104,7 @@ def _tapped(layers: Mapping[str, nn.Module], taps: Mapping[str, Tap], anchors: l
 
 @contextmanager
 def _same_draws() -> Iterator[None]:
-    """Whatever a loss draws is the same in every pass, and the caller's generators stand as before afterwards."""
+    """Give every pass the same random draws, and restore the caller's generators afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -114,7 +113,7 @@ def _same_draws() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (dropout off, one fixed loss), each module's own mode restored afterwards."""
+    """Put the model in evaluation mode, and restore the mode of each module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -131,12 +130,11 @@ def sweep(
     loss: Loss,
     batches: Sequence[Any],
 ) -> float:
-    """One forward and backward pass over the microbatches; fills the taps and returns the mean loss.
+    """Fill the taps in one forward and backward pass over the microbatches, and return the mean loss.
 
     Args:
-        model: in any mode; measured in evaluation mode. layers: path -> adapted or plain layer. taps: per
-            path.
-        loss: ``loss(model, batch)``, a scalar mean. batches: weighted alike.
+        model: measured in evaluation mode. layers: path -> adapted or plain layer. taps: path -> tap.
+        loss: ``loss(model, batch)``, a scalar mean. batches: all with the same weight.
 
     Raises:
         ValueError: the loss does not depend on any of the layers, or is not finite.
@@ -149,7 +147,7 @@ def sweep(
                 value = loss(model, batch)
             total += _finite(value) / len(batches)
             if not anchors:
-                raise ValueError(f"loss must run the layers {sorted(layers)[:3]}..., but called none of them")
+                raise ValueError(f"loss must run the layers {sorted(layers)[:3]}..., but it called none of them")
             torch.autograd.grad(value / len(batches), anchors, allow_unused=True)
     return total
 
@@ -158,7 +156,7 @@ def sweep(
 def mean_loss(
     model: nn.Module, layers: Mapping[str, nn.Module], taps: Mapping[str, Tap], loss: Loss, batches: Iterable[Any]
 ) -> float:
-    """The mean loss at the stored weights plus the taps' offsets, one forward pass."""
+    """The mean loss at the stored weights plus the taps' offsets, in one forward pass."""
     values = []
     with evaluating(model), _same_draws(), _tapped(layers, taps, None):
         for batch in batches:

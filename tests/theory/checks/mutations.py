@@ -1,9 +1,7 @@
-"""The planted errors: each is a way in which an implementation of Theorem 4.1 has gone, or could go,
-wrong.
+"""The planted errors: ways in which an implementation of Theorem 4.1 can go wrong.
 
-Every mutation takes no argument and returns a run whose record or problem carries exactly one error,
-planted through the package's own seams. The sound run of the same kind passes all checks; see
-`test_mutations`.
+Every mutation takes no argument and returns a run with exactly one error in its record or its problem. The
+sound run of the same kind passes all checks; see `test_mutations`.
 """
 
 from dataclasses import replace
@@ -53,7 +51,7 @@ class _HalfDiameter(TraceBall):
 
 
 def half_diameter() -> Run:
-    """``D = delta`` in place of ``2 delta``."""
+    """``D = delta`` instead of ``2 delta``."""
     problem = trace_quadratic()
     problem.oracle = _HalfDiameter(1.0, problem.oracle.shape)
     return frank_wolfe(problem, T)
@@ -72,14 +70,14 @@ def quarter_M() -> Run:
 
 
 def dropped_epsilon() -> Run:
-    """The oracle errs by 0.05 and says that it does not; the record says so too."""
+    """The oracle errs by 0.05 but claims no error, and so does the record."""
     run = sound_with_error()
     oracle = AdditiveError(run.problem.oracle, 0.0)
     return replace(run, oracle=oracle, error=np.zeros(run.T))
 
 
 def silent_epsilon() -> Run:
-    """The oracle errs by 0.05 and says that it does not; the record is honest."""
+    """The oracle errs by 0.05 but claims no error; the record is honest."""
     run = sound_with_error()
     return replace(run, oracle=AdditiveError(run.problem.oracle, 0.0))
 
@@ -98,7 +96,7 @@ class _Stale(Estimator):
 
 
 def stale_gradient() -> Run:
-    """The oracle sees the gradient of the step before, in an algorithm that claims the full gradient."""
+    """The oracle gets the gradient of the previous step, in an algorithm that claims the full gradient."""
     return frank_wolfe(trace_quadratic(), T, gradient=_Stale())
 
 
@@ -121,12 +119,12 @@ class _StaleProblem(Problem):
 
 
 def stale_problem() -> Run:
-    """The problem itself hands out the gradient of the evaluation before."""
+    """The problem itself returns the gradient of its previous evaluation."""
     return frank_wolfe(_StaleProblem(), T)
 
 
 class _Twice(Step):
-    """Doubles a rule and goes by its name."""
+    """Doubles a rule and keeps its name."""
 
     name = "theorem"
 
@@ -147,7 +145,7 @@ class _FarPoint(DensePoint):
 
 
 def double_step_taken() -> Run:
-    """The record says ``eta``, the iterate moved by ``2 eta``."""
+    """The record says ``eta``, but the iterate moves by ``2 eta``."""
     problem = trace_quadratic()
     problem.start = lambda: _FarPoint(problem._start)
     return frank_wolfe(problem, T)
@@ -169,7 +167,7 @@ SEEN: list[float] = []
 
 
 def minibatch_gap() -> Run:
-    """The gap of the minibatch gradient, reported as the gap."""
+    """The gap of the minibatch gradient is reported as the gap."""
     SEEN.clear()
     run = frank_wolfe(NoisyProblem(trace_quadratic(), 1.0), T, gradient=_Keeping(16))
     gap = np.array(SEEN)
@@ -197,7 +195,7 @@ class _TwiceDiameter(TraceBall):
 
 
 def double_diameter() -> Run:
-    """``D = 4 delta`` in place of ``2 delta``."""
+    """``D = 4 delta`` instead of ``2 delta``."""
     problem = trace_quadratic()
     problem.oracle = _TwiceDiameter(1.0, problem.oracle.shape)
     return frank_wolfe(problem, T)

@@ -1,4 +1,4 @@
-"""Each planted error is caught, by the checks that are there for it; the sound twin of each passes them all."""
+"""Each planted error fails the checks named for it; the sound runs pass all checks."""
 
 from functools import cache
 
@@ -9,7 +9,7 @@ from theory.checks import FAIL, PASS, audit, failures
 
 pytestmark = pytest.mark.numerics
 
-# the checks that must each catch the error by itself, so that no single check carries the suite
+# each of these checks must catch the error by itself
 CAUGHT_BY = {
     "flipped_sign": {"identity", "gap = dense SVD"},
     "half_diameter": {"distance <= D"},

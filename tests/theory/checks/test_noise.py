@@ -1,4 +1,4 @@
-"""Every estimator against its definition, and the checks of the suite against estimators that are broken."""
+"""Every estimator matches its definition, and the checks of the suite catch broken estimators."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def problem():
 
 
 class _EveryTerm(Regression):
-    """Its batches hold every index once, so that an estimate over a batch has no noise."""
+    """Its batches hold every index once, so a batch estimate has no noise."""
 
     def draw(self, rng, batch):
         return np.arange(self.samples)

@@ -25,7 +25,7 @@ def rate_runs(build, horizons, step=None):
 def test_the_rate_is_attained(build):
     runs = rate_runs(lambda T: build(), HORIZONS)
     assert rates.rate_check(runs).verdict == PASS
-    # the rate is not only bounded: the lower end of the two-sided law is positive at every horizon
+    # the lower end of the two-sided law is positive at every horizon
     for run in runs:
         p = run.problem
         assert theorem.two_sided(run.drop, p.M, p.beta, run.oracle.diameter, run.T, run.eta[0])[0] > 0
@@ -38,7 +38,7 @@ def test_slope_check_rejects_another_rate_and_too_few_horizons():
 
 
 def test_slope_along_one_run_is_not_the_rate():
-    """Along one trajectory the step is fixed and the average falls faster: why separate runs are needed."""
+    """Along one run the step is fixed and the average falls faster, so a rate needs separate runs."""
     run = frank_wolfe(trace_quadratic(), 480)
     t = np.array(HORIZONS)
     along = rates.fitted_slope(t, (np.cumsum(run.gap) / np.arange(1, 481))[t - 1])

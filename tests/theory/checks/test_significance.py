@@ -1,7 +1,7 @@
-"""The level of the statistical checks is kept, and planted errors are seen: thresholds, statistics, power.
+"""The statistical checks keep their level, and they catch planted errors.
 
-A threshold is also the distance at which an error is missed as rarely as a false alarm is raised: an error that shifts
-a statistic by twice its threshold or more is missed with a probability of at most `LEVEL`.
+An error that shifts a statistic by at least twice its threshold is missed with a probability of at most `LEVEL`,
+the probability of a false alarm.
 """
 
 import math
@@ -116,7 +116,7 @@ def test_an_effect_of_two_thresholds_is_missed_as_rarely_as_a_false_alarm():
     assert 1 - power(2 * threshold, threshold, 1.0) <= LEVEL
 
 
-# planted errors: how many thresholds each shifts its statistic by
+# planted errors, and the shift of the statistic in units of its threshold
 
 
 def effect(check):
@@ -127,7 +127,7 @@ def effect(check):
 
 @pytest.mark.parametrize("batch", [1, 16, 256, 4096])
 def test_scoring_on_the_batch_that_chose_the_vertex_is_seen(batch, monkeypatch):
-    """The two-batch estimate with one batch for both is the biased one; at a hundredth of the suite's size."""
+    """The two-batch estimate with one batch is biased; shown at a hundredth of the suite's size."""
     begin = ladders._Watched.begin
 
     def one_batch(self, problem, rng):
@@ -148,7 +148,7 @@ def test_scoring_on_the_batch_that_chose_the_vertex_is_seen(batch, monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.5, 0.97, 1.03, 1.5])
 def test_noise_of_another_size_is_seen(scale):
-    """80,000 degrees of freedom, 40 times fewer than in the suite: 3 % in the noise is 6 % in its square."""
+    """With 80,000 degrees of freedom, 40 times fewer than the suite; 3 % in the noise is 6 % in its square."""
     low, high = chi_squared(80_000)
     assert abs(scale**2 - 1) >= 2 * max(high - 1, 1 - low)
 

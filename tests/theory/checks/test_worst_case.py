@@ -1,4 +1,4 @@
-"""The semidefinite worst case against the proved constants and against the instances: nothing may lie above it."""
+"""The semidefinite worst case agrees with the proved constants, and no instance lies above it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The certified interval for the top singular value: against dense SVDs, on easy, clustered and broken spectra."""
+"""The certified interval for the top singular value, compared with dense SVDs on easy, clustered and broken spectra."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_interval_holds_the_dense_value(name, shape):
         low = float(pairs.u[:, 0] @ A @ pairs.v[0])
         assert low == pytest.approx(pairs.sigma[0], rel=1e-12)
         assert low <= exact * (1 + 1e-13) <= pairs.upper * (1 + 1e-12)
-        # the residual is what it says, and bounds the distance to some singular value
+        # the residual bounds the distance to some singular value
         residual = np.linalg.norm(A.T @ pairs.u[:, 0] - pairs.sigma[0] * pairs.v[0])
         assert residual == pytest.approx(pairs.residual, abs=1e-12 * exact)
 
@@ -90,7 +90,7 @@ def test_blocks_give_the_answer_of_one_pass():
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_search_in_float32_keeps_the_interval_and_unit_vectors(name, monkeypatch):
-    """Large matrices are searched in float32: the interval must hold the float64 value, and vertices stay in K."""
+    """Large matrices are searched in float32; the interval contains the float64 value, and vertices stay in K."""
     monkeypatch.setattr("theory.oracles.lanczos.SINGLE_BYTES", 0)
     A = matrix(60, 40, SPECTRA[name])
     exact = np.linalg.norm(A, 2)
@@ -115,7 +115,7 @@ def test_same_generator_same_bits():
 
 
 def test_warm_starts_lie_and_random_starts_do_not():
-    """A start near the second singular vector converges there; the random start's interval still holds sigma_1."""
+    """A start near the second singular vector converges there; the interval of a random start contains sigma_1."""
     A = np.diag([1.0, 0.9, *np.linspace(0.5, 0.1, 48)])
     v = np.eye(50)[1]
     for _ in range(10):
@@ -126,7 +126,7 @@ def test_warm_starts_lie_and_random_starts_do_not():
 
 
 def test_random_start_bound_fails_as_rarely_as_it_says():
-    """At an allowed failure of 0.1 the bound is wrong in at most a tenth of the starts, on the worst spectra."""
+    """At an allowed failure of 0.1 the bound fails in at most a tenth of the starts, on the worst spectra."""
     n, k, failure, starts = 60, 4, 0.1, 400
     excess = random_start_excess(n, k, failure)
     assert 0 < excess < 1

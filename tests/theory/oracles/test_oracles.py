@@ -1,4 +1,4 @@
-"""Every oracle against brute force over vertices, its own dual norm, and random feasible points."""
+"""Every oracle, compared with brute force over vertices, its dual norm, and random feasible points."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ SETS = {
 }
 # an SVD of a 4 x 3 matrix errs by a few units in the last place of its norm
 ULPS = 64 * np.finfo(float).eps
-# the entries are exact multiples of 2^-10, so that norms neither overflow nor lose everything to underflow
+# multiples of 2^-10, so that norms neither overflow nor underflow
 entries = st.integers(-4096, 4096).map(lambda k: k / 1024)
 
 

@@ -1,4 +1,4 @@
-"""Every problem's promises: gradient, smoothness, M, feasibility of the start, and batches without bias."""
+"""The claims of every problem: gradient, smoothness, M, feasibility of the start, and unbiased batches."""
 
 import math
 
@@ -72,7 +72,7 @@ SETS = [
 
 
 def random_feasible(problem, rng):
-    """A point of K: some steps of the oracle on random gradients."""
+    """A point of K, after some steps of the oracle on random gradients."""
     W = problem.start()
     for _ in range(4):
         G = rng.standard_normal(problem.oracle.shape)

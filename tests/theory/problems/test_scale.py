@@ -1,4 +1,4 @@
-"""A problem of 1e5 x 1e5 with two million observed entries in well under a gigabyte: a dense iterate takes 80."""
+"""A problem of 1e5 x 1e5 with two million observed entries needs far less than a gigabyte; a dense iterate needs 80."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ problem = observed_completion(size, size, entries, dtype=np.float32)
 run = frank_wolfe(problem, T, snapshots=1)
 checks = audit(run)
 print(json.dumps({
-    # the process's own high-water mark: ru_maxrss would count the parent that it was forked from
+    # the high-water mark of this process; ru_maxrss would count its parent too
     "peak_mb": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 1024,
     "failed": [c.name for c in checks if c.verdict == FAIL],
     "passed": sum(c.verdict == PASS for c in checks),

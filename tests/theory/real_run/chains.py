@@ -1,4 +1,4 @@
-"""Small chains to be probed, and the dense gradients and losses that every sketched number is compared with."""
+"""Small chains for the probe, and dense gradients and losses for comparison."""
 
 import copy
 
@@ -68,7 +68,7 @@ MODELS = {
 
 
 def train(name, probed=True, steps=STEPS, **options):
-    """A chain of three links, probed at every knot; returns the model, its untouched copy, the optimizer, the probe."""
+    """Train a chain of three links with a probe; returns the model, its untouched copy, the optimizer and the probe."""
     build, batches, loss, targets = MODELS[name]
     model = build()
     plain = copy.deepcopy(model)
@@ -89,7 +89,7 @@ def train(name, probed=True, steps=STEPS, **options):
 
 
 def dense(plain, chain, t, batches, loss):
-    """Loss and dense gradients at W_t of the untouched copy plus the first t links, out x in, in float64."""
+    """Loss and dense float64 gradients (out x in) at W_t, the untouched copy plus the first t links."""
     model = copy.deepcopy(plain).eval()
     weights = {}
     for path in chain[0].factors:

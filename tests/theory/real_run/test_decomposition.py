@@ -1,4 +1,4 @@
-"""Where a chain's average gap went: recomputed with dense matrices on small models."""
+"""The decomposition of a chain's average gap, recomputed with dense matrices on small models."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from theory.oracles import RankBall
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_decomposition_against_dense(name, rank):
-    """Gap, oracle error, alignment and c_t recomputed with dense matrices; K holds every W_t and V_t."""
+    """Gap, oracle error, alignment and c_t recomputed with dense matrices; K contains every W_t and V_t."""
     _, plain, opt, probe = train(name, sketch=64, rank=rank)
     _, batches, loss, _ = MODELS[name]
     result = probe.decompose()

@@ -1,4 +1,4 @@
-"""The probe of a real run: every sketched number against dense gradients and SVDs on small models."""
+"""The probe of a real run: every sketched number is compared with dense gradients and SVDs on small models."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.numerics
 @pytest.mark.parametrize("sketch", [64, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_number_against_dense_gradients(name, sketch):
-    """An exact range (64 columns) gives the dense values, four columns an interval that holds them."""
+    """An exact range (64 columns) gives the dense values, and four columns an interval that contains them."""
     _, plain, opt, probe = train(name, sketch=sketch, rank=2)
     _, batches, loss, _ = MODELS[name]
     assert len(opt.chain) == 3
@@ -56,7 +56,7 @@ def test_every_number_against_dense_gradients(name, sketch):
 
 
 def test_moved_is_the_directional_derivative():
-    """``<G, B_t A_t>`` against differences of the loss along the link, evaluated on dense weights in float64."""
+    """``<G, B_t A_t>`` agrees with differences of the loss along the link, with dense weights in float64."""
     _, plain, opt, probe = train("mlp", sketch=8)
     plain, batches = plain.double(), [tuple(x.double() for x in b) for b in mlp_batches()]
     h = 1e-5
@@ -73,7 +73,7 @@ def test_moved_is_the_directional_derivative():
 
 
 def test_the_run_does_not_notice_the_probe():
-    """Bit for bit the same weights, with dropout drawing from the global generator; no gradients left behind."""
+    """The weights are equal bit for bit, although dropout draws from the global generator."""
     with_probe, _, _, _ = train("mlp")
     without, _, _, _ = train("mlp", probed=False)
     for name, value in with_probe.state_dict().items():
@@ -103,7 +103,7 @@ def test_nothing_is_left_on_the_model():
 
 
 class LargestGradient(TorchDispatchMode):
-    """Records the shapes that operations produce; views of existing storage do not count."""
+    """Records the shapes of all tensors that operations create; views do not count."""
 
     def __init__(self):
         super().__init__()
@@ -157,9 +157,10 @@ def test_a_finished_chain_can_be_measured_afterwards():
 
 
 def test_fresh_batches_score_the_first_pass_vertex():
-    """``scored`` is ``<G_B, u v'>`` with unit u, v from batches A: at most the top singular value of G_B,
-    and of no upward bias: pure noise, whose true gradient is zero, scores around zero where the reported
-    value is far above.
+    """``scored`` is ``<G_B, u v'>`` with unit u, v from batches A, and at most the top singular value of G_B.
+
+    It has no upward bias: on pure noise, whose true gradient is zero, scores lie around zero and the reported
+    values far above.
     """
     _, plain, opt, _ = train("mlp", probed=False)
     scores, reported = [], []
@@ -184,7 +185,7 @@ def test_fresh_batches_score_the_first_pass_vertex():
 
 
 def test_residual_bound_holds_on_a_flat_spectrum():
-    """Where a sketch of 8 columns misses most of the gradient, the interval is wide and still holds sigma_1."""
+    """If a sketch of 8 columns misses most of the gradient, the interval is wide but contains sigma_1."""
     x = torch.eye(40)
     model = nn.Sequential(nn.Linear(40, 40, bias=False))
     link = LinkConfig(r=1, target_modules="all-linear")
@@ -201,18 +202,16 @@ def test_residual_bound_holds_on_a_flat_spectrum():
         low, high = GapProbe(model, opt, [x], loss, sketch=8, seed=seed).measure(0).layers["0"].strength(1)
         assert low <= 1 + CLOSE
         assert high >= 1
-        # 40 equal singular values: the bound is of the order of the Frobenius norm, 6.3, times the safety
-        # factor 1.9
+        # for 40 equal singular values the bound is about the Frobenius norm, 6.3, times the safety factor 1.9
         assert high < 15
 
 
 def test_half_precision_runs_and_stays_near_float32():
-    """bf16 gradients floor the gap near half a percent; the offset itself is added in float32."""
+    """bf16 gradients are off by about half a percent; the offset is added in float32."""
     _, plain, opt, _ = train("mlp", sketch=40)
     half = copy.deepcopy(plain).bfloat16()
     batches = [tuple(x.bfloat16() for x in b) for b in mlp_batches()]
-    # the untouched copy lacks the links: a chain whose offset leads to W_0 - all links is still one fixed
-    # point
+    # the untouched copy lacks the links, but W_0 minus all links is a fixed point too
     low = GapProbe(half, opt.chain, batches, mlp_loss, sketch=40).measure(2)
     full = GapProbe(copy.deepcopy(plain), opt.chain, mlp_batches(), mlp_loss, sketch=40).measure(2)
     for path, layer in low.layers.items():
@@ -259,7 +258,7 @@ BAD = {
     "unrelated loss": (
         lambda m, o: GapProbe(m, o, [1], lambda m, b: torch.ones((), requires_grad=True)).measure(0),
         ValueError,
-        "loss must run the layers .* called none",
+        "loss must run the layers .* it called none",
     ),
 }
 

@@ -24,7 +24,7 @@ def test_epsilon_ladder(adversary):
     assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
     means = [rung.average.mean for rung in rungs]
     assert means == sorted(means)
-    # at the largest error the bound without eps is false, so the term is needed
+    # at the largest error the bound without eps is false
     assert means[-1] > 1.5 * rungs[-1].runs[0].scale
 
 
