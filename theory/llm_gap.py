@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _layers_as_dict(probe: Probe) -> dict[str, dict[str, Any]]:
-    return {
-        path: {
-            "sigma": list(layer.sigma),
-            "residual": layer.residual if math.isfinite(layer.residual) else None,
-            "pairing": layer.pairing,
-            "moved": layer.moved,
-            "scored": layer.scored,
-        }
-        for path, layer in probe.layers.items()
-    }
+    """The layers for JSON, which has no infinity."""
+    finite = {path: layer.residual if math.isfinite(layer.residual) else None for path, layer in probe.layers.items()}
+    return {path: {**asdict(layer), "residual": finite[path]} for path, layer in probe.layers.items()}
 
 
 if __name__ == "__main__":

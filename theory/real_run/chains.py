@@ -6,9 +6,9 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,7 @@ def _demo(options: argparse.Namespace) -> Trained:
     spread = blocks[torch.linspace(0, len(blocks) - 1, wanted).long()]
     batches = [{"input_ids": ids, "labels": ids} for ids in spread[::2].split(setting.batch_size)]
     fresh = [{"input_ids": ids, "labels": ids} for ids in spread[1::2].split(setting.batch_size)]
-    probe = GapProbe(
-        model,
-        optimizer,
-        batches,
-        fresh=fresh if options.fresh else None,
-        sketch=options.sketch,
-        rank=options.rank,
-        seed=options.seed,
-    )
+    probe = GapProbe(model, optimizer, batches, **_probe_options(options, fresh))
     steps = _progress(itertools.chain.from_iterable(setting.read(options.seed)), setting.steps())
     try:
         return Trained(probe, fine_tune(model, optimizer, [steps], setting.schedule()).losses)
@@ -94,16 +86,7 @@ def _random(options: argparse.Namespace) -> Trained:
         return (model(batch[0]) - batch[1]).square().mean()
 
     halves = list(zip(x.split(32), y.split(32)))
-    probe = GapProbe(
-        model,
-        optimizer,
-        halves[:4],
-        loss_of,
-        fresh=halves[4:] if options.fresh else None,
-        sketch=options.sketch,
-        rank=options.rank,
-        seed=options.seed,
-    )
+    probe = GapProbe(model, optimizer, halves[:4], loss_of, **_probe_options(options, halves[4:]))
     losses: list[float] = []
     for step in _progress(range(total), total):
         loss = loss_of(model, halves[step % len(halves)])
@@ -113,6 +96,11 @@ def _random(options: argparse.Namespace) -> Trained:
         optimizer.zero_grad()
     optimizer.finish()
     return Trained(probe, losses)
+
+
+def _probe_options(options: argparse.Namespace, fresh: Sequence[Any]) -> dict[str, Any]:
+    chosen = {name: getattr(options, name) for name in ("sketch", "rank", "seed")}
+    return {**chosen, "fresh": fresh if options.fresh else None}
 
 
 def _progress(items: Iterable[Item], total: int) -> Iterable[Item]:

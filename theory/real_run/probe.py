@@ -210,7 +210,7 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sketch:
-    """Gaussian matrices of one layer: ``range`` (in x k) and ``corange`` (out x 2k) find Q; ``test`` (in x k) checks it."""
+    """Gaussian matrices of one layer: ``range`` (in x k) and ``corange`` (out x 2k) to find Q, ``test`` (in x k)."""
 
     range: Tensor
     test: Tensor

@@ -113,12 +113,6 @@ def run_record(label: str, run: Run, seconds: float, checks: list[Check] | None 
     return Record(label, "run", run.T, run.average, run.smallest, run.scale, checks, seconds, facts, [run])
 
 
-def _timed(label: str, **arguments: Any) -> Record:
-    started = time.perf_counter()
-    run = frank_wolfe(**arguments)
-    return run_record(label, run, time.perf_counter() - started)
-
-
 def single(
     name: str,
     T: int,
@@ -143,17 +137,11 @@ def single(
     problem = INSTANCES[name].build(T, seed)
     if gradient is not None and gradient.noisy and not isinstance(problem, StochasticProblem):
         problem = NoisyProblem(problem, 2.0 if sigma is None else sigma)
-    record = _timed(
-        name + tag,
-        problem=problem,
-        T=T,
-        step=step,
-        seed=seed,
-        oracle=None if oracle is None else oracle(problem),
-        gradient=gradient,
-    )
-    if gradient is not None and gradient.noisy:
-        record.checks += noise.estimate_checks(record.runs[0], level)
+    started, solver = time.perf_counter(), None if oracle is None else oracle(problem)
+    run = frank_wolfe(problem, T, step, seed=seed, oracle=solver, gradient=gradient)
+    record = run_record(name + tag, run, time.perf_counter() - started)
+    if run.estimator.noisy:
+        record.checks += noise.estimate_checks(run, level)
     return record
 
 

@@ -1,13 +1,15 @@
-"""The rate over separate runs, and the check that it can fail."""
+"""The verdicts of rates, expectations and bounds: when a check passes, fails, or says nothing."""
 
 import numpy as np
 import pytest
 
 from theory import theorem
-from theory.checks import FAIL, PASS, VACUOUS, rates
+from theory.checks import FAIL, PASS, VACUOUS, audit, rates
+from theory.checks.check import expected_at_most
 from theory.frank_wolfe import frank_wolfe
 from theory.oracles import L1Ball
 from theory.problems import quadratic
+from theory.problems.learning import Regression
 from theory.problems.tight import cosine, simplex_quadratic, trace_quadratic, zero_chain
 from theory.step_sizes import ShortStep
 
@@ -55,3 +57,15 @@ def test_zero_chain_is_flat_in_units_of_s_and_the_check_can_fail():
 
 def test_one_seed_says_nothing_of_an_expected_slope():
     assert rates.rates_check([-0.4]).verdict == VACUOUS
+
+
+def test_expectations_are_judged_by_the_whole_interval():
+    assert expected_at_most("x", 1.0, 2.0, 0.1).verdict == PASS
+    assert expected_at_most("x", 1.0, 0.3, 0.1).verdict == FAIL
+    assert expected_at_most("x", 1.0, 1.05, 0.1).verdict == VACUOUS
+    assert expected_at_most("x", 1.0, 0.95, 0.1).verdict == VACUOUS
+
+
+def test_the_two_sided_law_is_vacuous_where_neither_end_says_anything():
+    law = {check.name: check for check in audit(frank_wolfe(Regression("tanh"), 10))}["two-sided law"]
+    assert law.verdict == VACUOUS
