@@ -93,6 +93,22 @@ def test_theory_stands_alone(name, path):
     assert not {i.split(".")[0] for i in imports(path)} & {"cola", "experiments"}
 
 
+#: the rooms of theory, lowest first; each imports from itself and from those before it
+ROOMS = ["arguments", "seeds", "style", "theorem", "iterates", "oracles", "problems", "torch_backend", "step_sizes"]
+ROOMS += ["gradient_estimators", "frank_wolfe", "checks", "suite", "bench", "fw_gap"]
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("theory") if "." in n])
+def test_theory_imports_downward(name, path):
+    if name in LLM:
+        return
+    room = ROOMS.index(name.split(".")[1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "theory":
+            rooms = {f"{node.module}.{alias.name}".split(".")[1] for alias in node.names}
+            assert rooms <= set(ROOMS[: room + 1]), f"{name} imports from {rooms}"
+
+
 #: what joins theory to cola, lowest first
 LLM = [
     "theory.real_run",

@@ -6,6 +6,7 @@ import pytest
 
 from tests.theory.checks import mutations
 from theory.checks import FAIL, PASS, audit, failures
+from theory.checks.record import CHECKS
 
 pytestmark = pytest.mark.numerics
 
@@ -43,6 +44,11 @@ def test_sound_twin_passes(plant):
     checks = audited(plant)
     assert not failures(checks)
     assert sum(check.verdict == PASS for check in checks) >= 14
+
+
+def test_checks_are_listed_by_name():
+    run = mutations.sound()
+    assert [check(run).name for check in CHECKS.values()] == list(CHECKS)
 
 
 def test_margin_is_negative_exactly_where_a_check_fails():
