@@ -73,8 +73,28 @@ def test_theory_stands_alone(name, path):
     assert not {i.split(".")[0] for i in imports(path)} & {"cola", "experiments"}
 
 
+#: the rooms of theory, lowest first; each imports from itself and from those before it
+ROOMS = ["arguments", "seeds", "style", "theorem", "iterates", "oracles", "problems", "torch_backend", "step_sizes"]
+ROOMS += ["gradient_estimators", "frank_wolfe", "checks", "suite", "bench", "fw_gap"]
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("theory") if "." in n])
+def test_theory_imports_downward(name, path):
+    if name in LLM:
+        return
+    room = ROOMS.index(name.split(".")[1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "theory":
+            rooms = {f"{node.module}.{alias.name}".split(".")[1] for alias in node.names}
+            assert rooms <= set(ROOMS[: room + 1]), f"{name} imports from {rooms}"
+
+
 #: what joins theory to cola, lowest first
-LLM = [f"theory.llm_{part}" for part in ("sketch", "decomposition", "probe", "demo", "plots", "gap")]
+LLM = [
+    "theory.real_run",
+    *(f"theory.real_run.{part}" for part in ("sketch", "decomposition", "probe", "chains", "plots")),
+    "theory.llm_gap",
+]
 
 
 @pytest.mark.parametrize("name", LLM)
@@ -83,7 +103,11 @@ def test_the_gap_of_a_real_run_imports_downward(name):
     for node in ast.walk(ast.parse(dict(modules("theory"))[name].read_text())):
         if isinstance(node, ast.ImportFrom):
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    assert found & {n for n, _ in modules("theory") if n.startswith("theory.llm")} <= set(LLM[: LLM.index(name)])
+    assert found & set(LLM) <= set(LLM[: LLM.index(name)])
+
+
+def test_what_joins_theory_to_cola_is_listed():
+    assert set(LLM) == {name for name, _ in modules("theory") if name.startswith(("theory.real_run", "theory.llm"))}
 
 
 @pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("experiments")])

@@ -1,4 +1,4 @@
-"""What an argument must be: every message names it, shows the value and says what to give instead."""
+"""Argument checks. Every message names the argument, shows its value and asks for a better one."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def matrix_shape(name: str, value: Any) -> tuple[int, int]:
     """Return ``value`` as ``(rows, columns)`` if it is a pair of positive whole numbers, else raise."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise ValueError(f"{name} must be a pair (rows, columns), got {value!r}: give the shape of W")
-    return count(f"{name}[0]", value[0], "the number of rows"), count(f"{name}[1]", value[1], "of columns")
+    return count(f"{name}[0]", value[0], "the number of rows"), count(f"{name}[1]", value[1], "the number of columns")

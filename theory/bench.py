@@ -1,9 +1,9 @@
-"""Side by side with copt: the same problem, the same steps, the same gap, and the ratio of the times.
+"""Comparison of speed with copt on the same problems: ``python -m theory.bench``, with the extra ``bench``.
 
-``python -m theory.bench`` (needs the extra ``bench``). Both sides run Algorithm 2 with the theorem's step
-for the same T on ``problem(m, n, seed)``; rounds alternate between the two, so that a busy machine slows
-both, and every ratio is taken within one round. Times are per iteration of a whole run. At the end both
-final points are certified by the same Lanczos run to a residual of 1e-8, and the gaps must agree.
+Both programs run Algorithm 2 with the theorem's step for the same T on ``problem(m, n, seed)``. Rounds alternate
+between them, so a busy machine slows both, and each ratio comes from one round. Times are per iteration of a
+whole run. The average gaps must agree. At the end one Lanczos run with a residual of 1e-8 certifies both final
+points.
 """
 
 from __future__ import annotations
@@ -19,17 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from theory import bounds
+from theory import theorem
 from theory.frank_wolfe import frank_wolfe
-from theory.lanczos import top_singular
-from theory.points import ObservedMatrix
-from theory.recovery import (
-    DenseCompletion,
-    ObservedCompletion,
-    low_rank_data,
-    observed_completion,
-    robust,
-)
+from theory.iterates import ObservedMatrix
+from theory.oracles.lanczos import top_singular
+from theory.problems.recovery import DenseCompletion, ObservedCompletion, low_rank_data, observed_completion, robust
 
 # dense m, n, T and observed m, n, entries, T: the sizes of the comparison
 DENSE = ((200, 200, 500), (1000, 1000, 100), (3000, 2000, 12))
@@ -39,13 +33,13 @@ Loss = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 @dataclass
 class Row:
-    """One comparison: medians over rounds, milliseconds per iteration, and where both ended.
+    """One comparison: medians over rounds, in milliseconds per iteration, and the gaps of both programs.
 
     Attributes:
-        ratio: copt's time over ours, the median of the rounds' ratios; low, high: the extremes.
-        average, copt_average: average gap of the run, which the theorem is about and which both must share.
-        gap, copt_gap: certified gap of the final points; one iterate's gap moves by percents with the
-            tolerance of the oracle, so these are shown and not compared.
+        ratio: copt's time over ours, the median over rounds. low, high: the extremes over rounds.
+        average, copt_average: average gap of the run, on which both must agree.
+        gap, copt_gap: certified gap of the final points. They are not compared: the gap of a single iterate
+            varies by percents with the tolerance of the oracle.
     """
 
     name: str
@@ -104,7 +98,7 @@ def run_copt(loss: Loss, shape: tuple[int, int], delta: float, eta: float, T: in
         ball(delta, shape).lmo,
         jac=True,
         step=step,
-        lipschitz=1.0,  # unused by a constant step, but without it copt evaluates and prints an estimate
+        lipschitz=1.0,  # a constant step ignores it, but without it copt prints an estimate
         max_iter=T,
         tol=0,
     )
@@ -112,7 +106,7 @@ def run_copt(loss: Loss, shape: tuple[int, int], delta: float, eta: float, T: in
 
 
 def plain_loss(Y: np.ndarray) -> Loss:
-    """The robust loss in whole-array NumPy, as a user of copt would write it."""
+    """The robust loss in plain NumPy, as a user of copt would write it."""
 
     def loss(W: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = robust(W - Y)
@@ -122,7 +116,7 @@ def plain_loss(Y: np.ndarray) -> Loss:
 
 
 def blocked_loss(p: DenseCompletion) -> Loss:
-    """Our cache-blocked loss handed to copt, which leaves only the two algorithms to compare."""
+    """Our cache-blocked loss for copt, so that only the algorithms differ."""
 
     def loss(W: np.ndarray) -> tuple[float, np.ndarray]:
         G = np.empty_like(W)
@@ -132,7 +126,7 @@ def blocked_loss(p: DenseCompletion) -> Loss:
 
 
 def observed_loss(p: ObservedCompletion) -> Loss:
-    """The loss over observed entries with a dense gradient, which is what copt's oracle takes."""
+    """The loss over observed entries, with the dense gradient that copt's oracle needs."""
     rows, cols, y = p.pattern.rows, p.pattern.cols, p.y
 
     def loss(W: np.ndarray) -> tuple[float, np.ndarray]:
@@ -152,9 +146,9 @@ def compare(
     rounds: int,
     progress: Callable[[], None] = lambda: None,
 ) -> Row:
-    """Alternate ours and copt for some rounds, then certify both final points."""
+    """Run both programs in turn for some rounds, then certify both final points."""
     delta, shape = float(p.oracle.circumradius), (p.oracle.shape[0], p.oracle.shape[1])
-    eta = bounds.theorem_step(p.M, p.beta, p.oracle.diameter, T)
+    eta = theorem.theorem_step(p.M, p.beta, p.oracle.diameter, T)
     ours, theirs = [], []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -184,7 +178,7 @@ def compare(
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
-    # two numbers in one column are ours / copt's
+    # a column with two numbers has ours / copt's
     head = (
         f"{'problem':34} {'T':>4} {'ours ms':>8} {'copt ms':>8} {'ratio':>6} {'spread':>13}"
         f" {'average gap':>19} {'last gap':>19}"
@@ -231,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     print(f"results: {options.out / 'results.jsonl'}")
-    # the oracles stop at a residual, so that trajectories differ a little; one percent is far above that
+    # the oracles stop at a residual, so trajectories differ, but far less than by one percent
     apart = [row for row in rows if abs(row.average - row.copt_average) > 0.01 * row.copt_average]
     for row in apart:
         print(f"FAIL {row.name}: average gaps {row.average:.6g} and {row.copt_average:.6g} differ by over 1 %")

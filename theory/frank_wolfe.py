@@ -1,11 +1,11 @@
-"""Algorithm 2, idealised COLA: stochastic non-convex Frank-Wolfe with an inexact oracle, measured as it runs.
+"""Algorithm 2, idealised COLA: stochastic non-convex Frank-Wolfe with an inexact oracle.
 
     G_t = an estimate of grad L(W_t)
     V_t = oracle(G_t)                      <V_t, G_t> <= min_{V in K} <V, G_t> + eps
     W_{t+1} = W_t + eta (V_t - W_t)
 
-One iteration is one link of a chain: ``eta (V_t - W_t)`` is what training a fresh adapter adds to the
-weights. The loop records what the checks need and judges nothing: see `theory.checks`.
+One iteration is one link of a chain: a trained adapter adds ``eta (V_t - W_t)`` to the weights. The loop
+records the measurements that `theory.checks` judges.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from theory import bounds
+from theory import theorem
 from theory.arguments import count
-from theory.gradients import Estimator, FullGradient
-from theory.oracles import Oracle
-from theory.points import Gradient, Point, Vertex, inner, norm
+from theory.gradient_estimators import Estimator, FullGradient
+from theory.iterates import Gradient, Point, Vertex, inner, norm
+from theory.oracles import Answer, Oracle
 from theory.problems import Problem
 from theory.seeds import generator
-from theory.steps import Constants, Situation, Step, TheoremStep
+from theory.step_sizes import Constants, Situation, Step, TheoremStep
 
 
 @dataclass(eq=False)
@@ -31,17 +31,17 @@ class Run:
 
     Attributes:
         value: (T+1,) the losses ``L(W_1) .. L(W_{T+1})``.
-        gap: (T,) ``g_t``, exact where the set's oracle is, else its certified lower end.
-        gap_upper: (T,) certified upper end of ``g_t``. support: (T,) the term ``max_V <-grad, V>`` of the
-            gap.
+        gap: (T,) ``g_t``, exact if the set's oracle is exact, else its certified lower end.
+        gap_upper: (T,) certified upper end of ``g_t``.
+        support: (T,) the term ``max_V <-grad, V>`` of the gap.
         descent: (T,) ``<grad L(W_t), W_t - V_t>`` with the true gradient.
-        error: (T,) ``eps_t``, how far ``V_t`` misses the minimum under the true gradient.
+        error: (T,) ``eps_t``, by which ``V_t`` misses the minimum under the true gradient.
         distance2: (T,) ``|V_t - W_t|_F^2``. eta: (T,) the steps.
-        noise: (T,) ``|G_t - grad L(W_t)|_F`` as the estimator admits to it; zero for the full gradient.
-        slack: (T,) width of the interval in which the oracle places the support of the gradient it was given.
+        noise: (T,) ``|G_t - grad L(W_t)|_F``; zero for the full gradient.
+        slack: (T,) width of the oracle's interval for the support of ``-G_t``.
         snapshots: a few ``(t, W_t)``, for the checks that recompute.
         final: ``W_{T+1}``.
-        problem, oracle, step, estimator, seed: what was run.
+        problem, oracle, step, estimator, seed: the arguments of the run.
     """
 
     problem: Problem
@@ -70,7 +70,7 @@ class Run:
     @property
     def scale(self) -> float:
         """``s = sqrt(M beta) D / sqrt(T)``."""
-        return bounds.scale(self.problem.M, self.problem.beta, self.oracle.diameter, self.T)
+        return theorem.scale(self.problem.M, self.problem.beta, self.oracle.diameter, self.T)
 
     @property
     def average(self) -> float:
@@ -95,13 +95,6 @@ class Run:
         return np.where(self.eta > 0, c, np.nan)
 
 
-def _worth_keeping(T: int, snapshots: int) -> set[int]:
-    """Iterations to keep, evenly spread in log t, always with the first and the last."""
-    if snapshots <= 0:
-        return set()
-    return {1, T} | {round(float(t)) for t in np.geomspace(1, T, min(snapshots, T))}
-
-
 def frank_wolfe(
     problem: Problem,
     T: int,
@@ -119,18 +112,18 @@ def frank_wolfe(
         problem: loss, set and constants.
         T: number of iterations, at least 1.
         step: rule for ``eta``; by default `TheoremStep`, which uses ``M``, ``beta``, ``D`` and T.
-        oracle: solves the linear problem in place of the problem's own, such as a corrupted one; the gap
-            is always measured with the problem's own.
+        oracle: used instead of the problem's own, for example one that errs; the problem's own still measures
+            the gap.
         gradient: estimator of the gradient; by default `FullGradient`.
-        seed: of the only generator used; runs with the same arguments repeat bit for bit on the same machine.
-        snapshots: how many iterates to keep for the checks, 0 for large problems.
+        seed: of all randomness; runs with equal arguments repeat bit for bit on the same machine.
+        snapshots: number of iterates to keep for the checks, 0 for large problems.
         progress: called with t after each iteration.
 
     Returns:
         The `Run`.
 
     Raises:
-        ValueError: for a bad argument, or a loss or gap that is no longer finite (with the iteration).
+        ValueError: an argument is bad, or loss or gap are no longer finite; the message has the iteration.
 
     Example:
         >>> from theory.problems import quadratic
@@ -146,59 +139,88 @@ def frank_wolfe(
     oracle = reference if oracle is None else oracle
     if oracle.shape != reference.shape:
         raise ValueError(f"oracle must answer for shape {reference.shape}, got {oracle.shape}: give the problem's set")
-    # three independent streams, so that a different oracle never changes the batches that a run sees
+    # three independent streams, so that another oracle does not change the batches of a run
     batches, answers, measuring = generator(seed).spawn(3)
     estimate = gradient.begin(problem, batches)
     rule = step.begin(Constants(problem.M, problem.beta, oracle.diameter), T)
-    kept = _worth_keeping(T, snapshots)
-    names = ("gap", "gap_upper", "support", "descent", "error", "distance2", "eta", "noise", "slack")
-    record = {name: np.zeros(T) for name in names}
-    value = np.zeros(T + 1)
-    keep: list[tuple[int, Point]] = []
+    record = _Recorder(problem, oracle, gradient, T, snapshots, measuring)
 
     W = problem.start()
-    value[0], G = problem.evaluate(W)
-    for i in range(T):
-        t = i + 1
-        if t in kept:
-            keep.append((t, W.copy()))
-        seen = estimate(t, W, G)
-        answer = oracle(seen, at=W, rng=answers)
-        V = answer.vertex
-        shared = oracle is reference and seen is G
-        truth = answer if shared else reference(G, at=W, rng=measuring)
-        outward = W.inner(G)
-        # an iterative oracle has just scored its vertex on this very gradient; an exact one is scored here
-        pairing = -answer.attained if shared and not oracle.exact else inner(G, V)
-        record["gap"][i] = truth.attained + outward
-        record["gap_upper"][i] = truth.certified + outward
-        record["support"][i] = truth.attained
-        record["descent"][i] = outward - pairing
-        record["slack"][i] = answer.certified - answer.attained
-        record["error"][i] = truth.attained + pairing
-        record["distance2"][i] = W.distance2(V)
-        if gradient.noisy:
-            record["noise"][i] = _difference(seen, G)
-        seen_descent = outward - pairing if seen is G else W.inner(seen) - inner(seen, V)
-        situation = Situation(t, value[i], seen_descent, record["distance2"][i], _trial(problem, W, V))
-        record["eta"][i] = eta = rule(situation)
-        W.move(V, eta)
-        value[t], G = problem.evaluate(W) if t < T else (problem.value(W), G)
-        if not (np.isfinite(value[t]) and np.isfinite(record["gap"][i])):
-            raise ValueError(
-                f"loss and gap must stay finite, got {value[t]} and {record['gap'][i]} at iteration {t} of "
-                f"{problem.name!r}: check the loss on all of K"
-            )
+    value, G = problem.evaluate(W)
+    record.value[0] = value
+    for t in range(1, T + 1):
+        G_t = estimate(t, W, G)
+        answer = oracle(G_t, at=W, rng=answers)
+        eta = rule(record.before(t, W, G, G_t, answer))
+        W.move(answer.vertex, eta)
+        value, G = problem.evaluate(W) if t < T else (problem.value(W), G)
+        record.after(t, eta, value)
         if progress is not None:
             progress(t)
-    return Run(problem, oracle, step, gradient, seed, value, final=W, snapshots=keep, **record)
+    return Run(problem, oracle, step, gradient, seed, record.value, final=W, snapshots=record.kept, **record.arrays)
 
 
-def _difference(seen: Gradient, G: Gradient) -> float:
-    """``|seen - G|_F`` for dense gradients."""
-    if isinstance(seen, np.ndarray) and isinstance(G, np.ndarray):
-        return norm(seen - G)
-    raise ValueError(f"G must be dense to measure its noise, got {type(seen).__name__} and {type(G).__name__}")
+class _Recorder:
+    """Fills the arrays of a `Run`; index t - 1 belongs to iteration t.
+
+    Args:
+        problem, oracle, estimator, T: those of the run. snapshots: number of iterates to keep.
+        rng: for the problem's oracle, which measures the gap.
+    """
+
+    def __init__(
+        self, problem: Problem, oracle: Oracle, estimator: Estimator, T: int, snapshots: int, rng: np.random.Generator
+    ):
+        self.problem, self.oracle, self.estimator, self.rng = problem, oracle, estimator, rng
+        self.value = np.zeros(T + 1)
+        names = ("gap", "gap_upper", "support", "descent", "error", "distance2", "eta", "noise", "slack")
+        self.arrays = {name: np.zeros(T) for name in names}
+        self.kept: list[tuple[int, Point]] = []
+        # evenly spread in log t, with the first and the last
+        spread = [1, *np.geomspace(1, T, min(snapshots, T)), T] if snapshots > 0 else []
+        self.keep = {round(float(t)) for t in spread}
+
+    def before(self, t: int, W: Point, G: Gradient, G_t: Gradient, answer: Answer) -> Situation:
+        """Measure iteration t before its move, with the true gradient ``G``; returns the step rule's input."""
+        if t in self.keep:
+            self.kept.append((t, W.copy()))
+        V, i, reference = answer.vertex, t - 1, self.problem.oracle
+        shared = self.oracle is reference and G_t is G
+        truth = answer if shared else reference(G, at=W, rng=self.rng)
+        outward = W.inner(G)
+        # an oracle that is not exact has just scored its vertex on this gradient
+        pairing = -answer.attained if shared and not self.oracle.exact else inner(G, V)
+        measured = {
+            "gap": truth.attained + outward,
+            "gap_upper": truth.certified + outward,
+            "support": truth.attained,
+            "descent": outward - pairing,
+            "slack": answer.certified - answer.attained,
+            "error": truth.attained + pairing,
+            "distance2": W.distance2(V),
+            "noise": _difference(G_t, G) if self.estimator.noisy else 0.0,
+        }
+        for name, number in measured.items():
+            self.arrays[name][i] = number
+        seen_descent = outward - pairing if G_t is G else W.inner(G_t) - inner(G_t, V)
+        return Situation(t, self.value[i], seen_descent, measured["distance2"], _trial(self.problem, W, V))
+
+    def after(self, t: int, eta: float, value: float) -> None:
+        """Record the move of iteration t, and check that loss and gap are finite."""
+        self.arrays["eta"][t - 1], self.value[t] = eta, value
+        gap = self.arrays["gap"][t - 1]
+        if not (np.isfinite(value) and np.isfinite(gap)):
+            raise ValueError(
+                f"loss and gap must stay finite, got {value} and {gap} at iteration {t} of "
+                f"{self.problem.name!r}: check the loss on all of K"
+            )
+
+
+def _difference(G_t: Gradient, G: Gradient) -> float:
+    """``|G_t - G|_F`` for dense gradients."""
+    if isinstance(G_t, np.ndarray) and isinstance(G, np.ndarray):
+        return norm(G_t - G)
+    raise ValueError(f"G must be dense to measure its noise, got {type(G_t).__name__} and {type(G).__name__}")
 
 
 def _trial(problem: Problem, W: Point, V: Vertex) -> Callable[[float], float]:

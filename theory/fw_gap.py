@@ -1,8 +1,9 @@
 """Check Theorem 4.1 of Chain of LoRA so hard that it could fail: ``python -m theory.fw_gap``.
 
-Without options it runs the standard suite (about a minute), prints one table, and writes ``results.jsonl``
-and pictures under ``--out``. With ``--instance``, ``--step``, ``--oracle``, ``--T``, ``--epsilon`` or
-``--batch`` it runs what those name. The exit status is 1 if any check FAILs and 2 for a bad argument.
+Without options the command runs the standard suite in about a minute, prints one table, and writes
+``results.jsonl`` and pictures to ``--out``. With ``--instance``, ``--step``, ``--oracle``, ``--T``,
+``--epsilon``, ``--rho`` or ``--batch`` it makes the named runs only. The exit status is 1 if any check FAILs and
+2 for a bad argument.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from theory import bounds, plots, significance, suite
-from theory.checks import FAIL, PASS, STRUCTURAL, VACUOUS, Check
-from theory.frank_wolfe import Run
-from theory.gradients import Minibatch
-from theory.instances import INSTANCES, TIGHT
-from theory.steps import STEPS, Step, TheoremStep
-from theory.suite import Record, Task
+from theory.checks import FAIL, PASS, VACUOUS, Check, significance
+from theory.checks.record import STRUCTURAL
+from theory.gradient_estimators import Minibatch
+from theory.problems.instances import INSTANCES, TIGHT
+from theory.step_sizes import STEPS, Step
+from theory.suite import plots, tasks
+from theory.suite.tasks import Record, Task
 
 ORACLES = ("own", "lanczos", "additive", "multiplicative")
 
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def listing() -> str:
-    """What ``--list`` prints."""
+    """The output of ``--list``."""
     width = max(map(len, INSTANCES))
     lines = ["instances (with their standard horizons):"]
     for name, instance in INSTANCES.items():
@@ -67,22 +68,13 @@ def chosen(options: argparse.Namespace) -> list[Task]:
     """The tasks that the options name, or the standard suite.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: an option names something unknown, or has no effect.
     """
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}: give the number of runs per rung")
-    custom = (
-        options.instance,
-        options.step,
-        options.oracle,
-        options.T,
-        options.epsilon,
-        options.rho,
-        options.batch,
-        options.sigma,
-    )
-    if all(value is None for value in custom):
-        return list(suite.standard(_seeds(options), options.seed))
+    custom = ("instance", "step", "oracle", "T", "epsilon", "rho", "batch", "sigma")
+    if all(getattr(options, name) is None for name in custom):
+        return list(tasks.standard(_seeds(options), options.seed))
     for name in options.instance or []:
         if name not in INSTANCES:
             raise ValueError(f"--instance {name!r} is not known: choose from {', '.join(INSTANCES)}")
@@ -100,7 +92,7 @@ def _seeds(options: argparse.Namespace) -> int:
 
 
 def _consistent(options: argparse.Namespace) -> None:
-    """Refuse options that another one would leave without effect."""
+    """Refuse options that would have no effect."""
     if options.epsilon is not None and options.rho is not None:
         raise ValueError("--epsilon and --rho name different oracles: give one of them")
     for flag, kind in (("epsilon", "additive"), ("rho", "multiplicative")):
@@ -113,7 +105,7 @@ def _consistent(options: argparse.Namespace) -> None:
 
 
 def grid(options: argparse.Namespace) -> Iterator[Task]:
-    """One task per instance, step and setting."""
+    """One task for each instance, step rule and setting."""
     _consistent(options)
     kind = options.oracle or ("additive" if options.epsilon else "multiplicative" if options.rho else "own")
     if kind == "additive" and not options.epsilon:
@@ -139,10 +131,10 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
                 f" b={batch}": batch is not None,
             }
             tag = "".join(part for part, told in shown.items() if told)
-            oracle = suite.oracle_maker(kind, epsilon, rho)
+            oracle = tasks.oracle_maker(kind, epsilon, rho)
             gradient = None if batch is None else Minibatch(batch)
             cell = partial(
-                suite.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag, level=level
+                tasks.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag, level=level
             )
             rated = name if not tag else None
             yield Task(name + tag, partial(_cell, cell, rated, STEPS[rule], horizons_of[name], seeds))
@@ -151,15 +143,15 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
 def _cell(
     run: Callable[..., Record], rated: str | None, step: Step, horizons: Sequence[int], seeds: Sequence[int]
 ) -> list[Record]:
-    """The runs of one setting; for the plain algorithm on a near-tight instance also the record of its rate."""
+    """The records of one setting, with the rate of the plain algorithm on a near-tight instance."""
     out = [run(T=T, step=step, seed=seed) for T in horizons for seed in seeds]
     if rated in TIGHT and len(horizons) >= 4:
-        out.append(suite.rate_record(rated, out))
+        out.append(tasks.rate_record(rated, out))
     return out
 
 
 def _prominence(check: Check) -> tuple[int, float]:
-    """Failures first, then bounds that say something, then the rest; within each the smallest margin."""
+    """A sort key: failures, then bounds that say something, then the rest; each by margin."""
     if check.verdict == FAIL:
         rank = 0
     elif check.name in STRUCTURAL:
@@ -170,7 +162,7 @@ def _prominence(check: Check) -> tuple[int, float]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """One row per record: ratios to ``s``, the tightest margin, and the count of verdicts."""
+    """One row per record: ratios to ``s``, the tightest margin, and the numbers of verdicts."""
     width = max(24, *(len(record.label) for record in records))
     head = (
         f"{'instance':{width}} {'T':>6} {'avg gap':>10} {'avg/s':>7} {'min/s':>7}"
@@ -188,48 +180,6 @@ def table(records: Sequence[Record]) -> str:
             f"  {tight:<42} {counts:>9}  {r.verdict}"
         )
     return "\n".join(lines)
-
-
-def draw(records: Sequence[Record], out: Path) -> list[Path]:
-    """Every picture for which there is something to show."""
-    paths = []
-    rates = {r.label.removesuffix(" rate"): r.runs for r in records if r.kind == "rate" and r.runs}
-    if rates:
-        paths.append(plots.average_gap(rates, out / "average_gap.png"))
-    by_instance: dict[tuple[str, int], list] = {}
-    for r in records:
-        if r.kind == "run" and r.runs[0].oracle is r.runs[0].problem.oracle and not r.runs[0].estimator.noisy:
-            by_instance.setdefault((r.runs[0].problem.name, r.T), []).append(r.runs[0])
-    several = {key: runs for key, runs in by_instance.items() if len(runs) > 1}
-    longest = [runs for key, runs in several.items() if key[0].startswith("F:")] or list(several.values())
-    if longest:
-        paths.append(plots.along_a_run(max(longest, key=len), out / "gap_along_a_run.png"))
-    elif by_instance:
-        paths.append(plots.along_a_run(list(by_instance.values())[-1], out / "gap_along_a_run.png"))
-    ladders: dict[str, dict[str, list]] = {"epsilon": {}, "rho": {}, "batch": {}}
-    for r in records:
-        if r.kind in ladders:
-            ladders[r.kind].setdefault(r.label.split()[2] if r.kind != "batch" else "batch", []).extend(r.rungs)
-    if ladders["epsilon"] or ladders["rho"]:
-        paths.append(plots.oracle_ladders(ladders["epsilon"], ladders["rho"], out / "epsilon_ladder.png"))
-    if ladders["batch"]:
-        paths.append(plots.batch_ladder(ladders["batch"]["batch"], out / "batch_ladder.png"))
-    rows = []
-    last: dict[str, Run] = {}
-    for r in records:
-        run = r.runs[0] if r.kind == "run" else None
-        if run is None or r.label.startswith(("|L|", "one step")) or not isinstance(run.step, TheoremStep):
-            continue
-        if run.oracle is run.problem.oracle and not run.estimator.noisy:
-            last[r.label] = run  # of several horizons, the largest
-    for label, run in last.items():
-        p, eta = run.problem, float(run.eta[0])
-        sharp = bounds.sharp_bound(run.drop, p.beta, run.oracle.circumradius, run.T, eta)
-        rows.append((label, run.average / run.scale, run.smallest / run.scale, sharp / run.scale))
-    if rows:
-        rows.sort(key=lambda row: -row[1])
-        paths.append(plots.tightness(rows[:40], out / "tightness.png"))
-    return paths
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,20 +221,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(levels)} of them are statistical: a false alarm among them in {chance}")
     print(f"results: {options.out / 'results.jsonl'}")
     if not options.no_plots:
-        for path in draw(records, options.out):
+        for path in plots.pictures(records, options.out):
             print(f"picture: {path}")
     print(f"{time.perf_counter() - started:.1f} s")
     return 1 if failed else 0
 
 
 def _entry() -> int:
-    """`main`, which ends quietly where the reader of its output stops reading (``| head``)."""
+    """`main`, but quiet if the reader of the output closes the pipe, like ``head``."""
     try:
         status = main()
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # the interpreter flushes standard output once more at exit
+        # at exit the interpreter flushes standard output again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

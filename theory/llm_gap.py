@@ -1,7 +1,7 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
-`GapProbe` measures a chain (llm_probe.py), `Decomposition` says where its average gap went
-(llm_decomposition.py), and the chains to look at are made in llm_demo.py.
+`GapProbe` (real_run/probe.py) measures a chain, `Decomposition` (real_run/decomposition.py) splits its average gap
+into three terms, and real_run/chains.py trains the chains.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from theory import llm_demo
 from theory.arguments import count, positive
-from theory.llm_decomposition import Decomposition, LayerGap, Probe
-from theory.llm_probe import GapProbe
+from theory.real_run import chains
+from theory.real_run.decomposition import Decomposition, LayerGap, Probe
+from theory.real_run.probe import GapProbe
 
 __all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "main", "parser"]
 
@@ -42,16 +43,16 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")
-    out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, in place of an interval")
+    out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, but no interval")
     out.add_argument("--seed", type=int, default=0, metavar="N", help="of training, data and sketches")
     out.add_argument("--out", type=Path, default=Path("runs/llm_gap"), metavar="DIR", help="results and pictures")
     return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if the decomposition holds to rounding, 1 if not, 2 for a bad argument."""
+    """Run the command; returns 0 if the decomposition holds up to rounding, 1 if not, 2 for a bad argument."""
     options = parser().parse_args(arguments)
-    from theory import llm_plots  # matplotlib is slow to import, and --help does without
+    from theory.real_run import plots  # matplotlib is slow to import, and --help does without
 
     try:
         count("--epochs", options.epochs, "passes over the training text")
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.model == "random" and options.arm is not None:
             raise ValueError("--arm names an arm of the demo: leave it out with --model random")
         options.arm = "cola-3" if options.arm is None else options.arm
-        run = llm_demo.train(options)
+        run = chains.train(options)
         result = run.probe.decompose(eta=options.eta, delta=options.delta)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     lines.append(json.dumps({"kind": "chain", "model": options.model, "seed": options.seed, **result.as_dict()}))
     (options.out / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    picture = llm_plots.chain_gap(result, run.probe.probes, options.out / "chain_gap.png")
+    picture = plots.chain_gap(result, run.probe.probes, options.out / "chain_gap.png")
     print(f"results: {options.out / 'results.jsonl'}\npicture: {picture}")
-    # the identity is algebra on recorded float64 numbers: a few of their units in the last place
+    # the identity is float64 arithmetic: a few units in the last place
     tolerance = 1e-12 * max(1.0, float(np.abs(result.loss).max()) / (result.eta * len(result.low)))
     if result.identity_error() > tolerance:
         print(f"FAIL the decomposition is off by {result.identity_error():.3g}, above rounding ({tolerance:.3g})")
@@ -87,16 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _layers_as_dict(probe: Probe) -> dict[str, dict[str, Any]]:
-    return {
-        path: {
-            "sigma": list(layer.sigma),
-            "residual": layer.residual if math.isfinite(layer.residual) else None,
-            "pairing": layer.pairing,
-            "moved": layer.moved,
-            "scored": layer.scored,
-        }
-        for path, layer in probe.layers.items()
-    }
+    """The layers for JSON, which has no infinity."""
+    finite = {path: layer.residual if math.isfinite(layer.residual) else None for path, layer in probe.layers.items()}
+    return {path: {**asdict(layer), "residual": finite[path]} for path, layer in probe.layers.items()}
 
 
 if __name__ == "__main__":

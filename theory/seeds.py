@@ -1,4 +1,4 @@
-"""Random generators: one for every whole number and stream."""
+"""Random generators: a different one for every seed and stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from numbers import Integral
 
 import numpy as np
 
-# marks the seeds below zero, which NumPy's SeedSequence does not take
+# the spawn key of negative seeds, which NumPy's SeedSequence refuses
 _NEGATIVE = 1 << 31
 
 
@@ -17,11 +17,11 @@ def generator(seed: int, *stream: int) -> np.random.Generator:
         seed: any whole number, negative or of any size. stream: numbers of at least 0 that name the stream.
 
     Returns:
-        A generator of its own for every argument. For seeds of at least 0 it is NumPy's own
+        A different generator for every argument. For seeds of at least 0 it is NumPy's
         ``default_rng(seed)`` or ``default_rng([seed, *stream])``.
 
     Raises:
-        ValueError: for a seed that is no whole number.
+        ValueError: the seed is not a whole number.
 
     >>> generator(-3).random() == generator(3).random()
     False

@@ -1,12 +1,12 @@
-"""The comparison itself: both sides solve the same problem to the same gaps. No times are asserted."""
+"""The comparison with copt: both programs solve the same problem with the same gaps. Times are not tested."""
 
 import numpy as np
 import pytest
 
 from theory import bench
-from theory.bounds import theorem_step
 from theory.frank_wolfe import frank_wolfe
-from theory.recovery import observed_completion
+from theory.problems.recovery import observed_completion
+from theory.theorem import theorem_step
 
 pytest.importorskip("copt", reason="copt is an extra that only the comparison needs")
 
@@ -19,7 +19,7 @@ def test_same_average_gap_on_the_dense_problem():
 
 
 def test_same_iterates_with_an_exact_oracle():
-    """Up to 64 columns our oracle is a full SVD; copt's converges to it: the final points agree."""
+    """Up to 64 columns our oracle is a full SVD, to which copt's converges, so the final points agree."""
     p = bench.problem(60, 50)
     run = frank_wolfe(p, 30, snapshots=0)
     eta = theorem_step(p.M, p.beta, p.oracle.diameter, 30)

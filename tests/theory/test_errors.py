@@ -1,22 +1,32 @@
-"""Bad input: every message names the argument, shows the value and says what to do."""
+"""Messages for bad input: each names the argument, shows the value and asks for a better one."""
 
 import math
 
 import numpy as np
 import pytest
 
-from theory import bounds
-from theory.corrupted import AdditiveError, MultiplicativeError
+from theory import theorem
 from theory.frank_wolfe import frank_wolfe
-from theory.gradients import SPIDER, Minibatch
-from theory.learning import Regression
-from theory.matrix_oracles import CappedTraceBall, RankBall, SpectralBall, TraceBall
-from theory.oracles import Box, FrobeniusBall, L1Ball, Product, Simplex
-from theory.points import DensePoint, ObservedPoint, Pattern
+from theory.gradient_estimators import SPIDER, Minibatch
+from theory.iterates import DensePoint, ObservedPoint, Pattern
+from theory.oracles import (
+    AdditiveError,
+    Box,
+    CappedTraceBall,
+    FrobeniusBall,
+    L1Ball,
+    MultiplicativeError,
+    Product,
+    RankBall,
+    Simplex,
+    SpectralBall,
+    TraceBall,
+)
 from theory.problems import DenseProblem, NoisyProblem, quadratic
-from theory.recovery import observed_completion
-from theory.steps import TheoremStep
-from theory.tight import cosine, trace_quadratic, zero_chain
+from theory.problems.learning import Regression
+from theory.problems.recovery import observed_completion
+from theory.problems.tight import cosine, trace_quadratic, zero_chain
+from theory.step_sizes import TheoremStep
 
 BALL = L1Ball(1.0, 3)
 
@@ -76,7 +86,7 @@ BAD = {
     "n": (lambda: trace_quadratic(1), r"n must be a whole number of at least 2, got 1"),
     "chain": (lambda: zero_chain(2.5), r"n .* got 2\.5"),
     "entries": (lambda: observed_completion(4, 4, 9), r"entries must be at most half of 4 x 4, got 9"),
-    "theorem step": (lambda: bounds.theorem_step(1.0, 1.0, 0.0, 10), r"D .* got 0\.0: give the diameter"),
+    "theorem step": (lambda: theorem.theorem_step(1.0, 1.0, 0.0, 10), r"D .* got 0\.0: give the diameter"),
     "pattern pair": (
         lambda: Pattern(np.array([0, 0]), np.array([1, 1]), (2, 2)),
         r"hold the same pair twice: average",

@@ -1,4 +1,4 @@
-"""The command: options, exit status, files, and what a failing check does to them."""
+"""The command ``python -m theory.fw_gap``: its options, exit status and files, also for a failing check."""
 
 import json
 import subprocess
@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from tests.theory import mutations
-from theory import fw_gap, suite
-from theory.audit import audit
+from tests.theory.checks import mutations
+from theory import fw_gap
+from theory.checks import audit
 from theory.frank_wolfe import frank_wolfe
-from theory.instances import INSTANCES
-from theory.suite import Task
+from theory.problems.instances import INSTANCES
+from theory.suite import tasks
+from theory.suite.tasks import Task
 
 pytestmark = pytest.mark.numerics
 
@@ -91,7 +92,7 @@ def test_bad_options_end_with_status_two(options, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("seed", [-1, -(2**70), 2**63, 10**40])
 def test_any_whole_number_is_a_seed(seed, tmp_path):
-    """Every stream of the command is drawn: data, batches, oracles, and the checks of an estimate."""
+    """The options draw from every stream of the command: data, batches, oracles, and checks of an estimate."""
     options = ["--instance", "tanh", "A-ray", "--batch", "4", "--T", "20", "--seeds", "2", "--no-plots"]
     assert fw_gap.main([*options, "--seed", str(seed), "--out", str(tmp_path)]) == 0
     assert {row["seed"] for row in lines(tmp_path)} == {seed, seed + 1}
@@ -119,8 +120,8 @@ def test_a_closed_pipe_ends_without_a_traceback():
 
 def test_a_failing_check_sets_the_exit_status_and_is_named(tmp_path, capsys, monkeypatch):
     run = mutations.quarter_beta()
-    broken = Task("broken", lambda: [suite.run_record("broken", run, 0.0, audit(run))])
-    monkeypatch.setattr(suite, "standard", lambda *args: [broken])
+    broken = Task("broken", lambda: [tasks.run_record("broken", run, 0.0, audit(run))])
+    monkeypatch.setattr(tasks, "standard", lambda *args: [broken])
     assert fw_gap.main(["--no-plots", "--out", str(tmp_path)]) == 1
     assert "FAIL broken (T = 400): curvature <= beta: 4 against 1" in capsys.readouterr().out
     assert lines(tmp_path)[0]["verdict"] == "FAIL"
@@ -148,7 +149,7 @@ def test_importing_the_package_touches_nothing():
     code = """
 import sys, numpy
 before = numpy.random.get_state()[1].copy()
-import theory.fw_gap, theory.bounds, theory.lanczos
+import theory.fw_gap, theory.theorem, theory.oracles.lanczos
 assert (before == numpy.random.get_state()[1]).all()
 print(sorted({m.split('.')[0] for m in sys.modules} & {'matplotlib', 'torch', 'cola', 'tqdm', 'copt'}))
 """

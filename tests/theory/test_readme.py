@@ -1,4 +1,4 @@
-"""The README's example runs, and its pictures are there."""
+"""The example of the README runs, and its pictures exist."""
 
 import re
 from pathlib import Path

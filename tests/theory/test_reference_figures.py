@@ -1,18 +1,16 @@
-"""The figures of the near-tight family, within their rounding; the long table takes the largest horizons."""
+"""The figures of the near-tight instances, up to rounding; the long table has the largest horizons."""
 
 import math
 
 import numpy as np
 import pytest
 
-from theory import bounds
-from theory.audit import audit, failures
-from theory.corrupted import AdditiveError
+from theory import theorem
+from theory.checks import audit, failures
 from theory.frank_wolfe import frank_wolfe
-from theory.matrix_oracles import TraceBall
+from theory.oracles import AdditiveError, TraceBall
 from theory.problems import quadratic
-from theory.steps import ShortStep, TheoremStep
-from theory.tight import (
+from theory.problems.tight import (
     cosine,
     cosine_ray,
     magnitude_counterexample,
@@ -22,10 +20,11 @@ from theory.tight import (
     trace_quadratic,
     zero_chain,
 )
+from theory.step_sizes import ShortStep, TheoremStep
 
 pytestmark = pytest.mark.numerics
 
-# instance, T, avg/s, min/s; None where the reference gives none. Each is compared to half of its last digit.
+# instance, T, avg/s, min/s (None if the reference has none); each must agree to half a unit of the last digit
 QUICK = [
     (cosine, 1000, "1.110", None),
     (cosine_ray, 1000, "1.110", None),
@@ -120,18 +119,18 @@ def test_sign_of_the_gap_shows_at_a_boundary_optimum():
 def test_constants_of_the_sharp_bound():
     """1.125 and 0.707 on norm balls, 1.25 on the simplex, in the limit of long runs."""
     T, M, beta, D = 10**10, 1.0, 1.0, 2.0
-    s = bounds.scale(M, beta, D, T)
+    s = theorem.scale(M, beta, D, T)
     for factor, R, constant in (
         (1, 1.0, 1.125),
         (math.sqrt(8), 1.0, math.sqrt(0.5)),
         (1, D / math.sqrt(2), 1.25),
     ):
-        eta = bounds.theorem_step(M, beta, D, T, factor)
-        assert bounds.sharp_bound(M, beta, R, T, eta) / s == pytest.approx(constant, rel=1e-4)
-    eta = bounds.theorem_step(M, beta, D, T, math.sqrt(2))
-    assert bounds.constant_step_bound(M, beta, D, T, eta) / s == pytest.approx(math.sqrt(2))
+        eta = theorem.theorem_step(M, beta, D, T, factor)
+        assert theorem.sharp_bound(M, beta, R, T, eta) / s == pytest.approx(constant, rel=1e-4)
+    eta = theorem.theorem_step(M, beta, D, T, math.sqrt(2))
+    assert theorem.constant_step_bound(M, beta, D, T, eta) / s == pytest.approx(math.sqrt(2))
 
 
 def test_shortest_telling_run_is_the_reference_condition():
     """At constant 2 it is ``T > 4 M beta D^2 / g_1^2``."""
-    assert bounds.shortest_telling_run(2.0, 3.0, 5.0, 10.0, constant=2.0) == 4 * 2 * 3 * 25 // 100 + 1
+    assert theorem.shortest_telling_run(2.0, 3.0, 5.0, 10.0, constant=2.0) == 4 * 2 * 3 * 25 // 100 + 1

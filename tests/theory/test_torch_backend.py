@@ -1,13 +1,12 @@
-"""The torch twin follows the NumPy run, on the CPU here and on a GPU where there is one."""
+"""The torch twin follows the NumPy run, on the CPU and on a GPU if there is one."""
 
 import numpy as np
 import pytest
 import torch
 
-from theory.audit import audit
-from theory.checks import FAIL
+from theory.checks import FAIL, audit
 from theory.frank_wolfe import frank_wolfe
-from theory.recovery import observed_completion
+from theory.problems.recovery import observed_completion
 from theory.torch_backend import on_torch
 
 pytestmark = pytest.mark.numerics
@@ -21,7 +20,7 @@ def test_run_follows_the_numpy_run(device, dtype):
     problem = observed_completion(60, 50, 900, dtype=dtype)
     here = frank_wolfe(problem, 40)
     there = frank_wolfe(on_torch(problem, device), 40)
-    # forty steps let rounding differences grow, still far below what a wrong formula would do
+    # rounding differences grow over forty steps, but stay far below those of a wrong formula
     close = 1e-9 if dtype == np.float64 else 1e-3
     assert there.value == pytest.approx(here.value, rel=close)
     assert there.gap == pytest.approx(here.gap, rel=close)

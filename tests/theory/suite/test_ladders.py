@@ -1,0 +1,73 @@
+"""The ladders at small sizes; each is also shown to fail where it should."""
+
+import math
+
+import numpy as np
+import pytest
+
+from theory.checks import FAIL, PASS, VACUOUS, rates
+from theory.checks.check import expected_at_most
+from theory.frank_wolfe import frank_wolfe
+from theory.gradient_estimators import Minibatch
+from theory.problems import NoisyProblem
+from theory.problems.tight import trace_quadratic
+from theory.suite import ladders
+
+pytestmark = pytest.mark.numerics
+
+HORIZONS = (60, 120, 240, 480)
+
+
+@pytest.mark.parametrize("adversary", ["away", "stall"])
+def test_epsilon_ladder(adversary):
+    rungs = ladders.epsilon_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.0, 0.05, 0.2), range(3), adversary)
+    assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
+    means = [rung.average.mean for rung in rungs]
+    assert means == sorted(means)
+    # at the largest error the bound without eps is false
+    assert means[-1] > 1.5 * rungs[-1].runs[0].scale
+
+
+@pytest.mark.parametrize("adversary", ["away", "stall"])
+def test_rho_ladder_has_no_floor(adversary):
+    rungs = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (1.0, 0.5, 0.2), range(3), adversary)
+    assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
+    assert rungs[-1].average.mean > 1.5 * rungs[-1].runs[0].scale
+    long = ladders.rho_ladder(lambda s: trace_quadratic(8), 4800, (0.2,), [0], adversary)[0]
+    assert long.average.mean < 0.4 * rungs[-1].average.mean  # 16 times the steps, a quarter of the gap
+
+
+def test_batch_ladder_shows_the_bias_and_the_estimate_without_it():
+    rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 1.0), 200, (1, 16, 256), range(4))
+    assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
+    bias = [rung.extra["reported"].mean / rung.average.mean for rung in rungs]
+    assert bias == sorted(bias, reverse=True)
+    assert bias[0] > 2
+    assert bias[-1] > 1
+    for rung in rungs:
+        assert rung.extra["two batches"].low <= rung.average.high
+
+
+def test_sufficient_batches_keep_the_rate_and_single_samples_do_not():
+    problem = NoisyProblem(trace_quadratic(10), 1.0)
+    assert rates.rate_check(ladders.growing_batch_runs(problem, HORIZONS)).verdict == PASS
+    single = [frank_wolfe(problem, T, gradient=Minibatch(1), snapshots=0) for T in HORIZONS]
+    assert rates.fitted_slope(HORIZONS, [r.average for r in single]) > -0.47
+
+
+def test_the_interval_of_a_table_is_students():
+    samples = [1.0, 1.1, 0.9, 1.05]
+    half = ladders.interval(samples, 0.95).half
+    # t quantile 3.1824 at three degrees of freedom
+    assert half == pytest.approx(3.1824 * np.std(samples, ddof=1) / 2, rel=1e-4)
+    assert math.isclose(ladders.interval([3.0]).half, 0.0)
+
+
+def test_a_bound_above_every_gap_says_nothing():
+    assert expected_at_most("x", 1.0, 2.0, 0.1, largest=1.5).verdict == VACUOUS
+    assert expected_at_most("x", 1.0, 0.3, 0.1, largest=0.2).verdict == FAIL
+    rung = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.01,), range(3))[0]
+    assert rung.checks[-1].verdict == VACUOUS
+    noisy = ladders.batch_ladder(NoisyProblem(trace_quadratic(), 2.0), 300, (1,), range(3))[0]
+    check = next(check for check in noisy.checks if check.name.startswith("E avg g <= 1.5 s + noise"))
+    assert check.verdict == VACUOUS
