@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # two test processes with one BLAS thread each beat one process with two
 JOBS   ?= 2
 
-.PHONY: demo test test-long test-kernels lint format theory install clean
+.PHONY: demo test test-long test-all test-kernels lint format theory install clean
 install: $(STAMP)
 
 # torch first and pinned: an open range would resolve to a build with gigabytes of CUDA packages
@@ -28,6 +28,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m long
+
+# one run instead of two: the long tests fill the gaps
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m ""
 
 test-kernels: $(STAMP)
 	PYTHON=$(BIN)/python JOBS=$(JOBS) .ci/kernels
