@@ -164,3 +164,23 @@ def test_no_pickle_is_read():
             assert not re.search(r"\bimport pickle\b|pickle\.loads?\(", text), name
             for call in re.findall(r"torch\.load\([^)]*\)", text):
                 assert "weights_only=True" in call, (name, call)
+
+
+def test_the_librarys_top_level_stays_small():
+    entries = {p.name for p in (ROOT / "cola").iterdir() if p.name != "__pycache__"}
+    assert len(entries) <= 12, sorted(entries)
+
+
+def test_the_outline_of_the_house_is_true():
+    """Every place that docs/architecture.md names is there, and every module of cola is in a place that it names."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    places = [re.findall(r"`([\w/.]+)`", place)[0] for place, _ in rows]
+    for (_, about), place in zip(rows, places):
+        assert (ROOT / place).exists(), place
+        for name in re.findall(r"`([a-z_/]+)`", about) if place.endswith("/") else ():
+            found = [ROOT / place / name, ROOT / place / f"{name}.py"]
+            assert any(path.exists() for path in found), f"{place} has no {name}"
+    for name, path in modules("cola"):
+        relative = path.relative_to(ROOT).as_posix()
+        assert any(relative.startswith(place) for place in places) or path.name == "__init__.py", name
