@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from experiments import tiny_opt
-from experiments.encoding import ByteTokenizer, Tokenizer
+from experiments.paper.encoding import ByteTokenizer, Tokenizer
+from experiments.tiny import tiny_opt
 
 DTYPES = {
     "float32": torch.float32,

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from experiments import tiny_opt
 from experiments.bench import compiled, export, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
+from experiments.tiny import tiny_opt
 
 GROUPS = (layer, step, tie, compiled, knot, export, scaling)
 

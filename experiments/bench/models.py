@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import tiny_opt
+from experiments.tiny import tiny_opt
 
 TARGETS = ["q_proj", "v_proj"]
 

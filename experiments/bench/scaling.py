@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
-from experiments import style
 from experiments.bench import models
 from experiments.bench.measure import CLOCKS, Row, Settings, Spread
+from experiments.report import style
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import models
-from experiments.encoding import ByteTokenizer, Encoder
+from experiments.paper.encoding import ByteTokenizer, Encoder
 from tests.experiments import small
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +32,7 @@ def test_tiny_reads_bytes():
 
 
 def test_a_pretrained_tiny_model_is_known_by_its_folder(tmp_path):
-    from experiments import tiny_opt
+    from experiments.tiny import tiny_opt
 
     configuration = tiny_opt.config(width=16, layers=1, heads=2, context=32)
     tiny_opt.save(tiny_opt.fresh(configuration, seed=0), tmp_path, {"made": "here"})

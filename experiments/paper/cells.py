@@ -1,0 +1,128 @@
+"""One cell of the paper's experiments: model, task, method, learning rate, seed, and the numbers of the protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from experiments.methods import Method
+from experiments.sweep.rate_search import RateSearch
+from experiments.sweep.sweep import Outcome
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """The part of a cell that is the same for all cells of a table.
+
+    Attributes:
+        dtype: of the weights; with ``float16`` training is mixed: fp32 weights, fp16 arithmetic.
+        targets: names of the layers with adapters; empty for query and value.
+        data_dir: folder of local JSONL files; None for the hub.
+        max_length: tokens of a prompt with its answer.
+        gradient_checkpointing: recompute activations in the backward pass.
+        device_map: as for transformers; None for one device.
+        fsdp: shard the model over the processes of `torchrun`.
+    """
+
+    dtype: str = "float32"
+    targets: tuple[str, ...] = ()
+    data_dir: str | None = None
+    max_length: int = 2048
+    gradient_checkpointing: bool = False
+    device_map: str | None = None
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length}: at least 1 is needed")
+
+    def circumstances(self) -> dict[str, Any]:
+        """These attributes alone, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(Circumstances)}
+
+
+@dataclass(frozen=True)
+class Cell(Circumstances):
+    """What one run is, whole; the same values always give the same cell of a sweep.
+
+    Attributes:
+        model: ``"tiny"``, a folder or a hub name.
+        task: a key of `experiments.tasks.TASKS`.
+        method: what is trained.
+        lr: peak learning rate, falling linearly to zero; 0 for methods that train nothing.
+        seed: of the data's sample, their order and the adapters' draws.
+        train: training examples.
+        dev: development examples; None for the task's own number.
+        test: test examples.
+        epochs: passes over the training examples.
+        batch: examples per optimizer step.
+        bias: train the biases of the adapted layers too (the paper: OPT yes, Llama no).
+    """
+
+    model: str
+    task: str
+    method: Method
+    lr: float
+    seed: int
+    train: int = 1000
+    dev: int | None = None
+    test: int = 1000
+    epochs: int = 5
+    batch: int = 8
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train", "test", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.dev is not None and self.dev < 1:
+            raise ValueError(f"dev={self.dev}: at least 1 is needed")
+        if self.method.trains and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: a method that trains needs a positive, finite learning rate")
+
+
+def usual_dtype() -> str:
+    """What a cell is computed in if nothing else is asked for: the protocol's mixed precision on a GPU, else fp32."""
+    import torch
+
+    return "float16" if torch.cuda.is_available() else "float32"
+
+
+def name(cell: Cell) -> str:
+    """Such as ``opt-1.3b-RTE-cola3-r8-lr0.001-seed0``."""
+    rate = f"-lr{cell.lr:g}" if cell.method.trains else ""
+    return f"{cell.model.rstrip('/').rpartition('/')[2]}-{cell.task}-{cell.method.name}{rate}-seed{cell.seed}"
+
+
+def search(
+    cell: Cell, rates: Sequence[float], seeds: Sequence[int], search_seeds: Sequence[int] | None = None
+) -> RateSearch[Cell]:
+    """The runs of one table entry: a grid search on the development score, then every seed at the best rate.
+
+    Args:
+        cell: all but the rate and the seed.
+        rates: the grid; ignored for methods that train nothing.
+        seeds: of the comparison.
+        search_seeds: over which a rate is judged; all seeds, as in the paper, by default.
+    """
+    return RateSearch(
+        cell=lambda lr, seed: replace(cell, lr=lr, seed=seed),
+        rates=tuple(sorted(set(rates))) if cell.method.trains else (0.0,),
+        start=tuple(sorted(set(rates))) if cell.method.trains else (),
+        search_seeds=tuple(seeds if search_seeds is None else search_seeds),
+        seeds=tuple(seeds),
+        loss=_loss,
+    )
+
+
+def _loss(outcome: Outcome) -> float:
+    """A run that diverged is worse than any score."""
+    return -outcome["dev"] if outcome.get("dev") is not None else math.inf

@@ -1,0 +1,182 @@
+"""Texts as tokens: which tokens a model sees, and how many at the end are the option.
+
+The rules are the protocol's. Texts lose the spaces at their ends (never a newline). An option's length is what it
+adds to the tokens of the prompt, counted before anything is cut; only these last tokens are trained or scored. A
+text that does not fit loses its beginning, except for the token that opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from experiments.tasks import Sample, Task
+from experiments.tiny.corpus import BOS, VOCABULARY
+
+WINDOW = 2048
+"""Tokens a model sees at most."""
+
+NEW_TOKENS = 50
+"""Tokens that are generated at most; a generation task's text leaves room for them, in training as well."""
+
+SEPARATOR = "\n\n"
+"""Between demonstrations, and between the last one and the text."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer: transformers' have it, slow or fast, and so has `ByteTokenizer`."""
+
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of `text`, with those that open and close a text unless told otherwise."""
+        ...
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any:
+        """The text of `token_ids`."""
+        ...
+
+
+class ByteTokenizer:
+    """The tokens of the repository's tiny model: a byte of UTF-8 each, with `corpus.BOS` in front.
+
+    `BOS` also ends a text and pads; both are never looked at.
+
+    Example:
+        >>> ByteTokenizer().encode("hé")
+        [256, 104, 195, 169]
+    """
+
+    bos_token_id = eos_token_id = pad_token_id = BOS
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The bytes of `text`, after `BOS` unless told otherwise."""
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, and `BOS` is shown as `<s>`."""
+        pieces = (
+            bytes(token_ids)
+            if BOS not in token_ids
+            else b"".join(
+                bytes([token]) if token != BOS else b"" if skip_special_tokens else b"<s>" for token in token_ids
+            )
+        )
+        return pieces.decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens, of which the last `option_len` are the option: 0 for a prompt to generate from."""
+
+    ids: tuple[int, ...]
+    option_len: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns samples into tokens.
+
+    The token that opens a text is put there by this class, as `tokenizer.bos_token_id` says, if the tokenizer opens
+    texts at all: a fast tokenizer keeps the one it was built with whatever `bos_token_id` is set to.
+
+    Args:
+        tokenizer: see `Tokenizer`.
+        max_length: tokens the model sees at most; see `window`.
+        max_new_tokens: the room that a generation task's text leaves.
+    """
+
+    tokenizer: Tokenizer
+    max_length: int = WINDOW
+    max_new_tokens: int = NEW_TOKENS
+
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """The token in front of every text, or none."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False)
+        adds = self.tokenizer.encode("a")[: len(bare)] != bare or getattr(self.tokenizer, "add_bos_token", False)
+        return (self.tokenizer.bos_token_id,) if adds and self.tokenizer.bos_token_id is not None else ()
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a generated answer: the newline and, if there is one, the end of text."""
+        newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1]
+        return (newline,) if self.tokenizer.eos_token_id is None else (newline, self.tokenizer.eos_token_id)
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """All tokens of `text`, the opening one included."""
+        return self.opening + tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def room(self, task: Task) -> int:
+        """How many tokens a text of `task` may have.
+
+        Raises:
+            ValueError: nothing is left beside what is to be generated.
+        """
+        room = self.max_length - self.max_new_tokens * (task.kind == "generation")
+        if room < 2:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt beside max_new_tokens={self.max_new_tokens}"
+            )
+        return room
+
+    def options(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[Encoded, ...]:
+        """The full text of every candidate, in order."""
+        fulls = [task.full(sample, candidate) for candidate in sample.candidates]
+        return self._encode(task, task.prompt(sample), fulls, demonstrations)
+
+    def target(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> Encoded:
+        """The full text with what is right: the first right candidate or answer."""
+        return self._encode(task, task.prompt(sample), [task.full(sample, sample.target)], demonstrations)[0]
+
+    def prompt(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> Encoded:
+        """The text to generate from."""
+        return Encoded(self._cut(task, self.ids(_joined(task, demonstrations, task.prompt(sample)))), 0)
+
+    def null_options(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[Encoded, ...]:
+        """Every candidate behind the null prompt, for calibration."""
+        fulls = [task.null_full(sample, candidate) for candidate in sample.candidates]
+        return self._encode(task, task.null_prompt(sample), fulls, demonstrations)
+
+    def _encode(
+        self, task: Task, prompt: str, fulls: Sequence[str], demonstrations: Sequence[Sample]
+    ) -> tuple[Encoded, ...]:
+        without = len(self.ids(prompt.strip(" ")))
+        encoded = []
+        for full in fulls:
+            alone = self.ids(full.strip(" "))
+            shown = _joined(task, demonstrations, full)
+            ids = self._cut(task, alone if shown == full.strip(" ") else self.ids(shown))
+            # the first token has nothing in front of it, so nothing predicts it
+            option_len = min(len(alone) - without, len(ids) - 1)
+            if option_len < 1:
+                raise ValueError(
+                    f"{task.name}: with this tokenizer the option adds {len(alone) - without} tokens to its prompt, "
+                    f"{full[-60:]!r} against {prompt[-60:]!r}, and {len(ids) - 1} can be predicted; it needs one"
+                )
+            encoded.append(Encoded(ids, option_len))
+        return tuple(encoded)
+
+    def _cut(self, task: Task, ids: tuple[int, ...]) -> tuple[int, ...]:
+        room = self.room(task)
+        if len(ids) <= room:
+            return ids
+        return self.opening + ids[len(self.opening) - room :]
+
+
+def _joined(task: Task, demonstrations: Sequence[Sample], text: str) -> str:
+    """`text` behind the demonstrations, as the model sees it."""
+    shown = SEPARATOR.join(task.full(sample, sample.target).strip() for sample in demonstrations).strip()
+    return (shown + SEPARATOR + text.strip(" ")).lstrip()
+
+
+def window(configuration: Any) -> int:
+    """Tokens that a model of transformers with this configuration sees: its positions, 2048 at most."""
+    return min(WINDOW, getattr(configuration, "max_position_embeddings", None) or WINDOW)

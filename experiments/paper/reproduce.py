@@ -1,0 +1,277 @@
+"""Reproduce one of the paper's eight tables: run what is missing, then print and write the table.
+
+    python -m experiments table 1                      the paper's: OPT-1.3B, data from the hub, five seeds
+    python -m experiments table 4 --tasks cb --seeds 2 a part of it
+    python -m experiments table 1 --smoke              does everything run? made-up data, minutes on two cores
+    torchrun --nproc-per-node 4 -m experiments table 2 --fsdp
+
+All tables share one folder of runs, so what two tables have in common is run once, and a command that was stopped goes
+on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import hardware
+from experiments.paper import cells, flops, tables
+from experiments.paper.cells import Cell
+from experiments.paper.tables import TABLES, PaperTable, Place, Setting
+from experiments.report import table as layout
+from experiments.sweep.processes import processes
+from experiments.sweep.rate_search import RateSearch, gather
+from experiments.sweep.sweep import Outcome, Shard, Sweep, SweepError
+from experiments.sweep.tensorboard import Board
+from experiments.tasks import synthetic
+from experiments.tiny import tiny_opt
+
+SMOKE = Setting(
+    seeds=(0, 1), search_seeds=(0,), rates=2, train=8, dev=4, test=6, epochs=3, max_length=128
+)  # fmt: skip
+"""How much a smoke run does. Three links need three epochs."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments table`."""
+    parser.add_argument("number", type=int, choices=list(TABLES), help="the paper's table")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that tables and figures share."""
+    default = Setting()
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--model", help="a folder, a hub name, or tiny (default: the paper's)")
+    parser.add_argument("--data-dir", help="folder of <task>/train.jsonl and validation.jsonl (default: the hub)")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 5; 2 with --smoke)")
+    parser.add_argument("--workers", type=int, help="cells at a time (default: as many as cores and memory allow)")
+    parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a table in a shared folder")
+    parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, made-up data unless --data-dir, few samples"
+    )
+
+    part = parser.add_argument_group("a part of it", "such runs are cells of their own, but for --tasks and --lines")
+    part.add_argument("--tasks", nargs="+", metavar="TASK", help="such as cb wsc (default: the table's)")
+    part.add_argument("--lines", nargs="+", metavar="LINE", help="labels of lines, such as LoRA COLA (default: all)")
+    part.add_argument("--rates", type=int, help="how many of a line's learning rates to try, the largest (all)")
+    part.add_argument("--search-seeds", type=int, help="seeds over which a rate is judged (default: all)")
+    for size, what in (("train", "training"), ("dev", "development"), ("test", "test")):
+        part.add_argument(f"--{size}", type=int, help=f"at most so many {what} examples")
+    part.add_argument("--epochs", type=int, help="passes over the training examples (default: the paper's 5)")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--dtype", choices=cells.DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
+    how.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
+    how.add_argument("--bias", action=argparse.BooleanOptionalAction, help="train their biases (as the paper does)")
+    how.add_argument("--max-length", type=int, help=f"tokens of a prompt with its answer ({default.max_length})")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
+    how.add_argument("--device-map", help="as for transformers, such as auto")
+    how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments table`: 0; 1 if a run of this shard is missing or diverged; 2 for bad arguments."""
+    result = reproduce(TABLES[arguments.number], arguments, f"table {arguments.number}")
+    if isinstance(result, int):
+        return result
+    if not result.shown:
+        return result.status
+    paths = result.table.write(arguments.out / f"table{arguments.number}", **result.about)
+    print(result.table.text())
+    return result.end(paths)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table that has been run.
+
+    Attributes:
+        table: with whatever there is.
+        lacking: phrases for what should be there, being this shard's, and is not.
+        about: command, setting and hardware, for the files.
+        shown: False in all of `torchrun`'s processes but the first: what they have is the same.
+    """
+
+    table: layout.Table
+    lacking: tuple[str, ...]
+    about: Mapping[str, Any]
+    shown: bool = True
+
+    @property
+    def status(self) -> int:
+        """Of the command: 1 if anything is lacking."""
+        return 1 if self.lacking else 0
+
+    def end(self, paths: list[Path]) -> int:
+        """Say what was written and what is wrong; the exit status."""
+        print(f"\n{', '.join(map(str, paths))}\n{self.about['minutes']:.1f} minutes")
+        for phrase in self.lacking:
+            print(f"FAIL {phrase}", file=sys.stderr)
+        return self.status
+
+
+def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) -> Result | int:
+    """Run what `table` needs and is not there yet; or an exit status, with what is wrong said.
+
+    Args:
+        table: which.
+        arguments: of `add_run_arguments`.
+        command: its name, for messages and files.
+    """
+    started = time.perf_counter()
+    tiny_opt.quiet()
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        setting = make_setting(table, arguments)
+        shard = Shard.parse(arguments.shard)
+        found = tables.searches(table, setting)
+        per_token = _flops_per_token(table, setting)
+        sweep = _sweep(arguments.out)
+        board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
+        mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
+        if first:
+            print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
+        done = sweep.carry_out(
+            lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
+            # what is spread over GPUs or shared by processes has all of them to itself
+            workers=1 if processes() > 1 or arguments.device_map else arguments.workers,
+            expected=_size(mine.values()),
+            progress=first,
+            finished=board if board and first else (lambda cell, outcome: None),
+        )
+        if first:  # torchrun's other processes may be here before the last outcome is written
+            done = gather(sweep.read, found.values())
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except SweepError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    filled = tables.fill(table, setting, done, found, per_token)
+    minutes = (time.perf_counter() - started) / 60
+    about = {
+        "command": _typed(command, arguments),
+        "setting": {name: value for name, value in vars(setting).items() if value is not None},
+        "minutes": minutes,
+        **hardware.provenance(),
+    }
+    return Result(filled, tuple(_lacking(mine, done)), about, first)
+
+
+def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
+    """What the arguments ask for; with --smoke, the model and the data are made, if they are not there.
+
+    Raises:
+        ValueError: a number below one.
+    """
+    for option in ("seeds", "search_seeds", "rates", "train", "dev", "test", "epochs", "max_length", "workers"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')}={value}: at least 1 is needed")
+    base = SMOKE if arguments.smoke else Setting()
+    seeds = tuple(range(arguments.seed, arguments.seed + (arguments.seeds or len(base.seeds))))
+    search = arguments.search_seeds or (base.search_seeds and len(base.search_seeds))
+    given = {
+        name: getattr(arguments, name)
+        for name in ("model", "data_dir", "rates", "train", "dev", "test", "epochs", "bias", "max_length", "device_map")
+        if getattr(arguments, name) is not None
+    }
+    setting = replace(
+        base,
+        seeds=seeds,
+        search_seeds=seeds[:search] if search else None,
+        tasks=tuple(arguments.tasks) if arguments.tasks else None,
+        labels=tuple(arguments.lines) if arguments.lines else None,
+        dtype=arguments.dtype or cells.usual_dtype(),
+        targets=tuple(arguments.targets),
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        fsdp=arguments.fsdp,
+        **given,
+    )
+    return _smoke(setting, table, arguments.out) if arguments.smoke else setting
+
+
+def _smoke(setting: Setting, table: PaperTable, out: Path) -> Setting:
+    if setting.model is None:
+        model = out / "smoke-model"
+        if not (model / "provenance.json").exists():
+            shape = tiny_opt.config(width=64, layers=1, heads=2, context=setting.max_length)
+            tiny_opt.save(tiny_opt.fresh(shape, seed=0), model, {"made_by": "--smoke", "weights": "random"})
+        setting = replace(setting, model=str(model))
+    if setting.data_dir is None:
+        data = out / "smoke-data"
+        # pools that no seed exhausts
+        synthetic.write(data, table.tasks, train=24, validation=12)
+        setting = replace(setting, data_dir=str(data))
+    return setting
+
+
+def _sweep(out: Path) -> Sweep[Cell]:
+    from experiments.paper.finetune import run
+
+    return Sweep(out, run, cells.name)
+
+
+def _size(searches: Iterable[RateSearch[Cell]]) -> int:
+    """Runs in all: of an entry every rate on the seeds of its search, the best on the others; entries may be alike."""
+    sizes = {}
+    for search in searches:
+        grid = frozenset(search.cell(lr, seed) for lr in search.rates for seed in search.seeds)
+        others = len(set(search.seeds) - set(search.search_seeds))
+        sizes[grid] = len(search.rates) * len(search.search_seeds) + others
+        if len(search.rates) == 1:
+            sizes[grid] = len(search.seeds)
+    return sum(sizes.values())
+
+
+def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome]) -> list[str]:
+    """What a complete shard would have."""
+    phrases = []
+    for (label, name), search in mine.items():
+        entry = tables.entry(search, done)
+        absent = [seed for seed in search.seeds if seed not in entry.finite]
+        if absent:
+            phrases.append(f"{label}, {name}: no score for seed {', '.join(map(str, absent))}")
+    return phrases
+
+
+def _flops_per_token(table: PaperTable, setting: Setting) -> int | None:
+    """The adapters', per rank; None where no column needs them or they cannot be counted, which is said."""
+    if not table.saves:
+        return None
+    from transformers import AutoConfig
+
+    model = setting.model or table.model
+    config = AutoConfig.from_pretrained(tiny_opt.COMMITTED if model == "tiny" else model)
+    try:
+        return flops.per_token_and_rank(config, setting.targets or flops.QUERY_AND_VALUE)
+    except ValueError as error:
+        print(f"FLOPs saved will be missing: {error}", file=sys.stderr)
+        return None
+
+
+def _typed(command: str, arguments: argparse.Namespace) -> str:
+    """The command line that repeats this run, without what is at its default."""
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    parts = ["python -m experiments", command]
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(arguments, name)
+        if value == default or name == "workers":
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parts.append(option if value else f"--no-{name}")
+        else:
+            parts += [option, *(shlex.quote(str(v)) for v in (value if isinstance(value, list) else [value]))]
+    return " ".join(parts)

@@ -1,0 +1,226 @@
+"""LoRA, chains of LoRAs and full fine-tuning on the same text for the same epochs, offline.
+
+A tiny OPT that knows Python code is fine-tuned to English prose, the chapters of the Python language
+reference. The learning rate is chosen per arm on the validation split, seeds are paired, and the test split
+is read once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from experiments.hardware import cores
+from experiments.study import arms
+from experiments.study import demo_cells as demo_run
+from experiments.study.arms import CONTROL, DEMO, REFERENCE, Arm, require_possible
+from experiments.study.comparison import Plan, Results
+from experiments.study.demo_cells import CHAIN, DemoCell, Setting
+from experiments.study.demo_plot import draw
+from experiments.study.demo_report import checks, record, rows, statements, table
+from experiments.sweep.sweep import Sweep, SweepError
+from experiments.tiny import tiny_opt
+
+NEARBY = 2
+"""How many rates around the recorded one a default run tries."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments demo`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 3; with --full 5)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=DEMO,
+        metavar="ARM",
+        help=f"which to compare: {', '.join(DEMO)} (default: all, {CONTROL} only with --full)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all learning rates of the grid, each on two seeds, all arms, 5 seeds; "
+        f"a default run tries the {NEARBY} rates nearest to the recorded best on one seed",
+    )
+    parser.add_argument(
+        "--model", type=Path, default=tiny_opt.COMMITTED, help="the untouched model (default: tiny-opt)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, cores()),
+        help="processes of one thread each (default: one per core, %(default)s)",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps of a random, smaller model: does everything run?"
+    )
+
+    default = Setting()
+    other = parser.add_argument_group("another setting", "the defaults are what the recorded rates belong to")
+    other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
+    other.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    other.add_argument(
+        "--targets",
+        nargs="+",
+        default=list(default.targets),
+        metavar="NAME",
+        help="layers, or all-linear (default: query and value)",
+    )
+    other.add_argument("--init", default=default.init, help="how A is drawn (default: %(default)s)")
+    other.add_argument("--epochs", type=int, default=default.epochs, help="passes over the text (default: %(default)s)")
+    other.add_argument("--bytes", type=int, default=default.train_bytes, help="of prose (default: %(default)s)")
+    other.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
+    other.add_argument("--warmup", type=int, default=default.warmup, help="steps, of every link (default: %(default)s)")
+    other.add_argument(
+        "--decay",
+        type=float,
+        default=default.decay,
+        help="share of the run, at its end (default: %(default)s)",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for senseless arguments."""
+    started = time.perf_counter()
+    tiny_opt.quiet()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"demo: --out {arguments.out} cannot be made: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=arguments.out) as scratch:
+        try:
+            plan = make_plan(arguments, Path(scratch))
+        except (FileNotFoundError, ValueError) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            return 2
+        print(_announcement(plan, arguments))
+        # in a folder of this call alone: a demo is to be run, not remembered
+        sweep = Sweep(Path(scratch), demo_run.run, demo_run.name)
+        tests = len(plan.arms) * len(plan.seeds) + 1
+        try:
+            done = sweep.carry_out(plan.wanted, workers=arguments.workers, threads=1, expected=plan.size() + tests)
+        except (FloatingPointError, SweepError, ValueError) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            return 1
+        results = Results(plan, done)
+        _keep_chains(results, sweep, arguments.out / "chains")
+        found = rows(results)
+        verdicts = checks(results, found, learned=not arguments.smoke)
+        minutes, cpu_minutes = (time.perf_counter() - started) / 60, sum(os.times()[:4]) / 60
+        written = record(results, found, verdicts, minutes, cpu_minutes, _command(arguments), arguments.workers)
+    (arguments.out / "results.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    (arguments.out / "table.txt").write_text(table(found) + "\n")
+    draw(results, found, arguments.out / "curves.png")
+    print(f"\nuntouched model: {results.untouched:.4f} bits per byte on the test topics\n\n{table(found)}\n")
+    if REFERENCE in plan.arms and len(found) > 1:
+        print("Against LoRA, paired by seed, t test, Holm's correction at 5 %:")
+        print("\n".join(f"  {said}" for said in statements(found)))
+    print("\nChecks:")
+    for check in verdicts:
+        print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")
+    print(f"\n{arguments.out}/: results.json, table.txt, curves.png, chains/")
+    print(f"{minutes:.1f} minutes; {cpu_minutes:.1f} minutes of one core")
+    return 0 if all(check.holds for check in verdicts) else 1
+
+
+def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: a number of seeds or processes below one, a setting that cannot be.
+        FileNotFoundError: the model is missing.
+    """
+    count = arguments.seeds if arguments.seeds is not None else 5 if arguments.full else 2 if arguments.smoke else 3
+    for name, value in (("--seeds", count), ("--workers", arguments.workers)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed")
+    seeds = tuple(range(arguments.seed, arguments.seed + count))
+    wanted = arguments.arms or [arm for arm in DEMO if arguments.full or arm != CONTROL]
+    chosen = {name: arm for name, arm in arms.demo(arguments.rank).items() if name in wanted}
+    rates = {name: _rates(arm, arguments) for name, arm in chosen.items()}
+    search = seeds[: 2 if arguments.full else 1]
+    if arguments.smoke:
+        model = scratch / "model"
+        tiny_opt.save(tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {})
+        setting = Setting(str(model), epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
+    else:
+        setting = _setting(arguments)
+    require_possible(
+        chosen,
+        tiny_opt.load(Path(setting.model)),
+        lambda arm, model: DemoCell(setting, arm.method, arm.start, 0).optimizer(model),
+    )
+    return Plan(chosen, rates, search, seeds, setting)
+
+
+def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
+    rates = "the whole grid of rates" if arguments.full else f"the {NEARBY} rates nearest to the recorded best"
+    if arguments.rates:
+        rates = f"the rates {', '.join(f'{rate:g}' for rate in sorted(arguments.rates))}"
+    return (
+        f"{len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}, {plan.setting.epochs} epochs of "
+        f"{len(plan.setting.training_text()):,} bytes of prose; "
+        f"{plan.size()} runs in {arguments.workers} processes.\n"
+        f"Learning rate: per arm, from {rates}, by validation loss over {len(plan.search_seeds)} seed(s)"
+        f"{'' if arguments.full else '; --full searches the whole grid'}."
+    )
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    for name in ("epochs", "bytes", "batch"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}={getattr(arguments, name)}: at least 1 is needed")
+    if arguments.warmup < 0:
+        raise ValueError(f"--warmup={arguments.warmup}: a number of steps, 0 for none")
+    if not 0 < arguments.decay <= 1:
+        raise ValueError(f"--decay={arguments.decay}: a share of the run, above 0 and at most 1")
+    return Setting(
+        model=str(arguments.model),
+        epochs=arguments.epochs,
+        train_bytes=arguments.bytes,
+        batch_size=arguments.batch,
+        warmup=arguments.warmup,
+        decay=arguments.decay,
+        targets=tuple(arguments.targets),
+        init=arguments.init,
+    )
+
+
+def _rates(arm: Arm, arguments: argparse.Namespace) -> tuple[float, ...]:
+    if arguments.rates:
+        if not all(math.isfinite(rate) and rate > 0 for rate in arguments.rates):
+            raise ValueError(f"--rates {' '.join(map(str, arguments.rates))}: positive numbers")
+        return tuple(sorted(set(arguments.rates)))
+    return arm.rates if arguments.full else arm.nearby(NEARBY)
+
+
+def _keep_chains(results: Results, sweep: Sweep[DemoCell], target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    for arm in results.plan.arms:
+        chain = sweep.place(results.chosen(arm)[0]) / CHAIN
+        if chain.exists():
+            shutil.copytree(chain, target / arm)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command line that repeats this run, without what is at its default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parts = ["python -m experiments demo"]
+    for name, value in vars(parser.parse_args([])).items():
+        given = getattr(arguments, name)
+        if name in ("out", "workers") or given == value:
+            continue
+        parts.append(f"--{name}")
+        if given is not True:
+            parts += map(str, given if isinstance(given, list) else [given])
+    return " ".join(parts)
