@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-_LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
 def cores() -> int:
@@ -68,14 +67,18 @@ def provenance() -> dict[str, Any]:
     """Commit, versions, processor and GPUs, as JSON values."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"commit": commit(), "versions": versions, "processor": describe_processor(), "gpus": gpus}
+    libraries = versions("torch", "transformers", "peft", "numpy")
+    return {"commit": commit(), "versions": libraries, "processor": describe_processor(), "gpus": gpus}
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The versions of Python and of these libraries, without those that are not installed."""
+    found = {"python": platform.python_version()}
+    for library in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
 
 
 @dataclass(frozen=True)

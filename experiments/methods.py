@@ -27,6 +27,8 @@ BASES: Mapping[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
     "Adagrad": torch.optim.Adagrad,
 }
+QUERY_AND_VALUE = ("q_proj", "v_proj")
+"""The layers that get adapters in the paper."""
 SHORTEST_PLATEAU = 12
 """A plateau is judged by means over a twelfth of the run."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from experiments.paper.encoding import ByteTokenizer, Tokenizer
 from experiments.tiny import tiny_opt
+from experiments.tiny.corpus import BOS, VOCABULARY
+
+TINY = "tiny"
+"""The name of the model that comes with the repository."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -23,8 +27,55 @@ DTYPES = {
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+class Tokenizer(Protocol):
+    """What is used of a tokenizer: transformers' have it, slow or fast, and so has `ByteTokenizer`."""
+
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of `text`, with those that open and close a text unless told otherwise."""
+        ...
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any:
+        """The text of `token_ids`."""
+        ...
+
+
+class ByteTokenizer:
+    """The tokens of the repository's tiny model: a byte of UTF-8 each, with `corpus.BOS` in front.
+
+    `BOS` also ends a text and pads; both are never looked at.
+
+    Example:
+        >>> ByteTokenizer().encode("hé")
+        [256, 104, 195, 169]
+    """
+
+    bos_token_id = eos_token_id = pad_token_id = BOS
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The bytes of `text`, after `BOS` unless told otherwise."""
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, and `BOS` is shown as `<s>`."""
+        pieces = (
+            bytes(token_ids)
+            if BOS not in token_ids
+            else b"".join(
+                bytes([token]) if token != BOS else b"" if skip_special_tokens else b"<s>" for token in token_ids
+            )
+        )
+        return pieces.decode(errors="replace")
+
+
 def load(
-    name: str = "tiny",
+    name: str = TINY,
     dtype: str = "float32",
     device: str | torch.device | None = None,
     gradient_checkpointing: bool = False,
@@ -52,12 +103,11 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError(f"device={str(device)!r} and device_map={device_map!r}: give one of the two")
     tiny_opt.quiet()
-    folder = tiny_opt.COMMITTED if name == "tiny" else Path(name)
     model: Any
     tokenizer: Tokenizer
-    if _over_bytes(folder):
+    if over_bytes(name):
         # too small to spread over devices
-        model, tokenizer, device_map = tiny_opt.load(folder).to(DTYPES[dtype]), ByteTokenizer(), None
+        model, tokenizer, device_map = tiny_opt.load(_folder(name)).to(DTYPES[dtype]), ByteTokenizer(), None
     else:
         model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
     if device_map is None:
@@ -74,9 +124,14 @@ def _checkpoint_layers(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _over_bytes(folder: Path) -> bool:
-    """Whether `folder` holds a model of `experiments pretrain`, which has no tokenizer of its own."""
+def over_bytes(name: str) -> bool:
+    """Whether this is a model of `experiments pretrain`, which has no tokenizer files."""
+    folder = _folder(name)
     return (folder / "provenance.json").is_file() and not any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _folder(name: str) -> Path:
+    return tiny_opt.COMMITTED if name == TINY else Path(name)
 
 
 def _pretrained(

@@ -36,7 +36,8 @@ def _demo(options: argparse.Namespace) -> Trained:
     """The demo's chain: its model, text, arm and schedule."""
     try:
         from experiments.study import arms
-        from experiments.study.demo_cells import DemoCell, Setting
+        from experiments.study.cells import StudyCell as DemoCell
+        from experiments.study.demo import preset as Setting
         from experiments.study.training import train as fine_tune
         from experiments.tiny import corpus, tiny_opt
     except ImportError as error:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.methods import QUERY_AND_VALUE
 from experiments.tiny import tiny_opt
 
-TARGETS = ["q_proj", "v_proj"]
+TARGETS = list(QUERY_AND_VALUE)
 
 
 def tiny(smoke: bool) -> nn.Module:

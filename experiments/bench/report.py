@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from experiments.bench import scaling
 from experiments.bench.measure import Row, Settings
-from experiments.hardware import describe_processor
+from experiments.hardware import describe_processor, versions
 
 #: what a run leaves in its folder, whatever is measured
 FILES = ("bench.md", "bench.json")
@@ -25,7 +23,7 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
     text = markdown(rows, settings, arguments, minutes)
     (arguments.out / "bench.md").write_text(text + "\n")
     written = {
-        "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(), "minutes": minutes,
+        "hardware": describe_processor(), "threads": threads(arguments), "versions": _libraries(), "minutes": minutes,
         "settings": asdict(settings),
         "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
@@ -41,8 +39,8 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
     reached = [row.reached for row in rows if row.reached is not None]
     out_of_reach = sum(row.out_of_reach and row.reached is False for row in rows)
     lines = [
-        f"{describe_processor()}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
-        + ", ".join(f"{name} {number}" for name, number in versions().items())
+        f"{describe_processor()}, {threads(arguments)} thread(s), Python {versions()['python']}, "
+        + ", ".join(f"{name} {number}" for name, number in _libraries().items())
         + f"; {settings.clock} time; {minutes:.1f} minutes; {sum(reached)} of {len(reached)} targets reached"
         + (f", {out_of_reach} of the others lie below their floors" if out_of_reach else "")
         + ("; SMOKE: the figures mean nothing" if settings.smoke else "")
@@ -98,12 +96,5 @@ def threads(arguments: argparse.Namespace) -> int:
     return arguments.threads or torch.get_num_threads()
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that were timed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _libraries() -> dict[str, str]:
+    return {name: number for name, number in versions(*PACKAGES).items() if name != "python"}

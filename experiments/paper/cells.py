@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from experiments.methods import Method
-from experiments.sweep.rate_search import RateSearch
-from experiments.sweep.sweep import Outcome
+from experiments.sweep import Outcome, RateSearch
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
+from experiments.models import Tokenizer
 from experiments.tasks import Sample, Task
-from experiments.tiny.corpus import BOS, VOCABULARY
 
 WINDOW = 2048
 """Tokens a model sees at most."""
@@ -23,53 +23,6 @@ NEW_TOKENS = 50
 
 SEPARATOR = "\n\n"
 """Between demonstrations, and between the last one and the text."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a tokenizer: transformers' have it, slow or fast, and so has `ByteTokenizer`."""
-
-    bos_token_id: Any
-    eos_token_id: Any
-    pad_token_id: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of `text`, with those that open and close a text unless told otherwise."""
-        ...
-
-    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any:
-        """The text of `token_ids`."""
-        ...
-
-
-class ByteTokenizer:
-    """The tokens of the repository's tiny model: a byte of UTF-8 each, with `corpus.BOS` in front.
-
-    `BOS` also ends a text and pads; both are never looked at.
-
-    Example:
-        >>> ByteTokenizer().encode("hé")
-        [256, 104, 195, 169]
-    """
-
-    bos_token_id = eos_token_id = pad_token_id = BOS
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The bytes of `text`, after `BOS` unless told otherwise."""
-        return [BOS] * add_special_tokens + list(text.encode())
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, and `BOS` is shown as `<s>`."""
-        pieces = (
-            bytes(token_ids)
-            if BOS not in token_ids
-            else b"".join(
-                bytes([token]) if token != BOS else b"" if skip_special_tokens else b"<s>" for token in token_ids
-            )
-        )
-        return pieces.decode(errors="replace")
 
 
 @dataclass(frozen=True)

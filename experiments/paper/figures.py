@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.files import write_atomically
 from experiments.report import style
 from experiments.report.entries import Column, Entry, Row
 from experiments.report.table import Table
-from experiments.sweep.sweep import write_atomically
 
 OURS = {"color": style.BLUE, "marker": "o", "linestyle": "-", "label": "ours"}
 PAPER = {"color": style.VERMILION, "marker": "s", "linestyle": "--", "label": "paper"}

@@ -27,8 +27,8 @@ from experiments.paper.cells import Cell
 from experiments.paper.encoding import Encoder, Tokenizer, window
 from experiments.paper.objectives import LOSSES, Collator, Example, examples, objective_of
 from experiments.paper.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
+from experiments.sweep import SCRATCH, Outcome
 from experiments.sweep.processes import processes
-from experiments.sweep.sweep import SCRATCH, Outcome
 from experiments.tasks.loading import Splits, split
 
 _WHOLE = "whole"  # file that is written into a checkpoint last

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-QUERY_AND_VALUE = ("q_proj", "v_proj")
-"""The layers that get adapters in the paper."""
+from experiments.methods import QUERY_AND_VALUE
 
 
 def per_token_and_rank(config: Any, targets: Sequence[str] = QUERY_AND_VALUE) -> int:

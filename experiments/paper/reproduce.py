@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hardware
+from experiments.command_line import repeated
+from experiments.methods import QUERY_AND_VALUE
 from experiments.paper import cells, flops, tables
 from experiments.paper.cells import Cell
 from experiments.paper.tables import TABLES, PaperTable, Place, Setting
 from experiments.report import table as layout
+from experiments.sweep import Outcome, RateSearch, Shard, Sweep, SweepError, gather
 from experiments.sweep.processes import processes
-from experiments.sweep.rate_search import RateSearch, gather
-from experiments.sweep.sweep import Outcome, Shard, Sweep, SweepError
 from experiments.sweep.tensorboard import Board
 from experiments.tasks import synthetic
 from experiments.tiny import tiny_opt
@@ -160,7 +160,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
     filled = tables.fill(table, setting, done, found, per_token)
     minutes = (time.perf_counter() - started) / 60
     about = {
-        "command": _typed(command, arguments),
+        "command": repeated(command, add_run_arguments, arguments),
         "setting": {name: value for name, value in vars(setting).items() if value is not None},
         "minutes": minutes,
         **hardware.provenance(),
@@ -223,15 +223,11 @@ def _sweep(out: Path) -> Sweep[Cell]:
 
 
 def _size(searches: Iterable[RateSearch[Cell]]) -> int:
-    """Runs in all: of an entry every rate on the seeds of its search, the best on the others; entries may be alike."""
-    sizes = {}
-    for search in searches:
-        grid = frozenset(search.cell(lr, seed) for lr in search.rates for seed in search.seeds)
-        others = len(set(search.seeds) - set(search.search_seeds))
-        sizes[grid] = len(search.rates) * len(search.search_seeds) + others
-        if len(search.rates) == 1:
-            sizes[grid] = len(search.seeds)
-    return sum(sizes.values())
+    """The number of runs; equal entries share theirs."""
+    return sum(
+        {frozenset(search.cell(lr, seed) for lr in search.rates for seed in search.seeds): search.size()
+         for search in searches}.values()
+    )  # fmt: skip
 
 
 def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome]) -> list[str]:
@@ -254,24 +250,7 @@ def _flops_per_token(table: PaperTable, setting: Setting) -> int | None:
     model = setting.model or table.model
     config = AutoConfig.from_pretrained(tiny_opt.COMMITTED if model == "tiny" else model)
     try:
-        return flops.per_token_and_rank(config, setting.targets or flops.QUERY_AND_VALUE)
+        return flops.per_token_and_rank(config, setting.targets or QUERY_AND_VALUE)
     except ValueError as error:
         print(f"FLOPs saved will be missing: {error}", file=sys.stderr)
         return None
-
-
-def _typed(command: str, arguments: argparse.Namespace) -> str:
-    """The command line that repeats this run, without what is at its default."""
-    parser = argparse.ArgumentParser()
-    add_run_arguments(parser)
-    parts = ["python -m experiments", command]
-    for name, default in vars(parser.parse_args([])).items():
-        value = getattr(arguments, name)
-        if value == default or name == "workers":
-            continue
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            parts.append(option if value else f"--no-{name}")
-        else:
-            parts += [option, *(shlex.quote(str(v)) for v in (value if isinstance(value, list) else [value]))]
-    return " ".join(parts)

@@ -21,7 +21,7 @@ from experiments.methods import BASES, KINDS, Method
 from experiments.paper import cells, tables
 from experiments.paper import published as paper
 from experiments.paper.cells import Cell
-from experiments.sweep.sweep import Sweep, SweepError
+from experiments.sweep import Sweep, SweepError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

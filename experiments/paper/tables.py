@@ -23,8 +23,7 @@ from experiments.paper import published as paper
 from experiments.paper.cells import Cell
 from experiments.report import table as layout
 from experiments.report.entries import Column, Entry, Row
-from experiments.sweep.rate_search import RateSearch
-from experiments.sweep.sweep import Outcome
+from experiments.sweep import Outcome, RateSearch
 from experiments.tasks import synthetic
 
 HUB: Mapping[str, str] = MappingProxyType({"OPT-1.3B": "facebook/opt-1.3b", "Llama-2-7B": "meta-llama/Llama-2-7b-hf"})

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+LEVEL = 0.05
+"""The level of significance of all statements, after Holm's correction over all comparisons of a table."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -36,7 +39,7 @@ class Paired:
     p: float
     p_holm: float
 
-    def significant(self, level: float = 0.05) -> bool:
+    def significant(self, level: float = LEVEL) -> bool:
         """Whether the difference stands at `level` after Holm's correction for the number of comparisons."""
         return self.p_holm < level
 
@@ -73,32 +76,34 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired(arms: Mapping[str, Sequence[float]], reference: str, confidence: float = 0.95) -> dict[str, Paired]:
-    """Every arm but `reference` against it: negative differences mean that the arm's loss is lower.
+def paired(
+    arms: Mapping[str, Sequence[float]], reference: str | Mapping[str, str], confidence: float = 0.95
+) -> dict[str, Paired]:
+    """Arms against their references: negative differences mean that the arm's loss is lower.
 
     Args:
         arms: name -> one value per seed, in the same order of seeds for all.
-        reference: the arm that the others are compared with.
+        reference: the arm that all others are compared with, or arm -> its reference for those that have one.
         confidence: of the intervals, which are not corrected for their number; `p_holm` is.
 
     Raises:
-        KeyError: `reference` is not an arm.
-        ValueError: the arms differ in their number of values.
+        KeyError: a reference is not an arm.
+        ValueError: an arm and its reference differ in their number of values.
     """
-    if reference not in arms:
-        raise KeyError(f"reference={reference!r} is not among the arms {list(arms)}")
-    base = arms[reference]
-    others = [name for name in arms if name != reference]
-    for name in others:
-        if len(arms[name]) != len(base):
+    of = {name: reference for name in arms if name != reference} if isinstance(reference, str) else reference
+    for base in {reference} if isinstance(reference, str) else set(of.values()):
+        if base not in arms:
+            raise KeyError(f"reference={base!r} is not among the arms {list(arms)}")
+    for name, base in of.items():
+        if len(arms[name]) != len(arms[base]):
             raise ValueError(
-                f"arms[{name!r}] has {len(arms[name])} values and {reference!r} has {len(base)}: "
+                f"arms[{name!r}] has {len(arms[name])} values and {base!r} has {len(arms[base])}: "
                 "pairs need the same seeds"
             )
-    differences = {name: [a - b for a, b in zip(arms[name], base)] for name in others}
+    differences = {name: [a - b for a, b in zip(arms[name], arms[base])] for name, base in of.items()}
     plain = {name: _p_of_zero_mean(values) for name, values in differences.items()}
-    adjusted = dict(zip(others, holm([plain[name] for name in others])))
-    return {name: Paired(t_interval(differences[name], confidence), plain[name], adjusted[name]) for name in others}
+    adjusted = dict(zip(of, holm([plain[name] for name in of])))
+    return {name: Paired(t_interval(differences[name], confidence), plain[name], adjusted[name]) for name in of}
 
 
 def gap_closed(arm: float, low: float, high: float) -> float:

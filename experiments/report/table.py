@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.files import write_atomically
 from experiments.report import formats, stats
 from experiments.report.entries import LEVEL, Column, Comparison, Entry, Row
 from experiments.report.formats import Grid, Text
-from experiments.sweep.sweep import write_atomically
 
 MISSING = "–"
 _NO_SPREAD = 1e-9  # of scores in percent; rounding alone gives about 1e-13

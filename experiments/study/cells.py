@@ -1,80 +1,34 @@
-"""One cell of the offline study: fine-tune a small language model on text, next token, by one method."""
+"""One cell of a comparison: fine-tune a small language model on text by one method, or test the weights it left."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from cola import KnotError
+from cola import Chain, ChainOptimizer, KnotError
 from experiments.methods import Method
-from experiments.study import text
-from experiments.study.training import WarmDecay, train
-from experiments.sweep.sweep import Outcome, Sweep
+from experiments.study.setting import Setting
+from experiments.study.training import train
+from experiments.sweep import Outcome, Sweep
 from experiments.tiny import tiny_opt
 from experiments.tiny.loss import held_out_loss
 
-TINY = "tiny"
-"""The name of the repository's own model; any other is a folder or a hub name."""
 WEIGHTS = "weights.safetensors"
-TARGETS: dict[str, Any] = {"qv": ["q_proj", "v_proj"], "all-linear": "all-linear"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all arms of a comparison share.
-
-    Attributes:
-        model: `TINY`, a folder or a hub name.
-        corpus: `text.PROSE`, or a text file.
-        targets: a key of `TARGETS`: the layers that get adapters.
-        epochs: passes over the training blocks, the same for every arm.
-        train: training blocks.
-        held_out: blocks per held-out split.
-        length: tokens per block.
-        batch: blocks per optimizer step.
-    """
-
-    model: str = TINY
-    corpus: str = text.PROSE
-    targets: str = "qv"
-    epochs: int = 5
-    train: int = 160
-    held_out: int = 96
-    length: int = tiny_opt.CONTEXT
-    batch: int = 4
-
-    def __post_init__(self) -> None:
-        if self.targets not in TARGETS:
-            raise ValueError(f"targets={self.targets!r} is unknown: choose one of {', '.join(TARGETS)}")
-        for name in ("epochs", "train", "held_out", "length", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
-
-    @property
-    def unit(self) -> str:
-        """What losses are printed in."""
-        return "bits per byte" if self.model == TINY else "nats per token"
-
-    @property
-    def per_nat(self) -> float:
-        """How many of these units a nat per token is."""
-        return 1 / math.log(2) if self.model == TINY else 1.0
-
-    def blocks(self) -> text.Blocks:
-        """The corpus, cut."""
-        tokenizer = None if self.model == TINY else self.model
-        return text.blocks(self.corpus, tokenizer, self.length, self.train, self.held_out)
+CHAIN = "chain"
 
 
 @dataclass(frozen=True)
 class StudyCell:
-    """One run: ``split="dev"`` trains and keeps the merged weights, ``"test"`` evaluates those kept."""
+    """One run: ``split="dev"`` trains and keeps the merged weights, ``"test"`` evaluates them.
+
+    A method that trains nothing has only the test, of the untouched model.
+    """
 
     setting: Setting
     method: Method
@@ -91,86 +45,108 @@ class StudyCell:
         """The optimizer of this run, over ``model``.
 
         Raises:
-            ValueError: the model cannot carry the method, or the epochs cannot.
+            ValueError: the method does not fit the model, or has more links than the run has epochs.
         """
+        targets = self.setting.targets
         return self.method.optimizer(
             model,
             lr=self.lr,
             seed=self.seed,
             epochs=self.setting.epochs,
-            steps_per_epoch=math.ceil(len(self.setting.blocks().train) / self.setting.batch),
-            targets=TARGETS[self.setting.targets],
+            steps_per_epoch=self.setting.steps_per_epoch(),
+            targets="all-linear" if targets == ("all-linear",) else list(targets),
+            init=self.setting.init,
         )
 
 
 def name(cell: StudyCell) -> str:
-    """Such as ``cola3-r8-lr0.004-seed0-dev``."""
-    return f"{cell.method.name}-{cell.setting.targets}-lr{cell.lr:g}-seed{cell.seed}-{cell.split}"
+    """Such as ``cola3-r8-qv-lr0.004-seed0-dev``."""
+    targets = "qv" if cell.setting.targets == Setting.targets else "-".join(cell.setting.targets)
+    return f"{cell.method.name}-{targets}-lr{cell.lr:g}-seed{cell.seed}-{cell.split}"
 
 
 def run(cell: StudyCell, folder: Path) -> Outcome:
-    """Train, or test what was trained; see `StudyCell`.
+    """Train, or test the weights of the training cell; see `StudyCell`. Losses are in nats per token.
 
     Returns:
-        For ``"dev"``: ``dev`` (held-out loss of the final weights, nats per token), ``dev_by_epoch``, ``losses``
-        (training, per step), ``knots`` (step, rank, norm), ``parameters``; or ``diverged``, the reason. For ``"test"``:
-        ``test``; or ``diverged``, as in training.
+        For ``"dev"``: the outcome of `fine_tune`, or ``diverged``, the reason. For ``"test"``: ``test`` and, where
+        chains are kept, ``rebuilt``, the largest difference between the weights and the untouched model with the chain
+        applied (None without a chain); or ``diverged``, as in training.
     """
     tiny_opt.quiet()
-    model = load(cell.setting.model)
+    model = cell.setting.load()
     if cell.split == "test":
-        sweep, trained = Sweep(folder.parent.parent, run, name), replace(cell, split="dev")
-        found = sweep.read(trained)
-        if found is not None and "diverged" in found:
-            return found
-        load_model(model, str(sweep.place(trained) / WEIGHTS))
-        return {"test": held_out_loss(model, cell.setting.blocks().test)}
+        return _test(cell, model, folder)
     try:
-        outcome = fine_tune(model, cell)
+        outcome = fine_tune(model, cell, folder)
     except (FloatingPointError, KnotError) as error:
         return {"diverged": str(error)}
     save_model(model, str(folder / WEIGHTS))
     return outcome
 
 
-def load(model: str) -> nn.Module:
-    """The untouched model, fp32."""
-    if model == TINY:
-        return tiny_opt.load()
-    from transformers import AutoModelForCausalLM
+def fine_tune(model: nn.Module, cell: StudyCell, folder: Path | None = None) -> Outcome:
+    """Fine-tune in place.
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    loaded.config.use_cache = False
-    return loaded
+    Args:
+        model: untouched.
+        cell: the run.
+        folder: where the chain goes, if the setting keeps chains.
 
-
-def fine_tune(model: nn.Module, cell: StudyCell) -> Outcome:
-    """Fine-tune in place: shuffled epochs, the rate falling linearly to zero over the run, as in the paper.
+    Returns:
+        ``dev`` (held-out loss of the final weights), ``dev_by_epoch``, ``losses`` (training, one per step), ``knots``
+        (step, rank, norm, the norm lost to rounding; the last is the tie that ends the run), ``parameters`` (trainable
+        at once), and ``seconds`` and ``cpu_seconds`` of the training.
 
     Raises:
-        FloatingPointError: the loss is not finite.
-        KnotError: a link is not.
+        FloatingPointError: a loss is not finite.
+        KnotError: a link is not finite.
     """
-    setting = cell.setting
-    blocks = setting.blocks()
-    epochs = setting.epochs
-    total = epochs * math.ceil(len(blocks.train) / setting.batch)
-    order = torch.Generator().manual_seed(cell.seed)
-    by_epoch: list[float] = []
-    trained = train(
-        model,
-        cell.optimizer(model),
-        (blocks.train[torch.randperm(len(blocks.train), generator=order)].split(setting.batch) for _ in range(epochs)),
-        WarmDecay(total),
-        between=lambda: by_epoch.append(held_out_loss(model, blocks.dev)),
-    )
-    by_epoch.append(held_out_loss(model, blocks.dev))
+    setting, by_epoch = cell.setting, list[float]()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    optimizer = cell.optimizer(model)
+
+    def measure() -> None:
+        by_epoch.append(held_out_loss(model, setting.blocks().dev))
+
+    between = measure if setting.by_epoch else lambda: None
+    trained = train(model, optimizer, setting.read(cell.seed), setting.schedule(), between=between)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    measure()
     if not math.isfinite(by_epoch[-1]):
         raise FloatingPointError(f"the held-out loss is {by_epoch[-1]}")
+    if setting.keep_chains and folder is not None and isinstance(optimizer, ChainOptimizer):
+        optimizer.chain.save(folder / CHAIN)
     return {
         "dev": by_epoch[-1],
         "dev_by_epoch": by_epoch,
-        "losses": [float(f"{loss:.6g}") for loss in trained.losses],
-        "knots": [{"step": k.step, "rank": k.rank, "norm": k.delta_norm} for k in trained.knots if k.step < total],
+        "losses": trained.losses,
+        "knots": [
+            {"step": k.step, "rank": k.rank, "norm": k.delta_norm, "norm_lost": k.lost_norm} for k in trained.knots
+        ],
         "parameters": trained.parameters,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
     }
+
+
+def _test(cell: StudyCell, model: nn.Module, folder: Path) -> Outcome:
+    rebuilt = None
+    if cell.method.trains:
+        sweep, trained = Sweep(folder.parent.parent, run, name), replace(cell, split="dev")
+        found = sweep.read(trained)
+        if found is not None and "diverged" in found:
+            return found
+        kept = sweep.place(trained)
+        load_model(model, str(kept / WEIGHTS))
+        if cell.setting.keep_chains and cell.method.adapts:
+            rebuilt = _difference(model, kept / CHAIN, cell.setting)
+    loss = held_out_loss(model, cell.setting.blocks().test)
+    return {"test": loss, "rebuilt": rebuilt} if cell.setting.keep_chains else {"test": loss}
+
+
+def _difference(tuned: nn.Module, chain: Path, setting: Setting) -> float:
+    rebuilt = setting.load()
+    Chain.load(chain).apply(rebuilt)
+    weights = dict(tuned.named_parameters())
+    return max((weights[name] - value).abs().max().item() for name, value in rebuilt.named_parameters())

@@ -1,13 +1,14 @@
-"""LoRA, chains of LoRAs and full fine-tuning on the same text for the same epochs, offline.
+"""The demo: LoRA, chains of LoRAs and full fine-tuning on the same text for the same epochs, offline, in minutes.
 
-A tiny OPT that knows Python code is fine-tuned to English prose, the chapters of the Python language
-reference. The learning rate is chosen per arm on the validation split, seeds are paired, and the test split
-is read once.
+A tiny OPT that knows Python code is fine-tuned to English prose, the chapters of the Python language reference. The
+demo is a preset of the study: its own arms, text that every epoch cuts elsewhere, a rate that falls late and rises anew
+after every knot. It adds checks, a picture and the chains.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -16,20 +17,42 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from experiments.command_line import repeated
+from experiments.files import write_atomically
 from experiments.hardware import cores
 from experiments.study import arms
-from experiments.study import demo_cells as demo_run
-from experiments.study.arms import CONTROL, DEMO, REFERENCE, Arm, require_possible
-from experiments.study.comparison import Plan, Results
-from experiments.study.demo_cells import CHAIN, DemoCell, Setting
+from experiments.study.arms import CONTROL, DEMO, REFERENCE, Arm
+from experiments.study.cells import CHAIN, StudyCell, name, run
+from experiments.study.comparison import Plan, Results, rows
 from experiments.study.demo_plot import draw
-from experiments.study.demo_report import checks, record, rows, statements, table
-from experiments.sweep.sweep import Sweep, SweepError
+from experiments.study.demo_report import checks, record, statements
+from experiments.study.setting import Setting
+from experiments.study.table import demo_table
+from experiments.sweep import Outcome, Sweep, SweepError
 from experiments.tiny import tiny_opt
 
 NEARBY = 2
 """How many rates around the recorded one a default run tries."""
+
+
+def preset(**changes: Any) -> Setting:
+    """The demo's setting, with changes to its fields."""
+    return dataclasses.replace(
+        Setting(
+            model=str(tiny_opt.COMMITTED),
+            epochs=3,
+            held_out=None,
+            batch_size=2,
+            train_bytes=36_864,
+            warmup=15,
+            decay=0.5,
+            by_epoch=False,
+            keep_chains=True,
+        ),
+        **changes,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--smoke", action="store_true", help="a few steps of a random, smaller model: does everything run?"
     )
 
-    default = Setting()
+    default = preset()
     other = parser.add_argument_group("another setting", "the defaults are what the recorded rates belong to")
     other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
     other.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
@@ -104,23 +127,25 @@ def main(arguments: argparse.Namespace) -> int:
             return 2
         print(_announcement(plan, arguments))
         # in a folder of this call alone: a demo is to be run, not remembered
-        sweep = Sweep(Path(scratch), demo_run.run, demo_run.name)
-        tests = len(plan.arms) * len(plan.seeds) + 1
+        sweep = Sweep(Path(scratch), run, name)
         try:
-            done = sweep.carry_out(plan.wanted, workers=arguments.workers, threads=1, expected=plan.size() + tests)
+            done = sweep.carry_out(
+                plan.wanted, workers=arguments.workers, threads=1, expected=plan.cells(), finished=refuse_divergence
+            )
         except (FloatingPointError, SweepError, ValueError) as error:
             print(f"demo: {error}", file=sys.stderr)
             return 1
-        results = Results(plan, done)
+        results = Results(plan, done, plan.setting.per_nat)
         _keep_chains(results, sweep, arguments.out / "chains")
         found = rows(results)
         verdicts = checks(results, found, learned=not arguments.smoke)
         minutes, cpu_minutes = (time.perf_counter() - started) / 60, sum(os.times()[:4]) / 60
-        written = record(results, found, verdicts, minutes, cpu_minutes, _command(arguments), arguments.workers)
-    (arguments.out / "results.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-    (arguments.out / "table.txt").write_text(table(found) + "\n")
+        command = repeated("demo", add_arguments, arguments, without=("out", "workers"))
+        written = record(results, found, verdicts, minutes, cpu_minutes, command, arguments.workers)
+    write_atomically(arguments.out / "results.json", json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(arguments.out / "table.txt", demo_table(found) + "\n")
     draw(results, found, arguments.out / "curves.png")
-    print(f"\nuntouched model: {results.untouched:.4f} bits per byte on the test topics\n\n{table(found)}\n")
+    print(f"\nuntouched model: {results.untouched:.4f} bits per byte on the test topics\n\n{demo_table(found)}\n")
     if REFERENCE in plan.arms and len(found) > 1:
         print("Against LoRA, paired by seed, t test, Holm's correction at 5 %:")
         print("\n".join(f"  {said}" for said in statements(found)))
@@ -133,16 +158,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
-    """What the arguments ask for.
+    """The plan that the arguments describe.
 
     Raises:
-        ValueError: a number of seeds or processes below one, a setting that cannot be.
+        ValueError: a number out of range, or an arm that the model cannot carry.
         FileNotFoundError: the model is missing.
     """
     count = arguments.seeds if arguments.seeds is not None else 5 if arguments.full else 2 if arguments.smoke else 3
-    for name, value in (("--seeds", count), ("--workers", arguments.workers)):
+    for option, value in (("--seeds", count), ("--workers", arguments.workers)):
         if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
+            raise ValueError(f"{option}={value}: at least 1 is needed")
     seeds = tuple(range(arguments.seed, arguments.seed + count))
     wanted = arguments.arms or [arm for arm in DEMO if arguments.full or arm != CONTROL]
     chosen = {name: arm for name, arm in arms.demo(arguments.rank).items() if name in wanted}
@@ -151,15 +176,22 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
     if arguments.smoke:
         model = scratch / "model"
         tiny_opt.save(tiny_opt.fresh(tiny_opt.config(width=32, layers=1, heads=2, context=32), seeds[0]), model, {})
-        setting = Setting(str(model), epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
+        setting = preset(model=str(model), epochs=2, train_bytes=2048, context=32, batch_size=8, warmup=1)
     else:
         setting = _setting(arguments)
-    require_possible(
-        chosen,
-        tiny_opt.load(Path(setting.model)),
-        lambda arm, model: DemoCell(setting, arm.method, arm.start, 0).optimizer(model),
-    )
-    return Plan(chosen, rates, search, seeds, setting)
+    plan = Plan(chosen, rates, search, seeds, setting, test_untouched=True)
+    plan.require_possible()
+    return plan
+
+
+def refuse_divergence(cell: StudyCell, outcome: Outcome) -> None:
+    """Stop the demo at a run that diverged.
+
+    Raises:
+        FloatingPointError: the message names the run.
+    """
+    if "diverged" in outcome:
+        raise FloatingPointError(f"{cell.method.name}, lr={cell.lr:g}, seed={cell.seed}: {outcome['diverged']}")
 
 
 def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
@@ -176,14 +208,7 @@ def _announcement(plan: Plan, arguments: argparse.Namespace) -> str:
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
-    for name in ("epochs", "bytes", "batch"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name}={getattr(arguments, name)}: at least 1 is needed")
-    if arguments.warmup < 0:
-        raise ValueError(f"--warmup={arguments.warmup}: a number of steps, 0 for none")
-    if not 0 < arguments.decay <= 1:
-        raise ValueError(f"--decay={arguments.decay}: a share of the run, above 0 and at most 1")
-    return Setting(
+    return preset(
         model=str(arguments.model),
         epochs=arguments.epochs,
         train_bytes=arguments.bytes,
@@ -203,24 +228,9 @@ def _rates(arm: Arm, arguments: argparse.Namespace) -> tuple[float, ...]:
     return arm.rates if arguments.full else arm.nearby(NEARBY)
 
 
-def _keep_chains(results: Results, sweep: Sweep[DemoCell], target: Path) -> None:
+def _keep_chains(results: Results, sweep: Sweep[StudyCell], target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for arm in results.plan.arms:
         chain = sweep.place(results.chosen(arm)[0]) / CHAIN
         if chain.exists():
             shutil.copytree(chain, target / arm)
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command line that repeats this run, without what is at its default."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    parts = ["python -m experiments demo"]
-    for name, value in vars(parser.parse_args([])).items():
-        given = getattr(arguments, name)
-        if name in ("out", "workers") or given == value:
-            continue
-        parts.append(f"--{name}")
-        if given is not True:
-            parts += map(str, given if isinstance(given, list) else [given])
-    return " ".join(parts)

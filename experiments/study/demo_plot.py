@@ -11,8 +11,7 @@ import numpy as np
 
 from experiments.report import style
 from experiments.study.arms import CEILING, REFERENCE
-from experiments.study.comparison import Results
-from experiments.study.demo_report import Row, inside
+from experiments.study.comparison import Results, Row, inside
 
 _STYLES = {
     "lora": (style.BLACK, "-", "o"),
@@ -54,7 +53,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _curves(axes: Any, results: Results, labels: Mapping[str, str], reference: str | None) -> None:
-    losses = {arm: np.mean([outcome["losses"] for outcome in results.final(arm)], axis=0) for arm in labels}
+    losses = {arm: results.scale * np.mean([out["losses"] for out in results.final(arm)], axis=0) for arm in labels}
     steps = len(next(iter(losses.values())))
     width = max(1, steps // 10)
     shown = []

@@ -1,8 +1,9 @@
-"""Text for the offline study: a corpus cut into three interleaved splits, as blocks of tokens."""
+"""The text of the study: a corpus in three splits that do not overlap, as blocks of tokens."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from experiments.tiny import corpus
 
 PROSE = "prose"
-"""The name of the text that comes with Python, `corpus.prose()`; any other corpus is a file's path."""
+"""The name of the text that comes with Python, `corpus.prose()`; any other corpus is the path of a file."""
 
 _PASSAGE = 2000  # characters, of whole paragraphs
 _EVERY = 10  # of ten passages in a row one is for development and one for the test
@@ -20,7 +21,7 @@ _EVERY = 10  # of ten passages in a row one is for development and one for the t
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of tokens, int64, n × length, per split, and how many of them may be trained on."""
+    """Blocks of tokens per split, int64, n × length."""
 
     train: torch.Tensor
     dev: torch.Tensor
@@ -28,30 +29,37 @@ class Blocks:
 
 
 @functools.cache
-def blocks(source: str, tokenizer_of: str | None, length: int, train: int, held_out: int) -> Blocks:
-    """The blocks of a corpus.
-
-    Text is cut into passages of whole paragraphs, about 2000 characters each. Of every ten in a row the ninth is for
-    development and the tenth for the test, so all three splits are spread over the whole text. Each split is cut into
-    consecutive blocks; of these as many as asked for are kept, evenly spread.
+def splits(source: str) -> Mapping[str, bytes]:
+    """The ``train``, ``dev`` and ``test`` text of a corpus: prose is split by topic, a file as in `interleaved`.
 
     Args:
-        source: `PROSE`, whose splits are by topic, or the path of a text file (UTF-8).
-        tokenizer_of: folder or hub name of a tokenizer; None for bytes, where every block opens with `corpus.BOS`.
-        length: tokens per block that are predicted from the first on; a block of bytes has one more, `corpus.BOS`.
-        train: training blocks to keep, at most.
-        held_out: development and test blocks to keep, at most each.
+        source: `PROSE`, or the path of a text file (UTF-8).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is too short for a single block per split.
     """
     if source == PROSE:
-        prose = corpus.prose()
-        parts = {"train": prose.text["train"], "dev": prose.text["validation"], "test": prose.text["test"]}
-    else:
-        parts = {split: text.encode() for split, text in interleaved(Path(source).read_text("utf-8")).items()}
-    cut = {}
+        prose = corpus.prose().text
+        return {"train": prose["train"], "dev": prose["validation"], "test": prose["test"]}
+    return {split: part.encode() for split, part in interleaved(Path(source).read_text("utf-8")).items()}
+
+
+@functools.cache
+def blocks(source: str, tokenizer_of: str | None, length: int, train: int, held_out: int | None) -> Blocks:
+    """The splits of a corpus, cut into consecutive blocks, of which as many as asked for are kept, evenly spread.
+
+    Args:
+        source: as in `splits`.
+        tokenizer_of: folder or hub name of a tokenizer; None for bytes, where every block opens with `corpus.BOS`.
+        length: tokens per block; a block of bytes has one more, `corpus.BOS`.
+        train: training blocks to keep, at most.
+        held_out: development and test blocks to keep, at most each; None for all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is too short for one block per split.
+    """
+    parts, cut = splits(source), {}
     tokenizer = None if tokenizer_of is None else _tokenizer(tokenizer_of)
     for split, text in parts.items():
         if tokenizer is None:
@@ -67,7 +75,10 @@ def blocks(source: str, tokenizer_of: str | None, length: int, train: int, held_
 
 
 def interleaved(text: str) -> dict[str, str]:
-    """The three splits of a text: of every ten passages the ninth is ``dev``, the tenth ``test``, the rest ``train``.
+    """A text in three splits, each spread over the whole of it.
+
+    The text is cut into passages of whole paragraphs, about 2000 characters each. Of every ten passages the ninth is
+    for ``dev``, the tenth for ``test`` and the rest for ``train``.
 
     >>> parts = interleaved("\\n\\n".join(f"{i} " + "x" * 1999 for i in range(20)))
     >>> [part.split()[0] for part in parts["dev"].split("\\n\\n")], len(parts["train"].split("\\n\\n"))
@@ -86,13 +97,13 @@ def interleaved(text: str) -> dict[str, str]:
     return {split: "\n\n".join(kept) for split, kept in dealt.items()}
 
 
-def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` of the rows, evenly spread from the first to the last; all where there are no more.
+def spread(rows: torch.Tensor, count: int | None) -> torch.Tensor:
+    """``count`` of the rows, evenly spread from the first to the last; all rows if there are no more, or for None.
 
     >>> spread(torch.arange(10), 4)
     tensor([0, 3, 6, 9])
     """
-    if count >= len(rows):
+    if count is None or count >= len(rows):
         return rows
     return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Outcome = dict[str, Any]
 C = TypeVar("C")
@@ -15,17 +15,16 @@ C = TypeVar("C")
 class RateSearch(Generic[C]):
     """One arm: a grid of learning rates, the seeds they are judged on, the seeds of the comparison.
 
-    The rates of ``start`` are tried first; while the best of those tried is at an edge of what was tried and the grid
-    goes on there, the next rate is tried too. With ``start=rates`` it is a plain grid search.
+    The rates of ``start`` are tried first. While the best of those tried is at an edge and the grid goes on there, the
+    next rate is tried too. With ``start=rates`` it is a plain grid search.
 
     Attributes:
         cell: learning rate, seed -> the cell.
         rates: the grid, rising; a method without a rate has the one rate 0.
         start: the rates to begin with.
-        search_seeds: over which a rate's development loss is averaged.
-        seeds: of the comparison.
+        search_seeds: the seeds over which a rate's development loss is averaged.
+        seeds: the seeds of the comparison.
         loss: of an outcome on the development split, lower is better; not finite for a run that diverged.
-        final: a chosen cell -> what is wanted in its place or beside it, such as its test; by default itself.
     """
 
     cell: Callable[[float, int], C]
@@ -34,7 +33,6 @@ class RateSearch(Generic[C]):
     seeds: tuple[int, ...]
     loss: Callable[[Outcome], float]
     start: tuple[float, ...] = ()
-    final: Callable[[C], Iterable[C]] = lambda cell: (cell,)
 
     def __post_init__(self) -> None:
         if not self.rates or list(self.rates) != sorted(set(self.rates)):
@@ -49,15 +47,10 @@ class RateSearch(Generic[C]):
         return self._walk(done)[1]
 
     def wanted(self, done: Mapping[C, Outcome]) -> list[C]:
-        """The cells wanted, given what is done: those of the search, then those of the comparison."""
+        """The cells wanted, given the outcomes so far: those of the search, then those of the comparison."""
         tried, rate = self._walk(done)
         searched = [] if len(self.rates) == 1 else [self.cell(lr, seed) for seed in self.search_seeds for lr in tried]
-        if rate is None:
-            return searched
-        runs = [self.cell(rate, seed) for seed in self.seeds]
-        if any(run not in done for run in runs):  # what follows a run (its test) needs it
-            return [*searched, *runs]
-        return [*searched, *runs, *(cell for run in runs for cell in self.final(run))]
+        return searched if rate is None else [*searched, *(self.cell(rate, seed) for seed in self.seeds)]
 
     def results(self, done: Mapping[C, Outcome]) -> list[C]:
         """The runs of the comparison, one per seed.
@@ -69,6 +62,13 @@ class RateSearch(Generic[C]):
         if rate is None:
             raise ValueError("the learning rate is not chosen yet: runs of the search are missing")
         return [self.cell(rate, seed) for seed in self.seeds]
+
+    def size(self) -> int:
+        """The number of runs; an estimate where the search begins with some of the rates."""
+        if len(self.rates) == 1:
+            return len(self.seeds)
+        tried = min(len(self.rates), len(self.start) + 2) if self.start else len(self.rates)
+        return tried * len(self.search_seeds) + len(set(self.seeds) - set(self.search_seeds))
 
     def _walk(self, done: Mapping[C, Outcome]) -> tuple[Sequence[float], float | None]:
         """The rates to try, and the chosen one once all of them have been."""
@@ -99,16 +99,24 @@ class RateSearch(Generic[C]):
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
 
 
-def gather(read: Callable[[C], Outcome | None], searches: Iterable[RateSearch[C]]) -> dict[C, Outcome]:
-    """What there is of some searches, whoever ran it.
+class Plan(Protocol[C]):
+    """Wants cells: a `RateSearch`, or a plan of several."""
+
+    def wanted(self, done: Mapping[C, Outcome]) -> list[C]:
+        """The cells wanted, given the outcomes so far."""
+        ...
+
+
+def gather(read: Callable[[C], Outcome | None], plans: Iterable[Plan[C]]) -> dict[C, Outcome]:
+    """The outcomes that there are of some plans, whoever ran the cells.
 
     Args:
         read: the outcome of a cell; None if it has not been run (`Sweep.read`).
-        searches: arms; what one wants next depends on what is there.
+        plans: independent of one another; the cells that one wants next depend on its outcomes so far.
     """
-    arms, done = list(searches), dict[C, Outcome]()
+    arms, done = list(plans), dict[C, Outcome]()
     while True:
-        wanted = [cell for search in arms for cell in search.wanted(done)]
+        wanted = [cell for arm in arms for cell in arm.wanted(done)]
         new = {cell: out for cell in wanted if cell not in done and (out := read(cell)) is not None}
         if not new:
             return done

@@ -19,24 +19,23 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from experiments import hardware
+from experiments.files import locked, write_atomically
 from experiments.sweep.processes import settle, start, together, unsettle
+from experiments.sweep.rate_search import Outcome
 
-Outcome = dict[str, Any]
 C = TypeVar("C")
 Runner = Callable[[Any, Path], Outcome]
 """``run(cell, folder) -> outcome``, importable by name; it may keep files in ``folder``."""
@@ -296,31 +295,6 @@ def _read(path: Path, cell: Any) -> Outcome | None:
     if not isinstance(written, dict) or written.get("cell") != as_json(cell) or "outcome" not in written:
         raise SweepError(f"{path} is not the outcome of this cell: delete it, and the cell is run again")
     return dict(written["outcome"])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on a file, or say (False) that another process does.
-
-    It is free again when its holder dies, however that happens.
-    """
-    try:
-        held = FileLock(path).acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    with held:
-        yield True
 
 
 def _clear(place: Path) -> None:

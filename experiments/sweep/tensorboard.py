@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.sweep import Outcome, Sweep
+from experiments.sweep import Outcome, Sweep
 
 
 class Board:

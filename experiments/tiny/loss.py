@@ -11,7 +11,7 @@ from experiments.tiny import corpus
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, ids: torch.Tensor, batch: int = 16) -> float:
+def held_out_loss(model: nn.Module, ids: torch.Tensor, batch: int = 32) -> float:
     """The mean cost of a predicted token under `model`, in nats; `model` keeps its mode.
 
     Args:
@@ -30,7 +30,7 @@ def bits_per_byte(model: nn.Module, text: bytes, context: int, batch: int = 32) 
     """The mean cost of a byte of `text` under `model`, in bits; `model` keeps its mode.
 
     The text is cut into consecutive blocks of `context` bytes, each predicted from `BOS` on, so a byte is
-    seen with at most `context` - 1 before it; the last incomplete block is left out.
+    seen with at most `context` - 1 bytes before it. The last incomplete block is left out.
 
     Args:
         model: a causal language model of transformers over `corpus.VOCABULARY` tokens.

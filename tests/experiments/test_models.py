@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from experiments import models
-from experiments.paper.encoding import ByteTokenizer, Encoder
+from experiments.models import ByteTokenizer
+from experiments.paper.encoding import Encoder
 from tests.experiments import small
 
 transformers = pytest.importorskip("transformers")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.paper.encoding import ByteTokenizer, Encoded, Encoder, window
+from experiments.models import ByteTokenizer
+from experiments.paper.encoding import Encoded, Encoder, window
 from experiments.tasks import TASKS
 from tests.experiments import small
 

@@ -28,8 +28,7 @@ from experiments.paper.cells import Cell, name, usual_dtype
 from experiments.paper.encoding import Encoder
 from experiments.paper.objectives import examples
 from experiments.paper.scoring import dev_loss, evaluate
-from experiments.sweep import sweep
-from experiments.sweep.sweep import OUTCOME, SCRATCH, Sweep
+from experiments.sweep import OUTCOME, SCRATCH, Sweep, sweep
 from experiments.tasks.loading import split
 from tests.experiments import small
 

@@ -11,7 +11,7 @@ from experiments import tasks
 from experiments.paper import published as paper
 from experiments.paper import tables
 from experiments.paper.tables import FIGURES, TABLES, Setting, fill, searches
-from experiments.sweep.rate_search import gather
+from experiments.sweep import gather
 
 SEEDS = (0, 1, 2)
 SETTING = Setting(model="tiny", seeds=SEEDS)

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from experiments.methods import Method
 from experiments.paper import finetune
 from experiments.paper.cells import Cell, name
-from experiments.sweep.sweep import Sweep
+from experiments.sweep import Sweep
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])

@@ -1,21 +1,22 @@
-"""Choosing a rate looks at validation only; the test split is read once per chosen run, after all choices."""
+"""Only the development split chooses a rate; the test split is read once per chosen run, after all choices."""
 
 import dataclasses
 
 import pytest
 
 from experiments.methods import Method
-from experiments.study import arms
-from experiments.study import demo_report as report
+from experiments.study import arms, demo_report
 from experiments.study.arms import Arm
-from experiments.study.comparison import Plan, Results
-from experiments.study.demo_cells import Setting
+from experiments.study.comparison import Plan, Results, rows
+from experiments.study.setting import Setting
+from experiments.study.table import demo_table
 
 
-def outcome(validation=1.0, steps=2):
+def outcome(dev=1.0, steps=2):
     losses = [2.0, 1.0, 0.5][:steps]
     return {
-        "validation": validation,
+        "dev": dev,
+        "dev_by_epoch": [dev],
         "losses": losses,
         "knots": [],
         "parameters": 10,
@@ -34,7 +35,7 @@ class Steps(Setting):
 @pytest.fixture
 def plan():
     rates = {"lora": (1e-3, 2e-3), "cola-2": (1e-3, 2e-3), "full": (5e-4,)}
-    return Plan({arm: arms.demo()[arm] for arm in rates}, rates, (0,), (0, 1, 2), Steps())
+    return Plan({arm: arms.demo()[arm] for arm in rates}, rates, (0,), (0, 1, 2), Steps(), test_untouched=True)
 
 
 def carried_out(plan, validation, test):
@@ -43,7 +44,7 @@ def carried_out(plan, validation, test):
     while new := [cell for cell in plan.wanted(done) if cell not in done]:
         cell = new[0]
         log.append(cell)
-        done[cell] = outcome(validation(cell)) if cell.split == "validation" else {"test": test(cell), "rebuilt": None}
+        done[cell] = outcome(validation(cell)) if cell.split == "dev" else {"test": test(cell), "rebuilt": None}
     return done, log
 
 
@@ -54,7 +55,7 @@ def test_test_loss_is_read_after_all_choices_and_once_per_chosen_run(plan):
     assert {arm: results.chosen(arm)[0].lr for arm in plan.arms} == {"lora": 2e-3, "cola-2": 2e-3, "full": 5e-4}
     kinds = [cell.split for cell in log]
     assert plan.size() == 2 + 2 + 2 + 2 + 3
-    assert kinds == ["validation"] * plan.size() + ["test"] * 10
+    assert kinds == ["dev"] * plan.size() + ["test"] * 10
     assert log[-10:] == [*(run.tested for arm in plan.arms for run in results.chosen(arm)), plan.untouched]
     assert len(set(log)) == len(log) == len(done)
     assert results.losses("lora") == [2e-3] * 3
@@ -68,7 +69,19 @@ def test_the_lowest_mean_validation_loss_chooses(plan):
     assert Results(plan, done).chosen("lora")[0].lr == 2e-3
     done, log = carried_out(plan, lambda cell: 1.0, lambda cell: 0.0)
     assert Results(plan, done).chosen("lora")[0].lr == 1e-3  # the lower of two that tie
-    assert len([cell for cell in log if cell.split == "validation"]) == plan.size()
+    assert len([cell for cell in log if cell.split == "dev"]) == plan.size()
+
+
+def test_what_follows_a_run_waits_for_it():
+    """Two rates, the other seed, the tests."""
+    arm = Arm("LoRA", Method.lora(), (1.0, 2.0), 1.0)
+    plan = Plan({"lora": arm}, {"lora": arm.rates}, (0,), (0, 1), Steps(), walk=True)
+    done, order = {}, []
+    while new := [cell for cell in plan.wanted(done) if cell not in done]:
+        order.append([cell.split for cell in new])
+        done.update({cell: outcome(cell.lr) if cell.split == "dev" else {"test": 0.0} for cell in new})
+    assert order == [["dev"], ["dev"], ["dev"], ["test", "test"]]
+    assert [(cell.lr, cell.seed) for cell in done if cell.split == "test"] == [(1.0, 0), (1.0, 1)]
 
 
 @pytest.mark.parametrize("search_seeds", [(7,), ()])
@@ -105,22 +118,22 @@ def changed(results, **changes):
 
 
 def test_the_table_compares_with_lora_and_measures_the_gap(results):
-    lora, cola, full = rows = report.rows(results)
+    lora, cola, full = found = rows(results)
     assert lora.against is None
     assert (lora.gap, full.gap) == (0.0, 1.0)
     assert cola.gap == pytest.approx(0.05 / 0.2)
     assert cola.against.difference.mean == pytest.approx(-0.05)
-    text = report.table(rows)
+    text = demo_table(found)
     assert "25 %" in text
     assert "-0.0500 [-0.0748, -0.0252]" in text
-    first, second = report.statements(rows)
+    first, second = demo_report.statements(found)
     assert first == "COLA, 2 links: 0.0500 bits per byte below LoRA, significant (p = 0.013)"
     assert second.startswith("full fine-tuning: 0.2000 bits per byte below LoRA, significant")
 
 
 def test_checks_fail_when_there_is_nothing_to_learn_from_the_results(results):
     def failed(results):
-        return [check.what for check in report.checks(results, report.rows(results)) if not check.holds]
+        return [check.what for check in demo_report.checks(results, rows(results)) if not check.holds]
 
     assert failed(results) == []
     better = changed(results, test=lambda cell, loss: loss if cell.lr else 1.99)

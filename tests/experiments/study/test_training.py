@@ -1,4 +1,4 @@
-"""The loop of the offline experiments and the demo's cells: the schedule, what is recorded, what a seed decides."""
+"""The training loop, and the demo's setting: the schedule, what is recorded, what a seed decides."""
 
 import dataclasses
 import math
@@ -9,12 +9,12 @@ from safetensors.torch import load_model
 
 from cola import Chain
 from experiments.methods import Method
-from experiments.study import arms
-from experiments.study import demo_cells as demo_run
+from experiments.study import arms, cells, text
 from experiments.study.arms import SCALING, require_possible
-from experiments.study.demo_cells import DemoCell, Setting, run
+from experiments.study.cells import StudyCell, run
+from experiments.study.demo import preset, refuse_divergence
 from experiments.study.training import WarmDecay, train
-from experiments.sweep.sweep import Sweep
+from experiments.sweep import Sweep
 from experiments.tiny import corpus, tiny_opt
 from experiments.tiny.loss import bits_per_byte, held_out_loss
 
@@ -23,9 +23,13 @@ ARMS = arms.demo()
 
 @pytest.fixture(autouse=True)
 def prose(monkeypatch):
-    text = corpus.prose({f"t{i}": f"topic {i} says this and that, {i * i} times. " * 12 for i in range(12)})
-    monkeypatch.setattr(demo_run, "prose", lambda: text)
-    return text
+    short = corpus.prose({f"t{i}": f"topic {i} says this and that, {i * i} times. " * 12 for i in range(12)})
+    monkeypatch.setattr(corpus, "prose", lambda: short)
+    for cached in (text.splits, text.blocks):
+        cached.cache_clear()
+    yield short
+    for cached in (text.splits, text.blocks):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -36,11 +40,11 @@ def model():
 @pytest.fixture
 def setting(model, tmp_path):
     tiny_opt.save(tiny_opt.fresh(model.config, seed=0), tmp_path / "model", {})
-    return Setting(str(tmp_path / "model"), epochs=2, train_bytes=2048, context=32, batch_size=16, warmup=1)
+    return preset(model=str(tmp_path / "model"), epochs=2, train_bytes=2048, context=32, batch_size=16, warmup=1)
 
 
 def cell(setting, arm, lr=1e-2, seed=0):
-    return DemoCell(setting, ARMS[arm].method, lr, seed)
+    return StudyCell(setting, ARMS[arm].method, lr, seed)
 
 
 def trained(setting, arm, model, seed=0):
@@ -93,7 +97,7 @@ def test_planned_chains_have_their_links(name, ranks, model, setting):
 @pytest.mark.parametrize("rank", [8, 4])
 @pytest.mark.parametrize("name", ["lora", "lora-wide", "cola-stepdown"])
 def test_the_scaling_is_the_papers_at_every_rank(name, rank, model, setting):
-    of = DemoCell(setting, arms.demo(rank)[name].method, 1e-2, 0)
+    of = StudyCell(setting, arms.demo(rank)[name].method, 1e-2, 0)
     optimizer = of.optimizer(model)
     train(model, optimizer, setting.read(0), setting.schedule())
     scalings = {factor.scaling for link in optimizer.chain for factor in link.factors.values()}
@@ -106,7 +110,7 @@ def test_a_seed_decides_everything(model, setting):
     for seed in (0, 0, 1):
         model.load_state_dict(state)
         torch.manual_seed(len(found))  # the global generator must not matter
-        found.append((trained(setting, "cola-2", model, seed).losses, setting.bits(model, "validation")))
+        found.append((trained(setting, "cola-2", model, seed).losses, held_out_loss(model, setting.blocks().dev)))
     assert found[0] == found[1] != found[2]
 
 
@@ -127,23 +131,23 @@ def test_what_is_between_epochs_is_called_there(model, setting):
     assert seen == [setting.steps_per_epoch()]
 
 
-def test_a_run_leaves_weights_and_a_chain_that_gives_them(setting, tmp_path):
-    sweep = Sweep(tmp_path / "sweep", run, demo_run.name)
+def test_a_run_leaves_weights_and_a_chain_that_gives_them(setting, tmp_path, prose):
+    sweep = Sweep(tmp_path / "sweep", run, cells.name)
     of = cell(setting, "cola-3")
     done = sweep.carry_out(lambda done: [of, of.tested] if of in done else [of], workers=1, progress=False)
-    model, text = tiny_opt.load(tmp_path / "model"), demo_run.prose().text
-    untouched = DemoCell(setting, Method("zero-shot"), 0.0, 0).tested
-    expected = {"test": bits_per_byte(model, text["test"], 32), "rebuilt": None}
+    model, text = tiny_opt.load(tmp_path / "model"), prose.text
+    untouched = StudyCell(setting, Method("zero-shot"), 0.0, 0).tested
+    expected = {"test": held_out_loss(model, corpus.blocks(text["test"], 32)), "rebuilt": None}
     assert run(untouched, tmp_path / "untouched") == expected
-    load_model(model, str(sweep.place(of) / demo_run.WEIGHTS))
-    assert done[of.tested] == {"test": bits_per_byte(model, text["test"], 32), "rebuilt": 0.0}
-    assert done[of]["validation"] == bits_per_byte(model, text["validation"], 32)
-    assert len(Chain.load(sweep.place(of) / demo_run.CHAIN)) == len(done[of]["knots"]) == 3
+    load_model(model, str(sweep.place(of) / cells.WEIGHTS))
+    assert done[of.tested] == {"test": held_out_loss(model, corpus.blocks(text["test"], 32)), "rebuilt": 0.0}
+    assert done[of]["dev"] == held_out_loss(model, corpus.blocks(text["validation"], 32))
+    assert len(Chain.load(sweep.place(of) / cells.CHAIN)) == len(done[of]["knots"]) == 3
     # a chain that is not the run's is found out
     other = tiny_opt.load(tmp_path / "model")
     optimizer = cell(setting, "cola-3", seed=1).optimizer(other)
     train(other, optimizer, setting.read(1), setting.schedule())
-    optimizer.chain.save(sweep.place(of) / demo_run.CHAIN)
+    optimizer.chain.save(sweep.place(of) / cells.CHAIN)
     assert run(of.tested, sweep.place(of.tested))["rebuilt"] > 1e-6
 
 
@@ -154,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_the_run(setting, tmp_path):
     tiny_opt.save(model, tmp_path / "nan", {})
     of = cell(dataclasses.replace(setting, model=str(tmp_path / "nan")), "full", seed=5)
     with pytest.raises(FloatingPointError, match=r"finetune, lr=0.01, seed=5: the loss is nan at step 1"):
-        run(of, tmp_path)
+        refuse_divergence(of, run(of, tmp_path))
 
 
 def test_bits_per_byte_of_a_uniform_model_are_the_vocabularys(model):
@@ -190,13 +194,13 @@ def test_ranks_keep_their_ratio_and_labels_say_them(model, setting):
     assert arms.demo(1)["cola-stepdown"].method.ranks == (1, 1)
     assert arms.demo()["lora-wide"].label == "LoRA, rank 24"
     other = dataclasses.replace(setting, targets=("all-linear",), init="kaiming")
-    link = DemoCell(other, arms.demo(4)["cola-stepdown"].method, 1e-3, 0).optimizer(model).live.config
+    link = StudyCell(other, arms.demo(4)["cola-stepdown"].method, 1e-3, 0).optimizer(model).live.config
     assert (link.r, link.lora_alpha, link.target_modules, link.init) == ((4, 2), 8.0, "all-linear", "kaiming")
 
 
 def test_arms_that_cannot_be_are_named_with_what_is_left(model, setting):
     def set_up(arm, model):
-        return DemoCell(setting, arm.method, arm.start, 0).optimizer(model)
+        return StudyCell(setting, arm.method, arm.start, 0).optimizer(model)
 
     wide = arms.demo(16)  # of which the widest, 48, is above the width of 32
     before = {name: p.clone() for name, p in model.named_parameters()}

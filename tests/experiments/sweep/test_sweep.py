@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import hardware
-from experiments.sweep.rate_search import RateSearch
-from experiments.sweep.sweep import OUTCOME, Shard, Sweep, SweepError, write_atomically
+from experiments.files import write_atomically
+from experiments.sweep import OUTCOME, RateSearch, Shard, Sweep, SweepError
 from tests.experiments.sweep import toy_sweep
 from tests.experiments.sweep.toy_sweep import Toy, plan, searches
 
@@ -266,23 +266,6 @@ def test_a_single_rate_is_not_searched():
     of, _, asked = search({1.0: 5.0}, rates=(1.0,))
     assert asked == [[(1.0, 0), (1.0, 1)]]
     assert of.chosen({}) == 1.0
-
-
-def test_what_follows_a_run_waits_for_it():
-    of = RateSearch(
-        lambda lr, seed: (lr, seed, "dev"),
-        (1.0, 2.0),
-        (0,),
-        (0, 1),
-        lambda out: out["dev"],
-        final=lambda cell: ((*cell[:2], "test"),),
-    )
-    done, order = {}, []
-    while new := [cell for cell in of.wanted(done) if cell not in done]:
-        order.append([cell[2] for cell in new])
-        done.update({cell: {"dev": cell[0]} for cell in new})
-    assert order == [["dev", "dev"], ["dev"], ["test", "test"]]  # two rates, the other seed, the tests
-    assert [cell for cell in done if cell[2] == "test"] == [(1.0, 0, "test"), (1.0, 1, "test")]
 
 
 @pytest.mark.parametrize(

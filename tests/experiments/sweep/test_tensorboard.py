@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments.sweep.sweep import Sweep
+from experiments.sweep import Sweep
 from experiments.sweep.tensorboard import Board
 
 

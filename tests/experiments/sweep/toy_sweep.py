@@ -7,8 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.sweep.rate_search import RateSearch
-from experiments.sweep.sweep import Sweep
+from experiments.sweep import RateSearch, Sweep
 
 RATES = (0.1, 0.2, 0.4, 0.8)
 
