@@ -16,7 +16,7 @@ COMMANDS = {
         "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
     ),
     "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
-    "figure": ("paper.figure", "reproduce the paper's figure 2 or 3"),
+    "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),
     "bench": ("bench", "time layer, step, tie, knot and export beside their peers and limits"),
     "rounding": ("study.rounding", "measure what each rounding of a tie costs a half-precision run"),
 }

@@ -68,13 +68,13 @@ def provenance() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    libraries = versions("torch", "transformers", "peft", "numpy")
+    libraries = {"python": platform.python_version(), **versions("torch", "transformers", "peft", "numpy")}
     return {"commit": commit(), "versions": libraries, "processor": describe_processor(), "gpus": gpus}
 
 
 def versions(*libraries: str) -> dict[str, str]:
-    """The versions of Python and of these libraries, without those that are not installed."""
-    found = {"python": platform.python_version()}
+    """The versions of these libraries, without those that are not installed."""
+    found = {}
     for library in libraries:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -23,8 +24,8 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
     text = markdown(rows, settings, arguments, minutes)
     (arguments.out / "bench.md").write_text(text + "\n")
     written = {
-        "hardware": describe_processor(), "threads": threads(arguments), "versions": _libraries(), "minutes": minutes,
-        "settings": asdict(settings),
+        "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(*PACKAGES),
+        "minutes": minutes, "settings": asdict(settings),
         "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
     (arguments.out / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
@@ -39,8 +40,8 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
     reached = [row.reached for row in rows if row.reached is not None]
     out_of_reach = sum(row.out_of_reach and row.reached is False for row in rows)
     lines = [
-        f"{describe_processor()}, {threads(arguments)} thread(s), Python {versions()['python']}, "
-        + ", ".join(f"{name} {number}" for name, number in _libraries().items())
+        f"{describe_processor()}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
+        + ", ".join(f"{name} {number}" for name, number in versions(*PACKAGES).items())
         + f"; {settings.clock} time; {minutes:.1f} minutes; {sum(reached)} of {len(reached)} targets reached"
         + (f", {out_of_reach} of the others lie below their floors" if out_of_reach else "")
         + ("; SMOKE: the figures mean nothing" if settings.smoke else "")
@@ -94,7 +95,3 @@ def shortened(names: Sequence[str]) -> str:
 def threads(arguments: argparse.Namespace) -> int:
     """Of torch in this run."""
     return arguments.threads or torch.get_num_threads()
-
-
-def _libraries() -> dict[str, str]:
-    return {name: number for name, number in versions(*PACKAGES).items() if name != "python"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -86,6 +87,25 @@ class Cell(Circumstances):
             raise ValueError(f"dev={self.dev}: at least 1 is needed")
         if self.method.trains and not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: a method that trains needs a positive, finite learning rate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that set `Circumstances`, for every command that runs cells."""
+    how = parser.add_argument_group("how")
+    how.add_argument("--data-dir", help="folder of <task>/train.jsonl and validation.jsonl (default: the hub)")
+    how.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
+    how.add_argument("--max-length", type=int, help=f"tokens of a prompt with its answer ({Circumstances.max_length})")
+    how.add_argument("--dtype", choices=DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
+    how.add_argument("--device-map", help="as for transformers, such as auto")
+    how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
+
+
+def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The `Circumstances` that these options ask for, by name, without those left at their default."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(Circumstances)}
+    given = {**given, "dtype": arguments.dtype or usual_dtype(), "targets": tuple(arguments.targets)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def usual_dtype() -> str:

@@ -1,11 +1,14 @@
-"""The paper's two figures from the tables they show: ours with standard deviations, the paper's beside them.
+"""Reproduce Figure 2 (chain lengths, from Table 3) or Figure 3 (rank step-down, from Table 4).
 
-Figure 2 is Table 3, the score against the length of the chain; Figure 3 is Table 4, the score against the rank of the
-second link and the training FLOPs that it saves. What is missing leaves a gap and is named in the panel.
+    python -m experiments figure 2 [the options of `table`]
+
+The runs are those of the table: after `table 3`, `figure 2` runs nothing. Our means with their standard deviations are
+drawn next to the paper's. A missing score leaves a gap and is named in the panel.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.files import write_atomically
+from experiments.paper.reproduce import add_run_arguments, reproduce
+from experiments.paper.score_table import Column, Entry, Row, Table
+from experiments.paper.tables import FIGURES, TABLES
 from experiments.report import style
-from experiments.report.entries import Column, Entry, Row
-from experiments.report.table import Table
 
 OURS = {"color": style.BLUE, "marker": "o", "linestyle": "-", "label": "ours"}
 PAPER = {"color": style.VERMILION, "marker": "s", "linestyle": "--", "label": "paper"}
@@ -24,6 +28,26 @@ _GREY = "#555555"
 _SHIFT = 0.06  # of a step, so that the two error bars of a point stand beside each other
 _WIDE = 3  # panels in a line
 _PER_INCH = 13  # characters of a line of the title
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments figure`."""
+    parser.add_argument("number", type=int, choices=list(FIGURES), help="the paper's figure")
+    add_run_arguments(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments figure`: 0; 1 if a run of this shard is missing or diverged; 2 for bad arguments."""
+    number = arguments.number
+    result = reproduce(TABLES[FIGURES[number]], arguments, f"figure {number}")
+    if isinstance(result, int):
+        return result
+    if not result.shown:
+        return result.status
+    draw = {2: chain_lengths, 3: rank_step_down}[number]
+    paths = draw(result.table, arguments.out / f"figure{number}", **result.about)
+    print(result.table.text())
+    return result.end(paths)
 
 
 def chain_lengths(table: Table, stem: Path, **about: Any) -> list[Path]:

@@ -23,10 +23,9 @@ from typing import Any
 from experiments import hardware
 from experiments.command_line import repeated
 from experiments.methods import QUERY_AND_VALUE
-from experiments.paper import cells, flops, tables
+from experiments.paper import cells, flops, score_table, tables
 from experiments.paper.cells import Cell
 from experiments.paper.tables import TABLES, PaperTable, Place, Setting
-from experiments.report import table as layout
 from experiments.sweep import Outcome, RateSearch, Shard, Sweep, SweepError, gather
 from experiments.sweep.processes import processes
 from experiments.sweep.tensorboard import Board
@@ -47,10 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that tables and figures share."""
-    default = Setting()
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder to write (default: %(default)s)")
     parser.add_argument("--model", help="a folder, a hub name, or tiny (default: the paper's)")
-    parser.add_argument("--data-dir", help="folder of <task>/train.jsonl and validation.jsonl (default: the hub)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: 5; 2 with --smoke)")
     parser.add_argument("--workers", type=int, help="cells at a time (default: as many as cores and memory allow)")
@@ -69,14 +66,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         part.add_argument(f"--{size}", type=int, help=f"at most so many {what} examples")
     part.add_argument("--epochs", type=int, help="passes over the training examples (default: the paper's 5)")
 
-    how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=cells.DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
-    how.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
-    how.add_argument("--bias", action=argparse.BooleanOptionalAction, help="train their biases (as the paper does)")
-    how.add_argument("--max-length", type=int, help=f"tokens of a prompt with its answer ({default.max_length})")
-    how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
-    how.add_argument("--device-map", help="as for transformers, such as auto")
-    how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
+    cells.add_arguments(parser)
+    parser.add_argument(
+        "--bias", action=argparse.BooleanOptionalAction, help="train the adapted layers' biases (as the paper does)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -102,7 +95,7 @@ class Result:
         shown: False in all of `torchrun`'s processes but the first: what they have is the same.
     """
 
-    table: layout.Table
+    table: score_table.Table
     lacking: tuple[str, ...]
     about: Mapping[str, Any]
     shown: bool = True
@@ -150,7 +143,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
             finished=board if board and first else (lambda cell, outcome: None),
         )
         if first:  # torchrun's other processes may be here before the last outcome is written
-            done = gather(sweep.read, found.values())
+            done = gather(sweep.read, [search.wanted for search in found.values()])
     except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -183,7 +176,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
     search = arguments.search_seeds or (base.search_seeds and len(base.search_seeds))
     given = {
         name: getattr(arguments, name)
-        for name in ("model", "data_dir", "rates", "train", "dev", "test", "epochs", "bias", "max_length", "device_map")
+        for name in ("model", "rates", "train", "dev", "test", "epochs", "bias")
         if getattr(arguments, name) is not None
     }
     setting = replace(
@@ -192,10 +185,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
         search_seeds=seeds[:search] if search else None,
         tasks=tuple(arguments.tasks) if arguments.tasks else None,
         labels=tuple(arguments.lines) if arguments.lines else None,
-        dtype=arguments.dtype or cells.usual_dtype(),
-        targets=tuple(arguments.targets),
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        fsdp=arguments.fsdp,
+        **cells.circumstances(arguments),
         **given,
     )
     return _smoke(setting, table, arguments.out) if arguments.smoke else setting

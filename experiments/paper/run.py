@@ -19,8 +19,8 @@ from pathlib import Path
 from experiments import tasks
 from experiments.methods import BASES, KINDS, Method
 from experiments.paper import cells, tables
-from experiments.paper import published as paper
 from experiments.paper.cells import Cell
+from experiments.paper.published import protocol
 from experiments.sweep import Sweep, SweepError
 
 
@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder to write (default: %(default)s)")
     parser.add_argument("--model", default="facebook/opt-1.3b", help="a folder, a hub name, or tiny (%(default)s)")
     parser.add_argument("--task", required=True, help=f"one of {', '.join(tasks.TASKS)}")
-    parser.add_argument("--data-dir", help="folder of <task>/train.jsonl and validation.jsonl (default: the hub)")
     parser.add_argument("--seed", type=int, default=0, help="of data and draws (default: %(default)s)")
 
     method = parser.add_argument_group("method")
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--links", type=int, help="length of the chain (default: 3; 1 for lora)")
     method.add_argument("--knots", default="epochs", help="epochs, even, plateau, at=STEP,… or every=STEPS (epochs)")
     method.add_argument("--alpha", type=float, default=16.0, help="scale = alpha / first rank (default: %(default)s)")
-    method.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
     method.add_argument(
         "--bias",
         action=argparse.BooleanOptionalAction,
@@ -53,13 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--test", type=int, default=1000, help="test examples (default: %(default)s)")
     sizes.add_argument("--epochs", type=int, default=5, help="passes (default: %(default)s)")
     sizes.add_argument("--batch", type=int, help="examples per optimizer step (default: 8, for the paper's Llama 4)")
-    sizes.add_argument("--max-length", type=int, default=2048, help="tokens of a prompt with its answer (%(default)s)")
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=cells.DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
-    how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
-    how.add_argument("--device-map", help="as for transformers, such as auto")
-    how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
+    cells.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -93,13 +85,13 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
     if links is None:
         links = 3 if kind == "cola" else 1
     method = Method(kind, arguments.base, tuple(arguments.ranks), links, arguments.knots, arguments.alpha)
-    protocol = paper.protocol()
+    facts = protocol()
     of_the_paper = next((name for name, hub in tables.HUB.items() if hub == arguments.model), None)
     batch, bias = arguments.batch, arguments.bias
     if batch is None:
-        batch = protocol.batch.get(of_the_paper or "", 8)
+        batch = facts.batch.get(of_the_paper or "", 8)
     if bias is None:
-        bias = protocol.adapter_bias.get(of_the_paper or "", False)
+        bias = facts.adapter_bias.get(of_the_paper or "", False)
     return Cell(
         model=arguments.model,
         task=tasks.task(arguments.task).name,
@@ -112,11 +104,5 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
         epochs=arguments.epochs,
         batch=batch,
         bias=bias and method.adapts,
-        dtype=arguments.dtype or cells.usual_dtype(),
-        targets=tuple(arguments.targets),
-        data_dir=arguments.data_dir,
-        max_length=arguments.max_length,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        device_map=arguments.device_map,
-        fsdp=arguments.fsdp,
+        **cells.circumstances(arguments),
     )

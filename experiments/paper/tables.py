@@ -18,11 +18,10 @@ from typing import Any
 
 from experiments import tasks
 from experiments.methods import Method
-from experiments.paper import cells
-from experiments.paper import published as paper
+from experiments.paper import cells, score_table
 from experiments.paper.cells import Cell
-from experiments.report import table as layout
-from experiments.report.entries import Column, Entry, Row
+from experiments.paper.published import Published, Score, protocol, published
+from experiments.paper.score_table import Column, Entry, Row
 from experiments.sweep import Outcome, RateSearch
 from experiments.tasks import synthetic
 
@@ -75,9 +74,9 @@ class PaperTable:
     saves: bool = False
 
     @cached_property
-    def published(self) -> paper.Published:
+    def published(self) -> Published:
         """What the paper prints."""
-        return paper.published(self.number)
+        return published(self.number)
 
     @property
     def model(self) -> str:
@@ -145,7 +144,7 @@ def fill(
     done: Mapping[Cell, Outcome],
     found: Mapping[Place, RateSearch[Cell]] | None = None,
     per_token: int | None = None,
-) -> layout.Table:
+) -> score_table.Table:
     """The table with what came out; entries whose runs are missing stay empty and are named.
 
     Args:
@@ -169,7 +168,7 @@ def fill(
             if table.saves and (saved := _saved(table, line, name, found[line.label, name], done, per_token)):
                 entries[line.label, f"{name}:flops"] = saved
     labels = {line.label for line in lines}
-    return layout.Table(
+    return score_table.Table(
         title=_title(table, setting),
         columns=tuple(columns),
         rows=tuple(
@@ -201,7 +200,7 @@ def _chosen(table: PaperTable, setting: Setting) -> tuple[list[Line], list[str]]
 
 def _cell(table: PaperTable, line: Line, name: str, setting: Setting) -> Cell:
     """An entry's run, but for its rate and seed."""
-    protocol, model = paper.protocol(), table.published.model
+    facts, model = protocol(), table.published.model
     return Cell(
         model=setting.model or table.model,
         task=tasks.task(name).name,
@@ -211,9 +210,9 @@ def _cell(table: PaperTable, line: Line, name: str, setting: Setting) -> Cell:
         train=_at_most(line.train, setting.train),
         dev=setting.dev,
         test=_at_most(line.test, setting.test),
-        epochs=setting.epochs or protocol.epochs,
-        batch=protocol.batch[model],
-        bias=line.method.adapts and (protocol.adapter_bias[model] if setting.bias is None else setting.bias),
+        epochs=setting.epochs or facts.epochs,
+        batch=facts.batch[model],
+        bias=line.method.adapts and (facts.adapter_bias[model] if setting.bias is None else setting.bias),
         **setting.circumstances(),
     )
 
@@ -230,7 +229,7 @@ def _rates(line: Line, setting: Setting) -> tuple[float, ...]:
     return line.rates[-setting.rates :]
 
 
-def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: paper.Score | None = None) -> Entry:
+def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: Score | None = None) -> Entry:
     """Test scores of the runs at the chosen rate, in percent; a run that diverged is NaN.
 
     Args:
@@ -301,7 +300,7 @@ def _notes(table: PaperTable, setting: Setting) -> Iterable[str]:
 
 
 def _adapters(optimizer: str = "AdamW") -> tuple[float, ...]:
-    return paper.protocol().grid(adapters=True, optimizer=optimizer)
+    return protocol().grid(adapters=True, optimizer=optimizer)
 
 
 def _lora(label: str = "LoRA", *, rank: int = 8, optimizer: str = "AdamW", **more: Any) -> Line:
@@ -322,7 +321,7 @@ def _cola(
 
 
 def _finetune(model: str) -> Line:
-    return Line("Finetune", Method("finetune"), paper.protocol().grid(adapters=False, model=model), "LoRA")
+    return Line("Finetune", Method("finetune"), protocol().grid(adapters=False, model=model), "LoRA")
 
 
 def _pair(what: str, **more: Any) -> tuple[Line, Line]:

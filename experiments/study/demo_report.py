@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def record(
             "minutes": minutes,
             "cpu_minutes": cpu_minutes,
             "processes": workers,
-            "versions": hardware.versions("torch", "transformers"),
+            "versions": {"python": platform.python_version(), **hardware.versions("torch", "transformers")},
             "prose": {
                 "sha256": text.digest,
                 "bytes": {split: len(body) for split, body in text.text.items()},

@@ -11,6 +11,7 @@ difference from the exact chain paired by seed; how much of the links' sum arriv
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from cola import ChainOptimizer, EvenKnots, LinkConfig
 from experiments.hardware import describe_processor
 from experiments.report import stats
+from experiments.study.training import train
 from experiments.tiny import corpus, tiny_opt
 from experiments.tiny.loss import bits_per_byte
 
@@ -111,18 +113,9 @@ def run(cell: Cell, steps: int, prose: corpus.Prose, folder: Path) -> Measured:
         lr=cell.lr,
         weight_decay=0.0,
     )
-    model.train()
     order = torch.Generator().manual_seed(cell.seed)
-    taken = 0
-    while taken < steps:
-        for ids in corpus.epoch(prose.text["train"], tiny_opt.CONTEXT, BATCH, order):
-            if taken == steps:
-                break
-            opt.zero_grad()
-            model(input_ids=ids, labels=ids).loss.backward()
-            opt.step()
-            taken += 1
-    opt.finish()
+    batches = corpus.forever(prose.text["train"], tiny_opt.CONTEXT, BATCH, order)
+    train(model, opt, [itertools.islice(batches, steps)], factor=lambda step, ties: 1.0)
     return measure(opt, model, before, prose)
 
 

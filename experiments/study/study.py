@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     sweep = Sweep(arguments.out, run, name)
     try:
         sweep.carry_out(mine.wanted, workers=arguments.workers, expected=mine.cells())
-        done = gather(sweep.read, [plan.part([arm]) for arm in plan.arms])
+        done = gather(sweep.read, [plan.part([arm]).wanted for arm in plan.arms])
     except OSError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2

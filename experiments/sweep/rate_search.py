@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 Outcome = dict[str, Any]
 C = TypeVar("C")
@@ -99,24 +99,18 @@ class RateSearch(Generic[C]):
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
 
 
-class Plan(Protocol[C]):
-    """Wants cells: a `RateSearch`, or a plan of several."""
-
-    def wanted(self, done: Mapping[C, Outcome]) -> list[C]:
-        """The cells wanted, given the outcomes so far."""
-        ...
-
-
-def gather(read: Callable[[C], Outcome | None], plans: Iterable[Plan[C]]) -> dict[C, Outcome]:
-    """The outcomes that there are of some plans, whoever ran the cells.
+def gather(
+    read: Callable[[C], Outcome | None], plans: Iterable[Callable[[Mapping[C, Outcome]], Sequence[C]]]
+) -> dict[C, Outcome]:
+    """The outcomes of some plans, from whichever process ran the cells.
 
     Args:
         read: the outcome of a cell; None if it has not been run (`Sweep.read`).
-        plans: independent of one another; the cells that one wants next depend on its outcomes so far.
+        plans: outcomes so far -> cells wanted; the plans do not depend on one another.
     """
-    arms, done = list(plans), dict[C, Outcome]()
+    parts, done = list(plans), dict[C, Outcome]()
     while True:
-        wanted = [cell for arm in arms for cell in arm.wanted(done)]
+        wanted = [cell for part in parts for cell in part(done)]
         new = {cell: out for cell in wanted if cell not in done and (out := read(cell)) is not None}
         if not new:
             return done

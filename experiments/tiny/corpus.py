@@ -172,6 +172,12 @@ def epoch(text: bytes, length: int, batch_size: int, generator: torch.Generator)
     yield from ids[torch.randperm(len(ids), generator=generator)].split(batch_size)
 
 
+def forever(text: bytes, length: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """The batches of `epoch`, pass after pass."""
+    while True:
+        yield from epoch(text, length, batch_size, generator)
+
+
 def batches_per_epoch(text: bytes, length: int, batch_size: int) -> int:
     """How many batches `epoch` yields."""
     return -(-_blocks_per_epoch(text, length) // batch_size)

@@ -14,7 +14,6 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -115,7 +114,7 @@ def pretrain(text: bytes, recipe: Recipe, model: OPTForCausalLM | None = None) -
         )
         for optimizer in optimizers
     ]
-    batches = _forever(text, context, recipe.batch_size, torch.Generator().manual_seed(recipe.seed))
+    batches = corpus.forever(text, context, recipe.batch_size, torch.Generator().manual_seed(recipe.seed))
     model.train()
     with tqdm(range(recipe.steps), desc="pretrain", unit="step", mininterval=1.0) as progress:
         smooth = math.nan
@@ -147,11 +146,6 @@ def _optimizers(model: OPTForCausalLM, recipe: Recipe) -> list[torch.optim.Optim
         torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-def _forever(text: bytes, context: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    while True:
-        yield from corpus.epoch(text, context, batch_size, generator)
 
 
 def _given(arguments: argparse.Namespace) -> list[str]:

@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from experiments.paper import figures
-from experiments.report.entries import Column, Entry, Row
-from experiments.report.table import Table
+from experiments.paper.score_table import Column, Entry, Row, Table
 
 
 def lengths(missing=False):

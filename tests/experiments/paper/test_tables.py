@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from experiments import tasks
-from experiments.paper import published as paper
 from experiments.paper import tables
+from experiments.paper.published import published
 from experiments.paper.tables import FIGURES, TABLES, Setting, fill, searches
 from experiments.sweep import gather
 
@@ -25,7 +25,7 @@ def outcome(cell):
 
 def carried_out(table, setting, run=outcome):
     """Every cell that the table wants, as a sweep would run them."""
-    return gather(run, searches(table, setting).values())
+    return gather(run, [search.wanted for search in searches(table, setting).values()])
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -101,7 +101,7 @@ def test_table_4_says_what_a_smaller_rank_saves():
         entry = filled.entries[f"COLA(8,{rank})", "cb:flops"]
         # the second link saw 200 of the made-up tokens
         assert set(entry.values.values()) == {(8 - rank) * 200 * per}
-        assert entry.paper == paper.published(4).score(f"COLA(8,{rank})", "cb").flops_saved
+        assert entry.paper == published(4).score(f"COLA(8,{rank})", "cb").flops_saved
     assert ("COLA(8,8)", "cb:flops") not in filled.entries
     assert ("LoRA", "cb:flops") not in filled.entries
     without = fill(TABLES[4], SETTING, carried_out(TABLES[4], SETTING))
@@ -112,7 +112,7 @@ def test_table_4_says_what_a_smaller_rank_saves():
 def test_the_papers_savings_are_proportional_to_what_is_left_of_the_rank():
     """To the three digits that it prints."""
     for task in ("cb", "wsc", "wic"):
-        per_rank = [paper.published(4).score(f"COLA(8,{r})", task).flops_saved / (8 - r) for r in (6, 4, 2)]
+        per_rank = [published(4).score(f"COLA(8,{r})", task).flops_saved / (8 - r) for r in (6, 4, 2)]
         # each was rounded to three significant digits, so by 0.5 in the third, at most one in 200
         assert max(per_rank) / min(per_rank) - 1 <= 2 * 0.005
 

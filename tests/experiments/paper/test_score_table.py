@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from experiments.report.entries import Column, Entry, Row
+from experiments.paper.score_table import Column, Entry, Row, Table
 from experiments.report.stats import holm
-from experiments.report.table import Table
 
 LORA, COLA, FULL = {0: 50.0, 1: 52.0, 2: 51.0}, {0: 53.0, 1: 55.0, 2: 54.5}, {0: 49.0, 1: math.nan}
 

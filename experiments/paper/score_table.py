@@ -1,25 +1,121 @@
-"""A table of scores over seeds beside the paper's: means, deviations, paired comparisons; then as text, files, records.
+"""A table of scores over seeds next to the paper's: means, deviations, paired comparisons, in several formats.
 
-What is missing is shown as "–" and named below the table; nothing is filled in.
+Missing scores are shown as "–" and named below the table; nothing is filled in.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experiments.files import write_atomically
 from experiments.report import formats, stats
-from experiments.report.entries import LEVEL, Column, Comparison, Entry, Row
 from experiments.report.formats import Grid, Text
+from experiments.report.stats import LEVEL
 
 MISSING = "–"
 _NO_SPREAD = 1e-9  # of scores in percent; rounding alone gives about 1e-13
 _TERMINAL = 120  # characters: a wider matrix is shown with a line per column if that is narrower
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds.
+
+    Attributes:
+        key: its name in files, such as `wsc`.
+        label: as shown.
+        form: how a number is written.
+        higher_is_better: False where lower is, None for what is neither (a cost): it is not compared.
+    """
+
+    key: str
+    label: str
+    form: str = ".2f"
+    higher_is_better: bool | None = True
+
+    def show(self, value: float) -> str:
+        """A number of this column."""
+        return format(value, self.form)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line.
+
+    Attributes:
+        key: its name in files.
+        label: as shown.
+        reference: key of the row it is compared with, seed by seed; None for none.
+        group: rows of one group stand together.
+        short: as a figure shows it; empty for the label.
+    """
+
+    key: str
+    label: str
+    reference: str | None = None
+    group: str = ""
+    short: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table.
+
+    Attributes:
+        values: seed -> our number; seeds that have not been run are absent, runs that diverged are not finite.
+        paper: the paper's mean; None where it prints none.
+        paper_std: the paper's standard deviation; None where it prints none.
+        note: what else is known of it, such as the learning rate chosen.
+    """
+
+    values: Mapping[int, float] = field(default_factory=dict)
+    paper: float | None = None
+    paper_std: float | None = None
+    note: str = ""
+
+    @cached_property
+    def finite(self) -> dict[int, float]:
+        """The values of runs that did not diverge, by rising seed."""
+        return {seed: value for seed, value in sorted(self.values.items()) if math.isfinite(value)}
+
+    @property
+    def mean(self) -> float | None:
+        """Of the finite values; None without any."""
+        return math.fsum(self.finite.values()) / len(self.finite) if self.finite else None
+
+    @property
+    def std(self) -> float | None:
+        """The standard deviation of a sample (n − 1); None for fewer than two values."""
+        return statistics.stdev(self.finite.values()) if len(self.finite) > 1 else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cell minus its row's reference in the same column, paired by seed."""
+
+    row: Row
+    column: Column
+    seeds: tuple[int, ...]
+    found: stats.Paired
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` if significant at `LEVEL` after Holm's correction, else `no evidence`.
+
+        `no test` for a single seed, or for a difference that is the same for every seed.
+        """
+        if math.isnan(self.found.p):
+            return "no test"
+        if not self.found.significant(LEVEL):
+            return "no evidence"
+        return "better" if (self.found.difference.mean > 0) == bool(self.column.higher_is_better) else "worse"
 
 
 @dataclass(frozen=True)
