@@ -17,15 +17,18 @@ COMMANDS = {
     ),
     "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
     "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),
-    "bench": ("bench", "time layer, step, tie, knot and export beside their peers and limits"),
-    "rounding": ("study.rounding", "measure what each rounding of a tie costs a half-precision run"),
+    "bench": ("bench", "time layer, step, tie, knot and export against their peers and limits"),
+    "rounding": ("study.rounding", "measure the cost of each rounding of a tie in a half-precision run"),
 }
 """Name -> (module, one line of help). Every module has `add_arguments(parser)` and `main(arguments)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status; 2 if none is named or a
-    library is missing, 130 if it was interrupted."""
+    """Run one subcommand.
+
+    Returns:
+        Its exit status; 2 if none is named or a library is missing, 130 if it was interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        # only the command that was asked for pays for its imports
+        # import only the command that runs
         if name in argv[:1]:
             try:
                 module = importlib.import_module(f"experiments.{module_name}")

@@ -22,20 +22,20 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-"""What `dtype` may be called."""
+"""The names of a `dtype`."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer: transformers' have it, slow or fast, and so has `ByteTokenizer`."""
+    """The part of a tokenizer that is used here. Those of transformers have it, slow or fast, and `ByteTokenizer`."""
 
     bos_token_id: Any
     eos_token_id: Any
     pad_token_id: Any
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of `text`, with those that open and close a text unless told otherwise."""
+        """The tokens of `text`, by default with those that open and close a text."""
         ...
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any:
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """The tokens of the repository's tiny model: a byte of UTF-8 each, with `corpus.BOS` in front.
 
-    `BOS` also ends a text and pads; both are never looked at.
+    `BOS` also ends a text and pads it; no result depends on either.
 
     Example:
         >>> ByteTokenizer().encode("hé")
@@ -59,7 +59,7 @@ class ByteTokenizer:
         return VOCABULARY
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The bytes of `text`, after `BOS` unless told otherwise."""
+        """The bytes of `text`, by default after `BOS`."""
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -90,13 +90,13 @@ def load(
             "meta-llama/Llama-2-7b-hf".
         dtype: "float32", "bfloat16" or "float16" ("fp32", "bf16", "fp16").
         device: where to put it; default a GPU if there is one. Not together with `device_map`.
-        gradient_checkpointing: trade a second forward pass for the memory of activations in training.
+        gradient_checkpointing: save the memory of activations in training, at the cost of a second forward pass.
         device_map: as in transformers: "auto" spreads the layers over the devices.
         trust_remote_code: run the code that comes with the model. Only for sources that you trust.
 
     Raises:
         ValueError: `dtype` is unknown, or `device` and `device_map` are both given.
-        OSError: there is no such directory, or the hub cannot be reached or refuses.
+        OSError: there is no such directory, or the hub cannot be reached or refuses access.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
@@ -106,7 +106,7 @@ def load(
     model: Any
     tokenizer: Tokenizer
     if over_bytes(name):
-        # too small to spread over devices
+        # a tiny model is not spread over devices
         model, tokenizer, device_map = tiny_opt.load(_folder(name)).to(DTYPES[dtype]), ByteTokenizer(), None
     else:
         model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
@@ -150,7 +150,7 @@ def _pretrained(
                 f"model={name!r} is a directory, but not of a causal language model and its tokenizer: {error}"
             ) from error
         raise OSError(
-            f"model={name!r} is no directory here, and the hub did not give it: {error}\n"
+            f"model={name!r} is not a directory here, and could not be loaded from the hub: {error}\n"
             f"Download it once where there is a network (`hf download {name}`; a gated model needs `hf auth login` "
             "and its licence accepted), or pass a directory, or 'tiny' for the model that comes with the repository."
         ) from error
@@ -159,10 +159,10 @@ def _pretrained(
 
 
 def _as_in_the_protocol(model_type: str, tokenizer: Any) -> None:
-    """The settings that the paper's numbers were made with.
+    """Set a tokenizer up as for the paper's numbers.
 
-    OPT's texts open with `<s>`, token 0, although its tokenizer is configured with `</s>`; Llama 2 pads with token
-    0, having no padding of its own. Padding is masked everywhere, so any token serves the others.
+    OPT's texts open with `<s>`, token 0, although its tokenizer is configured with `</s>`; Llama 2 has no
+    padding token and pads with token 0. Padding is masked everywhere, so the choice does not matter for other models.
     """
     if model_type == "opt" and tokenizer.convert_ids_to_tokens(0) == "<s>":
         tokenizer.bos_token = "<s>"

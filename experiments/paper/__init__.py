@@ -1,1 +1,1 @@
-"""The paper's tables and figures: one cell through transformers' `Trainer`, sweeps of them, the published numbers."""
+"""The paper's tables and figures: cells run by transformers' `Trainer`, and the published numbers."""

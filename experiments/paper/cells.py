@@ -1,4 +1,4 @@
-"""One cell of the paper's experiments: model, task, method, learning rate, seed, and the numbers of the protocol."""
+"""One cell of the paper's experiments: model, task, method, learning rate, seed, sizes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
-    """The part of a cell that is the same for all cells of a table.
+    """The part of a cell that all cells of a table share.
 
     Attributes:
-        dtype: of the weights; with ``float16`` training is mixed: fp32 weights, fp16 arithmetic.
+        dtype: of the weights; ``float16`` means mixed precision: fp32 weights, fp16 arithmetic.
         targets: names of the layers with adapters; empty for query and value.
         data_dir: folder of local JSONL files; None for the hub.
         max_length: tokens of a prompt with its answer.
@@ -50,14 +50,14 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Cell(Circumstances):
-    """What one run is, whole; the same values always give the same cell of a sweep.
+    """A complete description of one run; equal values are the same cell of a sweep.
 
     Attributes:
         model: ``"tiny"``, a folder or a hub name.
         task: a key of `experiments.tasks.TASKS`.
-        method: what is trained.
+        method: LoRA, a chain, full fine-tuning, or prompting alone.
         lr: peak learning rate, falling linearly to zero; 0 for methods that train nothing.
-        seed: of the data's sample, their order and the adapters' draws.
+        seed: of the data's sample and order, and of the adapters' draws.
         train: training examples.
         dev: development examples; None for the task's own number.
         test: test examples.
@@ -109,7 +109,7 @@ def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def usual_dtype() -> str:
-    """What a cell is computed in if nothing else is asked for: the protocol's mixed precision on a GPU, else fp32."""
+    """The default dtype: the protocol's mixed precision on a GPU, else fp32."""
     import torch
 
     return "float16" if torch.cuda.is_available() else "float32"
@@ -127,10 +127,10 @@ def search(
     """The runs of one table entry: a grid search on the development score, then every seed at the best rate.
 
     Args:
-        cell: all but the rate and the seed.
+        cell: the run; its rate and seed are replaced.
         rates: the grid; ignored for methods that train nothing.
         seeds: of the comparison.
-        search_seeds: over which a rate is judged; all seeds, as in the paper, by default.
+        search_seeds: the seeds over which a rate is judged; by default all, as in the paper.
     """
     return RateSearch(
         cell=lambda lr, seed: replace(cell, lr=lr, seed=seed),
@@ -143,5 +143,5 @@ def search(
 
 
 def _loss(outcome: Outcome) -> float:
-    """A run that diverged is worse than any score."""
+    """The negative score; a run that diverged is worse than any."""
     return -outcome["dev"] if outcome.get("dev") is not None else math.inf

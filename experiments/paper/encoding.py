@@ -1,8 +1,8 @@
-"""Texts as tokens: which tokens a model sees, and how many at the end are the option.
+"""Texts as tokens: the tokens that a model sees, and how many at the end are the option.
 
-The rules are the protocol's. Texts lose the spaces at their ends (never a newline). An option's length is what it
-adds to the tokens of the prompt, counted before anything is cut; only these last tokens are trained or scored. A
-text that does not fit loses its beginning, except for the token that opens it.
+The rules are the protocol's. Texts lose the spaces at their ends (never a newline). An option's length is the number of
+tokens that it adds to the prompt, counted before anything is cut; only these last tokens are trained or scored. A text
+that is too long loses its beginning, except for the token that opens it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from experiments.models import Tokenizer
 from experiments.tasks import Sample, Task
 
 WINDOW = 2048
-"""Tokens a model sees at most."""
+"""The most tokens a model sees."""
 
 NEW_TOKENS = 50
-"""Tokens that are generated at most; a generation task's text leaves room for them, in training as well."""
+"""The most tokens generated; a generation task's text leaves room for them, also in training."""
 
 SEPARATOR = "\n\n"
 """Between demonstrations, and between the last one and the text."""
@@ -37,12 +37,12 @@ class Encoded:
 class Encoder:
     """Turns samples into tokens.
 
-    The token that opens a text is put there by this class, as `tokenizer.bos_token_id` says, if the tokenizer opens
-    texts at all: a fast tokenizer keeps the one it was built with whatever `bos_token_id` is set to.
+    This class adds the token that opens a text, `tokenizer.bos_token_id`, if the tokenizer opens texts. A fast
+    tokenizer would add the token it was built with, even after `bos_token_id` is changed.
 
     Args:
         tokenizer: see `Tokenizer`.
-        max_length: tokens the model sees at most; see `window`.
+        max_length: the most tokens the model sees; see `window`.
         max_new_tokens: the room that a generation task's text leaves.
     """
 
@@ -52,7 +52,7 @@ class Encoder:
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
-        """The token in front of every text, or none."""
+        """The token before every text, or none."""
         bare = self.tokenizer.encode("a", add_special_tokens=False)
         adds = self.tokenizer.encode("a")[: len(bare)] != bare or getattr(self.tokenizer, "add_bos_token", False)
         return (self.tokenizer.bos_token_id,) if adds and self.tokenizer.bos_token_id is not None else ()
@@ -64,19 +64,19 @@ class Encoder:
         return (newline,) if self.tokenizer.eos_token_id is None else (newline, self.tokenizer.eos_token_id)
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """All tokens of `text`, the opening one included."""
+        """All tokens of `text`, including the opening one."""
         return self.opening + tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def room(self, task: Task) -> int:
-        """How many tokens a text of `task` may have.
+        """The most tokens of a text of `task`.
 
         Raises:
-            ValueError: nothing is left beside what is to be generated.
+            ValueError: no room is left after the generated tokens.
         """
         room = self.max_length - self.max_new_tokens * (task.kind == "generation")
         if room < 2:
             raise ValueError(
-                f"max_length={self.max_length} leaves no room for a prompt beside max_new_tokens={self.max_new_tokens}"
+                f"max_length={self.max_length} leaves no room for a prompt and max_new_tokens={self.max_new_tokens}"
             )
         return room
 
@@ -86,7 +86,7 @@ class Encoder:
         return self._encode(task, task.prompt(sample), fulls, demonstrations)
 
     def target(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> Encoded:
-        """The full text with what is right: the first right candidate or answer."""
+        """The full text with the first right candidate or answer."""
         return self._encode(task, task.prompt(sample), [task.full(sample, sample.target)], demonstrations)[0]
 
     def prompt(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> Encoded:
@@ -94,7 +94,7 @@ class Encoder:
         return Encoded(self._cut(task, self.ids(_joined(task, demonstrations, task.prompt(sample)))), 0)
 
     def null_options(self, task: Task, sample: Sample, demonstrations: Sequence[Sample] = ()) -> tuple[Encoded, ...]:
-        """Every candidate behind the null prompt, for calibration."""
+        """Every candidate after the null prompt, for calibration."""
         fulls = [task.null_full(sample, candidate) for candidate in sample.candidates]
         return self._encode(task, task.null_prompt(sample), fulls, demonstrations)
 
@@ -107,7 +107,7 @@ class Encoder:
             alone = self.ids(full.strip(" "))
             shown = _joined(task, demonstrations, full)
             ids = self._cut(task, alone if shown == full.strip(" ") else self.ids(shown))
-            # the first token has nothing in front of it, so nothing predicts it
+            # nothing predicts the first token
             option_len = min(len(alone) - without, len(ids) - 1)
             if option_len < 1:
                 raise ValueError(
@@ -125,11 +125,11 @@ class Encoder:
 
 
 def _joined(task: Task, demonstrations: Sequence[Sample], text: str) -> str:
-    """`text` behind the demonstrations, as the model sees it."""
+    """`text` after the demonstrations, as the model sees it."""
     shown = SEPARATOR.join(task.full(sample, sample.target).strip() for sample in demonstrations).strip()
     return (shown + SEPARATOR + text.strip(" ")).lstrip()
 
 
 def window(configuration: Any) -> int:
-    """Tokens that a model of transformers with this configuration sees: its positions, 2048 at most."""
+    """The number of tokens that a model with this configuration sees: its positions, 2048 at most."""
     return min(WINDOW, getattr(configuration, "max_position_embeddings", None) or WINDOW)

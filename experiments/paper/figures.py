@@ -25,7 +25,7 @@ OURS = {"color": style.BLUE, "marker": "o", "linestyle": "-", "label": "ours"}
 PAPER = {"color": style.VERMILION, "marker": "s", "linestyle": "--", "label": "paper"}
 _LINE = {"linewidth": 1.6, "markersize": 5.5, "capsize": 3.5, "elinewidth": 1.1, "markeredgecolor": "white"}
 _GREY = "#555555"
-_SHIFT = 0.06  # of a step, so that the two error bars of a point stand beside each other
+_SHIFT = 0.06  # of a step, to keep the two error bars of a point apart
 _WIDE = 3  # panels in a line
 _PER_INCH = 13  # characters of a line of the title
 
@@ -56,7 +56,7 @@ def chain_lengths(table: Table, stem: Path, **about: Any) -> list[Path]:
     Args:
         table: Table 3, a row per length in rising order.
         stem: the files are stem.png, stem.pdf and stem.json.
-        about: what else to write into the JSON.
+        about: more for the JSON.
 
     Returns:
         The paths written.
@@ -66,13 +66,13 @@ def chain_lengths(table: Table, stem: Path, **about: Any) -> list[Path]:
 
 
 def rank_step_down(table: Table, stem: Path, **about: Any) -> list[Path]:
-    """Figure 3: a panel per task, the score against the second link's rank, with the FLOPs it saves below.
+    """Figure 3: a panel per task, the score against the second link's rank, with the saved FLOPs below.
 
     Args:
-        table: Table 4: LoRA, which becomes a line across, then a row per rank of the second link; columns of FLOPs
-            are no scores and have a task's key with `:flops` behind it.
+        table: Table 4: LoRA, drawn as a horizontal line, then a row per rank of the second link. The columns of FLOPs
+            have the task's key with `:flops` appended.
         stem: the files are stem.png, stem.pdf and stem.json.
-        about: what else to write into the JSON.
+        about: more for the JSON.
 
     Returns:
         The paths written.
@@ -134,7 +134,7 @@ def _draw(
 
 
 def points(table: Table) -> dict[str, Any]:
-    """What the figure of `table` shows, as JSON values: a list of points per task; None for what is missing."""
+    """The figure's data as JSON values: a list of points per task; missing values are None."""
     return {
         "title": table.title,
         "seeds": list(table.seeds),
@@ -188,7 +188,7 @@ def _panel(
                 handles[f"{reference.label}, {line['label']}"] = across
     absent = [row.short or row.label for row, entry in zip(rows, entries) if len(entry.finite) < len(table.seeds)]
     for place, entry in enumerate(entries):
-        if entry.mean is not None and len(entry.finite) < len(table.seeds):  # some seeds only: an open marker
+        if entry.mean is not None and len(entry.finite) < len(table.seeds):  # an open marker for fewer seeds
             edge = {"markeredgecolor": OURS["color"], "markersize": _LINE["markersize"]}
             axes.plot(place - _SHIFT, entry.mean, OURS["marker"], color="white", zorder=5, **edge)
     if absent:

@@ -1,8 +1,8 @@
 """Run one cell of the paper's experiments: fine-tune with transformers' `Trainer`, keep the best epoch, score it.
 
-The protocol's: shuffled epochs, the learning rate falling linearly to zero without a warm-up, gradients clipped at norm
-1, no weight decay; after every epoch the loss on the development set, and in the end the weights of the epoch where it
-was lowest. In-context learning and zero-shot prompting train nothing and are scored alike.
+The protocol has shuffled epochs, a learning rate that falls linearly to zero without a warm-up, gradients clipped at
+norm 1 and no weight decay. The development loss is measured after every epoch, and the weights of the epoch where it is
+lowest are kept. In-context learning and zero-shot prompting train nothing and are scored in the same way.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from experiments.sweep import SCRATCH, Outcome
 from experiments.sweep.processes import processes
 from experiments.tasks.loading import Splits, split
 
-_WHOLE = "whole"  # file that is written into a checkpoint last
+_WHOLE = "whole"  # the file that completes a checkpoint
 
 
 def run(cell: Cell, folder: Path) -> Outcome:
     """Run a cell; a chain is left in ``folder/chain``.
 
-    A run that was killed goes on from its last epoch, bit for bit; one that had ended, its outcome not written yet, is
-    scored again.
+    A run that was killed goes on from its last epoch, bit for bit. If it was killed between the end of training and the
+    outcome, it is only scored again.
 
     Args:
-        cell: which.
+        cell: the run.
         folder: for the chain, and for checkpoints in `sweep.SCRATCH`, which a sweep removes once it has the outcome.
 
     Returns:
-        ``test`` and, if the method trains, ``dev``: scores in per cent; ``metrics``: further ones of each;
+        ``test`` and, if the method trains, ``dev``: scores in per cent; ``metrics``: all metrics of each;
         ``dev_loss_by_epoch``, ``best_epoch`` (from 1), ``losses`` (per optimizer step), ``knots`` (step, rank, norm),
-        ``steps``, ``parameters`` (trainable at once), ``tokens_by_link`` (that were trained on, padding not counted);
+        ``steps``, ``parameters`` (trainable at once), ``tokens_by_link`` (trained on, without padding);
         or ``diverged``, the reason.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: the model or the data cannot be had, or do not fit the cell.
+        FileNotFoundError, OSError, ValueError: the model or the data cannot be loaded, or do not fit the cell.
     """
     task = tasks.task(cell.task)
-    # what trains nothing needs no more than the test pool
+    # without training only the test pool is needed
     sizes = (cell.train, cell.dev) if cell.method.trains else (0, 0)
     splits = split(task, cell.seed, *sizes, cell.test, cell.data_dir)
     model, tokenizer = models.load(
@@ -77,7 +77,7 @@ def run(cell: Cell, folder: Path) -> Outcome:
         test = score(model, splits.test, solved)
         return {"test": test.value, "metrics": {"test": _metrics(test)}}
     if not splits.dev:
-        raise ValueError(f"dev={cell.dev}: {task.name} has no development samples, by which an epoch could be chosen")
+        raise ValueError(f"dev={cell.dev}: {task.name} has no development samples to choose an epoch by")
     try:
         model, outcome = _train(cell, folder / SCRATCH, model, tokenizer, splits, length)
     except (FloatingPointError, KnotError) as error:
@@ -114,7 +114,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         max_grad_norm=1.0,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,  # the protocol's 1 would drop the one before while a new one is not known to be whole
+        save_total_limit=2,  # with the protocol's 1, the last checkpoint would go before the next is complete
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -126,17 +126,17 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["option_len"],
-        # the sharding of the 7B model; on one process it is off
+        # for the 7B model; off on one process
         fsdp=cell.fsdp,
         fsdp_config={"version": 2} if cell.fsdp else None,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the Trainer gives every GPU it sees a micro-batch: another batch than the cell's
+        arguments._n_gpu = 1  # otherwise every visible GPU gets a micro-batch, and the batch is not the cell's
     return arguments
 
 
 def micro_batch(task_size: int, batch: int) -> int:
-    """Examples per forward pass: the largest divisor of ``batch`` that is no more than the task's own number.
+    """Examples per forward pass: the largest divisor of ``batch`` up to the task's number.
 
     >>> micro_batch(2, 8), micro_batch(8, 8), micro_batch(8, 4), micro_batch(4, 6)
     (2, 8, 4, 3)
@@ -156,7 +156,7 @@ class _Examples(Dataset[Example]):
 
 
 class TaskTrainer(Trainer):
-    """A `Trainer` whose loss is the protocol's objective and whose evaluation is the loss on the development set.
+    """A `Trainer` that trains the protocol's objective and evaluates the loss on the development set.
 
     Args:
         objective: model, batch -> loss.
@@ -164,7 +164,7 @@ class TaskTrainer(Trainer):
         **kwargs: for `Trainer`.
 
     Attributes:
-        chain: whose policy is told the losses, if there is one.
+        chain: the chain's optimizer, whose policy is told the losses; None without a chain.
     """
 
     def __init__(
@@ -173,12 +173,12 @@ class TaskTrainer(Trainer):
         super().__init__(**kwargs)
         self.objective, self.dev = objective, dev
         self.chain: ChainOptimizer | None = None
-        self.model_accepts_loss_kwargs = False  # the objective is a mean over the micro-batch: let it be averaged
+        self.model_accepts_loss_kwargs = False  # the objective is a mean over the micro-batch: average it
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective; a chain's policy is told.
+        """The objective, which is also told to a chain's policy.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -209,7 +209,7 @@ class TaskTrainer(Trainer):
 def _train(
     cell: Cell, scratch: Path, model: nn.Module, tokenizer: Tokenizer, splits: Splits, length: int
 ) -> tuple[nn.Module, Outcome]:
-    """Fine-tune; the model of the best epoch, plain, and what there is to tell."""
+    """Fine-tune, and return the plain model of the best epoch with the outcome."""
     task, method = tasks.task(cell.task), cell.method
     objective, encoder = objective_of(task), Encoder(tokenizer, length)
     items = examples(task, splits.train, encoder, objective)
@@ -237,7 +237,7 @@ def _train(
         policy = method.policy(cell.epochs, per_epoch, told=True)
         link = method.link(list(cell.targets) or None, bias=cell.bias)
         trainer.chain = attach(trainer, base, policy, link=link, **base_kwargs)
-    trainer.add_callback(_Whole(trainer))  # behind the chain's, which writes into the checkpoint too
+    trainer.add_callback(_Whole(trainer))  # after the chain's callback, which also writes into the checkpoint
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer.train(resume_from_checkpoint=_last_whole(trainer, scratch))
     trainer.accelerator.wait_for_everyone()  # the first process is about to remove the checkpoints
@@ -256,7 +256,7 @@ def _train(
 
 
 class _Whole(TrainerCallback):
-    """Marks a checkpoint once all of it is there, from every process."""
+    """Marks a checkpoint once every process has written its part."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -268,10 +268,10 @@ class _Whole(TrainerCallback):
 
 
 def _last_whole(trainer: Trainer, scratch: Path) -> str | None:
-    """The last checkpoint that was written whole; the first process removes the others."""
+    """The last complete checkpoint; the first process removes incomplete ones."""
     found = {int(path.name.partition("-")[2]): path for path in scratch.glob("checkpoint-*")}
     whole = [step for step, path in found.items() if (path / _WHOLE).exists()]
-    trainer.accelerator.wait_for_everyone()  # all have looked
+    trainer.accelerator.wait_for_everyone()  # all have listed the checkpoints
     if trainer.args.should_save:
         for step in found.keys() - whole:
             shutil.rmtree(found[step])
@@ -279,8 +279,8 @@ def _last_whole(trainer: Trainer, scratch: Path) -> str | None:
 
 
 def _by_link(items: list[Example], knots: list[int], per_epoch: int, total: int) -> list[int]:
-    """Tokens read by the model in training, per link: exact where knots end epochs, else in proportion to the steps."""
-    # a text's last token is predicted and never read
+    """Tokens read in training, per link: exact if knots are at the ends of epochs, else in proportion to the steps."""
+    # a text's last token is predicted but not read
     in_epoch = sum(len(text.ids) - 1 for item in items for text in item.texts)
     ends = [*knots, total]
     return [round(in_epoch * (end - start) / per_epoch) for start, end in zip([0, *ends], ends)]
@@ -291,7 +291,7 @@ def _metrics(score: Score) -> dict[str, float]:
 
 
 def _keep_chain(folder: Path) -> None:
-    """Move the chain out of the checkpoints' folder; a run that goes on from the last of them writes it anew."""
+    """Move the chain out of the checkpoints' folder; a resumed run writes it again."""
     chain, kept = folder / SCRATCH / CHAIN_DIR, folder / CHAIN_DIR
     if chain.is_dir():
         shutil.rmtree(kept, ignore_errors=True)

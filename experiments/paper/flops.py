@@ -2,13 +2,13 @@
 
 The cost of an adapter `s·B(A x)` is linear in its rank. A second link of rank r₂ instead of r₁ therefore saves
 (r₁ − r₂) · tokens · c FLOPs, the "FLOPs saved" of the paper's Table 4, where c is `per_token_and_rank`. A layer of
-in × out adds 6·(in + out) to c: 2 in the forward pass, 4 in the backward. It adds 2·in less if its input needs no
-gradient, as in the first block.
+in × out adds 6·(in + out) to c: 2 in the forward pass, 4 in the backward. If its input
+needs no gradient, as in the first block, it adds 2·in less.
 
 The paper's figures are proportional to 8 − r₂. With c = 1,171,456 for OPT-1.3B they imply some 153,700 (CB), 18,300
 (WSC) and 222,400 (WiC) tokens. Two epochs of the protocol's batches (a row per candidate, padded to a multiple of 8,
 WSC with the 54 examples that the protocol leaves it) have 151,100 ± 6,600, 18,400 ± 1,700 and 226,200 ± 700 tokens
-(mean ± standard deviation over draws). So the figures agree with one run, within 2 %, and not with a sum over five.
+(mean ± standard deviation over draws). So the figures agree with one run, within 2 %, not with a sum over five.
 """
 
 from __future__ import annotations

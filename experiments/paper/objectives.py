@@ -1,9 +1,9 @@
 """The protocol's three objectives, and the batches they read.
 
-Every objective is a mean of terms, so the loss of a whole set does not depend on how it was cut into batches:
+Every objective is a mean of terms, so the loss of a set does not depend on its division into batches:
 
 * classification: one term per example, the cross-entropy over its K candidates. The mean log-probability of a
-  candidate's tokens is its logit, -log softmax(s)_gold with s_k = mean_j log p(t_kj | what is before it);
+  candidate's tokens is its logit, -log softmax(s)_gold with s_k = mean_j log p(t_kj | the tokens before it);
 * option: one term per token of the right option, -log p;
 * text: one term per token of the whole text.
 
@@ -37,7 +37,7 @@ Objective = Literal["classification", "option", "text"]
 
 @dataclass(frozen=True)
 class Example:
-    """What one sample gives to training: a text per candidate and which one is right, or the right one alone."""
+    """A sample for training: a text per candidate and the index of the right one, or only the right text."""
 
     texts: tuple[Encoded, ...]
     gold: int = 0
@@ -77,8 +77,8 @@ class Collator:
     Args:
         pad_token_id: any token; padding is never attended to, predicted or scored.
         multiple_of: the width is rounded up to a multiple of this; the protocol's 8 suits the hardware.
-        share: run a context that several texts have in common once, as all candidates of one token each do. Loss and
-            gradients are the same up to rounding, at 1/K of the work; the protocol runs every candidate by itself.
+        share: run a context that several texts share once; candidates of one token each share theirs. Loss and
+            gradients are the same up to rounding, at 1/K of the work. The protocol runs every candidate separately.
     """
 
     pad_token_id: int
@@ -96,7 +96,7 @@ class Collator:
         return {
             "input_ids": inputs,
             "attention_mask": mask,
-            # a text has its positions from 0 on wherever it stands in its row
+            # a text's positions start at 0 wherever its row's padding ends
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
             "context": torch.tensor([contexts[key] for key in keys]),
             "targets": targets,
@@ -118,12 +118,12 @@ def padded(rows: Sequence[Sequence[int]], pad_token_id: int, multiple_of: int = 
 
 
 def log_probs(model: nn.Module, batch: Batch, last: int) -> Tensor:
-    """log p(token | what is before it) of the `last` tokens of every text: R x `last`.
+    """log p(token | the tokens before it) of the `last` tokens of every text: R x `last`.
 
-    Computed in fp32, or in the model's own type if that is wider. Positions of padding hold no meaning.
+    Computed in fp32, or in the model's type if that is wider. Values at padding are meaningless.
     """
     takes = inspect.signature(type(unwrapped(model)).forward).parameters
-    # the head's logits are most of the memory of a long text, and only the option's are read
+    # the logits take most of the memory of a long text, and only the option's are needed
     extras = {"position_ids": batch["position_ids"], "logits_to_keep": last, "use_cache": False}
     output = model(
         input_ids=batch["input_ids"],
@@ -147,7 +147,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def option_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the options' tokens, and a mask of what belongs to an option, both R x longest."""
+    """The log-probabilities of the options' tokens, and a mask of these tokens, both R x longest."""
     longest = int(batch["option_len"].max())
     values = log_probs(model, batch, longest)
     places = torch.arange(longest, 0, -1, device=values.device)
@@ -164,7 +164,7 @@ def option_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def classification_terms(model: nn.Module, batch: Batch) -> Tensor:
     """The cross-entropy of every example over its candidates, B; examples may differ in their number."""
     scores = option_scores(model, batch)[1].split(batch["num_options"].tolist())
-    # a candidate that is not there has probability 0
+    # a missing candidate has probability 0
     logits = pad_sequence(list(scores), batch_first=True, padding_value=-torch.inf)
     return nn.functional.cross_entropy(logits, batch["gold"].to(logits.device), reduction="none")
 

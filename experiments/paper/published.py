@@ -1,7 +1,7 @@
-"""The numbers that the paper prints: eight tables and the protocol, as data. Facts only; `paper.json` holds them.
+"""The paper's numbers as data: eight tables and the protocol, read from `paper.json`.
 
-Columns are tasks by the names of `experiments.tasks`; scores are percentages (accuracy, or F1 for SQuAD and DROP),
-higher is better. What the paper does not print is None, never a guess.
+Columns are tasks, named as in `experiments.tasks`. Scores are percentages (accuracy, or F1 for SQuAD and DROP); higher
+is better. A number that the paper does not print is None, never a guess.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Published:
 
     Attributes:
         number: 1 to 8.
-        title: what it compares.
-        model: whose scores they are.
-        note: what else must be known to read it, or None.
+        title: of the table.
+        model: with these scores.
+        note: a remark needed to read the table, or None.
         columns: tasks.
-        rows: label -> task -> score. A task that a row lacks is absent.
+        rows: label -> task -> score, without tasks that the row lacks.
     """
 
     number: int
@@ -68,9 +68,9 @@ class Protocol:
         batch: model -> examples per step.
         rank, lora_alpha, targets: of the adapters.
         adapter_bias: model -> whether the adapted layers' bias is trained.
-        rates: grid of learning rates by what is trained, see `grid`.
+        rates: grids of learning rates, see `grid`.
         selection: how a rate is chosen.
-        hardware: that the paper used.
+        hardware: of the paper.
     """
 
     train: int

@@ -1,12 +1,12 @@
-"""Reproduce one of the paper's eight tables: run what is missing, then print and write the table.
+"""Reproduce one of the paper's eight tables: run the missing cells, then print and write the table.
 
-    python -m experiments table 1                      the paper's: OPT-1.3B, data from the hub, five seeds
-    python -m experiments table 4 --tasks cb --seeds 2 a part of it
-    python -m experiments table 1 --smoke              does everything run? made-up data, minutes on two cores
+    python -m experiments table 1                      as in the paper: OPT-1.3B, data from the hub, five seeds
+    python -m experiments table 4 --tasks cb --seeds 2 a part of a table
+    python -m experiments table 1 --smoke              a trial on made-up data, minutes on two cores
     torchrun --nproc-per-node 4 -m experiments table 2 --fsdp
 
-All tables share one folder of runs, so what two tables have in common is run once, and a command that was stopped goes
-on where it was.
+All tables share one folder of runs, so a run that two tables need is run once. A command that was stopped goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from experiments.tiny import tiny_opt
 SMOKE = Setting(
     seeds=(0, 1), search_seeds=(0,), rates=2, train=8, dev=4, test=6, epochs=3, max_length=128
 )  # fmt: skip
-"""How much a smoke run does. Three links need three epochs."""
+"""The size of a smoke run. Three links need three epochs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--smoke", action="store_true", help="a tiny model, made-up data unless --data-dir, few samples"
     )
 
-    part = parser.add_argument_group("a part of it", "such runs are cells of their own, but for --tasks and --lines")
+    part = parser.add_argument_group("a part of the table", "all but --tasks and --lines make other cells")
     part.add_argument("--tasks", nargs="+", metavar="TASK", help="such as cb wsc (default: the table's)")
     part.add_argument("--lines", nargs="+", metavar="LINE", help="labels of lines, such as LoRA COLA (default: all)")
     part.add_argument("--rates", type=int, help="how many of a line's learning rates to try, the largest (all)")
@@ -89,10 +89,10 @@ class Result:
     """A table that has been run.
 
     Attributes:
-        table: with whatever there is.
-        lacking: phrases for what should be there, being this shard's, and is not.
+        table: with the outcomes that there are.
+        lacking: a phrase for every entry of this shard without all its scores.
         about: command, setting and hardware, for the files.
-        shown: False in all of `torchrun`'s processes but the first: what they have is the same.
+        shown: True in the first of `torchrun`'s processes; only that one prints.
     """
 
     table: score_table.Table
@@ -102,11 +102,11 @@ class Result:
 
     @property
     def status(self) -> int:
-        """Of the command: 1 if anything is lacking."""
+        """The exit status of the command: 1 if anything is lacking."""
         return 1 if self.lacking else 0
 
     def end(self, paths: list[Path]) -> int:
-        """Say what was written and what is wrong; the exit status."""
+        """Print the paths written and the entries that are lacking, and return the exit status."""
         print(f"\n{', '.join(map(str, paths))}\n{self.about['minutes']:.1f} minutes")
         for phrase in self.lacking:
             print(f"FAIL {phrase}", file=sys.stderr)
@@ -114,12 +114,15 @@ class Result:
 
 
 def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) -> Result | int:
-    """Run what `table` needs and is not there yet; or an exit status, with what is wrong said.
+    """Run the cells of `table` that are missing.
 
     Args:
-        table: which.
+        table: the table.
         arguments: of `add_run_arguments`.
         command: its name, for messages and files.
+
+    Returns:
+        The table, or after a printed error the exit status.
     """
     started = time.perf_counter()
     tiny_opt.quiet()
@@ -136,13 +139,13 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
             print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
         done = sweep.carry_out(
             lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
-            # what is spread over GPUs or shared by processes has all of them to itself
+            # a cell that is spread over GPUs or processes runs alone
             workers=1 if processes() > 1 or arguments.device_map else arguments.workers,
             expected=_size(mine.values()),
             progress=first,
             finished=board if board and first else (lambda cell, outcome: None),
         )
-        if first:  # torchrun's other processes may be here before the last outcome is written
+        if first:  # torchrun's other processes may get here before the last outcome is written
             done = gather(sweep.read, [search.wanted for search in found.values()])
     except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"{command}: {error}", file=sys.stderr)
@@ -162,7 +165,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
 
 
 def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
-    """What the arguments ask for; with --smoke, the model and the data are made, if they are not there.
+    """The setting that the arguments describe; with --smoke, the model and the data are made if they do not exist.
 
     Raises:
         ValueError: a number below one.
@@ -200,7 +203,7 @@ def _smoke(setting: Setting, table: PaperTable, out: Path) -> Setting:
         setting = replace(setting, model=str(model))
     if setting.data_dir is None:
         data = out / "smoke-data"
-        # pools that no seed exhausts
+        # larger than any seed's sample
         synthetic.write(data, table.tasks, train=24, validation=12)
         setting = replace(setting, data_dir=str(data))
     return setting
@@ -221,7 +224,7 @@ def _size(searches: Iterable[RateSearch[Cell]]) -> int:
 
 
 def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome]) -> list[str]:
-    """What a complete shard would have."""
+    """A phrase for every entry of the shard that lacks scores."""
     phrases = []
     for (label, name), search in mine.items():
         entry = tables.entry(search, done)
@@ -232,7 +235,7 @@ def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome
 
 
 def _flops_per_token(table: PaperTable, setting: Setting) -> int | None:
-    """The adapters', per rank; None where no column needs them or they cannot be counted, which is said."""
+    """The adapters' FLOPs per token and rank; None if no column needs them, or if they cannot be counted."""
     if not table.saves:
         return None
     from transformers import AutoConfig

@@ -4,8 +4,8 @@
     python -m experiments run --model tiny --data-dir DIR --task CB --method lora --lr 1e-3 --seed 1
     torchrun --nproc-per-node 4 -m experiments run --model meta-llama/Llama-2-7b-hf --fsdp …
 
-The outcome is kept with those of the tables: a cell that a table has run is only shown, and the other way round. By
-default batch and biases are the tables' for the paper's two models, and the precision for all.
+The outcome is kept with those of the tables: a cell that a table has run is not run again, and vice versa. By default
+the precision is that of the tables, and so are batch size and biases for the paper's two models.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data and draws (default: %(default)s)")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", required=True, choices=KINDS, help="what is trained, or how it is prompted")
+    method.add_argument("--method", required=True, choices=KINDS, help="how the model is trained or prompted")
     method.add_argument("--base", choices=list(BASES), default="AdamW", help="base optimizer (default: %(default)s)")
     method.add_argument("--lr", type=float, default=0.0, help="peak learning rate; needed if the method trains")
     method.add_argument("--ranks", type=int, nargs="+", default=[8], help="of the links; the last repeats (8)")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--bias",
         action=argparse.BooleanOptionalAction,
-        help="train the adapted layers' biases (default: no, but for the paper's OPT)",
+        help="train the adapted layers' biases (default: only for the paper's OPT)",
     )
 
     sizes = parser.add_argument_group("sizes", "the defaults are the paper's")
@@ -79,7 +79,7 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
     """The cell that the arguments describe.
 
     Raises:
-        ValueError: one that cannot be.
+        ValueError: an invalid cell.
     """
     kind, links = arguments.method, arguments.links
     if links is None:

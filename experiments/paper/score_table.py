@@ -26,13 +26,13 @@ _TERMINAL = 120  # characters: a wider matrix is shown with a line per column if
 
 @dataclass(frozen=True)
 class Column:
-    """What a column holds.
+    """One column.
 
     Attributes:
         key: its name in files, such as `wsc`.
         label: as shown.
-        form: how a number is written.
-        higher_is_better: False where lower is, None for what is neither (a cost): it is not compared.
+        form: the format of a number.
+        higher_is_better: False where lower is better; None for a cost, which is not compared.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Column:
     higher_is_better: bool | None = True
 
     def show(self, value: float) -> str:
-        """A number of this column."""
+        """A number in this column's format."""
         return format(value, self.form)
 
 
@@ -53,8 +53,8 @@ class Row:
         key: its name in files.
         label: as shown.
         reference: key of the row it is compared with, seed by seed; None for none.
-        group: rows of one group stand together.
-        short: as a figure shows it; empty for the label.
+        group: rows of a group are shown together.
+        short: the label in a figure; empty for the same label.
     """
 
     key: str
@@ -69,10 +69,10 @@ class Entry:
     """One cell of a table.
 
     Attributes:
-        values: seed -> our number; seeds that have not been run are absent, runs that diverged are not finite.
+        values: seed -> our number, without seeds that have not been run; not finite for runs that diverged.
         paper: the paper's mean; None where it prints none.
         paper_std: the paper's standard deviation; None where it prints none.
-        note: what else is known of it, such as the learning rate chosen.
+        note: a remark, such as the chosen learning rate.
     """
 
     values: Mapping[int, float] = field(default_factory=dict)
@@ -82,17 +82,17 @@ class Entry:
 
     @cached_property
     def finite(self) -> dict[int, float]:
-        """The values of runs that did not diverge, by rising seed."""
+        """The values of runs that did not diverge, in the order of the seeds."""
         return {seed: value for seed, value in sorted(self.values.items()) if math.isfinite(value)}
 
     @property
     def mean(self) -> float | None:
-        """Of the finite values; None without any."""
+        """The mean of the finite values; None without any."""
         return math.fsum(self.finite.values()) / len(self.finite) if self.finite else None
 
     @property
     def std(self) -> float | None:
-        """The standard deviation of a sample (n − 1); None for fewer than two values."""
+        """The sample standard deviation (n − 1); None for fewer than two values."""
         return statistics.stdev(self.finite.values()) if len(self.finite) > 1 else None
 
 
@@ -109,7 +109,7 @@ class Comparison:
     def verdict(self) -> str:
         """`better` or `worse` if significant at `LEVEL` after Holm's correction, else `no evidence`.
 
-        `no test` for a single seed, or for a difference that is the same for every seed.
+        `no test` for a single seed, or if all seeds have the same difference.
         """
         if math.isnan(self.found.p):
             return "no test"
@@ -123,15 +123,15 @@ class Table:
     """Scores of rows (methods) in columns (tasks).
 
     Attributes:
-        title: what it shows.
+        title: of the table.
         columns: in order.
         rows: in order.
-        entries: (row key, column key) -> cell; an absent one belongs to no experiment and stays empty.
-        seeds: that every entry with an experiment should have.
-        notes: sentences below it.
+        entries: (row key, column key) -> cell; a place without an experiment has no entry and stays empty.
+        seeds: of every entry.
+        notes: sentences below the table.
 
     Raises:
-        ValueError: an entry or a reference that names no row or column, or one name twice.
+        ValueError: an entry or a reference names no row or column, or a key occurs twice.
     """
 
     title: str
@@ -145,7 +145,7 @@ class Table:
         rows, columns = [row.key for row in self.rows], [column.key for column in self.columns]
         for name, keys in (("rows", rows), ("columns", columns)):
             if len(set(keys)) < len(keys):
-                raise ValueError(f"{name}={keys}: a key stands twice")
+                raise ValueError(f"{name}={keys}: a key occurs twice")
         for place in self.entries:
             if place[0] not in rows or place[1] not in columns:
                 raise ValueError(f"entries[{place}]: the rows are {rows}, the columns {columns}")
@@ -167,7 +167,7 @@ class Table:
         return found
 
     def comparisons(self) -> list[Comparison]:
-        """Every cell with its reference, over the seeds that both have; Holm's correction is over all of them."""
+        """Every cell against its reference, over the seeds that both have; Holm's correction covers all of them."""
         pairs = []
         for row, column, entry in self._cells():
             base = self.entries.get((row.reference or "", column.key))
@@ -185,7 +185,7 @@ class Table:
         ]
 
     def matrix(self) -> Grid:
-        """As in a paper: a line of ours (mean ± standard deviation) per row, and below it the paper's where it has one.
+        """A line of ours per row (mean ± standard deviation), with the paper's below it if there is one.
 
         The best mean of a column within a group is bold, unless all are equal.
         """
@@ -206,7 +206,7 @@ class Table:
         return Grid(("", *(column.label for column in self.columns)), tuple(lines), groups=tuple(groups))
 
     def by_column(self) -> Grid:
-        """The same numbers with a line per column, for tables of many tasks on a narrow terminal."""
+        """The same numbers with a line per column, for many tasks on a narrow terminal."""
         papers = [
             row for row in self.rows if any(self._entry(row, column).paper is not None for column in self.columns)
         ]
@@ -254,7 +254,7 @@ class Table:
         return Grid(header, tuple(lines), left=2, groups=tuple(groups))
 
     def records(self) -> list[dict[str, Any]]:
-        """One dictionary per cell, in full precision; what is not known is None."""
+        """One dictionary per cell, in full precision; unknown values are None."""
         compared = {(found.row.key, found.column.key): found for found in self.comparisons()}
         return [
             {
@@ -314,7 +314,7 @@ class Table:
         return formats.csv_text(rows, [*_FIELDS, *(f"seed_{seed}" for seed in seeds)])
 
     def json(self, **about: Any) -> str:
-        """`records` with what is missing, the notes, and whatever `about` adds."""
+        """`records` with the missing runs, the notes, and everything in `about`."""
         written = {
             **about,
             "title": self.title,
@@ -410,7 +410,7 @@ def _comparison(row: Row, found: Comparison | None) -> dict[str, Any]:
 
 
 def _compare(values: list[float], base: list[float]) -> stats.Paired:
-    """Without p where the differences do not vary: t is undefined then, and scores of few examples often agree so."""
+    """Compare in pairs, without p if all differences are equal: t is then undefined."""
     differences = [value - other for value, other in zip(values, base)]
     if max(differences) - min(differences) <= _NO_SPREAD:
         return stats.Paired(stats.t_interval(differences), math.nan, math.nan)

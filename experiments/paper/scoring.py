@@ -1,8 +1,8 @@
 """A model's score on samples: ranked candidates, generated answers, and the loss on a dev set.
 
-Contexts are sorted by length and run `batch_size` at a time, and a context that candidates have in common is run once.
-That changes the speed and, by rounding, the last digits of a score, nothing else; the protocol's own evaluation runs
-every text by itself.
+Contexts are sorted by length and run `batch_size` at a time, and a context that candidates share is run once. That
+changes only the speed and, by rounding, the last digits of a score. The protocol's evaluation runs every text
+separately.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Score:
         per_sample: the metric of every sample, from 0 to 1, in the samples' order.
         predictions: the index of the chosen candidate, or the generated text, of every sample.
         extra: further metrics by name, in per cent: "em" for generated answers.
-        candidate_scores: of ranked tasks, what every candidate of every sample was ranked by.
+        candidate_scores: for ranked tasks, the score of every candidate of every sample.
     """
 
     metric: str
@@ -73,7 +73,7 @@ def evaluate(
     max_length: int | None = None,
     max_new_tokens: int = NEW_TOKENS,
 ) -> Score:
-    """Score `model` on `samples`; its mode and gradients are left as they were.
+    """Score `model` on `samples`; its mode and gradients do not change.
 
     Args:
         model: a causal language model of transformers, plain or with adapters.
@@ -82,15 +82,15 @@ def evaluate(
         samples: one or more.
         batch_size: contexts per forward pass: one per sample where all candidates are single tokens, else one per
             candidate.
-        demonstrations: solved samples shown in front of every text; what does not fit is cut from the left. The
+        demonstrations: solved samples shown before every text; a text that is too long is cut from the left. The
             protocol shows 32, `split(task, seed, train=DEMONSTRATIONS, dev=0).train`.
         calibrate: False, or rank by sum log p(option | prompt) - sum log p(option | null prompt).
-        max_length: tokens per text; by default what the model has positions for, 2048 at most.
+        max_length: tokens per text; by default the model's number of positions, 2048 at most.
         max_new_tokens: tokens per generated answer.
 
     Raises:
-        ValueError: there are no samples, `batch_size` is below 1, or `calibrate` is none of its values or asked
-            for where answers are generated.
+        ValueError: there are no samples, `batch_size` is below 1, or `calibrate` is unknown or used
+            where answers are generated.
     """
     if not samples:
         raise ValueError("samples: there are none to score")
@@ -170,7 +170,7 @@ def dev_loss(
 
 
 def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Encoded], batch_size: int) -> list[str]:
-    """The greedy answer to every prompt, without special tokens and outer white space.
+    """The greedy answer to every prompt, without special tokens and surrounding white space.
 
     An answer ends at a newline, at the end of text, or after `encoder.max_new_tokens` tokens.
     """
@@ -243,7 +243,7 @@ def _scores(
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, the longest first: what does not fit into memory fails at once."""
+    """Indices in batches of similar length, the longest first: too little memory then fails at once."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -252,7 +252,7 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def _collator(encoder: Encoder) -> Collator:
-    # no multiple of eight here: one text at a time is not padded at all
+    # one text at a time needs no padding, so the width is not rounded up
     return Collator(_pad(encoder), multiple_of=1, share=True)
 
 

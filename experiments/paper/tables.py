@@ -1,10 +1,10 @@
-"""The paper's eight tables as experiments: which methods, tasks, sizes and learning rates each is made of.
+"""The paper's eight tables as experiments: their methods, tasks, sizes and learning rates.
 
-A table is a list of lines (methods) over tasks. `searches` says which runs an entry needs, a grid search on the
-development score and then every seed at the best rate; `fill` puts what came out beside the paper's numbers.
-Figures 2 and 3 show Tables 3 and 4. Two things are ours, as the paper does not say them: where it writes COLA without a
-length it means three links (Table 1's scores are those of length 3 in Table 3), so Tables 2, 5, 6 and 7 have three, and
-in-context learning shows the protocol's 32 demonstrations.
+A table is a list of lines (methods) over tasks. `searches` lists the runs of every entry: a grid search on the
+development score, then every seed at the best rate. `fill` puts our scores next to the paper's. Figures 2 and 3 show
+Tables 3 and 4. The paper leaves two things open. Where it writes COLA without a length we take three links (Table 1's
+scores are those of length 3 in Table 3), so Tables 2, 5, 6 and 7 have three. In-context learning shows the protocol's
+32 demonstrations.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from experiments.sweep import Outcome, RateSearch
 from experiments.tasks import synthetic
 
 HUB: Mapping[str, str] = MappingProxyType({"OPT-1.3B": "facebook/opt-1.3b", "Llama-2-7B": "meta-llama/Llama-2-7b-hf"})
-"""The paper's models and where they are."""
+"""The paper's models -> their names on the hub."""
 
 FIGURES: Mapping[int, int] = MappingProxyType({2: 3, 3: 4})
 """Figure -> the table that it shows."""
 
 LINKS = 3
-"""Of a chain whose length the paper does not give."""
+"""The length of a chain where the paper does not give it."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Line:
     """One method of a table.
 
     Attributes:
-        label: as the paper's data name it (`experiments.paper.published`).
-        method: what is run.
+        label: as in `experiments.paper.published`.
+        method: of its runs.
         rates: learning rates to choose from; empty for methods that train nothing.
         reference: label of the line it is compared with, seed by seed; None for none.
-        group: lines of one group stand together.
-        train, test: examples, where they are not the table's.
-        short: as a figure shows it.
+        group: lines of a group are shown together.
+        train, test: number of examples.
+        short: the label in a figure.
     """
 
     label: str
@@ -66,7 +66,7 @@ class PaperTable:
     Attributes:
         number: 1 to 8.
         lines: in order.
-        saves: whether a column per task shows the training FLOPs that a line saves.
+        saves: whether every task has a column with the training FLOPs that a line saves.
     """
 
     number: int
@@ -75,12 +75,12 @@ class PaperTable:
 
     @cached_property
     def published(self) -> Published:
-        """What the paper prints."""
+        """The paper's numbers."""
         return published(self.number)
 
     @property
     def model(self) -> str:
-        """The paper's model, on the hub."""
+        """The hub name of the paper's model."""
         return HUB[self.published.model]
 
     @property
@@ -96,13 +96,13 @@ class Setting(cells.Circumstances):
     Attributes:
         model: a folder or a hub name; None for the paper's model.
         seeds: of the comparison.
-        search_seeds: over which a learning rate is judged; None for all, as in the paper.
+        search_seeds: the seeds over which a learning rate is judged; None for all, as in the paper.
         tasks: keys of the tasks to run; None for the table's.
         labels: labels of the lines to run; None for all.
         rates: how many of a line's learning rates to try, the largest; None for all.
-        train, dev, test: at most so many examples; None for the table's.
+        train, dev, test: the most examples; None for the table's number.
         epochs: passes; None for the paper's.
-        bias: train the adapted layers' biases; None for what the paper does with its model.
+        bias: train the adapted layers' biases; None for the paper's choice.
     """
 
     model: str | None = None
@@ -123,10 +123,10 @@ Place = tuple[str, str]
 
 
 def searches(table: PaperTable, setting: Setting) -> dict[Place, RateSearch[Cell]]:
-    """The runs that every entry of `table` needs, in the order in which they are to be run: task by task.
+    """The runs of every entry of `table`, in the order in which they should run: task by task.
 
     Raises:
-        ValueError: a task or a line that the table has not, a setting that cannot be.
+        ValueError: a task or a line that the table does not have, or an invalid setting.
     """
     lines, names = _chosen(table, setting)
     return {
@@ -145,15 +145,15 @@ def fill(
     found: Mapping[Place, RateSearch[Cell]] | None = None,
     per_token: int | None = None,
 ) -> score_table.Table:
-    """The table with what came out; entries whose runs are missing stay empty and are named.
+    """The table with our scores; entries with missing runs stay empty and are named.
 
     Args:
-        table: which.
-        setting: that it was run with.
+        table: the table.
+        setting: of the runs.
         done: cell -> outcome.
-        found: `searches(table, setting)`, if it is at hand.
-        per_token: the adapters' FLOPs per token and rank (`flops.per_token_and_rank`), for Table 4; None leaves ours
-            out.
+        found: `searches(table, setting)`, if known.
+        per_token: the adapters' FLOPs per token and rank (`flops.per_token_and_rank`), for Table 4; None leaves
+            ours out.
     """
     found = searches(table, setting) if found is None else found
     lines, names = _chosen(table, setting)
@@ -199,7 +199,7 @@ def _chosen(table: PaperTable, setting: Setting) -> tuple[list[Line], list[str]]
 
 
 def _cell(table: PaperTable, line: Line, name: str, setting: Setting) -> Cell:
-    """An entry's run, but for its rate and seed."""
+    """A run of an entry; its rate and seed are replaced."""
     facts, model = protocol(), table.published.model
     return Cell(
         model=setting.model or table.model,
@@ -235,7 +235,7 @@ def entry(search: RateSearch[Cell], done: Mapping[Cell, Outcome], printed: Score
     Args:
         search: of the entry.
         done: cell -> outcome.
-        printed: the paper's.
+        printed: the paper's score.
     """
     rate = search.chosen(done)
     values: dict[int, float] = {}
@@ -259,7 +259,7 @@ def _saved(
     done: Mapping[Cell, Outcome],
     per_token: int | None,
 ) -> Entry | None:
-    """FLOPs saved per run against rank 8 throughout; None for a line whose links all have it."""
+    """FLOPs saved per run against rank 8 throughout; None for a line with rank 8 throughout."""
     reference, last = line.method.ranks[0], line.method.ranks[-1]
     if last == reference:
         return None
@@ -295,7 +295,7 @@ def _notes(table: PaperTable, setting: Setting) -> Iterable[str]:
         yield (
             "FLOPs saved, ours: of one run against rank 8 throughout, (8 − r) × tokens of the second link × FLOPs per "
             "token and rank; a text that candidates share is read once, and padding is not counted. The paper's agree "
-            "with those of one run (a row per candidate, with padding) and not of five."
+            "with those of one run (a row per candidate, with padding), not of five."
         )
 
 
@@ -325,7 +325,7 @@ def _finetune(model: str) -> Line:
 
 
 def _pair(what: str, **more: Any) -> tuple[Line, Line]:
-    """LoRA and COLA under the same condition, which makes them a group."""
+    """LoRA and COLA under the same condition, as a group."""
     lora, cola = f"LoRA, {what}", f"COLA, {what}"
     ranks = more.pop("rank", 8)
     return (

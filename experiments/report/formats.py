@@ -1,4 +1,4 @@
-"""A grid of text as a terminal, Markdown, CSV or LaTeX shows it, with what each gives a meaning to escaped."""
+"""A grid of text for a terminal, Markdown, CSV or LaTeX, with each format's special characters escaped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Text:
-    """One field; `bold` where the format has bold type. Two leading spaces are an indentation."""
+    """One field, bold where the format has bold type. Two leading spaces indent it."""
 
     text: str
     bold: bool = False
@@ -24,9 +24,9 @@ class Grid:
 
     Attributes:
         header: names of the columns.
-        rows: as many fields each as the header has.
-        left: how many of the first columns are text, aligned left; the rest are numbers, aligned right.
-        groups: indices of rows before which a group begins, shown by a rule or an empty line.
+        rows: each with as many fields as the header.
+        left: number of text columns, aligned left; the columns after them are numbers, aligned right.
+        groups: indices of the first rows of groups; a rule or an empty line separates groups.
     """
 
     header: tuple[str, ...]
@@ -90,7 +90,7 @@ def latex(grid: Grid, caption: str = "", label: str = "") -> str:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> str:
-    """`records` as CSV: text quoted, numbers bare and in full, None an empty quoted field."""
+    """`records` as CSV: text is quoted, numbers are bare and in full, None is an empty quoted field."""
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(fields)
@@ -100,14 +100,14 @@ def csv_text(records: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> str
 
 
 def escape_markdown(text: str) -> str:
-    """`text` such that Markdown shows it as it is, in a table; line breaks become spaces."""
+    """`text` escaped for a table of Markdown; line breaks become spaces."""
     return "".join("\\" + c if c in r"\|*_`<[]~$" else c for c in _one_line(text))
 
 
 def escape_latex(text: str) -> str:
-    """`text` such that LaTeX prints it as it is; line breaks become spaces."""
+    """`text` escaped for LaTeX; line breaks become spaces."""
     shown = _one_line(text)
-    # two hyphens would join to a dash, two apostrophes to a quotation mark
+    # LaTeX joins two hyphens to a dash, and two apostrophes to a quotation mark
     return "".join(
         ("{}" if c == before and c in "-'" else "") + _LATEX.get(c, c) for before, c in zip(" " + shown, shown)
     )

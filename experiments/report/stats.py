@@ -1,7 +1,7 @@
 """Intervals and tests over seeds: every arm sees the same seeds, so arms are compared in pairs.
 
-All intervals are Student's t over seeds. They say how the result varies with the order of the data and the
-adapters' draws on this text and this model, not how it would vary over texts or models.
+All intervals are Student's t over seeds. They show how a result varies with the order of the data and the adapters'
+draws on one text and one model, not how it would vary over texts or models.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from scipy import stats
 
 LEVEL = 0.05
-"""The level of significance of all statements, after Holm's correction over all comparisons of a table."""
+"""The level of significance, after Holm's correction over all comparisons of a table."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence limits, which are NaN when there is but one value."""
+    """A mean and its confidence limits, which are NaN for a single value."""
 
     mean: float
     low: float
@@ -33,14 +33,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """Arm minus reference: the mean over seeds, its interval, p of the paired t test, plain and Holm's."""
+    """Arm minus reference: the mean over seeds with its interval, and p of the paired t test, plain and Holm's."""
 
     difference: Interval
     p: float
     p_holm: float
 
     def significant(self, level: float = LEVEL) -> bool:
-        """Whether the difference stands at `level` after Holm's correction for the number of comparisons."""
+        """Whether the difference is significant at `level` after Holm's correction for the number of comparisons."""
         return self.p_holm < level
 
 
@@ -55,7 +55,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: must lie between 0 and 1, such as 0.95")
     mean = math.fsum(values) / len(values)
-    # as ttest_1samp(values, 0).confidence_interval(), which warns where values do not vary, as scores often do not
+    # equals ttest_1samp(values, 0).confidence_interval(), which warns when values are equal, as scores often are
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
@@ -66,7 +66,7 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment of `p`, in its order; NaN (no test) stays NaN and is not counted."""
+    """Holm's step-down adjustment of `p`, in the same order; NaN (no test) stays NaN and is not counted."""
     tested = sorted((value, index) for index, value in enumerate(p) if not math.isnan(value))
     adjusted = [math.nan] * len(p)
     running = 0.0
@@ -107,9 +107,9 @@ def paired(
 
 
 def gap_closed(arm: float, low: float, high: float) -> float:
-    """The share of the way from `low`, LoRA's loss, to `high`, full fine-tuning's, that `arm` has gone.
+    """The share of the gap from `low`, LoRA's loss, to `high`, full fine-tuning's, that `arm` closes.
 
-    NaN when full fine-tuning is no better than LoRA: then there is no gap to close.
+    NaN if full fine-tuning is no better than LoRA: then there is no gap.
     """
     return (low - arm) / (low - high) if high < low else math.nan
 
@@ -117,6 +117,6 @@ def gap_closed(arm: float, low: float, high: float) -> float:
 def _p_of_zero_mean(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
-    if len(set(values)) == 1:  # no spread: equal arms, or a difference that is the same for every seed
+    if len(set(values)) == 1:  # no spread: equal arms, or the same difference for every seed
         return 1.0 if values[0] == 0 else 0.0
     return float(stats.ttest_1samp(values, 0.0).pvalue)

@@ -1,1 +1,1 @@
-"""The offline study of methods on a small model and text, and the demo, a preset of it."""
+"""The offline study: methods compared on a small model and text. The demo is a preset of it."""

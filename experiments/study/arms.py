@@ -18,7 +18,7 @@ class Arm:
 
     Attributes:
         label: as in tables and plots.
-        method: what is trained, and when it ties a knot.
+        method: how the model is trained, and when a knot is tied.
         rates: peak learning rates to choose from, rising.
         start: the rate with which a search begins; for the demo the best so far (RESULTS.md).
     """
@@ -142,5 +142,5 @@ def require_possible(arms: Mapping[str, Arm], model: nn.Module, set_up: Callable
     if refused:
         reasons = "".join(f"\n  arm {name} ({arms[name].label}): {error}" for name, error in refused.items())
         left = " ".join(name for name in arms if name not in refused)
-        advice = f"leave out what cannot be: --arms {left}" if left else "choose other --arms"
+        advice = f"leave out these arms: --arms {left}" if left else "choose other --arms"
         raise ValueError(f"nothing was run, because of{reasons}\n{advice}")

@@ -24,15 +24,15 @@ from experiments.sweep import Outcome, RateSearch
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare.
+    """The arms to compare, with their rates, seeds and setting.
 
     Attributes:
         arms: name -> arm, in the order of the table.
         rates: arm -> learning rates to choose from.
         search_seeds: the seeds over which a rate's development loss is averaged; the first of `seeds`.
         seeds: the seeds of the comparison, the same for every arm.
-        setting: what all runs share.
-        walk: begin at an arm's start and go on while the best rate is at an edge of those tried; else try all rates.
+        setting: shared by all runs.
+        walk: begin at an arm's start and go on while the best rate is at an edge of those tried; False: try all rates.
         test_untouched: also test the model before fine-tuning.
     """
 

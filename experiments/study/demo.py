@@ -34,7 +34,7 @@ from experiments.sweep import Outcome, Sweep, SweepError
 from experiments.tiny import tiny_opt
 
 NEARBY = 2
-"""How many rates around the recorded one a default run tries."""
+"""The number of rates around the recorded one that a default run tries."""
 
 
 def preset(**changes: Any) -> Setting:
@@ -82,12 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=min(8, cores()),
         help="processes of one thread each (default: one per core, %(default)s)",
     )
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few steps of a random, smaller model: does everything run?"
-    )
+    parser.add_argument("--smoke", action="store_true", help="a trial: a few steps of a random, smaller model")
 
     default = preset()
-    other = parser.add_argument_group("another setting", "the defaults are what the recorded rates belong to")
+    other = parser.add_argument_group("another setting", "the recorded rates belong to the defaults")
     other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
     other.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
     other.add_argument(
@@ -111,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for senseless arguments."""
+    """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for bad arguments."""
     started = time.perf_counter()
     tiny_opt.quiet()
     try:
@@ -126,7 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"demo: {error}", file=sys.stderr)
             return 2
         print(_announcement(plan, arguments))
-        # in a folder of this call alone: a demo is to be run, not remembered
+        # in a temporary folder, so that a demo always runs
         sweep = Sweep(Path(scratch), run, name)
         try:
             done = sweep.carry_out(

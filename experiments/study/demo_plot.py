@@ -27,9 +27,9 @@ _STYLES = {
 def draw(results: Results, rows: Sequence[Row], path: Path) -> None:
     """Write the figure as a PNG to `path`.
 
-    Left: bits per byte on the training text, averaged over seeds and smoothed. Middle: the same as the difference from
-    LoRA at the same step; every arm sees the same text at the same step, so the text's own ups and downs cancel. It is
-    scaled to the adapters' arms; without LoRA it is left out. Right: the table's held-out losses.
+    Left: bits per byte on the training text, averaged over seeds and smoothed. Middle: the difference from LoRA at the
+    same step. Every arm sees the same text at the same step, so the variation of the text cancels. This panel is scaled
+    to the adapters' arms, and left out without LoRA. Right: the table's held-out losses.
     """
     pyplot = style.pyplot()
     labels = {row.arm: row.label for row in rows}
@@ -65,7 +65,7 @@ def _curves(axes: Any, results: Results, labels: Mapping[str, str], reference: s
         axes.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=7, markeredgecolor="white")
         if reference is None or arm != CEILING or len(losses) == 2:
             shown.append(curve[width:])
-    if width < steps:  # means over a full window only: the first steps swing more than everything after them
+    if width < steps:  # only means over a full window: the first steps vary the most
         low, high = min(map(np.min, shown)), max(map(np.max, shown))
         margin = 0.08 * (high - low) or 0.01
         axes.set_ylim(low - margin, high + margin)

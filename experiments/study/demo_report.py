@@ -1,4 +1,4 @@
-"""What the demo says besides its table: sentences on significance, checks, and the results as JSON."""
+"""The demo's report: sentences on significance, checks, and the results as JSON."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def record(
         rows: `rows(results)`.
         checks: `checks(results, rows)`.
         minutes: of the whole command.
-        cpu_minutes: of one core, over all processes; unlike `minutes` they hardly depend on what else runs.
+        cpu_minutes: of one core, over all processes; unlike `minutes` they hardly depend on other work.
         command: as typed.
         workers: processes.
     """

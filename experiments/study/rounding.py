@@ -1,11 +1,11 @@
-"""The measurement behind `rounding="auto"`: what each rounding of a tie costs a half-precision run, end to end.
+"""The measurement behind `rounding="auto"`: the cost of each rounding of a tie in a half-precision run, end to end.
 
     python -m experiments rounding
 
 The tiny OPT is stored in bf16 (or fp16) and fine-tuned on prose by chains of a few and of many links, whose
-updates are small beside the weights. Each run is repeated with every rounding and with an exact chain (the same
-half-precision starting weights, kept in fp32). What counts is the held-out loss of the weights that come out, the
-difference from the exact chain paired by seed; how much of the links' sum arrived in the weights explains it.
+updates are small compared with the weights. Each run is repeated with every rounding and with an exact chain (the same
+half-precision starting weights, kept in fp32). The result is the held-out loss of the final weights, as a difference
+from the exact chain, paired by seed. The part of the links' sum that arrived in the weights explains it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out.
+    """The outcome of a run.
 
     Attributes:
         bits: held-out bits per byte of the final weights, evaluated in fp32.
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments rounding`; 1 if the exact chain lost anything, which would void the comparison."""
+    """Run `python -m experiments rounding`: 0; 1 if the exact chain lost anything, which would void the comparison."""
     tiny_opt.quiet()
     cells = [
         Cell(dtype, rounding, links, lr, seed)
@@ -82,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
         for links in arguments.links
         for lr in arguments.lr
         for seed in range(arguments.seed, arguments.seed + arguments.seeds)
-        for rounding in ROUNDINGS  # innermost: the roundings of a seed run side by side
+        for rounding in ROUNDINGS  # innermost: the roundings of a seed run in a row
     ]
     prose = corpus.prose()
     results = {cell: run(cell, arguments.steps, prose, arguments.model) for cell in tqdm(cells, unit="run")}
@@ -97,7 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def run(cell: Cell, steps: int, prose: corpus.Prose, folder: Path) -> Measured:
-    """Fine-tune by a chain whose base weights are stored as the cell says."""
+    """Fine-tune by a chain on weights stored as the cell says."""
     model = tiny_opt.load(folder).to(DTYPES[cell.dtype])
     exact = cell.rounding == EXACT
     if exact:
@@ -122,7 +122,7 @@ def run(cell: Cell, steps: int, prose: corpus.Prose, folder: Path) -> Measured:
 def measure(
     opt: ChainOptimizer, model: torch.nn.Module, before: dict[str, torch.Tensor], prose: corpus.Prose
 ) -> Measured:
-    """Compare what is in the weights with the sum of the links."""
+    """Compare the change of the weights with the sum of the links."""
     after = dict(model.named_parameters())
     inner = square = wrong = 0.0
     for layer in opt.chain.layers():

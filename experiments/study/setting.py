@@ -21,7 +21,7 @@ _OPTIONS = {"context": "length", "batch_size": "batch", "train_bytes": "bytes", 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of a comparison share. The defaults are the study's.
+    """The part of a run that all arms of a comparison share. The defaults are the study's.
 
     Attributes:
         model: ``"tiny"``, a folder or a hub name.

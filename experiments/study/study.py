@@ -1,6 +1,6 @@
 """The offline study: LoRA, chains and full fine-tuning of a small model on text, with tuned rates and paired seeds.
 
-    python -m experiments study                                                tiny OPT, from code to prose
+    python -m experiments study                                                    tiny OPT, from code to prose
     python -m experiments study --model DIR --corpus FILE --length 128 --batch 8   any small causal model and text
 
 Every arm's learning rate is chosen on the development split. Every seed is then run with it, and only those runs are
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
     parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
-    parser.add_argument("--smoke", action="store_true", help="two arms, two seeds, a few steps: does everything run?")
+    parser.add_argument("--smoke", action="store_true", help="a trial: two arms, two seeds, a few steps")
 
 
 def main(arguments: argparse.Namespace) -> int:

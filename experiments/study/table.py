@@ -1,4 +1,4 @@
-"""The tables of the study and of the demo: a column is a header and what it shows of a row."""
+"""The tables of the study and of the demo: a column is a header and a function that formats a row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STUDY_COLUMNS: Mapping[str, Column] = {
     "knots": lambda row: f"{row.knots:.3g}",
     "trained": lambda row: f"{row.parameters:,}",
 }
-"""Header -> what is shown; p is Holm's over all comparisons of the table."""
+"""Header -> the column; p is Holm's over all comparisons of the table."""
 
 
 def study_table(rows: Sequence[Row], unit: str) -> str:
@@ -77,7 +77,7 @@ DEMO_COLUMNS: Mapping[str, Column] = {
     "trainable": lambda row: f"{row.parameters:,}",
     "seconds": lambda row: f"{row.seconds:.1f}",
 }
-"""Header -> what is shown."""
+"""Header -> the column."""
 
 
 def demo_table(rows: Sequence[Row]) -> str:

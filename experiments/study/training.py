@@ -1,6 +1,6 @@
-"""The training loop of the offline experiments, the demo's and the study's: plain torch, as a user would write it.
+"""The training loop of the offline experiments: plain torch, as a user would write it.
 
-The paper's own cells (`finetune.py`) go through transformers' `Trainer` instead, because its protocol does: clipping,
+The paper's cells (`paper/finetune.py`) use transformers' `Trainer` instead, as the protocol does: clipping,
 accumulation, mixed precision, several processes, the best epoch's weights.
 """
 
@@ -20,9 +20,9 @@ from cola import ChainOptimizer, KnotReport
 class WarmDecay:
     """The factor on the learning rate: flat, then linear decay to zero, with a linear rise after every knot.
 
-    A link starts like a LoRA of its own, with B = 0 and an optimizer that has seen nothing, so it gets the same warm-up
-    as the first one. The decay belongs to the run; it may start late, so that later links are not left without a rate.
-    The defaults are the paper's: linear decay over the whole run, without a warm-up.
+    Every link starts like a new LoRA, with B = 0 and fresh optimizer state, so it gets the same warm-up as the first.
+    The decay belongs to the run; it may start late, so that later links still have a rate. The defaults are the
+    paper's: linear decay over the whole run, without a warm-up.
 
     Attributes:
         total: steps in the run.
@@ -35,7 +35,7 @@ class WarmDecay:
     decay: float = 1.0
 
     def __call__(self, step: int, ties: Sequence[int]) -> float:
-        """The factor for the update after `step` updates, knots having been tied after those of `ties`."""
+        """The factor for the update after `step` updates, with knots tied after the updates in `ties`."""
         since = step - (ties[-1] if ties else 0)
         left = max(0.0, 1 - step / self.total)
         return min(1.0, left / self.decay) * min(1.0, (since + 1) / (self.warmup + 1))
@@ -43,11 +43,11 @@ class WarmDecay:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run was like.
+    """The record of a run.
 
     Attributes:
         losses: nats per predicted token, one per optimizer step.
-        knots: every tie's report, that of `finish()` last; none without a chain.
+        knots: the report of every tie, `finish()`'s last; none without a chain.
         parameters: trainable at once, at most.
     """
 
@@ -67,8 +67,8 @@ def train(
 
     Args:
         model: a causal language model of transformers.
-        optimizer: over what is trained.
-        epochs: batches per epoch, int64, blocks × tokens; read as training goes on.
+        optimizer: over the trained parameters.
+        epochs: batches per epoch, int64, blocks × tokens; read lazily.
         factor: step, steps of the ties so far -> factor on the learning rate, such as a `WarmDecay`.
         between: called between two epochs.
 

@@ -1,4 +1,4 @@
-"""The processes that run cells: their settings, how they begin and end, and what those of one `torchrun` agree on."""
+"""The processes that run cells: their settings, their start and end, and agreement within one `torchrun`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def processes() -> int:
 
 
 def together() -> tuple[bool, Callable[[Any], Any]]:
-    """Whether this is the first process of its `torchrun`, and a function that tells all what the first knows."""
+    """Whether this is the first process of its `torchrun`, and a function that gives all the first one's value."""
     if processes() == 1:
         return True, lambda value: value
     import torch.distributed as dist
     from accelerate import PartialState
 
-    PartialState()  # joins the processes, as the Trainer would a moment later
+    PartialState()  # connects the processes, as the Trainer would later
 
     def told(value: Any) -> Any:
         values = [value]
@@ -33,22 +33,22 @@ def together() -> tuple[bool, Callable[[Any], Any]]:
 
 
 def settle() -> bool:
-    """Settings of every process that runs cells, so that an outcome does not depend on which one ran it.
+    """Set up a process that runs cells, so that outcomes do not depend on the process.
 
     Returns:
-        Whether numbers below the normal range were flushed to zero before, for `unsettle`.
+        Whether denormal numbers were flushed to zero before, for `unsettle`.
     """
     import torch
 
     before = bool(torch.tensor(1e-40) * 1 == 0)
-    # numbers below fp32's normal range are a hundred times slower, and nothing depends on them
+    # denormal numbers are a hundred times slower, and nothing depends on them
     torch.set_flush_denormal(True)
-    gc.freeze()  # what is imported stays: Accelerate collects garbage with every model it prepares
+    gc.freeze()  # skip imported modules: Accelerate collects garbage with every model it prepares
     return before
 
 
 def unsettle(flushed: bool) -> None:
-    """Undo `settle` in a process that goes on to other things."""
+    """Undo `settle`."""
     import torch
 
     torch.set_flush_denormal(flushed)
@@ -56,9 +56,9 @@ def unsettle(flushed: bool) -> None:
 
 
 def start(threads: int, gpus: Any) -> None:
-    """Begin a process of a sweep's pool: its threads, and its GPU from a queue of them, if there is any."""
+    """Begin a process of a sweep's pool: set its threads, and take its GPU from a queue if there are any."""
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    if gpus is not None:  # one each, before CUDA is looked at; of several, all would take the first
+    if gpus is not None:  # before CUDA starts; with several visible, all processes would take the first
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     import torch
 
@@ -67,7 +67,7 @@ def start(threads: int, gpus: Any) -> None:
 
 
 def _end_with_the_sweep() -> None:
-    """A worker of a sweep that was killed would wait for its next cell for ever, with its memory and its GPU."""
+    """Exit when the sweep is killed; a worker would otherwise wait for ever, with its memory and its GPU."""
     sweep = multiprocessing.parent_process()
     if sweep is not None:
         sweep.join()

@@ -1,16 +1,17 @@
 """Run many cells: each once, written atomically, several at a time, on one machine or on several.
 
-A cell is a frozen dataclass of JSON values that says all there is to know about one run; what comes out of it is a
-dictionary of JSON values. Which cells are wanted may depend on what came out of others (a learning rate is chosen
-before the remaining seeds are run), so a sweep asks a *plan*: a pure function from the outcomes so far to the cells
-wanted. A sweep that was killed asks the same function the same question and goes on where it was.
+A cell is a frozen dataclass of JSON values that describes one run completely; its outcome is a dictionary of JSON
+values. The next cells may depend on earlier outcomes (a learning rate is chosen before the remaining seeds are run), so
+a sweep asks a *plan*: a pure function from the outcomes so far to the cells wanted. A sweep that was killed asks the
+same function again and goes on where it stopped.
 
-Processes that share a folder share the work: a cell is run under its lock, a cell whose lock is taken is left to its
-holder, and only when nothing else is left does a sweep wait for the others' outcomes, or take over from one that died.
+Processes that share a folder share the work. A cell runs under its lock, and a cell whose lock is taken is left to the
+process that holds it. When nothing else is left, a sweep waits for the others' outcomes, or takes over from a process
+that died.
 
-The digest in a cell's place is of its values alone. Code and files that a cell names (data, a model's folder) are not
-in it: after a change there, take another folder. A new field in a cell's class makes all cells new ones; what was there
-before stays and is not read.
+The digest in the name of a cell's folder is of its values alone. Code and files that a cell names (data, a model's
+folder) are not in it: after a change there, use another folder. A new field in a cell's class changes every digest; old
+outcomes stay in the folder and are not read.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ Runner = Callable[[Any, Path], Outcome]
 
 OUTCOME = "outcome.json"
 SCRATCH = "scratch"
-"""What a cell leaves here, in its folder, is kept while it has no outcome, and removed once that is written."""
+"""A folder for a cell's temporary files, inside its own; removed once the outcome is written."""
 _PAUSE = 0.5  # seconds between looks at cells that other processes run
-_MEMORY_SHARE = 0.8  # of what is free now, so that a cell somewhat larger than the first one still fits
+_MEMORY_SHARE = 0.8  # of the free memory, so that a somewhat larger cell still fits
 
 
 class SweepError(RuntimeError):
-    """A sweep that cannot go on; what is finished is kept."""
+    """A sweep cannot go on; finished cells are kept."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """The ``index``-th of ``count`` parts of a sweep, from 0; written ``i/n``.
 
-    Cells that belong together (the rates and seeds of one arm) have one group, and a group is in one shard whole,
-    because its later cells depend on its earlier ones.
+    Cells that belong together (the rates and seeds of one arm) form a group. All of a group is in one shard, because
+    its later cells depend on its earlier ones.
 
     >>> Shard.parse("1/4")
     Shard(index=1, count=4)
@@ -74,7 +75,7 @@ class Shard:
         """From ``i/n``.
 
         Raises:
-            ValueError: it is not two such integers.
+            ValueError: the text is not two such integers.
         """
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal()):
@@ -91,9 +92,9 @@ class Sweep(Generic[C]):
     """A folder of outcomes and how to run a cell.
 
     Args:
-        folder: where outcomes are kept; made if it is not there.
+        folder: for the outcomes; created if it does not exist.
         run: runs one cell.
-        name: a readable start of a cell's folder name; the digest is added.
+        name: the readable start of a cell's folder name, before the digest.
     """
 
     folder: Path
@@ -106,10 +107,10 @@ class Sweep(Generic[C]):
         return self.folder / "cells" / f"{readable}-{digest(cell)}"
 
     def read(self, cell: C) -> Outcome | None:
-        """What came out of a cell; None if it has not been run.
+        """The outcome of a cell; None if it has not been run.
 
         Raises:
-            SweepError: the file is not what a sweep writes, or belongs to another cell.
+            SweepError: the file is not an outcome, or belongs to another cell.
         """
         return _read(self.place(cell) / OUTCOME, cell)
 
@@ -123,24 +124,24 @@ class Sweep(Generic[C]):
         progress: bool = True,
         finished: Callable[[C, Outcome], None] = lambda cell, outcome: None,
     ) -> dict[C, Outcome]:
-        """Run what ``plan`` wants until it wants nothing more.
+        """Run the cells that ``plan`` wants until it wants no more.
 
         Args:
-            plan: outcomes so far -> all cells wanted, in order of urgency; done ones may be among them.
-            workers: cells at a time, each in a process of its own; 1 runs them in this process. None: as many as there
-                are cores (or one per GPU), but no more than fit the memory, judged by the first cell's peak.
-            threads: of each process of its own; None: the cores are shared among them.
-            expected: how many cells it will be in all, if known, for the estimate of the time left.
+            plan: outcomes so far -> all cells wanted, the most urgent first; done ones may be among them.
+            workers: cells at a time, each in a separate process; 1 runs them in this process. None: one per core (or
+                GPU), but no more than fit the memory, judged by the first cell's peak.
+            threads: of each separate process; None: the cores are shared among them.
+            expected: the number of cells in all, if known, for the estimate of the time left.
             progress: show a bar.
-            finished: called with each outcome once, those that were there before included.
+            finished: called once with each outcome, earlier ones included.
 
         Returns:
-            Cell -> outcome, of the cells wanted in the end.
+            Cell -> outcome, for the cells wanted in the end.
 
         Raises:
             SweepError: a process died, or a file cannot be read.
-            OSError: the folder cannot be written. Other errors are the runner's own. Whatever happens, cells that are
-                running are waited for and kept.
+            OSError: the folder cannot be written. Errors of the runner are passed on. In every case, running cells are
+                waited for and kept.
         """
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one is needed")
@@ -153,21 +154,21 @@ class Sweep(Generic[C]):
         ):
             while True:
                 wanted = list(dict.fromkeys(plan(done)))
-                running = set(pool.running.values())  # they report themselves
+                running = set(pool.running.values())  # the pool reports these
                 for cell in [cell for cell in wanted if cell not in done and cell not in running]:
                     found = told(self.read(cell) if first else None)
                     if found is not None:
                         done[cell] = found
                         if first:
-                            _clear(self.place(cell))  # a kill may have come between the outcome and this
+                            _clear(self.place(cell))  # a kill may have left it after the outcome
                         if not bar.disable:
-                            bar.initial += 1  # found, not run: the rate is that of runs
+                            bar.initial += 1  # not run now, so it must not count in the rate
                             bar.update()
                         finished(cell, found)
                 open_ = [cell for cell in wanted if cell not in done]
                 if not open_:
                     if set(plan(done)) <= set(done):
-                        bar.total = len(done)  # what was expected was an estimate
+                        bar.total = len(done)  # the expected number was an estimate
                         bar.refresh()
                         return {cell: done[cell] for cell in wanted}
                     continue
@@ -181,9 +182,9 @@ class Sweep(Generic[C]):
 
 
 class _Pool:
-    """Runs cells in this process or in several; keeps as many going as there is room for.
+    """Runs cells in this process or in several, as many at a time as there is room for.
 
-    Cells that other processes are running are left aside for a while.
+    Cells that another sweep is running are skipped for a while.
     """
 
     def __init__(self, sweep: Sweep[Any], workers: int | None, threads: int | None) -> None:
@@ -217,7 +218,7 @@ class _Pool:
             unsettle(self.flushed)
 
     def some(self, cells: Sequence[Any]) -> Iterator[tuple[Any, Outcome]]:
-        """Start cells while there is room, and yield those that finish next; none if others run all that is left."""
+        """Start cells while there is room, and yield those that finish next; none if others run all that are left."""
         if self.executor is None:
             for cell in cells:
                 ran = run_one(self.sweep.run, cell, self.sweep.place(cell))
@@ -244,8 +245,8 @@ class _Pool:
                 ran = future.result()
             except BrokenProcessPool:
                 raise SweepError(
-                    f"a process died while running {self.sweep.name(cell)} or beside it (out of memory?); what is "
-                    "finished is kept: start the sweep again, with fewer --workers"
+                    f"a process died while running {self.sweep.name(cell)} or another cell (out of memory?); finished "
+                    "cells are kept: start the sweep again, with fewer --workers"
                 ) from None
             if ran is None:
                 self.elsewhere.add(cell)
@@ -257,9 +258,12 @@ class _Pool:
 
 
 def run_one(run: Runner, cell: Any, place: Path) -> tuple[Outcome, hardware.Peak] | None:
-    """Run one cell under its lock, unless another process has by then, and keep its outcome; None if one is at it.
+    """Run one cell under its lock and write its outcome, unless it has one by then.
 
     The processes of one `torchrun` run the cell together: the first of them holds the lock and writes.
+
+    Returns:
+        The outcome and the peak memory; None if another sweep is running the cell.
     """
     place.mkdir(parents=True, exist_ok=True)
     first, told = together()

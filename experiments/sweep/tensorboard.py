@@ -1,4 +1,4 @@
-"""What cells of a sweep came to, for TensorBoard: one run per cell, written once however often a sweep is resumed."""
+"""Outcomes of a sweep for TensorBoard: one run per cell, written once even if the sweep is resumed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from experiments.sweep import Outcome, Sweep
 class Board:
     """Writes outcomes below a folder; `tensorboard --logdir FOLDER` shows them.
 
-    Numbers of an outcome become scalars, lists of numbers (losses) curves; anything else is left out, as is what is not
-    finite.
+    Numbers of an outcome become scalars, and lists of numbers (losses) become curves. Other values and numbers that are
+    not finite are left out.
 
     Args:
-        sweep: whose cells they are.
-        folder: made if it is not there.
+        sweep: the sweep of the cells.
+        folder: created if it does not exist.
 
     Raises:
         ModuleNotFoundError: TensorBoard is not installed.
@@ -32,11 +32,11 @@ class Board:
         self._writer, self.sweep, self.folder = SummaryWriter, sweep, folder
 
     def __call__(self, cell: Any, outcome: Outcome) -> None:
-        """Write one outcome, unless it has been written."""
+        """Write one outcome, unless it is there already."""
         place = self.folder / self.sweep.place(cell).name
         if place.exists():
             return
-        whole, place = place, place.with_name(f".{place.name}.{os.getpid()}")  # what a kill cuts off is written again
+        whole, place = place, place.with_name(f".{place.name}.{os.getpid()}")  # if killed, it is written again
         with self._writer(str(place)) as writer:
             for name, value in outcome.items():
                 values = value if isinstance(value, list) else [value]

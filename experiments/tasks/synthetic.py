@@ -1,7 +1,7 @@
-"""Made-up rows in the format of the eleven tasks, so that every command can be tried without data.
+"""Made-up rows in the format of the eleven tasks, to try every command without data.
 
-They are as small as a row can be, follow one simple rule per task and say nothing about any method: scores on them are
-not results. A folder of them carries a file that says so.
+The rows are small and follow one simple rule per task. Scores on them say nothing about any method, and a folder of
+them has a file that says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NOTICE = "SYNTHETIC.txt"
-"""The file that marks a folder as made up."""
+"""The file that marks a folder of made-up rows."""
 
 _SPLITS = ("train", "validation")
 _NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn")
@@ -25,13 +25,13 @@ def write(folder: Path, tasks: Iterable[str], train: int, validation: int, seed:
     """Write `<folder>/<task>/train.jsonl` and `validation.jsonl`.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         tasks: keys of `ROWS`.
         train, validation: rows.
-        seed: of the generator; the same seed, the same bytes.
+        seed: of the generator; the same seed gives the same bytes.
 
     Raises:
-        ValueError: a task that there is no generator for, or a number of rows below one.
+        ValueError: a task without a generator, or a number of rows below one.
     """
     if min(train, validation) < 1:
         raise ValueError(f"train={train}, validation={validation}: at least one row each is needed")
@@ -48,7 +48,7 @@ def write(folder: Path, tasks: Iterable[str], train: int, validation: int, seed:
 
 
 def _write(path: Path, text: str) -> None:
-    """Unless it is there already, and perhaps being read."""
+    """Write a file, unless it is there already: another process may be reading it."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
@@ -59,7 +59,7 @@ def _sst2(draw: random.Random, index: int) -> dict[str, Any]:
 
 
 def _entailment(draw: random.Random, labels: int, index: int) -> dict[str, Any]:
-    """0: what was said; 1: the contrary, or not entailed; 2: another thing."""
+    """Label 0: the premise; 1: the contrary, or not entailed; 2: something else."""
     label = index % labels
     name, other = draw.sample(_NAMES, 2)
     colour, thing = draw.choice(_COLOURS), draw.choice(_THINGS)

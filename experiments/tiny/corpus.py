@@ -1,11 +1,11 @@
-"""The two texts of the offline default, read from the Python that runs this: code, then prose.
+"""The two texts of the offline default, read from the running Python: code to pre-train on, prose to fine-tune on.
 
-Code is the source of the standard library. Prose is `pydoc_data.topics`, the chapters of the language
-reference behind `help()`. Both are sequences of bytes; a token is a byte, and `BOS` opens every block.
+Code is the source of the standard library. Prose is `pydoc_data.topics`, the chapters of the language reference that
+`help()` shows. Both are sequences of bytes; a token is a byte, and `BOS` opens every block.
 
-The chapters quote one another (`compound` holds `if`, `while`, `for`, ... word for word), so a split by topic
-alone would put the same sentences into training and test. A paragraph is therefore kept only in the longest
-topic that has it, and only then are topics dealt out to the splits.
+The chapters quote one another (`compound` holds `if`, `while`, `for`, ... word for word), so a split by topic alone
+would put the same sentences into training and test. Therefore a paragraph is first removed from all topics but the
+longest that has it, and topics are then dealt out to the splits.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _QUOTED_BY_PROSE = {"pdb.py"}
 _A_TOPIC = 200
 
 SHARES: Mapping[str, float] = {"train": 0.76, "validation": 0.12, "test": 0.12}
-"""The share of the prose's bytes that each split aims at."""
+"""The share of the prose's bytes that each split should get."""
 
 
 @dataclass(frozen=True)
 class Prose:
-    """The three splits of the prose: bytes, and the topics that they were made of."""
+    """The three splits of the prose: their bytes and their topics."""
 
     text: Mapping[str, bytes]
     topics: Mapping[str, tuple[str, ...]]
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits that change when any split does (each Python version has its own topics)."""
+        """Twelve hex digits that change when any split does (topics differ between Python versions)."""
         return digest(b"\0".join(self.text[split] for split in SHARES))
 
 
@@ -56,7 +56,7 @@ def code(held_out_every: int = 40, root: Path | None = None) -> tuple[bytes, byt
     """The standard library's source as `(train, held_out)` bytes, split by file.
 
     Args:
-        held_out_every: every n-th file in the order of the paths is held out; default 40, that is 2.5 %.
+        held_out_every: every n-th file, ordered by path, is held out; 40 is 2.5 %.
         root: the folder to read, by default the running interpreter's standard library.
 
     Raises:
@@ -81,14 +81,14 @@ def _sources(root: Path) -> Iterator[Path]:
 def prose(topics: Mapping[str, str] | None = None) -> Prose:
     """The prose, without repeated paragraphs, split by topic.
 
-    Topics are dealt out from the longest to the shortest, each to the split that is furthest below its share
-    of `SHARES`: deterministic, and balanced whatever the topics of this Python version are.
+    Topics are dealt out from the longest to the shortest, each to the split that is furthest below its share in
+    `SHARES`. The result is deterministic, and balanced for any Python version's topics.
 
     Args:
         topics: name -> text; by default those of `pydoc_data.topics`.
 
     Raises:
-        ValueError: fewer than three topics have text of their own.
+        ValueError: fewer than three topics have text that no longer topic has.
     """
     if topics is None:
         from pydoc_data.topics import topics as of_this_python
@@ -109,10 +109,10 @@ def prose(topics: Mapping[str, str] | None = None) -> Prose:
 
 
 def without_repeats(topics: Mapping[str, str]) -> dict[str, str]:
-    """`topics` with every paragraph left only in the longest topic that has it, without those left empty.
+    """`topics` with every paragraph only in the longest topic that has it, and without empty topics.
 
-    Paragraphs are what blank lines separate, and equal when they differ in white space only. A topic of which
-    less than 200 characters are left (its heading) counts as empty.
+    Blank lines separate paragraphs. Paragraphs that differ only in white space are equal. A topic with less than 200
+    characters left (its heading) counts as empty.
     """
     seen: set[str] = set()
     unique: dict[str, str] = {}
@@ -135,7 +135,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def thin(text: bytes, size: int, piece: int = 2048) -> bytes:
-    """About `size` bytes of `text`, in pieces of `piece` bytes spread evenly over it, or all there are."""
+    """About `size` bytes of `text`, in pieces of `piece` bytes spread evenly over it, or all of it."""
     if size >= len(text):
         return text
     pieces = max(1, size // piece)
@@ -146,8 +146,8 @@ def thin(text: bytes, size: int, piece: int = 2048) -> bytes:
 def blocks(text: bytes, length: int, offset: int = 0) -> torch.Tensor:
     """`text` from byte `offset` on as consecutive blocks: int64, n x (1 + `length`), column 0 is `BOS`.
 
-    Every byte is predicted exactly once (the remainder of fewer than `length` bytes is left out), so a mean
-    loss over blocks in nats, divided by ln 2, is in bits per byte.
+    Every byte is predicted exactly once (a remainder of fewer than `length` bytes is left out), so the mean loss over
+    blocks in nats, divided by ln 2, is in bits per byte.
 
     Raises:
         ValueError: `text` is shorter than one block.
@@ -164,8 +164,8 @@ def blocks(text: bytes, length: int, offset: int = 0) -> torch.Tensor:
 def epoch(text: bytes, length: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """One pass over `text` in shuffled batches, each int64, `batch_size` x (1 + `length`).
 
-    The blocks start at an offset drawn anew, so that later passes cut the text elsewhere; the last batch may
-    be smaller. The number of batches is that of `batches_per_epoch` whatever the offset.
+    The blocks start at a random offset, so that every pass cuts the text elsewhere. The last batch may be smaller. The
+    number of batches is `batches_per_epoch` for every offset.
     """
     offset = int(torch.randint(length, (), generator=generator))
     ids = blocks(text, length, offset)[: _blocks_per_epoch(text, length)]

@@ -1,7 +1,7 @@
 """The tiny model of the offline default: transformers' own OPT, over bytes.
 
-1.1 M parameters: four layers of width 144 with three heads. Its checkpoint is stored in fp16 (2.1 MB) and
-used in fp32; what that rounding costs is written into `provenance.json` by `experiments.tiny.pretrain`.
+1.1 M parameters: four layers of width 144 with three heads. The checkpoint is stored in fp16 (2.1 MB) and used in fp32;
+`provenance.json` records the loss before and after that rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMMITTED = Path(__file__).parents[1] / "tiny-opt"
 
 
 def quiet() -> None:
-    """No progress bars from transformers: commands have one of their own for what takes time."""
+    """Turn off transformers' progress bars; commands show their own."""
     logging.disable_progress_bar()
 
 
@@ -50,7 +50,7 @@ def config(width: int = 144, layers: int = 4, heads: int = 3, context: int = CON
 
 
 def fresh(configuration: OPTConfig, seed: int) -> OPTForCausalLM:
-    """A randomly initialised model; torch's global generator is left as it was."""
+    """A randomly initialised model; torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return OPTForCausalLM(configuration)

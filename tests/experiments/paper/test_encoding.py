@@ -123,7 +123,7 @@ def test_generation_leaves_room_for_the_answer_in_training_too():
     sample = small.samples("SQuAD")[0]
     encoder = Encoder(BYTES, max_length=40, max_new_tokens=10)
     assert len(encoder.prompt(SQUAD, sample).ids) == len(encoder.target(SQUAD, sample).ids) == 30
-    with pytest.raises(ValueError, match="max_length=50 leaves no room for a prompt beside max_new_tokens=50"):
+    with pytest.raises(ValueError, match="max_length=50 leaves no room for a prompt and max_new_tokens=50"):
         Encoder(BYTES, max_length=50).prompt(SQUAD, sample)
 
 

@@ -202,7 +202,7 @@ def test_the_files(tmp_path):
         ({"entries": {("lora", "nope"): Entry()}}, "'nope'"),
         ({"entries": {("nope", "wsc"): Entry()}}, "'nope'"),
         ({"rows": (Row("a", "A", "b"),), "entries": {}}, "refers to 'b'"),
-        ({"rows": (Row("a", "A"), Row("a", "B")), "entries": {}}, "a key stands twice"),
+        ({"rows": (Row("a", "A"), Row("a", "B")), "entries": {}}, "a key occurs twice"),
     ],
 )
 def test_bad_input_is_named(changes, message):

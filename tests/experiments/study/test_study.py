@@ -193,7 +193,7 @@ def test_an_arm_that_the_model_cannot_carry_is_refused_before_anything_is_run(tm
         ) in shown.err
     assert "arm cola-5 (COLA, 5 links): links=5 in epochs=2" in shown.err
     assert "arm cola-3-16 (COLA, 3 links, rank 16): links=3 in epochs=2" in shown.err
-    assert shown.err.endswith("leave out what cannot be: --arms lora\n")
+    assert shown.err.endswith("leave out these arms: --arms lora\n")
     assert not shown.out
     assert not (tmp_path / "out").exists()
     assert main([*command, "--arms", "lora-24"]) == 2

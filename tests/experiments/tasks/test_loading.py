@@ -104,7 +104,7 @@ def test_a_row_of_the_hub_that_is_not_the_tasks_is_named(tmp_path, monkeypatch):
 def test_an_unreachable_hub_says_what_to_do():
     pytest.importorskip("datasets")
     with pytest.raises(
-        OSError, match=r"RTE: no-one/nothing \(rte\) could not be had .* pass --data-dir with rte/train"
+        OSError, match=r"RTE: no-one/nothing \(rte\) could not be loaded .* pass --data-dir with rte/train"
     ):
         split(replace(RTE, hub=("no-one/nothing", "rte")), 0)
 
