@@ -39,20 +39,11 @@ NEARBY = 2
 
 def preset(**changes: Any) -> Setting:
     """The demo's setting, with changes to its fields."""
-    return dataclasses.replace(
-        Setting(
-            model=str(tiny_opt.COMMITTED),
-            epochs=3,
-            held_out=None,
-            batch_size=2,
-            train_bytes=36_864,
-            warmup=15,
-            decay=0.5,
-            by_epoch=False,
-            keep_chains=True,
-        ),
-        **changes,
-    )
+    setting = Setting(
+        str(tiny_opt.COMMITTED), epochs=3, held_out=None, batch_size=2, train_bytes=36_864, warmup=15, decay=0.5,
+        by_epoch=False, keep_chains=True,
+    )  # fmt: skip
+    return dataclasses.replace(setting, **changes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,24 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other = parser.add_argument_group("another setting", "the recorded rates belong to the defaults")
     other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
     other.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
-    other.add_argument(
-        "--targets",
-        nargs="+",
-        default=list(default.targets),
-        metavar="NAME",
-        help="layers, or all-linear (default: query and value)",
-    )
+    targets = list(default.targets)
+    other.add_argument("--targets", nargs="+", default=targets, metavar="NAME", help="or all-linear (query and value)")
     other.add_argument("--init", default=default.init, help="how A is drawn (default: %(default)s)")
     other.add_argument("--epochs", type=int, default=default.epochs, help="passes over the text (default: %(default)s)")
     other.add_argument("--bytes", type=int, default=default.train_bytes, help="of prose (default: %(default)s)")
     other.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
     other.add_argument("--warmup", type=int, default=default.warmup, help="steps, of every link (default: %(default)s)")
-    other.add_argument(
-        "--decay",
-        type=float,
-        default=default.decay,
-        help="share of the run, at its end (default: %(default)s)",
-    )
+    other.add_argument("--decay", type=float, default=default.decay, help="share of the run, at its end (%(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -66,23 +66,13 @@ def checks(results: Results, rows: list[Row], learned: bool = True) -> list[Chec
     if not learned:
         return found
     worse = [row.arm for row in rows if not row.test.mean < results.untouched]
-    found.append(
-        Check(
-            "every arm beats the untouched model",
-            not worse,
-            f"untouched {results.untouched:.4f}, worse: {worse or 'none'}",
-        )
-    )
+    untouched = f"untouched {results.untouched:.4f}, worse: {worse or 'none'}"
+    found.append(Check("every arm beats the untouched model", not worse, untouched))
     ceiling = next((row for row in rows if row.arm == CEILING), None)
     if ceiling is not None and ceiling.against is not None:
         gap = -ceiling.against.difference.mean
-        found.append(
-            Check(
-                "full fine-tuning beats LoRA, so there is a gap to close",
-                gap > 0,
-                f"gap {gap:.4f} bits per byte",
-            )
-        )
+        what = "full fine-tuning beats LoRA, so there is a gap to close"
+        found.append(Check(what, gap > 0, f"gap {gap:.4f} bits per byte"))
     return found
 
 

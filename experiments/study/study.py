@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,13 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     for option in ("seeds", "search_seeds"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')}={getattr(arguments, option)}: at least 1 is needed")
-    setting = Setting(
-        arguments.model,
-        arguments.corpus,
-        TARGETS[arguments.targets],
-        arguments.epochs,
-        arguments.train,
-        arguments.held_out,
-        arguments.length,
-        arguments.batch,
-    )
+    sizes = (arguments.epochs, arguments.train, arguments.held_out, arguments.length, arguments.batch)
+    setting = Setting(arguments.model, arguments.corpus, TARGETS[arguments.targets], *sizes)
     seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))
     names = arguments.arms or list(STUDY)
     if arguments.smoke:
         names, seeds = arguments.arms or ["lora", "cola-2"], seeds[:2]
-        setting = Setting(setting.model, setting.corpus, setting.targets, 2, 4, 2, 16, 2)
+        setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2)
     arms = {name: STUDY[name] for name in names}
     rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
     return Plan(arms, rates, seeds[: arguments.search_seeds], seeds, setting, walk=True)
