@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--rates", nargs="+", type=float, metavar="LR", help="rates to choose from, for every arm")
     other.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
     targets = list(default.targets)
-    other.add_argument("--targets", nargs="+", default=targets, metavar="NAME", help="or all-linear (query and value)")
+    other.add_argument("--targets", nargs="+", default=targets, metavar="NAME", help="layers, or all-linear (q and v)")
     other.add_argument("--init", default=default.init, help="how A is drawn (default: %(default)s)")
     other.add_argument("--epochs", type=int, default=default.epochs, help="passes over the text (default: %(default)s)")
     other.add_argument("--bytes", type=int, default=default.train_bytes, help="of prose (default: %(default)s)")
