@@ -1,1 +1,1 @@
-"""The paper's comparisons on the public API of `cola`; today the offline default: `pretrain` and `demo`."""
+"""The paper's comparisons, the offline study and the benchmarks, on the public API of `cola`."""

@@ -8,35 +8,41 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes",
-    "run": "run one cell of the paper's experiments: a model, a task, a method, a learning rate, a seed",
-    "pretrain": "make the tiny model that the demo fine-tunes",
-    "study": "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
-    "table": "reproduce one of the paper's eight tables",
-    "figure": "reproduce the paper's figure 2 or 3",
-    "bench": "time layer, step, tie, knot and export beside their peers and limits",
-    "rounding": "measure what each rounding of a tie costs a half-precision run",
+    "demo": ("study.demo", "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes"),
+    "run": ("paper.run", "run one cell of the paper's experiments: a model, a task, a method, a learning rate, a seed"),
+    "pretrain": ("tiny.pretrain", "make the tiny model that the demo fine-tunes"),
+    "study": (
+        "study.study",
+        "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
+    ),
+    "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
+    "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),
+    "bench": ("bench", "time layer, step, tie, knot and export against their peers and limits"),
+    "rounding": ("study.rounding", "measure the cost of each rounding of a tie in a half-precision run"),
 }
-"""Name -> one line of help. Each is a module here with `add_arguments(parser)` and `main(arguments)`."""
+"""Name -> (module, one line of help). Every module has `add_arguments(parser)` and `main(arguments)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status; 2 if none is named or a
-    library is missing, 130 if it was interrupted."""
+    """Run one subcommand.
+
+    Returns:
+        Its exit status; 2 if none is named or a library is missing, 130 if it was interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, summary in COMMANDS.items():
+    for name, (module_name, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        # only the command that was asked for pays for its imports
+        # import only the command that runs
         if name in argv[:1]:
             try:
-                module = importlib.import_module(f"experiments.{name}")
+                module = importlib.import_module(f"experiments.{module_name}")
             except ModuleNotFoundError as error:
                 return _not_installed(name, error)
             module.add_arguments(subparser)

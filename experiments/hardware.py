@@ -1,7 +1,8 @@
-"""What a measurement runs on: its name, its versions, and how much of it there is."""
+"""The machine under a measurement: its processor, cores, GPUs, memory and library versions."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-_LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
 def cores() -> int:
@@ -39,7 +38,7 @@ def gpus() -> list[str]:
 
 
 def describe_processor() -> str:
-    """Such as `2-core CPU, AMD EPYC, x86_64 (AVX-512)`: usable cores, the name the system gives."""
+    """Such as `2-core CPU, AMD EPYC, x86_64 (AVX-512)`: usable cores and the system's name for the processor."""
     name, flags = platform.processor(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -52,7 +51,7 @@ def describe_processor() -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout this runs from, with `-dirty` where files differ; None outside a checkout."""
+    """The commit of this checkout, with `-dirty` if files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(
@@ -68,34 +67,38 @@ def provenance() -> dict[str, Any]:
     """Commit, versions, processor and GPUs, as JSON values."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"commit": commit(), "versions": versions, "processor": describe_processor(), "gpus": gpus}
+    libraries = {"python": platform.python_version(), **versions("torch", "transformers", "peft", "numpy")}
+    return {"commit": commit(), "versions": libraries, "processor": describe_processor(), "gpus": gpus}
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The versions of these libraries, without those that are not installed."""
+    found = {}
+    for library in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that this process has used so far (0: not known on this system), and what is free, in bytes."""
+    """The peak memory of this process (0 where the system does not tell) and the free memory, in bytes."""
 
     host: int
     host_free: int
 
     @classmethod
     def now(cls) -> Peak:
-        """As of this moment."""
+        """The values at this moment."""
         free = psutil.virtual_memory().available
         try:
-            import resource  # psutil tells the present use, not the peak
+            import resource  # psutil knows the present use, not the peak
         except ImportError:
             return cls(0, free)
         unit = 1 if sys.platform == "darwin" else 1024
         return cls(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, free)
 
     def how_many(self, share: float) -> int:
-        """How many processes like this one fit into memory: itself, and others in ``share`` of what is free."""
+        """How many processes like this one fit into memory: itself, and others in ``share`` of the free memory."""
         return 1 + int(self.host_free * share // self.host) if self.host else sys.maxsize

@@ -1,4 +1,4 @@
-"""The methods that are compared: what each trains, with which base optimizer, and when it ties a knot."""
+"""The methods that are compared: the weights they train, their base optimizer, and when they tie a knot."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ BASES: Mapping[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
     "Adagrad": torch.optim.Adagrad,
 }
+QUERY_AND_VALUE = ("q_proj", "v_proj")
+"""The layers that get adapters in the paper."""
 SHORTEST_PLATEAU = 12
-"""A plateau is judged by means over a twelfth of the run."""
+"""A plateau is judged by mean losses over this fraction of the run, a twelfth."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Method:
         base: base optimizer, a key of `BASES`.
         ranks: of the links; the last repeats.
         links: length of the chain, or the most that ``"plateau"`` may tie.
-        knots: ``"epochs"``, after epochs ⌈kE/M⌉ for k = 1 … M−1, so that two links of five epochs part after the third
-            as in the paper; ``"even"``, links of equal size; ``"plateau"``, when the loss stalls; ``"at=100,300"`` or
-            ``"every=100"``, optimizer steps.
+        knots: ``"epochs"``, after epochs ⌈kE/M⌉ for k = 1 … M−1, so that two links of five epochs part after
+            the third, as in the paper; ``"even"``, links of equal size; ``"plateau"``, when the loss stalls;
+            ``"at=100,300"`` or ``"every=100"``, optimizer steps.
         alpha: lora_alpha. The scale is alpha / r of the first link, for all links.
 
     Raises:
@@ -63,7 +65,7 @@ class Method:
             raise ValueError(f"kind='lora' has one link of one rank, not links={self.links}, ranks={self.ranks}")
         if self.kind == "cola" and self.links < 2 and self.knots in ("epochs", "even", "plateau"):
             raise ValueError(f"kind='cola' with links={self.links}: a chain has two or more; one link is 'lora'")
-        self.link(None)  # refuses ranks and alphas that cannot be
+        self.link(None)  # refuses invalid ranks and alphas
         _steps(self.knots)
 
     @classmethod
@@ -116,8 +118,8 @@ class Method:
         Args:
             epochs: of the run.
             steps_per_epoch: optimizer steps in one.
-            told: the optimizer is told the epochs, as in transformers' `Trainer`, and need not count steps. Mixed
-                precision leaves out steps whose gradients overflow, and a count of them would fall behind.
+            told: the optimizer is told the epochs, as in transformers' `Trainer`, and does not count steps. Mixed
+                precision skips steps whose gradients overflow, so a count would fall behind.
         """
         total = epochs * steps_per_epoch
         if self.kind != "cola":
@@ -133,7 +135,7 @@ class Method:
         return StepKnots(**_steps(self.knots))
 
     def link(self, targets: str | Sequence[str] | None, *, bias: bool = False, init: str = "gaussian") -> LinkConfig:
-        """What a link is, on the layers ``targets``.
+        """The configuration of a link on the layers ``targets``.
 
         Args:
             targets: as for `cola.LinkConfig`.

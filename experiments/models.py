@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from experiments import tiny_opt
-from experiments.encoding import ByteTokenizer, Tokenizer
+from experiments.tiny import tiny_opt
+from experiments.tiny.corpus import BOS, VOCABULARY
+
+TINY = "tiny"
+"""The name of the model that comes with the repository."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -18,13 +22,60 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-"""What `dtype` may be called."""
+"""The names of a `dtype`."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+class Tokenizer(Protocol):
+    """The part of a tokenizer that is used here. Those of transformers have it, slow or fast, and `ByteTokenizer`."""
+
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of `text`, by default with those that open and close a text."""
+        ...
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any:
+        """The text of `token_ids`."""
+        ...
+
+
+class ByteTokenizer:
+    """The tokens of the repository's tiny model: a byte of UTF-8 each, with `corpus.BOS` in front.
+
+    `BOS` also ends a text and pads it; no result depends on either.
+
+    Example:
+        >>> ByteTokenizer().encode("hé")
+        [256, 104, 195, 169]
+    """
+
+    bos_token_id = eos_token_id = pad_token_id = BOS
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The bytes of `text`, by default after `BOS`."""
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, and `BOS` is shown as `<s>`."""
+        pieces = (
+            bytes(token_ids)
+            if BOS not in token_ids
+            else b"".join(
+                bytes([token]) if token != BOS else b"" if skip_special_tokens else b"<s>" for token in token_ids
+            )
+        )
+        return pieces.decode(errors="replace")
+
+
 def load(
-    name: str = "tiny",
+    name: str = TINY,
     dtype: str = "float32",
     device: str | torch.device | None = None,
     gradient_checkpointing: bool = False,
@@ -39,25 +90,24 @@ def load(
             "meta-llama/Llama-2-7b-hf".
         dtype: "float32", "bfloat16" or "float16" ("fp32", "bf16", "fp16").
         device: where to put it; default a GPU if there is one. Not together with `device_map`.
-        gradient_checkpointing: trade a second forward pass for the memory of activations in training.
+        gradient_checkpointing: save the memory of activations in training, at the cost of a second forward pass.
         device_map: as in transformers: "auto" spreads the layers over the devices.
         trust_remote_code: run the code that comes with the model. Only for sources that you trust.
 
     Raises:
         ValueError: `dtype` is unknown, or `device` and `device_map` are both given.
-        OSError: there is no such directory, or the hub cannot be reached or refuses.
+        OSError: there is no such directory, or the hub cannot be reached or refuses access.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
     if device is not None and device_map is not None:
         raise ValueError(f"device={str(device)!r} and device_map={device_map!r}: give one of the two")
     tiny_opt.quiet()
-    folder = tiny_opt.COMMITTED if name == "tiny" else Path(name)
     model: Any
     tokenizer: Tokenizer
-    if _over_bytes(folder):
-        # too small to spread over devices
-        model, tokenizer, device_map = tiny_opt.load(folder).to(DTYPES[dtype]), ByteTokenizer(), None
+    if over_bytes(name):
+        # a tiny model is not spread over devices
+        model, tokenizer, device_map = tiny_opt.load(_folder(name)).to(DTYPES[dtype]), ByteTokenizer(), None
     else:
         model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
     if device_map is None:
@@ -74,9 +124,14 @@ def _checkpoint_layers(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _over_bytes(folder: Path) -> bool:
-    """Whether `folder` holds a model of `experiments pretrain`, which has no tokenizer of its own."""
+def over_bytes(name: str) -> bool:
+    """Whether this is a model of `experiments pretrain`, which has no tokenizer files."""
+    folder = _folder(name)
     return (folder / "provenance.json").is_file() and not any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _folder(name: str) -> Path:
+    return tiny_opt.COMMITTED if name == TINY else Path(name)
 
 
 def _pretrained(
@@ -95,7 +150,7 @@ def _pretrained(
                 f"model={name!r} is a directory, but not of a causal language model and its tokenizer: {error}"
             ) from error
         raise OSError(
-            f"model={name!r} is no directory here, and the hub did not give it: {error}\n"
+            f"model={name!r} is not a directory here, and could not be loaded from the hub: {error}\n"
             f"Download it once where there is a network (`hf download {name}`; a gated model needs `hf auth login` "
             "and its licence accepted), or pass a directory, or 'tiny' for the model that comes with the repository."
         ) from error
@@ -104,10 +159,10 @@ def _pretrained(
 
 
 def _as_in_the_protocol(model_type: str, tokenizer: Any) -> None:
-    """The settings that the paper's numbers were made with.
+    """Set a tokenizer up as for the paper's numbers.
 
-    OPT's texts open with `<s>`, token 0, although its tokenizer is configured with `</s>`; Llama 2 pads with token
-    0, having no padding of its own. Padding is masked everywhere, so any token serves the others.
+    OPT's texts open with `<s>`, token 0, although its tokenizer is configured with `</s>`; Llama 2 has no
+    padding token and pads with token 0. Padding is masked everywhere, so the choice does not matter for other models.
     """
     if model_type == "opt" and tokenizer.convert_ids_to_tokens(0) == "<s>":
         tokenizer.bos_token = "<s>"

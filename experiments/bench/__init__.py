@@ -1,14 +1,14 @@
-"""What COLA costs, beside its peers and beside what arithmetic and bandwidth allow, in one run.
+"""The cost of COLA against its peers and against the limits of arithmetic and bandwidth.
 
     python -m experiments bench
     python -m experiments bench --rows layer/fp32 tie knot
 
-Contenders run interleaved, in a random order within each round, on the same number of threads; a row is the ratio
+Contenders run interleaved, in a random order within each round, on the same number of threads. A row is the ratio
 within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain,
 export, import, scaling. bench.md, bench.json and, with scaling, scaling.png land in --out.
 
-The exit status is 1 if a result is wrong (ours and a peer's differ), if a group of rows raised an error (the others are
-measured and written all the same) or, with --strict, if a target is missed; 2 if the arguments cannot be.
+The exit status is 1 if a result is wrong (ours and a peer's differ), if a group of rows raised an error (the others
+are still measured and written) or, with --strict, if a target is missed; 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from experiments import tiny_opt
 from experiments.bench import compiled, export, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
+from experiments.tiny import tiny_opt
 
 GROUPS = (layer, step, tie, compiled, knot, export, scaling)
 
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: process time, for one thread on a machine with other work"
     )
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed, too")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 also if a target is missed")
+    parser.add_argument("--smoke", action="store_true", help="a trial with tiny sizes; the figures mean nothing")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
             try:
                 rows += measure(settings)
             except Exception:
-                failed.append(name)  # minutes of other rows are not to be lost
+                failed.append(name)  # keep the minutes spent on other rows
                 bar.write(traceback.format_exc(), file=sys.stderr)
     finally:
         torch.set_num_threads(before)
@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def obstacle(arguments: argparse.Namespace) -> str | None:
-    """Why the run cannot be what was asked for, before any of it; makes the folder. None if it can."""
+    """The reason why a run with these arguments is impossible, or None; makes the folder."""
     unknown = [wanted for wanted in arguments.rows or () if not wanted or not any(cases([wanted]))]
     if unknown:
         names = ", ".join(name for name, _ in cases(None))
@@ -107,7 +107,7 @@ def obstacle(arguments: argparse.Namespace) -> str | None:
 
 
 def cases(wanted: list[str] | None) -> Iterator[tuple[str, Any]]:
-    """The groups of rows whose names start as wanted, or all; a name may go on into a group (`tie/fp32/…/memory`)."""
+    """The groups of rows with these starts of names, or all; a name may go into a group (`tie/fp32/…/memory`)."""
     for group in GROUPS:
         for name, measure in group.cases():
             if wanted is None or any(name.startswith(w) or w.startswith(name + "/") for w in wanted):

@@ -1,6 +1,6 @@
-"""Would a compiled tie pay? The same arithmetic in one fused loop by torch.compile, and what its compilation costs.
+"""A compiled tie: the same arithmetic in one fused loop by torch.compile, and the time of its compilation.
 
-The library ties without a compiler; this is the measurement behind that.
+The library ties without a compiler; this measurement is the reason.
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ def rows(dtype: str, settings: Settings) -> Iterator[Row]:
         f"compiled/{dtype}", f"tie by torch.compile, {dtype} {size}×{size}, nearest: time to W.add_",
         ratio(times, "compiled", "add_"), limit=2 / 3, limited_by="bandwidth, as for tie",
         between="r products per element without blocking in registers; the code for bf16's bits is not vectorised",
-        right=differ < 1e-2,  # the products are summed in another order, which seldom moves a rounding
+        right=differ < 1e-2,  # the products are summed in another order, which seldom changes a rounding
         beside=medians(times) | {"compile_s": compiling, "pays_after_ties": compiling / saved if saved > 0 else -1.0},
     )  # fmt: skip
 
 
 def fused(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """``W ← round(W + L R)``, with the squares per row of what was lost and of the new weight."""
+    """``W ← round(W + L R)``, with the sums of squares per row of the loss and of the new weight."""
     update = left[:, 0:1] * right[0]
     for k in range(1, left.shape[1]):
         update = update + left[:, k : k + 1] * right[k]
     if weight.dtype == torch.float32:
         new = weight + update
         lost = update + (weight - new)
-    else:  # to nearest even by the bits of the sum: the compiler may leave out a cast to bf16 and back
+    else:  # round to nearest even by bits: the compiler may drop a cast to bf16 and back
         target = weight.float() + update
         bits = target.view(torch.int32)
         new = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Truncating a long chain against a dense SVD of its update; importing cola against importing torch."""
+"""Truncation of a long chain against a dense SVD of its update; the import of cola against that of torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cases() -> Iterator[tuple[str, object]]:
 
 
 def svd(settings: Settings) -> Iterator[Row]:
-    """Export at rank 16 of a chain of 100 links, all of it, against the decomposition alone of the dense update."""
+    """The whole export at rank 16 of a chain of 100 links, against only the decomposition of the dense update."""
     links, d, r = (4, 64, 16) if settings.smoke else (100, 4096, 16)
     g = settings.generator()
     report = KnotReport(0, 0, RANK, 0.0, 0.0, None, 0.0)
@@ -38,7 +38,7 @@ def svd(settings: Settings) -> Iterator[Row]:
             ours.append(clock() - started)
             written = Chain.from_peft(directory)[0].factors["proj"].delta(torch.float32)
         missed = (update - written).double().norm().item()
-    # in single precision, the faster of the two, and once: it takes a minute or more
+    # once, in single precision, the faster one: it takes a minute or more
     started = clock()
     _, values, _ = torch.linalg.svd(update, full_matrices=False)
     dense = clock() - started
@@ -49,14 +49,14 @@ def svd(settings: Settings) -> Iterator[Row]:
         "than a dense SVD in fp32", Spread.of(dense / np.array(ours[1:])), 20.0, at_least=True,
         limit=20 * d**3 / (2 * 4 * d * total**2 + 20 * total**3),
         limited_by="FLOPs: two QRs of d×Σr and an SVD of Σr×Σr for one of d×d",
-        between="float64 runs at half the rate; the norm of the update is a decomposition of its own",
-        right=all(abs(error - wanted) <= 1e-3 * wanted for error in (errors["proj"], missed)),  # said, and written
+        between="float64 runs at half the rate; the norm of the update takes another decomposition",
+        right=all(abs(error - wanted) <= 1e-3 * wanted for error in (errors["proj"], missed)),  # reported, and written
         beside={"dense_s": dense, "export_s": float(np.median(ours[1:]))},
     )  # fmt: skip
 
 
 def importing(settings: Settings) -> Iterator[Row]:
-    """Fresh processes."""
+    """Imports in fresh processes."""
 
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)

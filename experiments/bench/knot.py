@@ -1,4 +1,4 @@
-"""Knots of a whole model, in training steps; what a chain of a hundred links leaves in memory."""
+"""Knots of a whole model, in training steps; the memory of a chain of a hundred links."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def cases() -> Iterator[tuple[str, object]]:
 
 
 def knots(settings: Settings) -> Iterator[Row]:
-    """Knots between training steps of OPT-125M's shape; PEFT's merge of the same layers beside them."""
+    """Knots between training steps of OPT-125M's shape, compared with PEFT's merge of the same layers."""
     words, make, *_ = models.MODELS["opt-125m"]
-    sequences, tokens = 1, 8 if settings.smoke else 128  # a short step, which does not make a knot look cheap
+    sequences, tokens = 1, 8 if settings.smoke else 128  # a short step, so that a knot does not look cheap
     model = make(settings.smoke)
     ids = models.batch(model, sequences, tokens, settings.generator())
     opt = ChainOptimizer(
@@ -61,7 +61,7 @@ def knots(settings: Settings) -> Iterator[Row]:
         "knot/model", f"knot of {words}, q and v of all layers, in training steps of {sequences}×{tokens} tokens",
         Spread.of(np.array(ties) / step), 0.5, limited_by="as tie: the adapted weights read and written once",
         between="the check for overflow and the digest of the weights read them once each; drawing A",
-        right=max(after) < 1e-2 * worth,  # of what losing a link would do to the loss
+        right=max(after) < 1e-2 * worth,  # relative to the effect of losing a link
         beside={"step_ms": step * 1e3, "knot_ms": float(np.median(ties)) * 1e3, "first_knot_ms": first * 1e3}
         | peft_merge(make, settings),
     )  # fmt: skip
@@ -69,7 +69,7 @@ def knots(settings: Settings) -> Iterator[Row]:
 
 @torch.no_grad()
 def without_link(model: nn.Module, measure: Callable[[], float]) -> float:
-    """What ``measure`` gives while the live link is off."""
+    """The value of ``measure`` while the live link is off."""
     factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
     held = [p.clone() for p in factors]
     for p in factors:
@@ -95,9 +95,9 @@ def peft_merge(make: object, settings: Settings) -> dict[str, float]:
 
 
 def chain(settings: Settings) -> Iterator[Row]:
-    """A hundred links on the q and v of OPT-125M: tensors outside the ledger, and the ledger's own."""
+    """A hundred links on the q and v of OPT-125M: memory outside the chain's record, and in it."""
     layers, width, links = (2, 32, 10) if settings.smoke else (24, 768, 100)
-    others = plain_tensors()  # held, lest what others leave behind is freed in between and counted as a shrinking
+    others = plain_tensors()  # kept alive, so that none of them is freed in between and counted as shrinking
     model = models.stack(layers, width)
     opt = ChainOptimizer(
         torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules="all-linear"), lr=1e-4
@@ -130,7 +130,7 @@ def chain(settings: Settings) -> Iterator[Row]:
 
 
 def plain_tensors() -> list[torch.Tensor]:
-    """All tensors that the collector knows, of exactly these types: what a compiler traces with has no memory."""
+    """All tensors of exactly these types that the collector knows; a compiler's tracing tensors have no memory."""
     found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
     return [t for t in found if not torch._is_functional_tensor(t) and t.layout == torch.strided]
 
@@ -142,7 +142,7 @@ def live_bytes(opt: ChainOptimizer) -> tuple[int, int]:
     sizes: dict[int, int] = {}
     for tensor in plain_tensors():
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    # what hangs in C++ alone is not listed by the collector: parameters, gradients and state are
+    # the collector does not list tensors held only by C++, so parameters, gradients and state are added
     held: list[torch.Tensor] = [*opt.model.parameters(), *opt.model.buffers()]
     for parameter, state in opt.state.items():
         assert isinstance(parameter, nn.Parameter)

@@ -1,4 +1,4 @@
-"""One adapted linear layer, forward and backward: against PEFT's, loralib's and the frozen one."""
+"""One adapted linear layer, forward and backward, against PEFT's, loralib's and the frozen layer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) 
     yield Row(
         f"{name}/frozen", f"layer, {words}: time to the frozen one's", ratio(times, "cola", "frozen"),
         None if dropout else TO_FROZEN.get((dtype, shape)), limit=1 + 3 * RANK / d,
-        limited_by="FLOPs: 12·tokens·r·d beside 4·tokens·d², 1 + 3r/d", between=BETWEEN, right=right,
+        limited_by="FLOPs: 12·tokens·r·d on top of 4·tokens·d², 1 + 3r/d", between=BETWEEN, right=right,
         floor=ratio(times, "floor", "frozen"), beside={"peft": ratio(times, "peft", "frozen").median},
     )  # fmt: skip
     saved = {key: saved_bytes(layer, x) for key, layer in layers.items()}
@@ -79,15 +79,15 @@ def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) 
 
 
 def products(x: Tensor, y: Tensor, A: Tensor, B: Tensor, wants_dx: bool = True) -> Work:
-    """The six products of a link beside a frozen layer, five if the input asks for no gradient, and nothing else.
+    """Only the six products that a link adds to a frozen layer; five if the input needs no gradient.
 
-    What they compute means nothing: A and B are zero, so that the values stay what they are, however often it runs.
+    A and B are zero, so that the values do not change, however often it runs.
 
     Args:
-        x: tokens×in, copied: in place of the input and of its gradient.
-        y: tokens×out, written: in place of the output and of its gradient.
+        x: tokens×in, copied: stands for the input and for its gradient.
+        y: tokens×out, overwritten: stands for the output and for its gradient.
         A, B: of the link.
-        wants_dx: whether the input asks for a gradient.
+        wants_dx: whether the input needs a gradient.
     """
     A, B = torch.zeros_like(A, dtype=x.dtype), torch.zeros_like(B, dtype=x.dtype)
     x, (tokens, r) = x.clone(), (x.shape[0], A.shape[0])
@@ -126,7 +126,7 @@ def contenders(d: int, dtype: torch.dtype, dropout: float, settings: Settings) -
     )  # fmt: skip
     import peft
 
-    # injected, PEFT's factors have the weight's dtype, which is its faster way for bf16
+    # when injected, PEFT's factors have the weight's dtype, which is faster for bf16
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["proj"], lora_dropout=dropout)
     found["peft"] = peft.inject_adapter_in_model(config, found["peft"])
     try:
@@ -173,7 +173,7 @@ def agree(layers: dict[str, nn.Module], x: Tensor, upstream: Tensor) -> bool:
             results.append([y.detach().double(), x.grad.double(), *factors])
             layer.train()
     eps = torch.finfo(x.dtype).eps
-    # sums of d and of tokens terms, rounded to the dtype at most thrice on the way; errors of random sign add as roots
+    # sums of d and of tokens terms, rounded to the dtype at most three times; errors of random sign add as roots
     return all(
         len(a) == len(b) and all((s - t).norm() <= 8 * eps * t.norm() for s, t in zip(a, b))
         for a, b in itertools.pairwise(results)

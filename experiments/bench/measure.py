@@ -1,4 +1,4 @@
-"""Paired, interleaved timing, memory that was really allocated, and rows that know their target and their limit."""
+"""Paired, interleaved timing, peaks of allocated memory, and rows with a target and a limit."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Settings:
 
     Attributes:
         seed: of all data, and of the order within each round.
-        seconds: to spend on one comparison, more or less.
-        smoke: small sizes and few rounds, to see that everything runs.
+        seconds: to spend on one comparison, approximately.
+        smoke: small sizes and few rounds, for a trial.
         clock: ``"wall"``, or ``"cpu"``, the process's own time, for one thread on a machine with other work.
     """
 
@@ -63,15 +63,15 @@ class Row:
 
     Attributes:
         name: ``group/…``, by which rows are chosen.
-        what: is measured, in words.
+        what: the measurement in words.
         value: measured.
         target: to reach; None if the row only informs.
         at_least: whether the value should be above its target, not below.
-        limit: what arithmetic and bandwidth allow; None if nothing bounds it.
-        limited_by: where the limit comes from.
-        floor: what the same work takes without what we add to it, in the same rounds; None if there is no such thing.
-        between: what stands between the value and its limit.
-        right: whether the results were what they should be; None if there is nothing to compare.
+        limit: the bound of arithmetic and bandwidth; None if there is none.
+        limited_by: the source of the limit.
+        floor: the time of the same work without our additions, in the same rounds; None if it is not measured.
+        between: the reasons why the value is above its limit.
+        right: whether the results were correct; None if there is nothing to compare.
         beside: other figures of the same run.
     """
 
@@ -103,7 +103,7 @@ class Row:
 def warm_heap() -> None:
     """Make the C library keep freed memory of up to 32 MB, as it does once a training process has freed so much.
 
-    Until then it gives freed activations back, and whoever is timed next pays for hundreds of page faults.
+    Until then it gives freed activations back, and the next contender pays for hundreds of page faults.
     """
     torch.empty(1 << 25, dtype=torch.uint8).fill_(1)
 
@@ -111,8 +111,8 @@ def warm_heap() -> None:
 def race(work: Mapping[str, Work], settings: Settings, rounds: tuple[int, int] = (7, 400)) -> dict[str, np.ndarray]:
     """Seconds of each contender in each round.
 
-    Every round runs all contenders once, in a random order, after two rounds to warm up. Short work is repeated so that
-    one reading takes a millisecond or more. Compare within rounds (`ratio`): what disturbs a round disturbs all in it.
+    Every round runs all contenders once, in a random order, after two rounds to warm up. Short work is repeated until
+    one reading takes a millisecond or more. Compare within rounds (`ratio`): a disturbance affects a whole round.
 
     Args:
         work: by name.
@@ -154,12 +154,12 @@ def ratio(times: Mapping[str, np.ndarray], one: str, other: str) -> Spread:
 
 
 def medians(times: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Median milliseconds of each contender, to stand beside a row."""
+    """Median milliseconds of each contender, for `Row.beside`."""
     return {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
 
 
 def peak_bytes(run: Work) -> int:
-    """The most memory that ``run`` held at once beyond what was there before, as torch's CPU allocator saw it."""
+    """The peak of the memory that ``run`` allocated, as torch's CPU allocator counts it."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -177,7 +177,7 @@ def saved_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
     saved = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""The models that steps and knots are timed on: random weights, the shapes of real ones."""
+"""The models of the step and knot benchmarks: shapes of real models with random weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import tiny_opt
+from experiments.methods import QUERY_AND_VALUE
+from experiments.tiny import tiny_opt
 
-TARGETS = ["q_proj", "v_proj"]
+TARGETS = list(QUERY_AND_VALUE)
 
 
 def tiny(smoke: bool) -> nn.Module:
-    """The offline demo's model, as it is shipped."""
+    """The offline demo's model, with its committed weights."""
     return tiny_opt.load()
 
 
@@ -32,7 +33,7 @@ def opt_125m(smoke: bool) -> nn.Module:
 
 
 def llama_like(smoke: bool) -> nn.Module:
-    """Llama's architecture in small: 8 layers of width 512, grouped queries, 8,000 tokens."""
+    """A small Llama: 8 layers of width 512, grouped queries, 8,000 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width, layers = (32, 2) if smoke else (512, 8)
@@ -57,7 +58,7 @@ def batch(model: Any, sequences: int, tokens: int, generator: torch.Generator) -
 
 
 def stack(layers: int, width: int, seed: int = 0) -> nn.Sequential:
-    """Square linear layers without biases, for what depends on shapes alone."""
+    """Square linear layers without biases, for measurements that depend only on shapes."""
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -7,15 +7,14 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from experiments.bench import scaling
 from experiments.bench.measure import Row, Settings
-from experiments.hardware import describe_processor
+from experiments.hardware import describe_processor, versions
 
-#: what a run leaves in its folder, whatever is measured
+#: the files that every run writes
 FILES = ("bench.md", "bench.json")
 PACKAGES = ("torch", "transformers", "peft", "loralib", "numpy")
 
@@ -25,8 +24,8 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
     text = markdown(rows, settings, arguments, minutes)
     (arguments.out / "bench.md").write_text(text + "\n")
     written = {
-        "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(), "minutes": minutes,
-        "settings": asdict(settings),
+        "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(*PACKAGES),
+        "minutes": minutes, "settings": asdict(settings),
         "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
     (arguments.out / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
@@ -37,12 +36,12 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
 
 
 def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace, minutes: float) -> str:
-    """The table: measured, target, verdict, limit; then what stands between, once per kind."""
+    """The table: measured, target, verdict, limit; then the reasons for the distance, once per kind."""
     reached = [row.reached for row in rows if row.reached is not None]
     out_of_reach = sum(row.out_of_reach and row.reached is False for row in rows)
     lines = [
         f"{describe_processor()}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
-        + ", ".join(f"{name} {number}" for name, number in versions().items())
+        + ", ".join(f"{name} {number}" for name, number in versions(*PACKAGES).items())
         + f"; {settings.clock} time; {minutes:.1f} minutes; {sum(reached)} of {len(reached)} targets reached"
         + (f", {out_of_reach} of the others lie below their floors" if out_of_reach else "")
         + ("; SMOKE: the figures mean nothing" if settings.smoke else "")
@@ -62,16 +61,16 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
     for row in rows:
         if row.limited_by:
             kinds.setdefault((row.limited_by, row.between), []).append(row.name)
-    lines += ["", "Limits, and what stands between:", ""]
+    lines += ["", "Limits, and the reasons for the distance:", ""]
     for (limited_by, between), names in kinds.items():
         lines.append(f"- {shortened(names)}: {limited_by}" + (f"; {between}" if between else "") + ".")
     return "\n".join(lines)
 
 
 def verdict(row: Row) -> str:
-    """PASS, FAIL or nothing; `~` where the middle 80 % of the rounds lie on both sides; WRONG results.
+    """PASS, FAIL or nothing; `~` if the middle 80 % of the rounds span the target; WRONG for wrong results.
 
-    `FLOOR` for FAIL where the target itself lies below what the same products take alone.
+    `FLOOR` instead of FAIL if the target lies below the time of the same products alone.
     """
     if row.right is False:
         return "WRONG"
@@ -83,7 +82,7 @@ def verdict(row: Row) -> str:
 
 
 def beside(row: Row) -> str:
-    """Other figures, shortly."""
+    """Other figures, in short."""
     numbers = [(key, value) for key, value in row.beside.items() if isinstance(value, (int, float))]
     return "" if row.name.startswith("scaling/") else ", ".join(f"{key} {value:.4g}" for key, value in numbers)
 
@@ -94,16 +93,5 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def threads(arguments: argparse.Namespace) -> int:
-    """Of torch in this run."""
+    """The number of torch's threads in this run."""
     return arguments.threads or torch.get_num_threads()
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that were timed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,4 +1,4 @@
-"""How the cost of a knot grows with layers, width, rank and chain length, with the slopes to be expected."""
+"""The growth of a knot's cost with layers, width, rank and chain length, against the expected slopes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
-from experiments import style
 from experiments.bench import models
 from experiments.bench.measure import CLOCKS, Row, Settings, Spread
+from experiments.report import style
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Curve:
         x: its values.
         knot, add: median milliseconds of a knot, and of ``W.add_`` on the same weights.
         slope: of log knot in log x over the upper half of x.
-        expected: what the slope should be there.
-        why: in words.
-        slack: by how much the slope may differ.
+        expected: the slope expected there.
+        why: the reason in words.
+        slack: the tolerated difference of the slope.
     """
 
     name: str
@@ -46,7 +46,7 @@ def cases() -> Iterator[tuple[str, object]]:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A row per quantity: the slope. The curves are in ``curves(settings)``."""
+    """A row per quantity, with the slope of its curve."""
     for curve in curves(settings):
         yield Row(
             f"scaling/{curve.name}", f"slope of a knot's time in {curve.name}, {curve.x[len(curve.x) // 2]} to "
@@ -101,7 +101,7 @@ def lengths(points: Sequence[int], width: int, settings: Settings) -> list[tuple
         started = clock()
         opt.tie()
         times.append(clock() - started)
-    # the first knot takes the base's fingerprint: lengths count from the second
+    # the first knot also takes the base's fingerprint: lengths count from the second
     return [(float(np.median(times[max(1, p - 3) : p + 4])) * 1e3, math.nan) for p in points]
 
 
@@ -115,7 +115,7 @@ def make(layers: int, width: int, rank: int) -> ChainOptimizer:
 
 @torch.no_grad()
 def fill(opt: ChainOptimizer, settings: Settings) -> None:
-    """Make the link one that has been trained."""
+    """Give the link a B as after training."""
     g = settings.generator()
     for name, parameter in opt.model.named_parameters():
         if name.endswith("lora_B"):

@@ -1,4 +1,4 @@
-"""Training steps against PEFT with AdamW, and what `ChainOptimizer.step` adds to its base's."""
+"""Training steps against PEFT with AdamW, and the overhead of `ChainOptimizer.step` over its base's step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.bench.measure import Row, Settings, Spread, medians, race, rati
 
 LR = 1e-4
 RANK = 8
-#: by what stands behind the model's name: the paper's targets, and those of QLoRA
+#: suffix of the model's name -> adapted layers: the paper's targets, and those of QLoRA
 ADAPTED: Mapping[str, list[str] | str] = {"": models.TARGETS, "/all-linear": "all-linear"}
 
 
@@ -37,7 +37,7 @@ def training(name: str, key: str, targets: list[str] | str, settings: Settings) 
         sequences, tokens = 1, 8
     steps = contenders(make, targets, sequences, tokens, settings)
     losses = [(steps["cola"]().item(), steps["peft"]().item()) for _ in range(3)]
-    right = all(abs(a - b) <= 1e-3 * abs(b) for a, b in losses)  # both are trained: three equal steps
+    right = all(abs(a - b) <= 1e-3 * abs(b) for a, b in losses)  # both train, so three steps must agree
     times = race(steps, settings)
     adapted = "q and v" if targets == models.TARGETS else "all linear layers"
     yield Row(
@@ -54,7 +54,7 @@ def training(name: str, key: str, targets: list[str] | str, settings: Settings) 
 def contenders(
     make: Any, targets: list[str] | str, sequences: int, tokens: int, settings: Settings
 ) -> dict[str, Callable[[], Tensor]]:
-    """Steps, returning the loss, of a chain and of PEFT from the same weights and factors; of neither; of the floor."""
+    """Steps that return the loss: of a chain and of PEFT with equal weights and factors, frozen, and the floor."""
     import peft
 
     mine = make(settings.smoke)
@@ -70,7 +70,7 @@ def contenders(
                 p.copy_(factors[name.removeprefix("base_model.model.").replace(".default.weight", "")])
     base = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR)
     layers = {n: m for n, m in mine.named_modules() if hasattr(m, "lora_A")}
-    # a frozen model that is differentiated as far down as an adapted one, and has nothing to update
+    # a frozen model, differentiated as far down as an adapted one, with nothing to update
     for name in {name.rpartition(".")[2]: name for name in reversed(layers)}.values():
         frozen.get_submodule(name).register_forward_hook(lambda module, args, output: output.requires_grad_())
     for model in (mine, adapted, frozen):
@@ -98,7 +98,7 @@ def contenders(
 
 
 def bare(layers: Mapping[str, Any], forward: Callable[[], object]) -> Callable[[], None]:
-    """The links' products alone, each layer with an input of its own and the outputs shared, and a fused AdamW step."""
+    """The links' products alone, with separate inputs and shared outputs of the layers, and a fused AdamW step."""
     inputs: dict[str, Tensor] = {}
     handles = [
         layer.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0]}))
@@ -162,7 +162,7 @@ def overhead(settings: Settings) -> Iterator[Row]:
 
 
 class Reads(TorchDispatchMode):
-    """Counts operations that make the host wait for a value: each would stop an accelerator's queue."""
+    """Counts operations that make the host wait for a value, and would stop an accelerator's queue."""
 
     waiting = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal")
 

@@ -1,6 +1,6 @@
-"""A tie as a multiple of ``W.add_``, with the memory it takes; PEFT's and loralib's merges beside it.
+"""A tie as a multiple of ``W.add_``, and its memory, compared with PEFT's and loralib's merges.
 
-The one benchmark that looks behind the public interface: through it a tie comes with the checks of a knot.
+Only this benchmark and `compiled` use more than the public interface, which ties only together with a knot's checks.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ def rows(name: str, dtype: str, shape: str, settings: Settings) -> Iterator[Row]
         )  # fmt: skip
         yield Row(
             f"{name}/{rounding}/memory", f"tie, {dtype} {m}×{n}, {rounding}: extra memory, in W's own bytes",
-            Spread.of([memory[rounding]]), 0.05, limit=0.0, limited_by="nothing need be kept",
+            Spread.of([memory[rounding]]), 0.05, limit=0.0, limited_by="nothing needs to be kept",
             between="three fp32 buffers of a block" + ("; the table of noise" if rounding == "stochastic" else ""),
         )  # fmt: skip
 
 
 def is_right(weight: Tensor, left: Tensor, right: Tensor, rounding: str, seed: int) -> bool:
-    """Whether a tie of some rows is the float64 sum within one rounding, and says what that did."""
+    """Whether a tie of some rows is the float64 sum within one rounding, and reports its error."""
     part, left = weight[:64].clone(), left[:64]
     kept = residual_like(part) if rounding == "compensated" else None
     exact = part.double() + 1e-3 * left.double() @ right.double()
     tie = tie_(part, left, right, 1e-3, rounding=rounding, seed=seed, residual=kept)
     error = part.double() - exact
-    # half a unit in the last place, or a whole one at random, and the rounding of products of length r and of the sum
+    # half a unit in the last place (a whole one if stochastic), and the rounding of the products and of the sum
     products = 1e-3 * left.double().abs() @ right.double().abs()
     slack = torch.finfo(torch.float32).eps * ((RANK + 2) * products + exact.abs())
     unit = torch.finfo(weight.dtype).eps * (1.0 if rounding == "stochastic" else 0.5)
@@ -90,7 +90,7 @@ def is_right(weight: Tensor, left: Tensor, right: Tensor, rounding: str, seed: i
 
 
 def peers(m: int, n: int, dtype: torch.dtype, left: Tensor, right: Tensor) -> dict[str, Work]:
-    """PEFT's and loralib's merge (and, so that it can be repeated, the way back outside the merge itself)."""
+    """PEFT's and loralib's merge, each reset so that it can be repeated."""
     import peft
 
     model = nn.Sequential(OrderedDict(proj=nn.Linear(n, m, bias=False, dtype=dtype)))
@@ -102,7 +102,7 @@ def peers(m: int, n: int, dtype: torch.dtype, left: Tensor, right: Tensor) -> di
 
     def merge() -> None:
         layer.merge()
-        layer.merged_adapters.clear()  # merge once more next time: the weights drift, and the time does not
+        layer.merged_adapters.clear()  # so that the next call merges again: the weights drift, the time does not
 
     found: dict[str, Work] = {"peft_merge": merge}
     try:

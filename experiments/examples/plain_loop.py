@@ -1,4 +1,4 @@
-"""A chain in a loop of your own: ``python experiments/examples/plain_loop.py [model directory or hub name] [steps]``.
+"""A chain in a plain loop: ``python experiments/examples/plain_loop.py [model directory or hub name] [steps]``.
 
 Without a model it makes a tiny random one. Prints one line per knot and writes the merged model to ``merged/``.
 """

@@ -1,8 +1,8 @@
 """A chain under DDP or FSDP2: ``torchrun --nproc-per-node 2 experiments/examples/sharded.py {ddp,fsdp2} [steps]``.
 
 The order matters: first the ChainOptimizer, which adds the links' parameters, then the wrapper, which must see them.
-Every fourth step is saved to ``checkpoint-N``; a third argument names one to go on from, on any number of processes.
-Runs on CPUs (gloo) as it stands; on GPUs, move the model to its device and use the ``nccl`` backend.
+Every fourth step is saved to ``checkpoint-N``; a third argument names one to resume from, on any number of processes.
+It runs on CPUs (gloo); on GPUs, move the model to its device and use the ``nccl`` backend.
 """
 
 import sys
@@ -26,7 +26,7 @@ kind, steps, resume = (sys.argv[1:] + ["fsdp2", "12", ""][len(sys.argv) - 1 :])[
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 config = OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
-config.word_embed_proj_dim, config.dropout = 32, 0.0  # dropout's random states would be for you to save
+config.word_embed_proj_dim, config.dropout = 32, 0.0  # with dropout, save its random states too
 model = OPTForCausalLM(config)
 batches = torch.randint(3, 60, (int(steps), dist.get_world_size(), 4, 16))  # your data, a share for each process
 
@@ -42,7 +42,7 @@ else:
 
 
 def checkpoint():
-    """What is saved, and loaded into. The optimizer's state drops the links on this way, so the chain goes along."""
+    """The state to save, and to load into. `get_state_dict` drops the links, so the chain goes along."""
     weights, state = get_state_dict(model, opt)
     return {"model": weights, "optimizer": state, "chain": opt.chain}
 
@@ -64,5 +64,5 @@ if dist.get_rank() == 0:
     model.save_pretrained("merged", state_dict=weights)
     opt.chain.save("chain")
     print(opt.chain)
-dist.barrier()  # nobody leaves while others still talk
+dist.barrier()  # no process leaves while others still communicate
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The paper's eleven tasks: their prompts, byte for byte, and where their rows come from."""
+"""The paper's eleven tasks: their prompts, byte for byte, and the sources of their rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def key(name: str) -> str:
-    """`name` reduced to lower-case letters and digits, by which spellings are compared."""
+    """`name` reduced to lower-case letters and digits, to compare spellings."""
     return "".join(character for character in name.lower() if character.isalnum())
 
 
@@ -27,7 +27,7 @@ def task(name: str) -> Task:
     """The task called `name`; case, hyphens, dots and spaces do not matter.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: there is no such task; the message lists the names.
 
     Example:
         >>> task("sst2").name

@@ -1,4 +1,4 @@
-"""The two tasks whose candidates are texts of the row itself: COPA and ReCoRD."""
+"""The two tasks whose candidates are texts of the row: COPA and ReCoRD."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CONJUNCTION = {"effect": "so", "cause": "because"}
 
 @dataclass(frozen=True, kw_only=True)
 class Copa(Task):
-    """A premise, and which of two sentences is its cause or its effect."""
+    """Which of two sentences is the cause or the effect of a premise."""
 
     kind: ClassVar[Kind] = "choice"
 
@@ -42,14 +42,14 @@ class Copa(Task):
 
 
 def _continued(sentence: str) -> str:
-    """`sentence` as it reads in the middle of another one: its first word in lower case, unless it is `I`."""
+    """`sentence` for the middle of another one: its first word in lower case, unless it is `I`."""
     first, space, rest = sentence.partition(" ")
     return (first if first == "I" else first.lower()) + space + rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Task):
-    """A passage, and which of its entities fills the gap in a sentence about it; that sentence is the option."""
+    """Which of a passage's entities fills the gap in a sentence; the filled sentence is the option."""
 
     kind: ClassVar[Kind] = "choice"
 
@@ -62,7 +62,7 @@ class Record(Task):
         return Sample({"passage": row["passage"], "query": row["query"]}, candidates=entities, gold=gold)
 
     def prompt(self, sample: Sample) -> str:
-        """The passage with its highlights as a list, and the mark of one more item."""
+        """The passage with its highlights as a list, and the dash of one more item."""
         passage = sample.fields["passage"].replace("@highlight\n", "- ")
         return f"{passage}\n-"
 
@@ -71,7 +71,7 @@ class Record(Task):
         return f"{self.prompt(sample)} {_filled(sample, candidate)}"
 
     def null_prompt(self, sample: Sample) -> str:
-        """The mark of an item."""
+        """The dash of an item."""
         return "-"
 
     def null_full(self, sample: Sample, candidate: str) -> str:

@@ -20,8 +20,8 @@ class Classification(Task):
     Attributes:
         template: the prompt, with the names of fields in braces.
         words: the label words in the order of the labels.
-        before: what stands between prompt and word.
-        null: the prompt of the calibration.
+        before: the text between prompt and word.
+        null: the prompt for calibration.
         prepare: changes fields before they enter the template.
         label: the label of a row.
     """

@@ -10,7 +10,7 @@ from experiments.tasks.samples import Kind, Row, Sample, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Task):
-    """A question about a passage. The answer ends with a newline, which is trained and stops the generation.
+    """A question about a passage. The answer ends with a newline, which training includes and which ends generation.
 
     Attributes:
         template: the prompt, with the names of fields in braces.

@@ -1,14 +1,12 @@
 """Rows from the hub or from JSONL files, and the samples that a seed draws from them.
 
-The draw is the protocol's. A task has two pools, the hub's `train` and `validation` splits (the labels of its test
-split are not published). With `permutation` from `np.random.seed(seed)`, training and dev set are the first
-`train + dev` rows of the permuted training pool, the last `dev` of them being the dev set; the test set is the
-first `test` rows of the permuted validation pool. The seed thus chooses the data, and a pool that is too small is
-used whole.
+The draw is the protocol's. A task has two pools, the hub's `train` and `validation` splits (the labels of the test
+splits are not published). With `permutation` from `np.random.seed(seed)`, training and dev set are the first
+`train + dev` rows of the permuted training pool, the last `dev` of them are the dev set. The test set is the first
+`test` rows of the permuted validation pool. The seed thus chooses the data, and a pool that is too small is used whole.
 
-A folder of files replaces the hub: `<dir>/<task>/train.jsonl` and `validation.jsonl` are the two pools. If
-`test.jsonl` lies beside them, the three files are the pools of the three sets, each permuted by the seed and cut:
-whoever wrote three files has decided what may be trained on.
+A folder of files replaces the hub: `<dir>/<task>/train.jsonl` and `validation.jsonl` are the two pools. With
+`test.jsonl` too, the three files are the pools of the three sets, each permuted by the seed and cut.
 """
 
 from __future__ import annotations
@@ -52,8 +50,8 @@ def split(
         task: one of `TASKS`.
         seed: of the draw, as `np.random.seed` takes it; numpy's global generator is left alone.
         train: training samples. The paper's tables use 1000, Table 6 100 and 50, Table 7 5000.
-        dev: dev samples; None is the protocol's `task.dev`. 0 gives none, and `train` is then what the protocol
-            draws demonstrations with.
+        dev: dev samples; None is the protocol's `task.dev`. With 0 there are none; the protocol draws
+            demonstrations so.
         test: test samples.
         data_dir: a folder of files, or None for the hub.
 
@@ -139,21 +137,21 @@ def _hub(task: Task) -> dict[str, Sequence[Sample]]:
         try:
             splits = load_dataset(path, config)
         except RuntimeError as error:
-            # data sets that are still a loading script, which `datasets` 4 and later do not run
+            # `datasets` 4 and later do not run the loading scripts of older data sets
             if "script" not in str(error):
                 raise
             splits = load_dataset(path, config, revision=_PARQUET)
     except Exception as error:
         name = path if config is None else f"{path} ({config})"
         raise OSError(
-            f"{task.name}: {name} could not be had from the hub ({type(error).__name__}: {error}); pass --data-dir "
-            f"with {key(task.name)}/train.jsonl and validation.jsonl, or fill the cache on a machine with a network"
+            f"{task.name}: {name} could not be loaded from the hub ({type(error).__name__}: {error}); pass --data-dir "
+            f"with {key(task.name)}/train.jsonl and validation.jsonl, or fill the cache while there is a network"
         ) from error
     return {name: _HubSamples(task, splits[name]) for name in ("train", "validation")}
 
 
 class _HubSamples(Sequence[Sample]):
-    """The samples of a split of the hub, made when they are asked for: most rows are never drawn."""
+    """The samples of a split of the hub, made on demand because most rows are never drawn."""
 
     def __init__(self, task: Task, rows: Any) -> None:
         self.task, self.rows = task, rows

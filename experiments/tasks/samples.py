@@ -1,4 +1,4 @@
-"""What a task is: how a row becomes a sample, and a sample the texts that a model sees."""
+"""The protocol of a task: a row becomes a sample, and a sample becomes the texts that a model sees."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Row = Mapping[str, Any]
 """One example as its data set stores it: field name -> value."""
 
 Kind = Literal["classification", "choice", "generation"]
-"""How a task is trained: over its candidates, or as a language model on the right option or answer."""
+"""How a task is trained: over its candidates, or on the tokens of the right option or answer."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One example: the fields its prompt needs, and what is right.
+    """One example: the fields of its prompt, and the right answers.
 
     Attributes:
-        fields: what the prompt is made of, by name.
+        fields: the texts of the prompt, by name.
         candidates: the options that are ranked; empty where the answer is generated.
-        gold: indices of the right candidates; the first one is trained on, any one is right in evaluation.
-        answers: the right answers of a generation task; the first one is trained on, any one is right.
+        gold: indices of the right candidates; training uses the first, and any of them is right in evaluation.
+        answers: the right answers of a generation task; training uses the first, and any of them is right.
     """
 
     fields: Mapping[str, str]
@@ -32,7 +32,7 @@ class Sample:
 
     @property
     def target(self) -> str:
-        """The candidate or answer that is trained on and that demonstrations show."""
+        """The candidate or answer that training and demonstrations use."""
         return self.candidates[self.gold[0]] if self.candidates else self.answers[0]
 
 
@@ -40,8 +40,8 @@ class Sample:
 class Task(ABC):
     """One of the paper's tasks.
 
-    `full` is what the model sees. `prompt` is its beginning without the option, used to measure the option's
-    length and, where the answer is generated, as the model's input. Both are exact to the byte.
+    The model sees `full`. `prompt` is its beginning without the option: it serves to measure the option's length and,
+    where the answer is generated, as the model's input. Both are exact to the byte.
 
     Attributes:
         name: as the paper spells it.
@@ -71,14 +71,14 @@ class Task(ABC):
             if name not in row:
                 raise ValueError(f"{self.name} needs the field {name!r} ({kind.__name__}); this row has {sorted(row)}")
             value = row[name]
-            # a bool passes for an int only where one is asked for
+            # isinstance(True, int) holds, but True is not a label
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise ValueError(f"{self.name}: {name}={value!r} is {type(value).__name__}, expected {kind.__name__}")
         return self._sample(row)
 
     @abstractmethod
     def _sample(self, row: Row) -> Sample:
-        """The sample of a row whose fields are there and have their types."""
+        """The sample of a row with all its fields, of the right types."""
 
     @abstractmethod
     def prompt(self, sample: Sample) -> str:
@@ -89,7 +89,7 @@ class Task(ABC):
         """The text with `candidate`, one of the sample's candidates or answers, as its option."""
 
     def null_prompt(self, sample: Sample) -> str:
-        """The prompt without what it asks about, for calibration."""
+        """The prompt without its contents, for calibration."""
         raise NotImplementedError(f"{self.name} has no null prompt: generated answers cannot be calibrated")
 
     def null_full(self, sample: Sample, candidate: str) -> str:
@@ -101,7 +101,7 @@ def label_index(task: str, label: int, names: tuple[str, ...]) -> int:
     """`label`, checked to be one of 0, ..., len(names) - 1.
 
     Raises:
-        ValueError: it is not. Labels of -1 are what a hub's unlabelled test split has.
+        ValueError: it is not. A label of -1 marks the rows of an unlabelled test split.
     """
     if not 0 <= label < len(names):
         meaning = ", ".join(f"{index} ({name})" for index, name in enumerate(names))

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from cola import Chain
-from experiments import demo
 from experiments.__main__ import COMMANDS, main
-from experiments.report import Check
+from experiments.study import demo
+from experiments.study.demo_report import Check
 
 
 def test_without_a_command_there_is_help(capsys):

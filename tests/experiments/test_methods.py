@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cola import ChainOptimizer, EpochKnots, EvenKnots, NeverKnots, PlateauKnots, Signal, StepKnots
-from experiments import tiny_opt
 from experiments.methods import Method
+from experiments.tiny import tiny_opt
 
 
 @pytest.mark.parametrize(

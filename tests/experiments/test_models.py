@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from experiments import models
-from experiments.encoding import ByteTokenizer, Encoder
+from experiments.models import ByteTokenizer
+from experiments.paper.encoding import Encoder
 from tests.experiments import small
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +33,7 @@ def test_tiny_reads_bytes():
 
 
 def test_a_pretrained_tiny_model_is_known_by_its_folder(tmp_path):
-    from experiments import tiny_opt
+    from experiments.tiny import tiny_opt
 
     configuration = tiny_opt.config(width=16, layers=1, heads=2, context=32)
     tiny_opt.save(tiny_opt.fresh(configuration, seed=0), tmp_path, {"made": "here"})
@@ -114,7 +115,9 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
         models.load("tiny", "int8")
     with pytest.raises(ValueError, match="device='cpu' and device_map='auto': give one of the two"):
         models.load("tiny", device="cpu", device_map="auto")
-    with pytest.raises(OSError, match=r"(?s)model='no-one/nothing' is no directory here, .*hf download no-one/nothing"):
+    with pytest.raises(
+        OSError, match=r"(?s)model='no-one/nothing' is not a directory here, .*hf download no-one/nothing"
+    ):
         models.load("no-one/nothing")
     with pytest.raises(OSError, match="is a directory, but not of a causal language model"):
         models.load(str(tmp_path))

@@ -35,9 +35,11 @@ def train(options: argparse.Namespace) -> Trained:
 def _demo(options: argparse.Namespace) -> Trained:
     """Train the demo's chain, with its model, text, arm and schedule."""
     try:
-        from experiments import arms, corpus, tiny_opt
-        from experiments.demo_run import DemoCell, Setting
-        from experiments.train import train as fine_tune
+        from experiments.study import arms
+        from experiments.study.cells import StudyCell as DemoCell
+        from experiments.study.demo import preset as Setting
+        from experiments.study.training import train as fine_tune
+        from experiments.tiny import corpus, tiny_opt
     except ImportError as error:
         raise ImportError(f"--model demo needs transformers ({error}): install it, or use --model random") from error
     chains = {name: arm for name, arm in arms.demo().items() if arm.method.adapts}

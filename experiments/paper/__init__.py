@@ -1,0 +1,1 @@
+"""The paper's tables and figures: cells run by transformers' `Trainer`, and the published numbers."""

@@ -1,0 +1,122 @@
+"""The offline study: LoRA, chains and full fine-tuning of a small model on text, with tuned rates and paired seeds.
+
+    python -m experiments study                                                    tiny OPT, from code to prose
+    python -m experiments study --model DIR --corpus FILE --length 128 --batch 8   any small causal model and text
+
+Every arm's learning rate is chosen on the development split. Every seed is then run with it, and only those runs are
+evaluated on the test split. A study that was stopped goes on where it was; `--shard` spreads it over machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.files import write_atomically
+from experiments.methods import QUERY_AND_VALUE
+from experiments.study.arms import STUDY
+from experiments.study.cells import name, run
+from experiments.study.comparison import Plan, Results, Row, rows
+from experiments.study.setting import Setting
+from experiments.study.table import study_table
+from experiments.sweep import Shard, Sweep, SweepError, gather
+from experiments.tiny import tiny_opt
+
+TARGETS = {"qv": QUERY_AND_VALUE, "all-linear": ("all-linear",)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments study`."""
+    default = Setting()
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--model", default=default.model, help="a folder or hub name (default: the committed tiny OPT)")
+    parser.add_argument("--corpus", default=default.corpus, help="a text file (default: the prose that Python carries)")
+    parser.add_argument("--targets", default="qv", choices=list(TARGETS), help="layers with adapters")
+    parser.add_argument("--arms", nargs="+", choices=list(STUDY), metavar="ARM", help=f"of {', '.join(STUDY)}; all")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--search-seeds", type=int, default=1, help="seeds per rate tried (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=default.epochs, help="passes (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=default.train, help="training blocks (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=default.held_out, help="blocks per split (%(default)s)")
+    parser.add_argument("--length", type=int, default=default.context, help="tokens per block (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
+    parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
+    parser.add_argument("--smoke", action="store_true", help="a trial: two arms, two seeds, a few steps")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments study`.
+
+    Returns:
+        0; 1 if a run that counts diverged or is missing; 2 for bad arguments or arms that the model cannot carry.
+    """
+    tiny_opt.quiet()
+    try:
+        plan, shard = make_plan(arguments), Shard.parse(arguments.shard)
+        plan.setting.blocks()
+        plan.require_possible()
+    except (ValueError, OSError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    mine = plan.part(arm for index, arm in enumerate(plan.arms) if shard.has(index))
+    sweep = Sweep(arguments.out, run, name)
+    try:
+        sweep.carry_out(mine.wanted, workers=arguments.workers, expected=mine.cells())
+        done = gather(sweep.read, [plan.part([arm]).wanted for arm in plan.arms])
+    except OSError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    except (SweepError, ValueError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    found = rows(Results(plan, done))
+    shown = study_table(rows(Results(plan, done, plan.setting.per_nat)), plan.setting.unit)
+    stem = arguments.out / f"study-{arguments.targets}"
+    write_atomically(stem.with_suffix(".md"), shown + "\n")
+    write_atomically(stem.with_suffix(".json"), json.dumps([as_json(row) for row in found], indent=1) + "\n")
+    print(shown)
+    missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
+    if missing:
+        print(f"not complete yet (other shards?) or diverged: {', '.join(missing)}", file=sys.stderr)
+    print(f"\n{stem}.md, {stem}.json; one folder per run in {arguments.out / 'cells'}")
+    return 1 if set(missing) & set(mine.arms) else 0
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """The plan that the arguments describe.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    for option in ("seeds", "search_seeds"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')}={getattr(arguments, option)}: at least 1 is needed")
+    sizes = (arguments.epochs, arguments.train, arguments.held_out, arguments.length, arguments.batch)
+    setting = Setting(arguments.model, arguments.corpus, TARGETS[arguments.targets], *sizes)
+    seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))
+    names = arguments.arms or list(STUDY)
+    if arguments.smoke:
+        names, seeds = arguments.arms or ["lora", "cola-2"], seeds[:2]
+        setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2)
+    arms = {name: STUDY[name] for name in names}
+    rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
+    return Plan(arms, rates, seeds[: arguments.search_seeds], seeds, setting, walk=True)
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row, with losses in nats per token, as JSON values; a number that is not finite becomes null."""
+    against = None
+    if row.against is not None:
+        limits = row.against.difference
+        values = {"mean": limits.mean, "low": limits.low, "high": limits.high, "p": row.against.p}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        against = {"reference": row.reference, **finite}
+    names = ("arm", "reference", "lr", "tests", "dev_by_epoch", "train_loss", "against", "knots", "parameters")
+    return {name: getattr(row, name) for name in names} | {"against": against}
