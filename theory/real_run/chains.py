@@ -36,8 +36,8 @@ def _demo(options: argparse.Namespace) -> Trained:
     """Train the demo's chain, with its model, text, arm and schedule."""
     try:
         from experiments.study import arms
-        from experiments.study.cells import StudyCell as DemoCell
-        from experiments.study.demo import preset as Setting
+        from experiments.study.cells import StudyCell
+        from experiments.study.demo import preset
         from experiments.study.training import train as fine_tune
         from experiments.tiny import corpus, tiny_opt
     except ImportError as error:
@@ -46,9 +46,9 @@ def _demo(options: argparse.Namespace) -> Trained:
     if options.arm not in chains:
         raise ValueError(f"--arm {options.arm!r} is not a chain: choose from {', '.join(chains)}")
     tiny_opt.quiet()
-    arm, setting, model = chains[options.arm], Setting(epochs=options.epochs), tiny_opt.load()
+    arm, setting, model = chains[options.arm], preset(epochs=options.epochs), tiny_opt.load()
     lr = arm.start if options.lr is None else options.lr
-    optimizer = DemoCell(setting, arm.method, lr, options.seed).optimizer(model)
+    optimizer = StudyCell(setting, arm.method, lr, options.seed).optimizer(model)
     assert isinstance(optimizer, ChainOptimizer)
     # blocks spread evenly over the text, in turn for the fixed loss and for the fresh pass
     blocks = corpus.blocks(setting.training_text(), setting.context)
