@@ -52,8 +52,11 @@ class NextLink:
         """Give the base the state that the new link begins with."""
         if self._fresh is not None:
             self.opt._adopt(self._fresh, self.live.adapters())
-        for parameter, state in (self._state or {}).items():
-            self.opt.base.state[parameter] = state
+        if self._state is not None:
+            for layer in self.live.layers.values():
+                for parameter in (layer.lora_A, layer.lora_B):
+                    self.opt.base.state.pop(parameter, None)
+            self.opt.base.state.update(self._state)
 
 
 class Knot:

@@ -92,8 +92,16 @@ def keep_half(base, old, new):
                 value.mul_(0.5)
 
 
+def forget(base, old, new):
+    """Drops the factors' state, as the base itself would start."""
+    for pair in new.values():
+        for parameter in pair:
+            base.state.pop(parameter, None)
+
+
 @pytest.mark.parametrize(
-    ("reset", "factor"), [("state", None), ("keep", 1.0), (lambda base, old, new: None, 1.0), (keep_half, 0.5)]
+    ("reset", "factor"),
+    [("state", None), (forget, None), ("keep", 1.0), (lambda base, old, new: None, 1.0), (keep_half, 0.5)],
 )
 @pytest.mark.parametrize("base", [torch.optim.AdamW, lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9)])
 def test_what_becomes_of_the_bases_state_at_a_knot(reset, factor, base):
