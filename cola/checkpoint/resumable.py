@@ -319,7 +319,7 @@ class Resumable(LinkGroups):
                 following.reset()
         finally:
             self._mode(modes)
-        self._loss, self._held = None, {}
+        self._loss, self._held, self._given_back = None, {}, None
 
     def _state(self) -> RunState:
         """The run, without what the model's own state dict brings."""

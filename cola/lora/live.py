@@ -351,7 +351,7 @@ class LiveLink:
             if start is not None:
                 done = replace(done, delta=factor.norm(), lost=math.hypot(start.lost, done.lost))
             ties[path] = done
-        self.starts = {}
+        self.starts, self._untouched = {}, {}
         return ties
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
