@@ -26,7 +26,8 @@ class NextLink:
         self.opt, self.live, self.index = opt, opt.live, index
         self.link = self.live.prepare(index, opt)
         self._fresh = self._state = None
-        present, grads = self.live.index, [p.grad for p in self.live.adapters()]
+        present, rooms = self.live.index, {path: layer.lora_A.shape[0] for path, layer in self.live.layers.items()}
+        grads = [p.grad for p in self.live.adapters()]
         try:
             self.live.begin(index, self.link)
             if index != present:
@@ -40,6 +41,7 @@ class NextLink:
                 self._state = carried_over(opt.base, reset, pairs, new, ranks)
         finally:
             self.live.begin(present, old)
+            self.live.make_room(rooms)
             for parameter, grad in zip(self.live.adapters(), grads):
                 parameter.grad = grad
 

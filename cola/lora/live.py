@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cola.common.arguments import choice
 from cola.common.distributed import (
@@ -293,6 +294,15 @@ class LiveLink:
             layer.put(factor.A, factor.B, factor.scaling, mask=mask)
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
+
+    def make_room(self, rooms: Mapping[str, int]) -> None:
+        """Give layers whose Parameters have become smaller than this their zeros beyond the rank again."""
+        for path, layer in self.layers.items():
+            rank, extra = layer.rank, rooms[path] - layer.lora_A.shape[0]
+            if extra > 0:
+                A, B = F.pad(layer.lora_A.detach(), (0, 0, 0, extra)), F.pad(layer.lora_B.detach(), (0, extra))
+                layer.put(A, B, layer.scaling, mask=False)
+                layer.rank = rank
 
     def resume(self, index: int) -> None:
         """Say that the factors at hand are link ``index``'s: the model's state dict has brought their values, or will.
