@@ -170,7 +170,16 @@ class LayerPlan:
         share = self.rank / self.rank_of(link)
         return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
 
-    def draw(self, path: str, shape: tuple[int, int], *, seed: int, link: int, opt: Any = None) -> Pair:
+    def draw(
+        self,
+        path: str,
+        shape: tuple[int, int],
+        *,
+        seed: int,
+        link: int,
+        dtype: torch.dtype = torch.float32,
+        opt: Any = None,
+    ) -> Pair:
         """The factors A and B that link ``link`` of the layer at ``path`` starts from, on the CPU.
 
         Raises:
@@ -180,7 +189,7 @@ class LayerPlan:
         if rank > min(shape):
             raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
         start = LinkStart(path, shape, rank, self.scaling_of(link), link, generator(seed, link, path), opt)
-        return draw(self.config.init, self.config.train, start)
+        return draw(self.config.init, self.config.train, start, dtype)
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that the layer's links can have; None if a callable decides."""

@@ -88,20 +88,23 @@ def generator(seed: int, link: int, path: str) -> torch.Generator:
 
 @torch.no_grad()
 @unaffected()
-def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
+def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = torch.float32) -> Pair:
     """The factors that a link starts from, on the CPU.
 
     Args:
         init: a name in `INITS`, or a function.
         train: as in `LinkConfig`. With ``"A"`` the names draw B, and A is zero.
         start: passed to the function.
+        dtype: of the Parameters that they are for.
 
     Returns:
-        A and B, in fp32 where a name draws them. One of them is zero, unless a function has returned a pair.
+        A and B, in fp32 where a name draws them, else copies in ``dtype``. One of them is zero, unless a function has
+        returned a pair.
 
     Raises:
         TypeError: the function returned neither a tensor nor a pair of tensors.
-        ValueError: what it returned has other shapes or values that are not finite, or it is A alone with train="A".
+        ValueError: what it returned has other shapes or values that are not finite in the factors' dtype, or it is A
+            alone with train="A".
     """
     out, inner = start.shape
     if isinstance(init, str):
@@ -123,10 +126,7 @@ def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
             f"{name} returned A {tuple(A.shape)} of {A.dtype} and B {tuple(B.shape)} of {B.dtype} for {start.path!r}: "
             f"A must be {start.rank}×{inner} and B {out}×{start.rank}, of floating-point numbers"
         )
+    A, B = A.to(dtype, copy=True), B.to(dtype, copy=True)  # they may be views of what a knot is about to change
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise ValueError(f"{name} returned values that are not finite for {start.path!r}")
-    return A.to(_at_least_fp32(A)), B.to(_at_least_fp32(B))
-
-
-def _at_least_fp32(factor: Tensor) -> torch.dtype:
-    return torch.promote_types(factor.dtype, torch.float32)
+        raise ValueError(f"{name} returned values that are not finite in {dtype} for {start.path!r}")
+    return A, B

@@ -111,7 +111,13 @@ class LiveLink:
                 "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), max(ranks), whose
             )
         drawn = {
-            path: self.plans[path].draw(path, known_kind(module).shape(module), seed=seed, link=0)
+            path: self.plans[path].draw(
+                path,
+                known_kind(module).shape(module),
+                seed=seed,
+                link=0,
+                dtype=config.dtype_for(module.weight),  # type: ignore[arg-type]
+            )
             for path, module in modules.items()
         }
         device = config.residual_device
@@ -199,6 +205,9 @@ class LiveLink:
         if start is not None:
             factor = self._factor(path)
             return torch.equal(factor.A, start.A) and torch.equal(factor.B, start.B)
+        if callable(self.config.init):  # the function has chosen which factor starts at zero
+            factor = self._factor(path)
+            return not (factor.A.any() and factor.B.any())
         zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
         return not whole(zero_first.detach()).any().item()
 
@@ -259,7 +268,8 @@ class LiveLink:
         """
         drawn = {}
         for path, shape in self.shapes().items():
-            A, B = self.plans[path].draw(path, shape, seed=self.seed, link=index, opt=opt)
+            dtype = self.layers[path].lora_A.dtype
+            A, B = self.plans[path].draw(path, shape, seed=self.seed, link=index, dtype=dtype, opt=opt)
             drawn[path] = self.factor_of(index, path, A, B)
         return drawn
 
@@ -269,14 +279,18 @@ class LiveLink:
 
     @torch.no_grad()
     def check_start(self, link: Mapping[str, Factor], index: int) -> None:
-        """Refuse a link that starts at a product which a weight could not give back once the live link is tied.
+        """Refuse a link that starts at a product which a weight could not give back.
+
+        It would do so once the live link is tied, unless the link is the live one itself.
 
         Raises:
             KnotError: names the layer.
         """
         for path, factor in link.items() if callable(self.config.init) else ():
             layer, now = self.layers[path], self._factor(path)
-            links = [(now.A, now.B, now.scaling), (factor.A, factor.B, -factor.scaling)]
+            links = [(factor.A, factor.B, -factor.scaling)]
+            if index != self.index:
+                links.insert(0, (now.A, now.B, now.scaling))
             reason = layer.kind.obstacle(layer.holder, links, self.originals.get(path))
             if reason is not None:
                 raise KnotError(f"link {index} cannot start: giving back its s·BA, layer {path!r} {reason}")
@@ -403,6 +417,7 @@ class LiveLink:
 
     def give_back_first(self) -> None:
         """As `give_back` for the first link, keeping copies of the weights until `forget_untouched`."""
+        self.check_start({path: self._factor(path) for path in self.layers}, self.index)
         self._untouched = {path: _values(layer) for path, layer in self.layers.items()}
         self.give_back()
         self._untouched = {path: self._untouched[path] for path in self.starts}

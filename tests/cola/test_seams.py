@@ -445,6 +445,78 @@ def test_an_init_that_cannot_be_is_refused_before_anything_changes(init, kind, m
     assert before == {name: type(module) for name, module in model.named_modules()}
 
 
+def views_of_the_live_link(start):
+    layer = start.opt.live.layers[start.path]
+    return layer.lora_B.t(), layer.lora_A.t()
+
+
+def a_view_of_the_weight(start):
+    return start.opt.model.get_submodule(start.path).weight[: start.rank]
+
+
+@pytest.mark.parametrize("views", [views_of_the_live_link, a_view_of_the_weight])
+def test_an_init_may_return_views_of_what_the_knot_changes(views):
+    wanted = {}
+
+    def init(start):
+        if start.link == 0:
+            return random_pair(start)
+        made = views(start)
+        wanted[start.path] = copy.deepcopy([x.detach() for x in (made if isinstance(made, tuple) else (made,))])
+        return made
+
+    model = Net()
+    opt = wrap_init(model, init)
+    train(opt, model, 2)
+    opt.tie()
+    for path, layer in opt.live.layers.items():
+        assert all(map(torch.equal, wanted[path], (layer.lora_A, layer.lora_B))), path
+
+
+@pytest.mark.parametrize("train_", ["both", "B"])
+def test_a_pair_whose_a_is_zero_has_not_been_trained(train_, caplog):
+    model = Net()
+    link = LinkConfig(
+        r=2, target_modules=BODY, train=train_, init=lambda s: (torch.zeros(2, s.shape[1]), torch.ones(s.shape[0], 2))
+    )
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02)
+    assert opt.live.is_zero()
+    train(opt, model, 1)
+    assert "the link was trained before this optimizer's first step" not in caplog.text
+    assert opt.live.is_zero() == (train_ == "B")  # where A is frozen at zero, nothing can be trained
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize(
+    ("a", "b", "kwargs", "kind", "message"),
+    [
+        (1.0, 1e4, {}, KnotError, "cannot start: giving back its s·BA, layer 'first' would get a W [+] sBA beyond"),
+        (1e-6, 1e5, {"dtype": torch.float16}, ValueError, "values that are not finite in torch.float16 for 'first'"),
+        (1e5, 0.0, {"dtype": torch.float16}, ValueError, "values that are not finite in torch.float16 for 'first'"),
+    ],
+)
+def test_a_start_that_the_weight_or_the_factors_cannot_hold_changes_nothing(at, a, b, kwargs, kind, message):
+    def init(start):
+        if start.link != at:
+            return random_pair(start)
+        return torch.full((start.rank, start.shape[1]), a), torch.full((start.shape[0], start.rank), b)
+
+    def made(model):
+        link = LinkConfig(r=2, target_modules=BODY, init=init, **kwargs)
+        return ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02)
+
+    model = Net(dtype=torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    if at:
+        opt = made(model)
+        train(opt, model, 2, dtype=torch.float16)
+        before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind, match=message):
+        opt.tie() if at else made(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_an_init_that_fails_at_a_knot_changes_nothing():
     def fail_later(start):
         if start.link:
