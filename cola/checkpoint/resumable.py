@@ -198,9 +198,9 @@ class Resumable(LinkGroups):
         self.base.load_state_dict(saved.optimizer)
         if not self.finished:
             self.live.resume(counters.index)
+            self.live.take_links(() if saved.chain is None else saved.chain.links)
             self.live.take_starts(saved.start_A, saved.start_B, saved.start_lost)
             self.live.take_residuals(saved.residuals)
-            self.live.take_links(() if saved.chain is None else saved.chain.links)
         self._continue(saved)
         if not self.finished and (self.steps or counters.index):
             self._base_model.resume(None if saved.chain is None else saved.chain.base, counters.origin_prints())

@@ -201,12 +201,10 @@ class LiveLink:
 
     def is_untrained(self, path: str) -> bool:
         """Whether the link of one layer is still as it began."""
-        layer, start = self.layers[path], self.starts.get(path)
-        if start is not None:
-            factor = self._factor(path)
-            return torch.equal(factor.A, start.A) and torch.equal(factor.B, start.B)
+        layer, factor = self.layers[path], self._factor(path)
+        if factor.start is not None:
+            return all(map(torch.equal, (factor.A, factor.B), factor.start))
         if callable(self.config.init):  # the function has chosen which factor starts at zero
-            factor = self._factor(path)
             return not (factor.A.any() and factor.B.any())
         zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
         return not whole(zero_first.detach()).any().item()
@@ -335,11 +333,16 @@ class LiveLink:
                 layer.put(layer.lora_A.new_zeros(rank, inner), layer.lora_B.new_zeros(out, rank), scaling, mask=mask)
 
     def take_starts(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> None:
-        """Go on with a link that began at these factors; the model's state dict brings the weights without them."""
+        """Go on with a link that began at these factors; the model's state dict brings the weights without them.
+
+        Call `take_links` before.
+        """
         self._untouched, self.starts = {}, {}
         for path in A:
-            device = self.layers[path].lora_A.device
+            device, scaling = self.layers[path].lora_A.device, self.layers[path].scaling
             self.starts[path] = Start(A[path].to(device), B[path].to(device), float(lost[path]))
+            if path in self.originals:
+                self.originals[path] = self.originals[path].extended([(A[path], B[path], -scaling)])
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Go on with copies of these residual buffers, where the configuration keeps them."""
@@ -455,6 +458,8 @@ class LiveLink:
             holder = self.layers[path].holder
             if is_quantized(holder):
                 quantized.put_parts(holder, values)
+                if path in self.originals:
+                    self.originals[path] = self.originals[path].bare()
             else:
                 copy_whole(self.layers[path].weight, values["weight"])
             self.starts.pop(path, None)
@@ -489,7 +494,8 @@ class LiveLink:
         """The link's share of one layer, cut to its rank; views, not copies."""
         layer, start = self.layers[path], self.starts.get(path)
         A, B = whole(layer.lora_A.detach())[: layer.rank], whole(layer.lora_B.detach())[:, : layer.rank]
-        pair = None if start is None else (start.A, start.B)
+        # the model may have been moved to another device since the link began
+        pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
         return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
 
     @torch.no_grad()

@@ -434,7 +434,7 @@ def test_a_chain_goes_on_when_the_weights_have_changed_before_its_first_step(way
         (lambda start: (torch.zeros(2, 6),), TypeError, "returned a tuple"),
         (lambda start: torch.zeros(6, 2), ValueError, r"A must be 2×6 and B 6×2"),
         (lambda start: torch.zeros(2, 6, dtype=torch.int64), ValueError, "of floating-point numbers"),
-        (lambda start: torch.full((2, 6), torch.nan), ValueError, "values that are not finite for 'first'"),
+        (lambda start: torch.full((2, 6), torch.nan), ValueError, "values that are not finite in torch.float32"),
     ],
 )
 def test_an_init_that_cannot_be_is_refused_before_anything_changes(init, kind, message):
