@@ -423,8 +423,6 @@ class Resumable(LinkGroups):
         self.steps, self._epoch = counters.steps, counters.epoch
         self._probed, self._groups.changed = list(counters.probed), set(counters.stepped)
         self._ready, self._held, self._given_back = False, {}, None
-        for name, state in saved.extras.items():
-            self._extras[name].load_state_dict(state)
         if saved.chain is None:
             self.chain.resume(counters.index)
         else:
@@ -432,6 +430,8 @@ class Resumable(LinkGroups):
         last_knot = max((step for _, step, *_ in counters.knots), default=0)
         self.chain.live = not self.finished and self.steps > last_knot
         self._loaded = None if self.finished else counters
+        for name, state in saved.extras.items():  # last: what the caller's own code raises leaves a whole run
+            self._extras[name].load_state_dict(state)
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):

@@ -16,16 +16,19 @@ class NextLink:
         index: of the new link.
         old: the live link.
         reset: as the argument of `ChainOptimizer`.
+        follows: whether the live link is going to be tied before it.
 
     Raises:
         KnotError: the layers have no room for it, or state cannot be kept over a change of rank.
         Exception: what the caller's own init, base or reset raises.
     """
 
-    def __init__(self, opt: Any, index: int, old: Mapping[str, Factor], reset: Reset) -> None:
+    def __init__(self, opt: Any, index: int, old: Mapping[str, Factor], reset: Reset, *, follows: bool = False) -> None:
         self.opt, self.live, self.index = opt, opt.live, index
         self.link = self.live.prepare(index, opt)
         self._fresh = self._state = None
+        if follows:
+            self.live.check_start(self.link, index)
         present, rooms = self.live.index, {path: layer.lora_A.shape[0] for path, layer in self.live.layers.items()}
         grads = [p.grad for p in self.live.adapters()]
         try:
@@ -87,9 +90,7 @@ class Knot:
         self.base = self.chain.base
         if self.base is None and self.index == 0 and keep:
             self.base = base_model.fingerprint()
-        self._next = NextLink(opt, self.index + 1, self.link, opt.reset) if extend else None
-        if self._next is not None:
-            self.live.check_start(self._next.link, self._next.index)
+        self._next = NextLink(opt, self.index + 1, self.link, opt.reset, follows=True) if extend else None
 
     def tie(self) -> None:
         """``W ← round(W + s·B A)`` on every layer."""

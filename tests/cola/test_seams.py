@@ -161,6 +161,57 @@ def test_a_function_that_fails_changes_nothing():
     opt.tie()
 
 
+def test_what_a_function_did_to_the_rest_of_the_base_is_undone_if_it_fails():
+    def fail(base, old, new):
+        base.state.clear()
+        for group in base.param_groups:
+            group["lr"], group["mine"] = 5.0, 1
+        raise ArithmeticError("mine")
+
+    model = Net()
+    link = LinkConfig(r=2, target_modules=BODY, modules_to_save=["head"])
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=link, lr=0.02, reset=fail)
+    train(opt, model, 2)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ArithmeticError, match="mine"):
+        opt.tie()
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert same(*([state["state"][i] for i in sorted(state["state"])] for state in (before, after)))
+
+
+def test_a_function_that_writes_to_the_new_factors_is_refused():
+    def write(base, old, new):
+        for _, B in new.values():
+            B.detach().fill_(1.0)
+
+    model = Net()
+    opt = wrap(model, NeverKnots(), reset=write)
+    train(opt, model, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="reset=write has written to the new link's factors"):
+        opt.tie()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_start_that_is_refused_is_refused_before_the_reset_is_called():
+    calls = []
+
+    def init(start):
+        A, B = random_pair(start)
+        return A, B * (1e6 if start.link else 1)
+
+    model = Net(dtype=torch.float16)
+    link = LinkConfig(r=2, target_modules=BODY, init=init)
+    opt = ChainOptimizer(
+        torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02, reset=lambda base, old, new: calls.append(1)
+    )
+    train(opt, model, 2, dtype=torch.float16)
+    with pytest.raises(KnotError, match="cannot start"):
+        opt.tie()
+    assert not calls
+
+
 @pytest.mark.parametrize("reset", ["keep", keep_half])
 def test_a_run_with_a_reset_of_its_own_is_resumed_bit_for_bit(reset, tmp_path):
     whole = Net()
@@ -245,6 +296,33 @@ def test_an_extra_entry_is_saved_with_a_run_and_comes_back(way, tmp_path):
     assert torch.equal(again.mean, average.mean)
     with pytest.raises(ValueError, match=r"the saved run has the extra entries \['average'\], and here \[\]"):
         wrap(Net()).load_state_dict(opt.state_dict())
+
+
+def test_an_extra_entry_that_cannot_be_loaded_leaves_a_whole_run(tmp_path):
+    class Fails(Average):
+        def load_state_dict(self, state):
+            raise ArithmeticError("mine")
+
+    model, resumed = Net(), Net()
+    opt, other = wrap(model), wrap(resumed)
+    opt.register_for_checkpointing("average", Average())
+    other.register_for_checkpointing("average", Fails())
+    train(opt, model, 4)
+    opt.save(tmp_path)
+    with pytest.raises(ArithmeticError, match="mine"):
+        other.load(tmp_path)
+    train(opt, model, 2, start=4), train(other, resumed, 2, start=4)
+    opt.finish(), other.finish()
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["save", "state_dict"])
+def test_an_extra_entry_that_only_pickling_could_keep_is_named(way, tmp_path):
+    average, opt = Average(), wrap(Net())
+    average.steps = object()
+    opt.register_for_checkpointing("average", average)
+    with pytest.raises(TypeError, match=r"extra/average/steps is a object .* let state_dict\(\) return numbers"):
+        opt.save(tmp_path) if way == "save" else opt.state_dict()
 
 
 def test_an_extra_entry_that_a_framework_drops_is_mentioned(caplog):
