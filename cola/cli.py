@@ -264,7 +264,7 @@ def _layers(chain: Chain) -> dict[str, Any]:
 def _require_finite(chain: Chain) -> None:
     for link in chain:
         for layer, factor in link.factors.items():
-            if not (torch.isfinite(factor.A).all() and torch.isfinite(factor.B).all()):
+            if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on layer {layer!r}")
 
 

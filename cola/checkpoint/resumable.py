@@ -387,7 +387,9 @@ class Resumable(LinkGroups):
 
     def _require_same_run(self, saved: RunState) -> None:
         saved.counters.require_same_run(self._arguments(), self.live, finished=self.finished)
-        copy.deepcopy(self.policy).load_state_dict(saved.counters.policy)
+        # on a copy, but not of what the policy may hold
+        policy = copy.deepcopy(self.policy, {id(self): self, id(self.live.model): self.live.model})
+        policy.load_state_dict(saved.counters.policy)
         if saved.chain is None:  # a framework has dropped the extra entries with the links
             if self._extras:
                 logger.warning("the saved state has no entries for %s, which stay as they are", listed([*self._extras]))

@@ -110,7 +110,7 @@ class LiveLink:
             logger.warning(
                 "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), max(ranks), whose
             )
-        drawn = {
+        drawn = {  # PEFT's layers have their first link already
             path: self.plans[path].draw(
                 path,
                 known_kind(module).shape(module),
@@ -118,7 +118,7 @@ class LiveLink:
                 link=0,
                 dtype=config.dtype_for(module.weight),  # type: ignore[arg-type]
             )
-            for path, module in modules.items()
+            for path, module in ({} if tuned else modules).items()
         }
         device = config.residual_device
         self.originals = {
@@ -267,7 +267,9 @@ class LiveLink:
         drawn = {}
         for path, shape in self.shapes().items():
             dtype = self.layers[path].lora_A.dtype
-            A, B = self.plans[path].draw(path, shape, seed=self.seed, link=index, dtype=dtype, opt=opt)
+            A, B = self.plans[path].draw(
+                path, shape, seed=self.seed, link=index, dtype=dtype, opt=opt if index else None
+            )
             drawn[path] = self.factor_of(index, path, A, B)
         return drawn
 

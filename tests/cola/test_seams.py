@@ -65,6 +65,23 @@ def test_a_policy_reads_the_live_links_gradient():
     assert wanted
 
 
+def test_a_policy_that_holds_the_optimizer_does_not_copy_it_when_a_state_is_loaded(tmp_path):
+    class Holds(KnotPolicy):
+        def update(self, signal):
+            self._opt, self._model = signal.opt, signal.opt.model
+            return signal.step == 2
+
+    class Uncopied(Net):
+        def __deepcopy__(self, memo):
+            raise AssertionError("the model is copied")
+
+    model = Uncopied()
+    opt = wrap(model, Holds())
+    train(opt, model, 3)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.policy._opt is opt
+
+
 def test_attributes_with_an_underscore_are_no_state(tmp_path):
     model = Net()
     opt = wrap(model, WhenTheGradientIsSmall(0.0))
@@ -454,6 +471,20 @@ def test_a_link_that_starts_at_a_product_is_exported_and_undone():
     opt.chain.apply(undone, upto=1)
     opt.chain.undo(model, Net())
     assert all(torch.equal(value, undone.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_init_is_given_the_optimizer_by_all_links_but_the_first():
+    seen = []
+
+    def init(start):
+        seen.append((start.link, start.opt))
+        return random_pair(start)
+
+    model = Net()
+    opt = wrap_init(model, init)
+    opt.tie()
+    opt.undo(Net())
+    assert seen == [(link, opt if link else None) for link in (0, 1, 0) for _ in BODY]
 
 
 @pytest.mark.parametrize("stop", ["failed", "dropped", "untrained"])
