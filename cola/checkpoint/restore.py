@@ -69,6 +69,17 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
             "start: a framework dropped the state's 'cola' entry. Save such a run by opt.save, or by torch.save of "
             "opt.state_dict()"
         )
+    for path, A in saved.start_A.items():
+        B, (out, inner) = saved.start_B[path], live.shapes().get(path, (0, 0))
+        if (
+            path not in live.layers
+            or A.shape != (live.plans[path].rank_of(counters.index), inner)
+            or (B.shape != (out, A.shape[0]))
+        ):
+            raise ValueError(
+                f"the start of the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, which "
+                "does not fit the link here"
+            )
     if counters.finished or not counters.index:
         return
     if live.originals:

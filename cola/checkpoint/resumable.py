@@ -443,10 +443,14 @@ class Resumable(LinkGroups):
             )
 
     def _require_untouched(self, call: str) -> None:
-        if self.live.index or len(self.chain):
+        begun = self.live.index or len(self.chain)
+        if begun or self.live.has_lost_the_base():
+            why = (
+                f"is at link {self.live.index} already" if begun else "trains a link whose start the weights gave back"
+            )
             raise RuntimeError(
-                f"{call} ties links into the untouched base, and this run is at link {self.live.index} already: make a "
-                "new ChainOptimizer over a freshly loaded model"
+                f"{call} ties links into the untouched base, and this run {why}: make a new ChainOptimizer over a "
+                "freshly loaded model"
             )
 
     # of the optimizer that inherits

@@ -222,8 +222,11 @@ def decode(
         kind, _, name = full_name.partition(":")
         if kind in named:
             named[kind][name] = tensor
-    if named["A"].keys() != named["B"].keys() or named["start_A"].keys() != named["start_B"].keys():
+    starts = [named[kind] for kind in ("start_A", "start_B", "start_lost")]
+    if named["A"].keys() != named["B"].keys() or any(part.keys() != starts[0].keys() for part in starts):
         raise ValueError("a layer's live link lacks one of its factors")
+    if any(lost.dim() for lost in starts[2].values()):
+        raise ValueError("what rounding lost when a link began is no number")
     return RunState(counters, optimizer, chain, loss, extras, **named)
 
 

@@ -427,6 +427,10 @@ class LiveLink:
         self.give_back()
         self._untouched = {path: self._untouched[path] for path in self.starts}
 
+    def has_lost_the_base(self) -> bool:
+        """Whether the weights have given back a product, and no copies of the untouched ones are left."""
+        return bool(self.starts) and not self._untouched
+
     def forget_untouched(self) -> None:
         """Training begins: drop the copies of the untouched weights."""
         self._untouched = {}

@@ -626,6 +626,36 @@ def test_a_start_that_the_weight_or_the_factors_cannot_hold_changes_nothing(at, 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_run_whose_weights_gave_back_a_start_is_not_loaded_over(tmp_path):
+    model = Net()
+    opt = wrap_init(model, random_pair)
+    opt.save(tmp_path)
+    opt.load(tmp_path)  # before the first step the untouched weights are still there
+    model = Net()
+    opt = wrap_init(model, random_pair)
+    train(opt, model, 1)
+    with pytest.raises(RuntimeError, match="trains a link whose start the weights gave back"):
+        opt.load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["start_A", "start_B", "start_lost"])
+@pytest.mark.parametrize("damage", [None, torch.zeros(3, 3)], ids=["missing", "shape"])
+def test_a_damaged_start_in_a_state_dict_is_refused_before_anything_changes(part, damage):
+    model, resumed = Net(), Net()
+    opt, other = wrap_init(model, random_pair), wrap_init(resumed, random_pair)
+    train(opt, model, 4)
+    state = copy.deepcopy(opt.state_dict())
+    tensors = state["cola"]["tensors"]
+    tensors[f"{part}:first"] = damage
+    if damage is None:
+        del tensors[f"{part}:first"]
+    before = copy.deepcopy(other.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=r"lacks one of its factors|no number|does not fit the link here"):
+        other.load_state_dict(state)
+    assert other.state_dict()["param_groups"] == before
+    assert other.live.index == 0
+
+
 def test_an_init_that_fails_at_a_knot_changes_nothing():
     def fail_later(start):
         if start.link:
