@@ -23,6 +23,8 @@ Pair = tuple[Tensor, Tensor]
 class LinkStart:
     """The arguments of a way to start, for one layer of one link.
 
+    In a distributed run every process asks the function, and it must return the same on all of them.
+
     Attributes:
         path: of the layer.
         shape: (out, in) of its weight.
