@@ -42,7 +42,11 @@ class Untrained:
         if self._told or not steps:
             return
         name = "lora_A" if live.config.train == "A" else "lora_B"
-        found = [path for path, layer in live.layers.items() if _untouched(getattr(layer, name), base)]
+        found = [
+            path
+            for path, layer in live.layers.items()
+            if live.is_untrained(path) and _unseen(getattr(layer, name), base)
+        ]
         if not found:
             return
         self._told = True
@@ -83,10 +87,8 @@ class Untrained:
         )  # fmt: skip
 
 
-def _untouched(parameter: nn.Parameter, base: Optimizer) -> bool:
-    """Whether a parameter that began at zero is zero, and was not kept there by its learning rate."""
-    if _any(parameter):
-        return False
+def _unseen(parameter: nn.Parameter, base: Optimizer) -> bool:
+    """Whether the base has seen no gradient of a parameter, and its learning rate is not the reason."""
     group = next((g for g in base.param_groups if any(p is parameter for p in g["params"])), None)
     if group is not None and not _rate(group):
         return False

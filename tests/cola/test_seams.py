@@ -595,6 +595,18 @@ def test_a_pair_whose_a_is_zero_has_not_been_trained(train_, caplog):
     assert opt.live.is_zero() == (train_ == "B")  # where A is frozen at zero, nothing can be trained
 
 
+@pytest.mark.parametrize("init", [random_pair, by_principal_directions])
+def test_a_link_that_starts_anywhere_and_has_no_gradient_is_noticed(init, caplog):
+    class Bypass(Net):
+        def forward(self, x):
+            return self.head(torch.tanh(self.first(x)))
+
+    model = Bypass()
+    opt = wrap_init(model, init)
+    train(opt, model, 3)
+    assert "of 1 of 2 layers (second) has had no gradient" in caplog.text
+
+
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize(
     ("a", "b", "kwargs", "kind", "message"),
