@@ -61,10 +61,10 @@ class Untrained:
             )  # fmt: skip
         else:
             logger.warning(
-                "link %d: after %d steps %s of %d of %d layers (%s) has had no gradient, so their links are zero. This "
-                "is expected for experts that received no token; other causes are parameters frozen after the "
-                "ChainOptimizer was made, reentrant gradient checkpointing (set use_reentrant=False), and layers "
-                "whose weight the model reads without calling them",
+                "link %d: after %d steps %s of %d of %d layers (%s) has had no gradient, so their links are as they "
+                "began. This is expected for experts that received no token; other causes are parameters frozen after "
+                "the ChainOptimizer was made, reentrant gradient checkpointing (set use_reentrant=False), and "
+                "layers whose weight the model reads without calling them",
                 live.index, steps, name, len(found), len(live.layers), named,
             )  # fmt: skip
 
