@@ -1,7 +1,7 @@
-"""The weights from base and links: ties recorded links again, as the run did, hence to the same bits.
+"""Rebuilds weights from a base model and recorded links: ties them again as the run did, hence to the same bits.
 
-The same bits need the same device, library versions, kernels and number of threads; elsewhere the sums are taken in
-another order, and the result agrees within the rounding of the weight's dtype.
+The same bits need the same device, library versions, kernels and number of threads. Other setups sum in another order,
+and their weights agree within the rounding of the weight's dtype.
 """
 
 import logging
@@ -35,7 +35,7 @@ Base = nn.Module | Mapping[str, Tensor]
 
 
 def paths(links: Iterable[Link]) -> list[str]:
-    """The layers that any of the links changes."""
+    """Paths of the layers that any of the links changes."""
     return list(dict.fromkeys(path for link in links for path in link.factors))
 
 
@@ -47,14 +47,14 @@ def take_fingerprint(
     known: Mapping[str, TensorPrint] | None = None,
     cache: Digests | None = None,
 ) -> Fingerprint:
-    """`fingerprint` of a model.
+    """The `fingerprint` of a model's base tensors.
 
     Args:
-        model: as it is without links.
+        model: with or without links on it.
         layers: paths of the adapted ones.
-        whole: cover all its parameters and persistent buffers, and its architecture, not those layers' weights alone.
-        known: prints that stand for tensors which are no longer the base's.
-        cache: where digests are remembered.
+        whole: cover all parameters and persistent buffers and the architecture, not just those layers' weights.
+        known: prints by name, used for tensors that are no longer the base model's.
+        cache: remembers digests.
     """
     values, modules = base_tensors(model), base_modules(model)
     weights = {path: values.pop(weight_of(path)) for path in layers}
@@ -68,7 +68,7 @@ def take_fingerprint(
 
 
 def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """What a quantised layer has beside its codes, by name: scales, and the links stacked there; no other layer has."""
+    """A quantised layer's tensors except its codes (scales, stacked links), by name; empty for other layers."""
     if not is_quantized(module):
         return {}
     parts = {f"{path}.{name}".lstrip("."): tensor for name, tensor in quantized.parts(module).items()}
@@ -77,13 +77,13 @@ def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Those of the layers that store their weight in×out."""
+    """The layers that store their weight in×out."""
     modules = base_modules(model)
     return [path for path in layers if known_kind(modules[path]).transposed]
 
 
 def codes_differ(recorded: Fingerprint, originals: Mapping[str, quantized.OriginalWeight]) -> str | None:
-    """How what quantised layers are re-quantised from differs from the recorded base, in words; None if it does not."""
+    """How the weights to re-quantise from differ from the recorded base model, in words; None if they do not."""
     tensors = {
         f"{path}.{name}".lstrip("."): tensor
         for path, origin in originals.items()
@@ -101,24 +101,26 @@ def check(
     live: bool = False,
     replaced: Iterable[str] | None = None,
 ) -> list[str]:
-    """Whether the links can be tied into ``model``; changes nothing.
+    """Check that the links can be tied into ``model``. Changes nothing.
 
     Args:
-        model: that will carry them.
+        model: the links are to be tied into.
         links: to be tied.
-        recorded: fingerprint of the base that they were trained on; None skips that comparison.
-        base: where the untouched weights are; None for the model itself.
-        live: the model carries a live link of the caller's own.
-        replaced: names of tensors whose values in the base do not matter, for they get others (a head that was trained
-            whole, and is drawn anew with every base); None for those that the links record.
+        recorded: fingerprint of the base model that they were trained on; None skips that comparison.
+        base: holds the untouched weights; None if the model does.
+        live: the model carries the caller's own live link.
+        replaced: names of tensors whose values in the base do not matter, because they will be replaced (a trained
+            head, which is drawn anew with every base model); None for those that the links record.
 
     Returns:
-        The names among ``replaced`` whose values do differ; they are logged as well.
+        The names in ``replaced`` whose values differ. A warning names them as well.
 
     Raises:
-        ValueError: a layer is missing, of another shape, cannot be tied, or the base is another one.
+        ValueError: a layer is missing, has another shape or cannot be tied, or the base is another one.
     """
-    modules, values = modules_by_name(model), _values(model if base is None else base)
+    untouched = model if base is None else base
+    whole = isinstance(untouched, nn.Module)
+    modules, values = modules_by_name(model), _values(untouched)
     theirs = modules_by_name(base) if isinstance(base, nn.Module) else modules
     together = {name: names for names in shared_weights(model).values() for name in names}
     for link in links:
@@ -126,7 +128,8 @@ def check(
             _require_layer(path, factor, modules, live=live, stacked=live or base is not None)
             if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
-            for name in _stored_names(modules[path], path, base):
+            apart = not whole and is_quantized(modules[path])
+            for name in _part_names(modules[path], path).values() if apart else [weight_of(path)]:
                 if name not in values:
                     raise ValueError(f"base has no {name!r}: give the untouched model or its state dict")
             if is_quantized(modules[path]) != is_quantized(theirs[path]):
@@ -134,18 +137,16 @@ def check(
                     f"base has a {type(theirs[path]).__name__} at {path!r}: give it quantised as the model is"
                 )
         for path, value in link.trained.items():
-            tied = together.get(path, ())
-            _require_trained_together(path, tied, link)
-            # a file of weights may hold a tied one once
-            stored = next((values[name] for name in (path, *tied) if name in values), None)
+            shared = together.get(path, ())
+            _require_trained_together(path, shared, link)
+            # a file of weights may hold a shared one once
+            stored = next((values[name] for name in (path, *shared) if name in values), None)
             if stored is None or stored.shape != value.shape:
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
     if recorded is None:
         return []
     mine = {name for link in links for name in link.trained} if replaced is None else set(replaced)
     mine.update(*(together.get(name, ()) for name in tuple(mine)))
-    untouched = model if base is None else base
-    whole = isinstance(untouched, nn.Module)
     tensors = base_tensors(untouched) if isinstance(untouched, nn.Module) else values
     others = []
     for difference in recorded.differences(tensors, all_of_it=whole):
@@ -170,12 +171,12 @@ def tie_links(
     Args:
         model: changed in place.
         links: to be tied.
-        residuals: of compensated rounding, by layer; added to.
-        device: where they are kept; None for the weight's own.
-        originals: what quantised layers are re-quantised from, by layer; brought up to date. None for what they hold.
+        residuals: of compensated rounding, by layer; updated.
+        device: for the residuals; None for the weight's own.
+        originals: the weights to re-quantise from, by layer; updated. None for those that the layers hold.
 
     Returns:
-        What each tie did, per link and layer.
+        The `Tie` of each layer, per link.
     """
     modules, values, links = modules_by_name(model), _values(model), list(links)
     residuals = {} if residuals is None else residuals
@@ -188,7 +189,7 @@ def tie_links(
             copy_whole(values[path], value)
     for path in codes:
         module, both = modules[path], [(ours, link.factors.get(path)) for ours, link in zip(ties, links)]
-        for way in quantized.QUANTIZED:  # requantise once for all links; a link uses one mode only
+        for way in quantized.QUANTIZED:  # requantise once for all links; a link uses one way only
             mine = [(ours, factor) for ours, factor in both if factor is not None and factor.rounding == way]
             original = None
             if mine and way == "requantize":
@@ -201,7 +202,7 @@ def tie_links(
 
 @torch.no_grad()
 def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[str] = ()) -> None:
-    """Put the base's values back wherever the links changed something, and ``also`` there. Call `check` first."""
+    """Restore the base's values of all tensors that the links changed, and of ``also``. Call `check` first."""
     values, untouched, modules = _values(model), _values(base), modules_by_name(model)
     for path in paths(links):
         if is_quantized(modules[path]):
@@ -209,12 +210,12 @@ def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[st
             untouched.pop(weight_of(path))
     changed = (path for link in links for path in link.trained)
     for name in dict.fromkeys((*map(weight_of, paths(links)), *changed, *also)):
-        if name in untouched:  # check() has seen to it that it is there under one of its names
+        if name in untouched:  # `check` made sure that one of its names is there
             copy_whole(values[name], untouched[name])
 
 
 def settle(model: nn.Module, links: Iterable[Link]) -> None:
-    """Give quantised layers that `untie` has left without links their plain classes again."""
+    """Restore the plain classes of quantised layers that `untie` left without links."""
     modules = modules_by_name(model)
     for path in paths(links):
         stacked.settle(modules[path])
@@ -238,21 +239,17 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
     return combined(did, factor)
 
 
-def _parts(module: nn.Module, path: str, base: Base | None) -> dict[str, Tensor]:
-    """What a quantised layer is made of: the model's own, or in the base's place."""
-    if base is None:
-        return quantized.parts(module)
+def _parts(module: nn.Module, path: str, base: Base) -> dict[str, Tensor]:
+    """The tensors of a quantised layer in the base."""
     if isinstance(base, nn.Module):
         return quantized.parts(modules_by_name(base)[path])
     values = _values(base)
-    return {name: values[f"{path}.{name}".lstrip(".")] for name in quantized.part_names(module)}
+    return {part: values[name] for part, name in _part_names(module, path).items()}
 
 
-def _stored_names(module: nn.Module, path: str, base: Base | None) -> list[str]:
-    """Under what names a base holds the weight of a layer."""
-    if base is None or isinstance(base, nn.Module) or not is_quantized(module):
-        return [weight_of(path)]
-    return [f"{path}.{name}".lstrip(".") for name in quantized.part_names(module)]
+def _part_names(module: nn.Module, path: str) -> dict[str, str]:
+    """A quantised layer's names for its tensors, with the model's."""
+    return {name: f"{path}.{name}".lstrip(".") for name in quantized.part_names(module)}
 
 
 def _values(model: Base) -> dict[str, Tensor]:
@@ -281,9 +278,9 @@ def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module], *, 
         )
 
 
-def _require_trained_together(path: str, tied: Iterable[str], link: Link) -> None:
-    """A tensor that several modules of the model share must have been one when it was trained."""
-    for other in tied:
+def _require_trained_together(path: str, shared: Iterable[str], link: Link) -> None:
+    """Refuse values that were trained apart for a tensor that several modules of the model share."""
+    for other in shared:
         value = link.trained.get(other)
         if value is None or (value is not link.trained[path] and not torch.equal(value, link.trained[path])):
             raise ValueError(
