@@ -209,7 +209,7 @@ def test_the_command_line_verifies_and_exports_a_quantised_chain(saved, how, tmp
     said = capsys.readouterr().err
     assert status == 1
     if how == "stack":  # what it would write could not be read
-        assert "links are kept beside quantised weights" in said
+        assert "links are stacked on quantised weights" in said
     else:
         assert "cannot save a LlamaForCausalLM that was loaded quantised" in said
     assert "cola export" in said
