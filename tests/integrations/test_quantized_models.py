@@ -185,7 +185,7 @@ def test_the_trainer_resumes_a_quantised_chain_bit_for_bit(saved, bits, how, tmp
     assert torch.equal(logits(resumed.model.train()), logits(trainer.model.train()))
     assert [link.report.delta_norm for link in opt.chain] == [link.report.delta_norm for link in other.chain]
     stacked = any(isinstance(module, StackedLinear) for module in trainer.model.modules())
-    assert stacked == (how == "stack") == ("beside the quantised weights" in caplog.text)
+    assert stacked == (how == "stack") == ("stacked on the quantised weights" in caplog.text)
     fresh = load(saved / "opt", bits)
     Chain.load(tmp_path / "whole" / "chain").apply(fresh)
     assert torch.equal(logits(fresh), logits(trainer.model))
