@@ -58,7 +58,7 @@ class Architecture:
             name=kind.__name__,
             library=kind.__module__,
             model_type=model_type if isinstance(model_type, str) and model_type else None,
-            task=_task(base, kind),
+            task=_task(base, kind.__name__),
             modules=tuple(path for path in base_modules(model) if path and path not in held),
             aliases=aliases(model),
             changed=peft.changed_base(called(model)),
@@ -124,12 +124,11 @@ def holders(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _task(model: nn.Module, kind: type[nn.Module]) -> str | None:
-    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
-    if task == "SEQ_2_SEQ_LM":
-        text = getattr(model, "main_input_name", "input_ids") == "input_ids"
-        if not (text and getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
-            return None  # it sees or hears
-    known = hasattr(getattr(model, "config", None), "model_type")
+def _task(model: nn.Module, name: str) -> str | None:
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    config = getattr(model, "config", None)
+    reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    if task == "SEQ_2_SEQ_LM" and not (reads_text and getattr(config, "is_encoder_decoder", False)):
+        return None  # it sees or hears
     generates = hasattr(model, "prepare_inputs_for_generation")
-    return task if known and (generates or task not in _GENERATES) else None
+    return task if hasattr(config, "model_type") and (generates or task not in _GENERATES) else None

@@ -29,7 +29,7 @@ class Chain:
 
     Attributes:
         missing: how many links are lost before the first one held. More than 0 only if a framework's checkpoint dropped
-            them: training goes on from such a checkpoint, but the chain can no longer be applied or exported.
+            them: training continues from such a checkpoint, but the chain can no longer be applied or exported.
         live: whether a running optimizer has trained a link that is not tied yet, and so is not in the chain.
 
     >>> len(Chain())
@@ -300,7 +300,7 @@ class Chain:
         return torch.stack([factor.delta() for factor in self._factors(layer)]).sum(0)
 
     def norms(self) -> dict[str, list[float]]:
-        """``‖ΔW_k‖`` (Frobenius) per layer, one number per link; 0 where a link does not touch the layer."""
+        """``‖ΔW_k‖`` (Frobenius) per layer, one number per link; 0 if a link does not touch the layer."""
         self._require_kept("norms()")
         return {
             layer: [link.factors[layer].norm() if layer in link.factors else 0.0 for link in self]

@@ -42,7 +42,9 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
         raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
     kind = _class_of(config, name, trust_remote_code, transformers)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    dtypes = _dtypes(chain)
+    prints = chain.base.prints() if chain.base is not None else {}
+    named = ((name, getattr(torch, one.dtype, None)) for name, one in prints.items())
+    dtypes = {name: dtype for name, dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
     widest = functools.reduce(torch.promote_types, dtypes.values()) if dtypes else "auto"
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": widest}
     if trust_remote_code:
@@ -96,10 +98,3 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
             "trust it, pass --trust-remote-code"
         )
     return kind
-
-
-def _dtypes(chain: Chain) -> dict[str, torch.dtype]:
-    """Dtypes of the base model's floating-point tensors, by name; mixed precision has several."""
-    prints = chain.base.prints() if chain.base is not None else {}
-    named = ((name, getattr(torch, one.dtype, None)) for name, one in prints.items())
-    return {name: dtype for name, dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point}

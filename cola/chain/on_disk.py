@@ -60,17 +60,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """A chain as plain data; the fields are those of `Chain`.
-
-    Attributes:
-        libraries: versions of the libraries that wrote it, if it was read from disk.
-    """
+    """A chain as plain data; `Chain` describes the fields."""
 
     links: Sequence[Link]
     missing: int = 0
     keep: bool = True
     base: Fingerprint | None = None
-    libraries: Mapping[str, str] | None = None
 
 
 def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
@@ -79,7 +74,7 @@ def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
     return {"missing": ledger.missing, "keep": ledger.keep, "base": base}
 
 
-def ledger_of(about: Mapping[str, Any], links: Sequence[Link], libraries: Mapping[str, str] | None = None) -> Ledger:
+def ledger_of(about: Mapping[str, Any], links: Sequence[Link]) -> Ledger:
     """Reverse `ledger_to_json`.
 
     Raises:
@@ -90,7 +85,7 @@ def ledger_of(about: Mapping[str, Any], links: Sequence[Link], libraries: Mappin
         raise ValueError(f"missing={missing!r:.40}, keep={keep!r:.40}")
     if [link.index for link in links] != list(range(missing, missing + len(links))):
         raise ValueError("a link is missing")
-    return Ledger(links, missing, keep, None if base is None else Fingerprint.from_json(base), libraries)
+    return Ledger(links, missing, keep, None if base is None else Fingerprint.from_json(base))
 
 
 # per link, its entry and the versions of its tensors, so that saving again does not hash every link again
@@ -137,7 +132,7 @@ def undisturbed(directory: Path, read: Callable[[Path], T]) -> T:
 
 
 def _stamp(directory: Path) -> list[tuple[int, int]]:
-    """Changes whenever a manifest is replaced."""
+    """A value that changes whenever a manifest is replaced."""
     paths = [directory / name for name, _ in (CHAIN, CHECKPOINT)]
     return [(s.st_ino, s.st_mtime_ns) for s in (path.stat() for path in paths if path.exists())]
 
@@ -192,7 +187,6 @@ def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
     """The chain that a manifest describes; ``path`` is the manifest's, for messages."""
     try:
         entries = [entry(item, path) for item in manifest["links"]]
-        libraries = {str(name): str(version) for name, version in manifest["libraries"].items()}
         ledger_of(manifest, ())  # before any link is read
     except StoreError:
         raise
@@ -205,7 +199,7 @@ def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
             raise StoreError(f"{path} lists {item.file} as link {index}, and it is link {link.index}")
         _known[link] = item, _versions(link)
         links.append(link)
-    return ledger_of(manifest, links, libraries)
+    return ledger_of(manifest, links)
 
 
 def entry(item: Any, path: Path) -> Entry:
@@ -367,12 +361,12 @@ def _write_link(directory: Path, link: Link) -> Entry:
 
 
 def _is_there(directory: Path, item: Entry) -> bool:
-    """Compares name (it contains the checksum) and size; reading a long chain at every save would be too slow."""
+    """Compare name (it contains the checksum) and size; reading a long chain at every save would be too slow."""
     path = directory / item.file
     return path.is_file() and path.stat().st_size == item.size
 
 
 def _versions(link: Link) -> tuple[int, ...]:
-    """Counts in-place changes of the link's tensors."""
+    """Torch's counts of in-place changes of the link's tensors."""
     tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B, *(factor.start or ())))
     return tuple(t._version for t in (*tensors, *link.trained.values()))

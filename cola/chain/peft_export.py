@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cola.chain import peft_targets, replay, spectrum, tensorfile
 from cola.chain.files import write
@@ -32,7 +33,13 @@ def to_peft(
     paths = replay.paths(links)
     if not paths:
         raise ValueError("an empty chain has nothing to export: finish() ties the last link")
-    _require_original(base)
+    changed = base.architecture.changed if base is not None and base.architecture is not None else None
+    if changed is not None:
+        raise ValueError(
+            f"to_peft() writes an adapter for the original base, and {changed}: the chain belongs on the changed one. "
+            "Save the merged model instead; or train from an init that leaves the base alone, like "
+            "init_lora_weights=True"
+        )
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks, errors, norms = {}, {}, {}
     for path in paths:
@@ -50,15 +57,16 @@ def to_peft(
     rank = max(ranks.values())
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in pairs.items():
-        extra = rank - len(A)
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([A, A.new_zeros(extra, A.shape[1])])
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([B, B.new_zeros(B.shape[0], extra)], 1)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = pad(A, (0, 0, 0, rank - len(A)))
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = pad(B, (0, rank - len(A)))
     biases, saved = _trained(links, paths)
     _require_whole(saved, paths, base)
     tensors.update(biases)
     tensors.update(saved)
     name = base_model or (base.name if base is not None else None)
-    config = _config(rank, paths, base, name, _bias(biases), sorted({_owner(key) for key in saved}))
+    inside = all(key.endswith(".base_layer.bias") for key in biases)
+    bias = "none" if not biases else "lora_only" if inside else "all"
+    config = _config(rank, paths, base, name, bias, sorted({_owner(key) for key in saved}))
     account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
     write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
     write(directory / CONFIG, json.dumps(config, indent=2).encode())
@@ -88,23 +96,6 @@ def _config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _require_original(base: Fingerprint | None) -> None:
-    changed = base.architecture.changed if base is not None and base.architecture is not None else None
-    if changed is not None:
-        raise ValueError(
-            f"to_peft() writes an adapter for the original base, and {changed}: the chain belongs on the changed one. "
-            "Save the merged model instead; or train from an init that leaves the base alone, like "
-            "init_lora_weights=True"
-        )
-
-
-def _bias(biases: dict[str, Tensor]) -> str:
-    """PEFT's word for which biases the file holds."""
-    if not biases:
-        return "none"
-    return "lora_only" if all(name.endswith(".base_layer.bias") for name in biases) else "all"
 
 
 def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from cola.lora.link import Factor, KnotReport, LayerReport, Link, used_rank
 from cola.lora.names import require_plain_name
 from cola.lora.peft import CHANGES_BASE
 
-#: entries of adapter_config.json that do not change what a stored LoRA computes
+#: entries of adapter_config.json that do not change the product of a stored LoRA
 _HARMLESS = {
     "alora_invocation_string", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
@@ -119,13 +119,10 @@ def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], 
     if r == 0:
         raise StoreError(f"{path}: layer {layer!r:.120} has rank 0")
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return Factor(*_unpadded(A, B), scaling, rounding)
-
-
-def _unpadded(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors without the zeros that an export adds to bring all layers to one rank."""
-    rank = max(used_rank(A, B), 1)
-    return (A, B) if rank == len(A) else (A[:rank].clone(), B[:, :rank].clone())
+    rank = max(used_rank(A, B), 1)  # an export pads all layers to one rank
+    if rank < r:
+        A, B = A[:rank].clone(), B[:, :rank].clone()
+    return Factor(A, B, scaling, rounding)
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -60,15 +60,8 @@ def _spectrum(axes: Any, chain: Chain, names: dict[str, str], colours: Any) -> N
         values = chain.singular_values(layer)
         shown = values[values > values[0] * 1e-7] if values[0] > 0 else values[:0]  # the precision of fp32 factors
         few = len(names) <= len(markers)
-        axes.plot(
-            np.arange(1, len(shown) + 1),
-            shown.numpy(),
-            color=colours[i],
-            label=name,
-            marker=markers[i] if few else None,
-            markersize=4,
-            linewidth=1.4 if few else 0.9,
-        )
+        style: dict[str, Any] = {"marker": markers[i], "linewidth": 1.4} if few else {"linewidth": 0.9}
+        axes.plot(np.arange(1, len(shown) + 1), shown.numpy(), color=colours[i], label=name, markersize=4, **style)
     reached = np.cumsum([link.rank for link in chain])
     for k, rank in enumerate(reached[:12], start=1):
         axes.axvline(rank + 0.5, color="0.6", linestyle=":", linewidth=1)

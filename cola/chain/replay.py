@@ -104,8 +104,8 @@ def check(
     """Check that the links can be tied into ``model``. Changes nothing.
 
     Args:
-        model: the links are to be tied into.
-        links: to be tied.
+        model: to tie the links into.
+        links: to tie.
         recorded: fingerprint of the base model that they were trained on; None skips that comparison.
         base: holds the untouched weights; None if the model does.
         live: the model carries the caller's own live link.
@@ -154,7 +154,7 @@ def check(
             raise ValueError(f"wrong base: {difference.how}. Links belong on the weights that they were trained on")
         others.append(difference.name)
     if others:
-        logger.warning("the base differs in %s, which the chain replaces by what it trained", ", ".join(others))
+        logger.warning("the base differs in %s, which the chain replaces by its own values", ", ".join(others))
     return others
 
 
@@ -170,7 +170,7 @@ def tie_links(
 
     Args:
         model: changed in place.
-        links: to be tied.
+        links: to tie.
         residuals: of compensated rounding, by layer; updated.
         device: for the residuals; None for the weight's own.
         originals: the weights to re-quantise from, by layer; updated. None for those that the layers hold.

@@ -75,7 +75,7 @@ def cosines(one: Factor, two: Factor, side: str) -> Tensor:
 
 
 def _basis(factor: Factor, side: str) -> Tensor:
-    """Orthonormal columns that span the space; fewer than r where the update has a smaller rank."""
+    """Orthonormal columns that span the space; fewer than r if the update has a smaller rank."""
     u, values, v = svd([factor])
     count = _count(values, factor)
     return u[:, :count] if side == "out" else v[:count].T

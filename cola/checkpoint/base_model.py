@@ -43,7 +43,7 @@ class BaseModel:
         return self._loads.prints
 
     def weights(self) -> Fingerprint:
-        """Fingerprint of the adapted layers' weights as they are now."""
+        """Fingerprint of the adapted layers' present weights."""
         return replay.take_fingerprint(self.live.model, self.live.layers, cache=self._digests)
 
     def final_digest(self) -> str | None:

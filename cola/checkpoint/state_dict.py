@@ -2,7 +2,7 @@
 
 The entry holds a JSON text and plain tensors, so `torch.save` and ``torch.load(weights_only=True)`` keep it. The
 model's own state dict brings the weights and the live link. Distributed checkpointing drops unknown top-level keys.
-Training then goes on exactly, but the chain lacks its first links and says so when they are needed.
+Training then continues exactly, but the chain lacks its first links and says so when they are needed.
 """
 
 import json

@@ -61,7 +61,7 @@ class ChainKnots(Callback):
         if "deepspeed" in type(trainer.strategy).__name__.lower():
             raise ValueError(
                 "strategy: DeepSpeed's optimizer keeps its own copy of the parameters and would undo every knot: use "
-                "'ddp', or FSDP2 in a loop of your own (experiments/examples)"
+                "'ddp', or FSDP2 in your own loop (experiments/examples)"
             )
         for opt in _chains(trainer):
             opt.on_knot(self.reports.append)

@@ -36,7 +36,7 @@ def require_fixed_reference(trainer: Any, link: LinkConfig) -> None:
         raise ValueError(
             f"the reference of {type(trainer).__name__} is the PeftModel with its adapter off, which a knot would "
             "change: set ref_model=, or precompute_ref_log_probs=True (DPO, KTO), or beta=0 (GRPO, RLOO), or give the "
-            "trainer the plain model without peft_config, of which it loads a reference of its own"
+            "trainer the plain model without peft_config, so that it loads a separate reference"
         )
     if adapter and getattr(args, "teacher_model_kind", None) == "base":
         raise ValueError(
