@@ -8,7 +8,7 @@ per core (on a processor with SHA instructions).
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -82,6 +82,10 @@ class Fingerprint:
         Args:
             tensors: by name.
             all_of_it: they are a whole model. False (for a file of weights) compares just the tensors that are there.
+
+        >>> base = Fingerprint(others=prints_of({"head.weight": torch.ones(2, 2)}))
+        >>> [difference.how for difference in base.differences({"head.weight": torch.zeros(2, 2)})]
+        ["'head.weight' has other values than in the chain's base"]
         """
         prints, titles = self.prints(), {weight_of(path): f"layer {path!r}" for path in self.layers}
         for name in prints if all_of_it else ():
@@ -174,40 +178,10 @@ class Digests:
         return Digests, ()
 
 
-def fingerprint(
-    weights: Mapping[str, Tensor],
-    transposed: Iterable[str] = (),
-    name: str | None = None,
-    others: Mapping[str, Tensor] | None = None,
-    *,
-    known: Mapping[str, TensorPrint] | None = None,
-    cache: Digests | None = None,
-    architecture: Architecture | None = None,
-) -> Fingerprint:
-    """Take the fingerprint of weights.
-
-    Args:
-        weights: of adapted layers, by path.
-        transposed: layers whose weight is stored in×out.
-        name: of the base model, informal.
-        others: further parameters and buffers, by name; None to record layers only.
-        known: prints by name, used instead of reading the tensors of these names.
-        cache: remembers digests.
-        architecture: of the model, to record.
-
-    >>> weights = {"q_proj": torch.ones(2, 2)}
-    >>> base = fingerprint(weights)
-    >>> [difference.how for difference in base.differences({"q_proj.weight": torch.zeros(2, 2)})]
-    ["the weight of layer 'q_proj' has other values than in the chain's base"]
-    """
-    flipped, known = set(transposed), known or {}
-    tensors = {**(others or {}), **{weight_of(path): weight for path, weight in weights.items()}}
-    found = (cache or Digests()).of({name: tensor for name, tensor in tensors.items() if name not in known})
-    prints = {n: TensorPrint(tuple(tensors[n].shape), dtype_name(tensors[n]), digest) for n, digest in found.items()}
-    prints.update({n: known[n] for n in tensors if n in known})
-    mine = {path: prints[weight_of(path)] for path in weights}
-    layers = {path: LayerPrint(one.shape, one.dtype, path in flipped, one.digest) for path, one in mine.items()}
-    return Fingerprint(layers, name, None if others is None else {n: prints[n] for n in others}, architecture)
+def prints_of(tensors: Mapping[str, Tensor], found: Mapping[str, str | None] | None = None) -> dict[str, TensorPrint]:
+    """Prints of tensors, by name. ``found`` holds the digests if they are known; a missing one becomes None."""
+    found = digests(tensors) if found is None else found
+    return {name: TensorPrint(tuple(t.shape), dtype_name(t), found.get(name)) for name, t in tensors.items()}
 
 
 def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:

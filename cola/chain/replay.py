@@ -6,12 +6,13 @@ and their weights agree within the rounding of the weight's dtype.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cola.chain.architecture import Architecture
-from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, fingerprint, weight_of
+from cola.chain.fingerprint import Digests, Fingerprint, LayerPrint, TensorPrint, prints_of, weight_of
 from cola.common.distributed import copy_whole
 from cola.knot.tie import Tie, key, residual_like
 from cola.lora import quantized, stacked
@@ -31,6 +32,7 @@ from cola.lora.names import (
 
 logger = logging.getLogger("cola")
 
+T = TypeVar("T")
 Base = nn.Module | Mapping[str, Tensor]
 
 
@@ -47,7 +49,7 @@ def take_fingerprint(
     known: Mapping[str, TensorPrint] | None = None,
     cache: Digests | None = None,
 ) -> Fingerprint:
-    """The `fingerprint` of a model's base tensors.
+    """Fingerprint of a model's base tensors.
 
     Args:
         model: with or without links on it.
@@ -56,39 +58,34 @@ def take_fingerprint(
         known: prints by name, used for tensors that are no longer the base model's.
         cache: remembers digests.
     """
-    values, modules = base_tensors(model), base_modules(model)
-    weights = {path: values.pop(weight_of(path)) for path in layers}
-    parts = {name: t for path in weights for name, t in parts_of(path, modules[path]).items()}
+    values, modules, known = base_tensors(model), base_modules(model), known or {}
+    adapted = {path: modules[path] for path in layers}
+    weights = {weight_of(path): values.pop(weight_of(path)) for path in adapted}
+    parts: dict[str, Tensor] = {}  # of quantised layers: their codes, and the scales and links that go with them
+    for path, module in adapted.items():
+        if is_quantized(module):
+            parts.update(_in_model(path, quantized.parts(module)))
+    others = values if whole else {name: tensor for name, tensor in parts.items() if name not in weights}
+    fresh = {name: tensor for name, tensor in {**others, **weights}.items() if name not in known}
+    prints = {**prints_of(fresh, (cache or Digests()).of(fresh)), **known}
+    layer_prints = {}
+    for path, module in adapted.items():
+        one = prints[weight_of(path)]
+        layer_prints[path] = LayerPrint(one.shape, one.dtype, known_kind(module).transposed, one.digest)
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
-    named = name if isinstance(name, str) and name else None
-    rest = values if whole else parts or None
-    built = Architecture.of(model) if whole else None
-    flipped = transposed(model, weights)
-    return fingerprint(weights, flipped, named, rest, known=known, cache=cache, architecture=built)
-
-
-def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """A quantised layer's tensors except its codes (scales, stacked links), by name; empty for other layers."""
-    if not is_quantized(module):
-        return {}
-    parts = {f"{path}.{name}".lstrip("."): tensor for name, tensor in quantized.parts(module).items()}
-    parts.pop(weight_of(path))
-    return parts
-
-
-def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The layers that store their weight in×out."""
-    modules = base_modules(model)
-    return [path for path in layers if known_kind(modules[path]).transposed]
+    return Fingerprint(
+        layer_prints,
+        name if isinstance(name, str) and name else None,
+        {name: prints[name] for name in others} if whole or others else None,
+        Architecture.of(model) if whole else None,
+    )
 
 
 def codes_differ(recorded: Fingerprint, originals: Mapping[str, quantized.OriginalWeight]) -> str | None:
     """How the weights to re-quantise from differ from the recorded base model, in words; None if they do not."""
-    tensors = {
-        f"{path}.{name}".lstrip("."): tensor
-        for path, origin in originals.items()
-        for name, tensor in origin.stored.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for path, original in originals.items():
+        tensors.update(_in_model(path, original.stored))
     return next((difference.how for difference in recorded.differences(tensors, all_of_it=False)), None)
 
 
@@ -128,11 +125,12 @@ def check(
             _require_layer(path, factor, modules, live=live, stacked=live or base is not None)
             if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
-            apart = not whole and is_quantized(modules[path])
-            for name in _part_names(modules[path], path).values() if apart else [weight_of(path)]:
+            quantised = is_quantized(modules[path])
+            parts = quantized.part_names(modules[path]) if quantised and not whole else ["weight"]
+            for name in _in_model(path, dict.fromkeys(parts)):
                 if name not in values:
                     raise ValueError(f"base has no {name!r}: give the untouched model or its state dict")
-            if is_quantized(modules[path]) != is_quantized(theirs[path]):
+            if quantised != is_quantized(theirs[path]):
                 raise ValueError(
                     f"base has a {type(theirs[path]).__name__} at {path!r}: give it quantised as the model is"
                 )
@@ -243,13 +241,13 @@ def _parts(module: nn.Module, path: str, base: Base) -> dict[str, Tensor]:
     """The tensors of a quantised layer in the base."""
     if isinstance(base, nn.Module):
         return quantized.parts(modules_by_name(base)[path])
-    values = _values(base)
-    return {part: values[name] for part, name in _part_names(module, path).items()}
+    names, values = quantized.part_names(module), _values(base)
+    return {name: values[full] for name, full in zip(names, _in_model(path, dict.fromkeys(names)))}
 
 
-def _part_names(module: nn.Module, path: str) -> dict[str, str]:
-    """A quantised layer's names for its tensors, with the model's."""
-    return {name: f"{path}.{name}".lstrip(".") for name in quantized.part_names(module)}
+def _in_model(path: str, parts: Mapping[str, T]) -> dict[str, T]:
+    """The parts of the layer at ``path``, by their names in the model."""
+    return {f"{path}.{name}".lstrip("."): part for name, part in parts.items()}
 
 
 def _values(model: Base) -> dict[str, Tensor]:

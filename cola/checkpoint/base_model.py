@@ -15,25 +15,17 @@ from torch import Tensor, nn
 
 from cola.chain import replay
 from cola.chain.chain import Chain
-from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, dtype_name, weight_of
+from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, prints_of, weight_of
 from cola.lora.live import LiveLink
 from cola.lora.names import base_modules, base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 
 
 class BaseModel:
-    """A run's knowledge of its base model.
-
-    Args:
-        live: the link that the run trains.
-        chain: the run's record.
-
-    Attributes:
-        settled: whether the digests of all trained tensors have been taken.
-    """
+    """A run's knowledge of its base model."""
 
     def __init__(self, live: LiveLink, chain: Chain) -> None:
         self.live, self.chain = live, chain
-        self.settled = False
+        self.settled = False  # whether the digests of all trained tensors have been taken
         self._digests = Digests()
         self._loads = _Loads(live.model)
 
@@ -63,7 +55,7 @@ class BaseModel:
     def settle(self) -> None:
         """Before a step or a knot, take the digests of the tensors that it will move for the first time."""
         if self.chain.keep and not self.settled:
-            self.prints.update(_prints({n: t for n, t in self._moving().items() if n not in self.prints}))
+            self.prints.update(prints_of({n: t for n, t in self._moving().items() if n not in self.prints}))
             self.settled = self._loads.over = True
 
     def resume(self, recorded: Fingerprint | None, known: Mapping[str, TensorPrint] | None = None) -> None:
@@ -74,8 +66,8 @@ class BaseModel:
             known: prints from before training; None to take them from the model now.
         """
         moving = self._moving()
-        known = {**(_prints(moving) if known is None else known), **((recorded and recorded.others) or {})}
-        unknown = {n: TensorPrint(tuple(t.shape), dtype_name(t), None) for n, t in moving.items()}
+        known = {**(prints_of(moving) if known is None else known), **((recorded and recorded.others) or {})}
+        unknown = prints_of(moving, {})
         self._loads.prints = {name: known.get(name, unknown[name]) for name in moving}
         self.settled = self._loads.over = True
 
@@ -143,7 +135,7 @@ class _Loads:
         for path, module in base_modules(model).items():
             buffers = tensors_of(path, module, parameters=False)
             if buffers:
-                self.prints.update(_prints(buffers))
+                self.prints.update(prints_of(buffers))
                 hook = functools.partial(self._loaded, path)
                 self._handles.append(module.register_load_state_dict_post_hook(hook))
 
@@ -153,9 +145,4 @@ class _Loads:
 
     def _loaded(self, path: str, module: nn.Module, _: Any) -> None:
         if not self.over:
-            self.prints.update(_prints(tensors_of(path, module, parameters=False)))
-
-
-def _prints(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
-    found = digests(tensors)
-    return {name: TensorPrint(tuple(t.shape), dtype_name(t), found[name]) for name, t in tensors.items()}
+            self.prints.update(prints_of(tensors_of(path, module, parameters=False)))

@@ -71,7 +71,7 @@ def require_unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Refuse wrappers that would miss new Parameters, and so not average their gradients.
 
     Args:
-        model: the user's argument.
+        model: before it is unwrapped.
         weights: of the layers that will get links, by path.
 
     Raises:

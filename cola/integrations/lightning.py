@@ -128,15 +128,10 @@ def _take_links(opt: ChainOptimizer) -> None:
 
 
 class _MergesLink:
-    """A hook that merges a state dict's link into its weight.
-
-    Args:
-        plan: of the layer's links.
-        links: how many the run had.
-    """
+    """A hook that merges a state dict's link into its weight."""
 
     def __init__(self, plan: LayerPlan, links: int) -> None:
-        self.plan, self.links = plan, links
+        self.plan, self.links = plan, links  # of the layer, and how many the run had
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

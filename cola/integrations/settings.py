@@ -76,13 +76,7 @@ def spare_from_decay(trainer: Trainer, opt: ChainOptimizer) -> None:
 
 
 def say_what_is_not_used(args: TrainingArguments, base: Callable[..., Optimizer], known: Iterable[str]) -> None:
-    """Warn of settings in a trainer's arguments that do not reach the base optimizer.
-
-    Args:
-        args: the trainer's.
-        base: as for `ChainOptimizer`.
-        known: names of the keyword arguments that ``base`` gets, from the caller or from ``args``.
-    """
+    """Warn of settings in a trainer's arguments that ``base`` does not get among its ``known`` keyword arguments."""
     name = getattr(base, "__name__", repr(base))
     if args.optim != _default("optim"):
         logger.warning("optim=%r is not used: attach was given the base optimizer %s", str(args.optim.value), name)

@@ -59,9 +59,7 @@ def attach(
 
     Args:
         trainer: whose ``train()`` has not been called.
-        base: as for `ChainOptimizer`.
-        policy: as for `ChainOptimizer`.
-        link: as for `ChainOptimizer`; ``rank_change="auto"`` means ``"mask"`` here.
+        base, policy, link: as for `ChainOptimizer`, except that ``rank_change="auto"`` means ``"mask"``.
         finish: tie the last link when training ends; False leaves that to ``opt.finish()``.
         save_chain: write the links along with the weights: to ``checkpoint-N/chain`` by ``opt.save`` (by
             ``opt.chain.save`` under FSDP2, where the optimizer's own state drops the links), and finally to
