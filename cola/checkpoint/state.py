@@ -152,7 +152,7 @@ class Counters:
             and type(self.finished) is bool
         )
         if not fits:
-            raise ValueError("an entry is not what a run writes")
+            raise ValueError("an entry has an unexpected value")
         self.origin_prints()
 
 

@@ -86,7 +86,7 @@ def _replacement(trainer: Any, directory: str) -> Path | None:
     lacks = "a scheduler's state" if states else "an optimizer's state"
     raise ValueError(
         f"resume_from_checkpoint={directory!r}: the checkpoint lacks {lacks}, and {chain} is no checkpoint of a chain. "
-        "The weights alone do not say which links are tied and which is live, so the chain cannot go on from them. "
+        "The weights alone do not say which links are tied and which is live, so the chain cannot continue from them. "
         "Save with save_only_model=False, or (not under FSDP) with attach(..., save_chain=True)"
     )
 
