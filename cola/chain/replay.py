@@ -141,6 +141,11 @@ def check(
             stored = next((values[name] for name in (path, *shared) if name in values), None)
             if stored is None or stored.shape != value.shape:
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
+    for path in paths(links) if base is None else ():
+        triples = [triple for link in links if path in link.factors for triple in link.factors[path].triples()]
+        reason = known_kind(modules[path]).obstacle(modules[path], triples)
+        if reason is not None:
+            raise ValueError(f"with the chain's links layer {path!r} {reason}: no run ties such a chain")
     if recorded is None:
         return []
     mine = {name for link in links for name in link.trained} if replaced is None else set(replaced)
