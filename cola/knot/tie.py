@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from cola.common.contexts import without_autocast
-from cola.knot.rounding import (
-    Noise,
-    move_to_neighbour,
-    round_stochastically,
-    sum_and_measure,
-    sum_in_own_precision,
-)
+from cola.knot.rounding import Noise, move_to_neighbour, round_stochastically, sum_and_measure, sum_in_own_precision
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 #: values of ``rounding`` in a link's record; the last two are for quantised layers

@@ -9,6 +9,7 @@ from torch import nn
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
 from cola.lora.kinds import is_linear, is_quantized, known_kind
+from cola.lora.layer import FACTORS
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
 from cola.lora.targets import obstacles
@@ -126,7 +127,7 @@ def coverage(
     """Count the parameters that links on ``layers`` reach.
 
     Args:
-        model: any module, with or without links.
+        model: a model with or without links.
         layers: the modules with the adapted weights, by canonical path.
         trained: the extra trained parameters; parameters outside the model count as well.
         target_modules: as in `LinkConfig`; decides the reason given for linear layers that are left out.
@@ -228,7 +229,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
     seen: set[int] = set()
     for path, module in modules_by_name(model).items():
         for name, parameter in () if id(module) in unused else module._parameters.items():
-            factor = name in ("lora_A", "lora_B") or {"lora_A", "lora_B"} & set(path.split("."))
+            factor = name in FACTORS or not set(FACTORS).isdisjoint(path.split("."))
             if parameter is not None and not factor and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield path, module, name, parameter

@@ -77,12 +77,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
-    """Why ``module`` cannot carry a link, as the end of a sentence; None if it can.
-
-    Args:
-        module: any module.
-        stacked: as in `AdaptedLayer.refusal`.
-    """
+    """Why ``module`` cannot carry a link, as the end of a sentence; None if it can. See `AdaptedLayer.refusal`."""
     if isinstance(module, AdaptedLayer):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
     kind = kind_of(module)

@@ -21,6 +21,8 @@ from cola.knot.tie import KnotError, Tie, tolerance
 
 #: why a layer whose forward was overwritten cannot carry a link
 REPLACED = "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
+#: names of a link's factors on a layer
+FACTORS = ("lora_A", "lora_B")
 #: (A, B, s) of one link on one layer
 Triple = tuple[Tensor, Tensor, float]
 
@@ -326,12 +328,7 @@ class AdaptedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As any module's, after making room for a link of another permitted rank."""
-        A, B = state_dict.get(prefix + "lora_A"), state_dict.get(prefix + "lora_B")
-        if A is not None and B is not None and A.dim() == B.dim() == 2 and A.shape != self.lora_A.shape:
-            rank, ((out, _), (_, inner)) = A.shape[0], (self.lora_B.shape, self.lora_A.shape)
-            fits = A.shape[1] == inner and B.shape == (out, rank)
-            if fits and (self.allowed_ranks is None or rank in self.allowed_ranks):
-                self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
+        make_room(self, state_dict.get(prefix + "lora_A"), state_dict.get(prefix + "lora_B"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -420,6 +417,15 @@ _CLASSES: dict[tuple[type, type], type] = {}
 def empty(kind: type, plain: type[nn.Module]) -> nn.Module:
     """An instance of `class_over` for unpickling to fill."""
     return nn.Module.__new__(class_over(kind, plain))
+
+
+def make_room(layer: Any, A: Tensor | None, B: Tensor | None) -> None:
+    """Resize the link of an `AdaptedLayer` or `PeftLayer` to load factors of another permitted rank."""
+    if A is None or B is None or A.dim() != 2 or A.shape == layer.lora_A.shape:
+        return
+    fits = A.shape[1] == layer.lora_A.shape[1] and B.shape == (layer.lora_B.shape[0], A.shape[0])
+    if fits and (layer.allowed_ranks is None or A.shape[0] in layer.allowed_ranks):
+        layer.put(layer.lora_A.new_zeros(A.shape), layer.lora_B.new_zeros(B.shape), layer.scaling, mask=False)
 
 
 @torch.no_grad()

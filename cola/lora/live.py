@@ -28,7 +28,7 @@ from cola.lora import quantized
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.init import Pair
 from cola.lora.kinds import is_quantized, known_kind
-from cola.lora.layer import AdaptedLayer, Triple
+from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
@@ -47,7 +47,6 @@ AUTO_ROUNDING = {
 }
 
 Carrier = AdaptedLayer | PeftLayer
-_FACTORS = ("lora_A", "lora_B")
 
 
 class LiveLink:
@@ -147,7 +146,7 @@ class LiveLink:
 
     def adapters(self) -> list[nn.Parameter]:
         """The trained factors, A before B, in the model's order."""
-        names = _FACTORS if self.config.train == "both" else (f"lora_{self.config.train}",)
+        names = FACTORS if self.config.train == "both" else (f"lora_{self.config.train}",)
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
@@ -156,7 +155,7 @@ class LiveLink:
             f"{path}.{name}": getattr(layer, name)
             for path, layer in self.layers.items()
             if not (isinstance(layer, PeftLayer) and layer.gone())
-            for name in _FACTORS
+            for name in FACTORS
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -439,7 +438,7 @@ class LiveLink:
         self._untouched = {}
         for layer in self.layers.values():
             if isinstance(layer, AdaptedLayer):
-                release(unwrap(self.model), layer, _FACTORS)
+                release(unwrap(self.model), layer, FACTORS)
             layer.detach(spent=spent)
         restore_save(self._saves)
         quantized.release_layout(self._held)

@@ -11,10 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cola.lora import peft
 from cola.lora.kinds import kind_of
-from cola.lora.layer import AdaptedLayer
+from cola.lora.layer import FACTORS, AdaptedLayer
 
-# parameters that a link adds to a layer
-_LINK = ("lora_A", "lora_B")
 # parts that torch.compile, DDP, FSDP and activation checkpointing add to a module's path
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -72,11 +70,8 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def buffers_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
     """The persistent buffers of ``model`` (those in its state dict) by canonical path."""
-    return {
-        name: buffer
-        for path, module in modules_by_name(model).items()
-        for name, buffer in tensors_of(path, module, parameters=False).items()
-    }
+    modules = modules_by_name(model).items()
+    return {k: v for path, module in modules for k, v in tensors_of(path, module, parameters=False).items()}
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -100,7 +95,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
     """The module's own persistent buffers, and its parameters other than a link's, by name."""
-    left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
+    left_out = {*module._non_persistent_buffers_set, *(FACTORS if isinstance(module, AdaptedLayer) else ())}
     held = {**(module._parameters if parameters else {}), **module._buffers}
     kind = kind_of(module)
     if kind is not None:
@@ -115,11 +110,7 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of the base model, under the base model's names."""
-    return {
-        name: tensor
-        for path, module in base_modules(model).items()
-        for name, tensor in tensors_of(path, module).items()
-    }
+    return {k: v for path, module in base_modules(model).items() for k, v in tensors_of(path, module).items()}
 
 
 def named(modules: dict[str, nn.Module], name: str) -> list[str]:

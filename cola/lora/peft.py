@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cola.lora import stacked
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.kinds import known_kind
-from cola.lora.layer import AdaptedLayer, put_pair
+from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair
 
 logger = logging.getLogger("cola")
 
@@ -129,9 +129,7 @@ def require_whole(model: nn.Module) -> None:
 def refusal(module: Any, *, own: bool = False) -> str | None:
     """Why a PEFT LoRA layer with a linear base cannot carry a chain, as the end of a sentence; None if it can.
 
-    Args:
-        module: PEFT's layer.
-        own: whether it already carries the caller's chain.
+    With ``own`` it may already carry the caller's chain.
     """
     if not own and any(
         isinstance(getattr(h.hook, "__self__", None), PeftLayer) for h in module._load_state_dict_pre_hooks.values()
@@ -244,13 +242,8 @@ class PeftLayer:
 
     def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         """Make room for a link of another permitted rank, before a state dict is loaded."""
-        A = state_dict.get(f"{prefix}lora_A.{self.adapter}.weight")
-        B = state_dict.get(f"{prefix}lora_B.{self.adapter}.weight")
-        if A is None or B is None or A.shape == self.lora_A.shape or A.dim() != 2:
-            return
-        fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
-        if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
-            self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
+        A, B = (state_dict.get(f"{prefix}{name}.{self.adapter}.weight") for name in FACTORS)
+        make_room(self, A, B)
 
 
 def link_config(

@@ -165,12 +165,7 @@ class OriginalWeight:
 
     @classmethod
     def of(cls, module: nn.Module, device: str | None = None) -> "OriginalWeight":
-        """Copy the present weight.
-
-        Args:
-            module: a quantised layer.
-            device: the copy's device; None for the weight's.
-        """
+        """Copy the present weight of a quantised layer to ``device``, None for the weight's device."""
         codes = codes_of(module)
         (out, inner), where = codes.shape, torch.device(device or codes.device)
         stored = {name: value.to(where, copy=True) for name, value in codes.stored().items()}

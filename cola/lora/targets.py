@@ -28,11 +28,7 @@ logger = logging.getLogger("cola")
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers to adapt, by canonical path, in the model's order.
-
-    Args:
-        model: any module.
-        target_modules: as in `LinkConfig`.
+    """The layers to adapt, by canonical path, in the model's order; ``target_modules`` as in `LinkConfig`.
 
     Raises:
         ValueError: nothing matches, a name matches nothing, or a match cannot carry a link.
@@ -109,12 +105,7 @@ def _wrapped(layer: nn.Module) -> nn.Module:
 
 
 def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The modules to train whole (``modules_to_save``).
-
-    Args:
-        model: any module.
-        names: whole paths or their ends.
-        targets: the layers that get links.
+    """The modules to train whole: those of ``modules_to_save``, whose ``names`` are whole paths or their ends.
 
     Raises:
         ValueError: a name matches nothing, or a module that holds a target or cannot be trained.

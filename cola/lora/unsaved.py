@@ -36,11 +36,9 @@ class SaveStatus:
 
 
 class WarningSave:
-    """Replaces a model's ``save_pretrained``. It does not hold the optimizer, and is copied with the model.
+    """Replaces a model's ``save_pretrained``. It holds no optimizer and is copied with the model.
 
-    Args:
-        module: the model.
-        status: shared by all models of one chain.
+    The ``status`` is shared by all models of one chain.
     """
 
     __name__ = "save_pretrained"
