@@ -42,7 +42,7 @@ def rewarm(opt: ChainOptimizer, steps: int) -> None:
         nonlocal taken, tied
         put_back()  # after a step that raised
         first = opt.param_groups[0]
-        if tied:  # by hand
+        if tied:  # by opt.tie()
             first[_REWARM], tied = 0, False
         done, taken = first.get(_REWARM, steps), opt.steps
         if done < steps:

@@ -242,19 +242,15 @@ class LiveLink:
     @torch.no_grad()
     def snapshot(self) -> dict[str, Factor]:
         """Copies of the link's share of each layer, on its device."""
-        copies = {}
-        for path in self.layers:
-            factor = self._factor(path)
-            copies[path] = replace(factor, A=factor.A.clone(), B=factor.B.clone())
-        return copies
+        factors = {path: self._factor(path) for path in self.layers}
+        return {path: replace(factor, A=factor.A.clone(), B=factor.B.clone()) for path, factor in factors.items()}
 
     def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
         """Draw link ``index``; ``opt`` is the `ChainOptimizer`, for inits that look at it. Changes nothing."""
-        drawn = {}
-        for path, shape in self.shapes().items():
-            A, B = self.plans[path].draw(path, shape, seed=self.seed, link=index, opt=opt)
-            drawn[path] = self.factor_of(index, path, A, B)
-        return drawn
+        return {
+            path: self.factor_of(index, path, *self.plans[path].draw(path, shape, seed=self.seed, link=index, opt=opt))
+            for path, shape in self.shapes().items()
+        }
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""

@@ -39,7 +39,7 @@ class LossMeter:
         self._given: Tensor | None = None
         self._first: Tensor | None = None  # the loss of the closure's first run in a step
         # a gradient that the last step with a told loss used, and its version
-        self._stepped: tuple[Callable[[], Tensor | None], int] = _NOTHING
+        self._stepped: tuple[weakref.ref[Tensor], int] | None = None
         self._backward = -1  # autograd's number of the last backward seen
         self._handle = model.register_forward_hook(self, with_kwargs=True)
 
@@ -108,7 +108,7 @@ class LossMeter:
         self._first = None
         if told is not None:
             used = _gradient(groups)
-            self._stepped = _NOTHING if used is None else (weakref.ref(used), used._version)
+            self._stepped = None if used is None else (weakref.ref(used), used._version)
         elif given is not None:
             told = given
         else:
@@ -123,8 +123,8 @@ class LossMeter:
         for the next backward.
         """
         if self.told.count:
-            present, (stepped, version) = _gradient(groups), self._stepped
-            if present is not None and (present is not stepped() or present._version != version):
+            present, used = _gradient(groups), self._stepped
+            if present is not None and (used is None or present is not used[0]() or present._version != used[1]):
                 self.told.take()
         self.clear()
 
@@ -138,7 +138,7 @@ class LossMeter:
         self._handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_stepped": _NOTHING}  # weak references cannot be copied or pickled
+        return {**vars(self), "_stepped": None}  # weak references cannot be copied or pickled
 
     def _of_closure(self, result: Any) -> Tensor | None:
         if self._given is not None:
@@ -163,13 +163,6 @@ class LossMeter:
         total = weights.abs().sum().clamp(min=torch.finfo(weights.dtype).tiny)  # losses times zero
         mean = (values * weights).sum() / total
         return mean * len({id(value) for value, _ in self.seen}) if self._shares else mean
-
-
-def _nothing() -> None:
-    return None
-
-
-_NOTHING = (_nothing, 0)
 
 
 def _gradient(groups: ParamGroups) -> Tensor | None:
