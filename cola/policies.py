@@ -386,7 +386,7 @@ class PlateauKnots(KnotPolicy):
 
 
 class _Pair(KnotPolicy):
-    """Two policies of which both see every signal, so that both states advance."""
+    """Two policies of which both see every signal, so that both states advance; `decide` combines their answers."""
 
     word = "?"
     decide: Any = any
@@ -398,25 +398,20 @@ class _Pair(KnotPolicy):
         self.first, self.second = first, second
 
     def update(self, signal: Signal) -> bool:
-        """Ask both, then decide."""
         return self.decide([self.first.update(signal), self.second.update(signal)])
 
     def knotted(self, step: int) -> None:
-        """Tell both."""
         self.first.knotted(step)
         self.second.knotted(step)
 
     def unreached(self, step: int) -> str | None:
-        """The plans of both."""
         plans = [plan for plan in (self.first.unreached(step), self.second.unreached(step)) if plan]
         return " and ".join(plans) or None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
         return {"policy": type(self).__name__, "first": self.first.state_dict(), "second": self.second.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give both their states back."""
         self._require_own(state)
         copy.deepcopy(self.first).load_state_dict(state["first"])  # a rehearsal, so that a refusal changes neither
         self.second.load_state_dict(state["second"])

@@ -146,15 +146,7 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def require_reset(reset: Any, ranks: tuple[int, ...] | None) -> None:
-    """Check the argument ``reset`` of `ChainOptimizer`.
-
-    Args:
-        reset: the argument.
-        ranks: the known ranks of all links.
-
-    Raises:
-        ValueError, TypeError: it is neither a known word nor a callable, or it keeps state over a change of rank.
-    """
+    """Raise ValueError or TypeError for a ``reset`` that `ChainOptimizer` cannot use with links of these ranks."""
     if reset == "keep" and len(set(ranks or ())) > 1:
         raise ValueError(f"reset='keep' needs links of one rank, and r={ranks}: use reset='state', or a function")
     if isinstance(reset, str) and reset not in RESETS:
@@ -169,11 +161,7 @@ def reset_name(reset: Reset) -> str:
 
 
 def require_keepable(base: Optimizer, reset: Reset) -> None:
-    """Check that this base supports ``reset``.
-
-    Raises:
-        ValueError: ``"keep"`` would keep copies of the factors (schedule-free's averages).
-    """
+    """Raise ValueError if ``reset`` would keep state that holds copies of the factors (schedule-free's averages)."""
     if reset == "keep" and callable(getattr(base, "train", None)):
         raise ValueError(
             f"reset='keep' is not possible with {type(base).__name__}, whose state holds copies of the factors, which "

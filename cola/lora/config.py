@@ -26,7 +26,7 @@ class LinkConfig:
         lora_alpha: sets the first link's scale, ``s = lora_alpha / r``.
         target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
             path, ``"all-linear"`` (every linear layer but output embeddings and the heads of transformers'
-            classifiers), or None for query and value projections (of the language model, if the model has others).
+            classifiers), or None for query and value projections; in a vision-language model only the language model's.
         lora_dropout: probability that training drops an input of the link.
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules to train whole (heads, embeddings).
@@ -114,7 +114,7 @@ class LinkConfig:
         return tuple(map(_rank, self.r)) if isinstance(self.r, Sequence) else (_rank(self.r),)
 
     def describe(self) -> dict[str, Any]:
-        """The arguments as JSON values, for a checkpoint to compare; a callable is only called one."""
+        """The arguments as JSON values, for a checkpoint to compare; functions are all described as ``"callable"``."""
         known, targets = self.known_ranks(), self.target_modules
         return {
             "r": "callable" if known is None else list(known),
@@ -170,11 +170,7 @@ class LayerPlan:
         return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
 
     def draw(self, path: str, shape: tuple[int, int], *, seed: int, link: int, opt: Any = None) -> Pair:
-        """Draw A and B of link ``link`` for the layer at ``path``, on the CPU.
-
-        Raises:
-            ValueError: the link's rank is above the layer's; or as in `cola.lora.init.draw`.
-        """
+        """Draw A and B of link ``link`` for the layer at ``path``, on the CPU; see `cola.lora.init.draw`."""
         rank = self.rank_of(link)
         if rank > min(shape):
             raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")

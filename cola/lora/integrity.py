@@ -24,11 +24,7 @@ _GIVE_UP = "or let the model go as it is by opt.finish(merge=False), without thi
 
 
 def require_intact(live: LiveLink) -> None:
-    """Refuse to go on with a layer that others have changed. Changes nothing.
-
-    Raises:
-        KnotError: names the layer, and says what happened and what to do.
-    """
+    """Raise KnotError, which says what happened and what to do, if others have changed a layer. Changes nothing."""
     inside, modules = {id(module) for module in unwrap(live.model).modules()}, modules_by_name(live.model)
     for path in live.layers:
         reason = _absence(path, live, inside, modules) or _change(path, live)
@@ -37,11 +33,7 @@ def require_intact(live: LiveLink) -> None:
 
 
 def require_removable(live: LiveLink) -> None:
-    """Refuse to remove the live link if that would break the model. Changes nothing.
-
-    Raises:
-        KnotError: as `require_intact`.
-    """
+    """Raise KnotError if removing the live link would break the model. Changes nothing."""
     inside = {id(module) for module in unwrap(live.model).modules()}
     for path, layer in live.layers.items():
         reason = None
@@ -75,14 +67,9 @@ def weights_of(live: LiveLink) -> dict[str, nn.Parameter]:
 
 
 def require_same_weights(live: LiveLink, held: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights that have been replaced since training began. Changes nothing.
+    """Raise KnotError if a weight has been replaced since training began, when `weights_of` gave ``held``.
 
-    Args:
-        live: the live link, which `require_intact` has passed.
-        held: `weights_of` when training began; layers that it lacks are not compared.
-
-    Raises:
-        KnotError: names the layer.
+    Call `require_intact` first. Layers that ``held`` lacks are not compared. Changes nothing.
     """
     for path, weight in weights_of(live).items():
         before = held.get(path, weight)

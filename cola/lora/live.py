@@ -208,11 +208,9 @@ class LiveLink:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuse a tie that would damage the weights, and make the residual buffers that it needs.
+        """Before a tie, raise KnotError if a factor, a weight or their sum is not finite in the weight's dtype.
 
-        Raises:
-            KnotError: a factor, the weight or their sum is not finite in the weight's dtype; names the layer.
-            ValueError: the weight is sharded and quantised, or sharded with compensated rounding.
+        Also raises ValueError for sharded weights that cannot be tied, and makes the residual buffers of the tie.
         """
         for path, layer in self.layers.items():
             if is_sharded(layer.weight) and layer.kind.quantized:
@@ -258,11 +256,7 @@ class LiveLink:
 
     @torch.no_grad()
     def check_start(self, link: Mapping[str, Factor], index: int) -> None:
-        """Refuse a link that starts at a product which cannot be subtracted from a weight after the tie.
-
-        Raises:
-            KnotError: names the layer.
-        """
+        """Raise KnotError if ``link`` starts at a product that could not be subtracted from a weight after the tie."""
         for path, factor in link.items() if callable(self.config.init) else ():
             layer, now = self.layers[path], self._factor(path)
             links = [(now.A, now.B, now.scaling), (factor.A, factor.B, -factor.scaling)]
@@ -326,13 +320,9 @@ class LiveLink:
 
     @torch.no_grad()
     def tie(self, index: int, link: Mapping[str, Factor]) -> dict[str, Tie]:
-        """Add ``s·B A`` of link ``index`` to the weights, in place.
+        """Add ``s·B A`` of link ``index`` to the weights, in place, and return each layer's tie of the whole link.
 
-        Returns:
-            Each layer's tie of the whole link.
-
-        Raises:
-            KnotError: a stored weight is further from the exact sum than rounding explains.
+        Raises KnotError if a stored weight is further from the exact sum than rounding explains.
         """
         ties = {}
         for path, factor in link.items():
@@ -345,11 +335,7 @@ class LiveLink:
         return ties
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
-        """Check that a new link has one zero factor, and that the other differs from the old link's.
-
-        Raises:
-            KnotError: it has not.
-        """
+        """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""
         zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
         for path in self.layers if isinstance(self.config.init, str) else ():
             new, before = getattr(self._factor(path), drawn), getattr(old[path], drawn)

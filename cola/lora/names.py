@@ -125,11 +125,7 @@ def listed(paths: Sequence[str]) -> str:
 
 
 def require_plain_name(name: str) -> None:
-    """Refuse paths of layers and parameters that could be mistaken for file paths.
-
-    Raises:
-        ValueError: ``name`` has slashes, empty parts or control characters.
-    """
+    """Raise ValueError if a layer's or parameter's name could be mistaken for a file path, or cannot be printed."""
     parts = name.split(".")
     if name and (not all(parts) or any(c in "/\\" or not c.isprintable() for c in name)):
         raise ValueError(f"layer name {name!r:.80} is not a module path (slashes, empty or unprintable parts): refused")

@@ -97,11 +97,7 @@ def changed_base(model: nn.Module) -> str | None:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Check that a chain on PEFT's LoRA layers covers all that PEFT trains in ``model`` and changes nothing else.
-
-    Raises:
-        ValueError: it does not; the message says why.
-    """
+    """Raise ValueError unless a chain on PEFT's LoRA layers covers all that PEFT trains and changes nothing else."""
     for name, config in configs(model):
         for option, why in _REFUSED.items():
             value = getattr(config, option, None)

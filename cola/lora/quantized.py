@@ -72,7 +72,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
             return REPLACED
         if "weight" not in module._parameters:
             return "has a weight that is computed (a parametrization?)"
-        if kind.__name__ == "EightBit" and module.state.has_fp16_weights:
+        if kind.kind == "int8" and module.state.has_fp16_weights:
             return (
                 f"is a {name} that keeps its weight in 16 bits and quantises it at every step: make it with "
                 "has_fp16_weights=False, as load_in_8bit does"

@@ -1,7 +1,7 @@
 """Reads, writes, decodes and encodes the codes of a quantised weight, a block of rows at a time.
 
-`Codes` is the interface that re-quantising uses; `FourBit` and `EightBit` implement it for bitsandbytes' two kinds of
-linear layer. bitsandbytes does the arithmetic; it is imported when the first weight is decoded.
+`Codes` is the interface that re-quantising uses, with a subclass for each of bitsandbytes' two kinds of linear layer.
+bitsandbytes does the arithmetic; it is imported when the first weight is decoded.
 """
 
 import math
@@ -27,7 +27,7 @@ class Codes(ABC):
         limit: largest magnitude that can be encoded.
     """
 
-    kind: str
+    kind: str = ""
     limit: float
 
     def __init__(self, module: nn.Module) -> None:
@@ -79,7 +79,7 @@ class Codes(ABC):
         return self.decoder(self.stored())(slice(0, self.shape[0]))
 
 
-class FourBit(Codes):
+class _FourBit(Codes):
     """`bitsandbytes.nn.Linear4bit`: groups of ``blocksize`` codes along the flattened weight share a scale.
 
     With double quantisation the scales are stored as 8-bit codes too.
@@ -91,14 +91,12 @@ class FourBit(Codes):
         self.limit = torch.finfo(self.module.weight.quant_state.dtype).max
 
     def stored(self) -> dict[str, Tensor]:
-        """See `Codes.stored`."""
         weight = self.module.weight
         state = weight.quant_state.as_dict(packed=True)
         return {"weight": weight.detach(), **{f"weight.{name}": value for name, value in state.items()}}
 
     @torch.no_grad()
     def write(self, stored: Mapping[str, Tensor]) -> None:
-        """See `Codes.write`."""
         mine, theirs = self.module.weight.quant_state, self._state(stored)
         self.module.weight.copy_(stored["weight"].view_as(self.module.weight))
         mine.absmax.copy_(theirs.absmax)
@@ -107,7 +105,6 @@ class FourBit(Codes):
             mine.offset.copy_(theirs.offset)
 
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
-        """See `Codes.decoder`."""
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
         state, width = self._state(stored), self.shape[1]
@@ -127,7 +124,6 @@ class FourBit(Codes):
         return decode
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Codes.encode`."""
         from bitsandbytes.functional import quantize_4bit
 
         state = self.module.weight.quant_state
@@ -135,7 +131,6 @@ class FourBit(Codes):
         return codes.view(-1), own.absmax
 
     def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """See `Codes.join`."""
         from bitsandbytes.functional import QuantState, quantize_blockwise
 
         mine, weight = self.module.weight.quant_state, self.module.weight
@@ -150,7 +145,6 @@ class FourBit(Codes):
         return {"weight": codes, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
 
     def row_step(self) -> int:
-        """See `Codes.row_step`."""
         blocksize: int = self.module.weight.quant_state.blocksize
         return blocksize // math.gcd(blocksize, self.shape[1])
 
@@ -161,48 +155,42 @@ class FourBit(Codes):
         return QuantState.from_dict(named, device=self.device)
 
 
-class EightBit(Codes):
+class _EightBit(Codes):
     """`bitsandbytes.nn.Linear8bitLt`: 8-bit codes with a scale per row, encoded from fp16."""
 
     kind = "int8"
     limit = torch.finfo(torch.float16).max
 
     def stored(self) -> dict[str, Tensor]:
-        """See `Codes.stored`."""
         module = self.module  # the layer's first forward moves both tensors from the parameter to its state
         held = module.weight if module.state.CB is None else module.state
         return {"weight": held.CB.detach(), "SCB": held.SCB.detach()}
 
     @torch.no_grad()
     def write(self, stored: Mapping[str, Tensor]) -> None:
-        """See `Codes.write`."""
         mine = self.stored()
         mine["weight"].copy_(stored["weight"])
         mine["SCB"].copy_(stored["SCB"])
         self.module.weight.copy_(stored["weight"])  # the same memory, unless the layer has been copied
 
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
-        """See `Codes.decoder`."""
         codes, scales = stored["weight"].to(self.device), stored["SCB"].to(self.device)
         return lambda rows: codes[rows].float() * (scales[rows].float().unsqueeze(1) / 127)
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Codes.encode`."""
         from bitsandbytes.functional import int8_vectorwise_quant
 
         codes, scales, _ = int8_vectorwise_quant(rows.half())
         return codes, scales
 
     def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """See `Codes.join`."""
         return {"weight": torch.cat([code for code, _ in parts]), "SCB": torch.cat([scale for _, scale in parts])}
 
     def row_step(self) -> int:
-        """See `Codes.row_step`."""
         return 1
 
 
-_KINDS: dict[str, type[Codes]] = {"Linear4bit": FourBit, "Linear8bitLt": EightBit}
+_KINDS: dict[str, type[Codes]] = {"Linear4bit": _FourBit, "Linear8bitLt": _EightBit}
 
 
 def codes_kind(module: nn.Module) -> type[Codes] | None:

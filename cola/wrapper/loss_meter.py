@@ -70,18 +70,11 @@ class LossMeter:
         self.seen.append((value, gradient.detach().reshape(())))
 
     def tell(self, loss: Tensor | float) -> None:
-        """Add a loss from the caller, which replaces those seen. Tensors stay on their device.
-
-        Raises:
-            TypeError, ValueError: ``loss`` is not one number.
-        """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"observe(loss) needs one number, got a tensor of shape {tuple(loss.shape)}: reduce it"
-                )
-        elif not isinstance(loss, numbers.Real):
+        """Add a loss from the caller, which replaces those seen. Tensors stay on their device."""
+        if not isinstance(loss, (Tensor, numbers.Real)):
             raise TypeError(f"observe(loss={loss!r}) needs a number or a tensor with one element")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"observe(loss) needs one number, got a tensor of shape {tuple(loss.shape)}: reduce it")
         self.told.add(loss)
 
     def give(self, loss: Tensor) -> None:

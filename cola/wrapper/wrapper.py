@@ -144,11 +144,7 @@ class OptimizerWrapper(Optimizer):
 
 
 def require_base(base: Any) -> None:
-    """Check the argument ``base`` of `ChainOptimizer`.
-
-    Raises:
-        TypeError: it is neither an optimizer class nor a callable.
-    """
+    """Raise TypeError if ``base`` is neither an optimizer class nor a callable."""
     if isinstance(base, Optimizer):
         name = type(base).__name__
         raise TypeError(
