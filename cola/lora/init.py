@@ -1,7 +1,7 @@
 """How a link starts: the values of A and B before its first step.
 
-A way to start is a function of a `LinkStart`. It returns A (r×in), and then B is zero, or a pair (A, B). The library's
-own are in `INITS`; ``LinkConfig(init=...)`` takes the name of one of them, or any such function.
+An init is a function of a `LinkStart`. It returns A (r×in), which leaves B zero, or a pair (A, B).
+``LinkConfig(init=...)`` takes such a function, or the name of one in `INITS`.
 """
 
 import math
@@ -21,16 +21,16 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LinkStart:
-    """The arguments of a way to start, for one layer of one link.
+    """The argument of an init: one layer of one link.
 
     Attributes:
-        path: of the layer.
+        path: the layer's path.
         shape: (out, in) of its weight.
         rank: r.
         scaling: s.
         link: index of the link, from 0.
-        generator: on the CPU, seeded by (seed, link, path), so that equal keys draw equal values everywhere.
-        opt: the `ChainOptimizer`, with the link before this one still in place; None for the first link.
+        generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
+        opt: the `ChainOptimizer`, which still carries the previous link; None for the first link.
     """
 
     path: str
@@ -44,7 +44,7 @@ class LinkStart:
 
 Init = Callable[[LinkStart], Tensor | Pair]
 
-#: of draws, whatever the caller's defaults are
+#: draws ignore the caller's default device and dtype
 _PLAIN: Any = {"device": "cpu", "dtype": torch.float32}
 
 
@@ -67,7 +67,7 @@ def _orthogonal(start: LinkStart) -> Tensor:
 
 
 def _selector(start: LinkStart) -> Tensor:
-    """r coordinates of the input, shifted by r with every link."""
+    """r input coordinates, shifted by r at every link."""
     rows = torch.arange(start.rank, device="cpu")
     columns = (rows + start.link * start.rank) % start.shape[1]
     return torch.zeros(start.rank, start.shape[1], **_PLAIN).index_put_((rows, columns), torch.ones((), **_PLAIN))
@@ -82,26 +82,26 @@ INITS: dict[str, Callable[[LinkStart], Tensor]] = {
 
 
 def generator(seed: int, link: int, path: str) -> torch.Generator:
-    """The generator that draws the link of one layer."""
+    """The generator for one layer of one link."""
     return torch.Generator("cpu").manual_seed(key(seed, link, path))
 
 
 @torch.no_grad()
 @unaffected()
 def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
-    """The factors that a link starts from, on the CPU.
+    """Draw the first values of a link's factors, on the CPU.
 
     Args:
         init: a name in `INITS`, or a function.
-        train: as in `LinkConfig`. With ``"A"`` the names draw B, and A is zero.
-        start: passed to the function.
+        train: as in `LinkConfig`. With ``"A"`` a named init draws B and leaves A zero.
+        start: the function's argument.
 
     Returns:
-        A and B, in fp32 where a name draws them. One of them is zero, unless a function has returned a pair.
+        A and B in at least fp32. One of them is zero, unless a function returned a pair.
 
     Raises:
         TypeError: the function returned neither a tensor nor a pair of tensors.
-        ValueError: what it returned has other shapes or values that are not finite, or it is A alone with train="A".
+        ValueError: a tensor has a wrong shape or non-finite values, or the function returned A alone with train="A".
     """
     out, inner = start.shape
     if isinstance(init, str):
@@ -112,7 +112,7 @@ def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
     name = f"init={getattr(init, '__name__', init)!s:.60}"
     made = init(start)
     if isinstance(made, Tensor) and train == "A":
-        raise ValueError(f"{name} returned A alone, and train='A' needs a pair (A, B): B is not trained, and not zero")
+        raise ValueError(f"{name} returned A alone, and train='A' needs a pair (A, B), with B frozen and not zero")
     pair = (made, torch.zeros(out, start.rank, **_PLAIN)) if isinstance(made, Tensor) else made
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
         raise TypeError(f"{name} returned a {type(made).__name__} for {start.path!r}: return A, or a pair (A, B)")
@@ -125,8 +125,4 @@ def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
         )
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise ValueError(f"{name} returned values that are not finite for {start.path!r}")
-    return A.to(_at_least_fp32(A)), B.to(_at_least_fp32(B))
-
-
-def _at_least_fp32(factor: Tensor) -> torch.dtype:
-    return torch.promote_types(factor.dtype, torch.float32)
+    return A.to(torch.promote_types(A.dtype, torch.float32)), B.to(torch.promote_types(B.dtype, torch.float32))
