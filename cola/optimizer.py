@@ -341,12 +341,12 @@ class ChainOptimizer(Resumable):
 
     def _require_given_back(self) -> None:
         """Check that the weights still lack the product that was subtracted when the first link began."""
-        expected, self._given_back = self._given_back, None
-        if self.live.starts and expected not in (None, self._base_model.weights().digest):
+        if self.live.starts and self._given_back not in (None, self._base_model.weights().digest):
             raise RuntimeError(
                 "the model's weights were loaded after the first link began, so its s·BA counts twice: "
                 "load the weights before the ChainOptimizer is made"
             )
+        self._given_back = None
 
     def _begin_first_link(self) -> None:
         """If the first link does not start at zero, record the base model and subtract the product from its weights."""
@@ -366,6 +366,7 @@ class ChainOptimizer(Resumable):
         try:
             self._require_trainable()
             self._require_weights()
+            self._require_given_back()
             self._base_model.settle()
             mode = self._leave_training_mode()
             try:

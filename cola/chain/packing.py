@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+_ADVICE = "save the run by torch.save(opt.state_dict()) and the model's state dict instead"
 
-def pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+
+def pack(value: Any, where: str, tensors: dict[str, Tensor], advice: str = _ADVICE) -> Any:
     """``value`` as a JSON value. Its tensors are added to ``tensors``.
 
     Args:
         value: None, bool, int, float, str, tensor, or nested lists, tuples and dicts of these.
         where: begins the names of tensors, and names places in messages.
         tensors: by name.
+        advice: ends the message of an error.
 
     Raises:
         TypeError: it holds something else, which only pickling could keep; the message says where.
@@ -36,18 +39,17 @@ def pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, (list, tuple)):
-        items = [pack(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
+        items = [pack(item, f"{where}/{i}", tensors, advice) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, dict):
         return {
             "dict": [
-                [pack(key, f"{where}/key{i}", tensors), pack(item, f"{where}/{key}", tensors)]
+                [pack(key, f"{where}/key{i}", tensors, advice), pack(item, f"{where}/{key}", tensors, advice)]
                 for i, (key, item) in enumerate(value.items())
             ]
         }
     raise TypeError(
-        f"{where} is a {type(value).__name__} ({value!r:.60}), which cannot be saved without pickling: save the run "
-        "by torch.save(opt.state_dict()) and the model's state dict instead"
+        f"{where} is a {type(value).__name__} ({value!r:.60}), which cannot be saved without pickling: {advice}"
     )
 
 

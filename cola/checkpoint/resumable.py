@@ -194,9 +194,9 @@ class Resumable(LinkGroups):
         self.base.load_state_dict(saved.optimizer)
         if not self.finished:
             self.live.resume(counters.index)
+            self.live.take_links(() if saved.chain is None else saved.chain.links)
             self.live.take_starts(saved.start_A, saved.start_B, saved.start_lost)
             self.live.take_residuals(saved.residuals)
-            self.live.take_links(() if saved.chain is None else saved.chain.links)
         self._continue(saved)
         if not self.finished and (self.steps or counters.index):
             self._base_model.resume(None if saved.chain is None else saved.chain.base, counters.origin_prints())
@@ -315,7 +315,7 @@ class Resumable(LinkGroups):
                 following.reset()
         finally:
             self._mode(modes)
-        self._loss, self._held = None, {}
+        self._loss, self._held, self._given_back = None, {}, None
 
     def _state(self) -> RunState:
         """The run, except for the parts that the model's own state dict has."""
@@ -419,8 +419,6 @@ class Resumable(LinkGroups):
         self.steps, self._epoch = counters.steps, counters.epoch
         self._probed, self._groups.changed = list(counters.probed), set(counters.stepped)
         self._ready, self._held, self._given_back = False, {}, None
-        for name, state in saved.extras.items():
-            self._extras[name].load_state_dict(state)
         if saved.chain is None:
             self.chain.resume(counters.index)
         else:
@@ -428,6 +426,8 @@ class Resumable(LinkGroups):
         last_knot = max((step for _, step, *_ in counters.knots), default=0)
         self.chain.live = not self.finished and self.steps > last_knot
         self._loaded = None if self.finished else counters
+        for name, state in saved.extras.items():  # last: what the caller's own code raises leaves a whole run
+            self._extras[name].load_state_dict(state)
 
     def _require_in_one_piece(self, call: str) -> None:
         if any(is_sharded(layer.weight) for layer in self.live.layers.values()):

@@ -193,10 +193,13 @@ class RunState:
     rng: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+_PLAIN = "let state_dict() return numbers, texts, tensors, lists and dicts"
+
+
 def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and named tensors for all but the optimizer and the chain, which each form stores in its own way."""
     tensors = {f"{kind}:{name}": t for kind in _TENSORS for name, t in getattr(state, kind).items()}
-    return {"loss": pack(state.loss, "loss", {}), "extras": pack(dict(state.extras), "extra", tensors)}, tensors
+    return {"loss": pack(state.loss, "loss", {}), "extras": pack(dict(state.extras), "extra", tensors, _PLAIN)}, tensors
 
 
 def decode(

@@ -172,7 +172,10 @@ def require_keepable(base: Optimizer, reset: Reset) -> None:
 def carried_over(
     base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Mapping[str, int]
 ) -> dict[Any, Any] | None:
-    """Compute the base's state for the next link from its state for the old one, without changing the base.
+    """Compute the base's state for the next link from its state for the old one.
+
+    The base's state for the factors is left as it is. What the function does to the rest of the base stays, unless it
+    raises: then the groups' entries and the other parameters' state are put back, though not the values of tensors.
 
     Args:
         base: holds the state of the old link.
@@ -186,6 +189,7 @@ def carried_over(
 
     Raises:
         KnotError: ``"keep"`` at a change of rank.
+        ValueError: the function has written to the new factors.
         Exception: any that the function raises.
     """
     if not callable(reset):
@@ -198,9 +202,22 @@ def carried_over(
         return None
     parameters = [p for pair in new.values() for p in pair]
     held = {p: copy.deepcopy(base.state[p]) for p in parameters if p in base.state}
+    rest, groups = dict(base.state), [dict(group) for group in base.param_groups]
+    versions = [p._version for p in parameters]
     try:
         reset(base, old, new)
+        if versions != [p._version for p in parameters]:
+            raise ValueError(
+                f"reset={getattr(reset, '__name__', reset)!s:.60} has written to the new link's factors, and it is for "
+                "the base's state alone: LinkConfig(init=...) says where a link starts"
+            )
         return {p: base.state[p] for p in parameters if p in base.state}
+    except BaseException:
+        base.state.update(rest)
+        for group, entries in zip(base.param_groups, groups):
+            group.clear()
+            group.update(entries)
+        raise
     finally:
         for parameter in parameters:
             base.state.pop(parameter, None)

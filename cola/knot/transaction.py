@@ -16,17 +16,21 @@ class NextLink:
         index: the new link's index.
         old: the live link.
         reset: as in `ChainOptimizer`.
+        follows: whether the live link is tied before it begins.
 
     Raises:
         KnotError: the layers have no room for the link, or state cannot be kept over a change of rank.
         Exception: any that the caller's init, base or reset raises.
     """
 
-    def __init__(self, opt: Any, index: int, old: Mapping[str, Factor], reset: Reset) -> None:
+    def __init__(self, opt: Any, index: int, old: Mapping[str, Factor], reset: Reset, *, follows: bool = False) -> None:
         self.opt, self.live, self.index = opt, opt.live, index
         self.link = self.live.prepare(index, opt)
         self._fresh = self._state = None
-        present, grads = self.live.index, [p.grad for p in self.live.adapters()]
+        if follows:
+            self.live.check_start(self.link, index)
+        present, rooms = self.live.index, {path: layer.lora_A.shape[0] for path, layer in self.live.layers.items()}
+        grads = [p.grad for p in self.live.adapters()]
         try:
             self.live.begin(index, self.link)
             if index != present:
@@ -40,6 +44,7 @@ class NextLink:
                 self._state = carried_over(opt.base, reset, pairs, new, ranks)
         finally:
             self.live.begin(present, old)
+            self.live.make_room(rooms)
             for parameter, grad in zip(self.live.adapters(), grads):
                 parameter.grad = grad
 
@@ -85,9 +90,7 @@ class Knot:
         self.base = self.chain.base
         if self.base is None and self.index == 0 and keep:
             self.base = base_model.fingerprint()
-        self._next = NextLink(opt, self.index + 1, self.link, opt.reset) if extend else None
-        if self._next is not None:
-            self.live.check_start(self._next.link, self._next.index)
+        self._next = NextLink(opt, self.index + 1, self.link, opt.reset, follows=True) if extend else None
 
     def tie(self) -> None:
         """``W ← round(W + s·B A)`` on every layer."""

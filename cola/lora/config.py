@@ -169,13 +169,22 @@ class LayerPlan:
         share = self.rank / self.rank_of(link)
         return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
 
-    def draw(self, path: str, shape: tuple[int, int], *, seed: int, link: int, opt: Any = None) -> Pair:
+    def draw(
+        self,
+        path: str,
+        shape: tuple[int, int],
+        *,
+        seed: int,
+        link: int,
+        dtype: torch.dtype = torch.float32,
+        opt: Any = None,
+    ) -> Pair:
         """Draw A and B of link ``link`` for the layer at ``path``, on the CPU; see `cola.lora.init.draw`."""
         rank = self.rank_of(link)
         if rank > min(shape):
             raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
         start = LinkStart(path, shape, rank, self.scaling_of(link), link, generator(seed, link, path), opt)
-        return draw(self.config.init, self.config.train, start)
+        return draw(self.config.init, self.config.train, start, dtype)
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that the layer's links may have; None if a callable decides."""

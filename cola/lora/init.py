@@ -88,20 +88,23 @@ def generator(seed: int, link: int, path: str) -> torch.Generator:
 
 @torch.no_grad()
 @unaffected()
-def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
+def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = torch.float32) -> Pair:
     """Draw the first values of a link's factors, on the CPU.
 
     Args:
         init: a name in `INITS`, or a function.
         train: as in `LinkConfig`. With ``"A"`` a named init draws B and leaves A zero.
         start: the function's argument.
+        dtype: of the Parameters that they are for.
 
     Returns:
-        A and B in at least fp32. One of them is zero, unless a function returned a pair.
+        A and B: in fp32 from a named init, copies in ``dtype`` from a function. One of them is zero, unless a function
+        returned a pair.
 
     Raises:
         TypeError: the function returned neither a tensor nor a pair of tensors.
-        ValueError: a tensor has a wrong shape or non-finite values, or the function returned A alone with train="A".
+        ValueError: a tensor has a wrong shape, or values that are not finite in ``dtype``, or the function returned A
+            alone with train="A".
     """
     out, inner = start.shape
     if isinstance(init, str):
@@ -123,6 +126,7 @@ def draw(init: str | Init, train: str, start: LinkStart) -> Pair:
             f"{name} returned A {tuple(A.shape)} of {A.dtype} and B {tuple(B.shape)} of {B.dtype} for {start.path!r}: "
             f"A must be {start.rank}×{inner} and B {out}×{start.rank}, of floating-point numbers"
         )
+    A, B = A.to(dtype, copy=True), B.to(dtype, copy=True)  # they may be views of what a knot is about to change
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise ValueError(f"{name} returned values that are not finite for {start.path!r}")
-    return A.to(torch.promote_types(A.dtype, torch.float32)), B.to(torch.promote_types(B.dtype, torch.float32))
+        raise ValueError(f"{name} returned values that are not finite in {dtype} for {start.path!r}")
+    return A, B

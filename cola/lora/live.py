@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cola.common.arguments import choice
 from cola.common.distributed import (
@@ -91,7 +92,13 @@ class LiveLink:
             require_plain_name(path)  # refuse before training what could not be saved under its name
         self._fit_ranks(modules)
         drawn = {
-            path: self.plans[path].draw(path, known_kind(module).shape(module), seed=seed, link=0)
+            path: self.plans[path].draw(
+                path,
+                known_kind(module).shape(module),
+                seed=seed,
+                link=0,
+                dtype=config.dtype_for(module.weight),  # type: ignore[arg-type]
+            )
             for path, module in modules.items()
         }
         device = config.residual_device
@@ -193,10 +200,11 @@ class LiveLink:
 
     def is_untrained(self, path: str) -> bool:
         """Whether the link of one layer still has its first values."""
-        layer, start = self.layers[path], self.starts.get(path)
-        if start is not None:
-            factor = self._factor(path)
-            return torch.equal(factor.A, start.A) and torch.equal(factor.B, start.B)
+        layer, factor = self.layers[path], self._factor(path)
+        if factor.start is not None:
+            return all(map(torch.equal, (factor.A, factor.B), factor.start))
+        if callable(self.config.init):  # the function has chosen which factor starts at zero
+            return not (factor.A.any() and factor.B.any())
         zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
         return not whole(zero_first.detach()).any().item()
 
@@ -245,10 +253,12 @@ class LiveLink:
 
     def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
         """Draw link ``index``; ``opt`` is the `ChainOptimizer`, for inits that look at it. Changes nothing."""
-        return {
-            path: self.factor_of(index, path, *self.plans[path].draw(path, shape, seed=self.seed, link=index, opt=opt))
-            for path, shape in self.shapes().items()
-        }
+        drawn = {}
+        for path, shape in self.shapes().items():
+            dtype = self.layers[path].lora_A.dtype
+            A, B = self.plans[path].draw(path, shape, seed=self.seed, link=index, dtype=dtype, opt=opt)
+            drawn[path] = self.factor_of(index, path, A, B)
+        return drawn
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
@@ -256,10 +266,15 @@ class LiveLink:
 
     @torch.no_grad()
     def check_start(self, link: Mapping[str, Factor], index: int) -> None:
-        """Raise KnotError if ``link`` starts at a product that could not be subtracted from a weight after the tie."""
+        """Raise KnotError if ``link`` starts at a product that a weight could not give back.
+
+        It gives it back after the live link's tie, unless ``link`` is the live one itself.
+        """
         for path, factor in link.items() if callable(self.config.init) else ():
             layer, now = self.layers[path], self._factor(path)
-            links = [(now.A, now.B, now.scaling), (factor.A, factor.B, -factor.scaling)]
+            links = [(factor.A, factor.B, -factor.scaling)]
+            if index != self.index:
+                links.insert(0, (now.A, now.B, now.scaling))
             reason = layer.kind.obstacle(layer.holder, links, self.originals.get(path))
             if reason is not None:
                 raise KnotError(f"link {index} cannot start: without its s·BA, layer {path!r} {reason}")
@@ -278,6 +293,15 @@ class LiveLink:
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
 
+    def make_room(self, rooms: Mapping[str, int]) -> None:
+        """Give layers whose Parameters have become smaller than this their zeros beyond the rank again."""
+        for path, layer in self.layers.items():
+            rank, extra = layer.rank, rooms[path] - layer.lora_A.shape[0]
+            if extra > 0:
+                A, B = F.pad(layer.lora_A.detach(), (0, 0, 0, extra)), F.pad(layer.lora_B.detach(), (0, extra))
+                layer.put(A, B, layer.scaling, mask=False)
+                layer.rank = rank
+
     def resume(self, index: int) -> None:
         """Continue with link ``index``, whose values the model's state dict has brought or will bring.
 
@@ -295,11 +319,16 @@ class LiveLink:
                 layer.put(layer.lora_A.new_zeros(rank, inner), layer.lora_B.new_zeros(out, rank), scaling, mask=mask)
 
     def take_starts(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> None:
-        """Continue with a link that began at these factors; the model's state dict brings the weights without them."""
+        """Continue with a link that began at these factors; the model's state dict brings the weights without them.
+
+        Call `take_links` first.
+        """
         self._untouched, self.starts = {}, {}
         for path in A:
-            device = self.layers[path].lora_A.device
+            device, scaling = self.layers[path].lora_A.device, self.layers[path].scaling
             self.starts[path] = Start(A[path].to(device), B[path].to(device), float(lost[path]))
+            if path in self.originals:
+                self.originals[path] = self.originals[path].extended([(A[path], B[path], -scaling)])
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Continue with copies of these residual buffers, on the device that the configuration sets."""
@@ -331,7 +360,7 @@ class LiveLink:
             if start is not None:
                 done = replace(done, delta=factor.norm(), lost=math.hypot(start.lost, done.lost))
             ties[path] = done
-        self.starts = {}
+        self.starts, self._untouched = {}, {}
         return ties
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
@@ -368,6 +397,7 @@ class LiveLink:
 
     def give_back_first(self) -> None:
         """`give_back` for the first link; keeps copies of the weights until `forget_untouched`."""
+        self.check_start({path: self._factor(path) for path in self.layers}, self.index)
         self._untouched = {path: _values(layer) for path, layer in self.layers.items()}
         self.give_back()
         self._untouched = {path: self._untouched[path] for path in self.starts}
@@ -405,6 +435,8 @@ class LiveLink:
             holder = self.layers[path].holder
             if is_quantized(holder):
                 quantized.put_parts(holder, values)
+                if path in self.originals:
+                    self.originals[path] = self.originals[path].bare()
             else:
                 copy_whole(self.layers[path].weight, values["weight"])
             self.starts.pop(path, None)
@@ -437,7 +469,8 @@ class LiveLink:
         """The link's share of one layer, cut to its rank; views, not copies."""
         layer, start = self.layers[path], self.starts.get(path)
         A, B = whole(layer.lora_A.detach())[: layer.rank], whole(layer.lora_B.detach())[:, : layer.rank]
-        pair = None if start is None else (start.A, start.B)
+        # the model may have been moved to another device since the link began
+        pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
         return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
 
     @torch.no_grad()

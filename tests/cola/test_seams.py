@@ -161,6 +161,57 @@ def test_a_function_that_fails_changes_nothing():
     opt.tie()
 
 
+def test_what_a_function_did_to_the_rest_of_the_base_is_undone_if_it_fails():
+    def fail(base, old, new):
+        base.state.clear()
+        for group in base.param_groups:
+            group["lr"], group["mine"] = 5.0, 1
+        raise ArithmeticError("mine")
+
+    model = Net()
+    link = LinkConfig(r=2, target_modules=BODY, modules_to_save=["head"])
+    opt = ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=link, lr=0.02, reset=fail)
+    train(opt, model, 2)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ArithmeticError, match="mine"):
+        opt.tie()
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert same(*([state["state"][i] for i in sorted(state["state"])] for state in (before, after)))
+
+
+def test_a_function_that_writes_to_the_new_factors_is_refused():
+    def write(base, old, new):
+        for _, B in new.values():
+            B.detach().fill_(1.0)
+
+    model = Net()
+    opt = wrap(model, NeverKnots(), reset=write)
+    train(opt, model, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="reset=write has written to the new link's factors"):
+        opt.tie()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_start_that_is_refused_is_refused_before_the_reset_is_called():
+    calls = []
+
+    def init(start):
+        A, B = random_pair(start)
+        return A, B * (1e6 if start.link else 1)
+
+    model = Net(dtype=torch.float16)
+    link = LinkConfig(r=2, target_modules=BODY, init=init)
+    opt = ChainOptimizer(
+        torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02, reset=lambda base, old, new: calls.append(1)
+    )
+    train(opt, model, 2, dtype=torch.float16)
+    with pytest.raises(KnotError, match="cannot start"):
+        opt.tie()
+    assert not calls
+
+
 @pytest.mark.parametrize("reset", ["keep", keep_half])
 def test_a_run_with_a_reset_of_its_own_is_resumed_bit_for_bit(reset, tmp_path):
     whole = Net()
@@ -245,6 +296,33 @@ def test_an_extra_entry_is_saved_with_a_run_and_comes_back(way, tmp_path):
     assert torch.equal(again.mean, average.mean)
     with pytest.raises(ValueError, match=r"the saved run has the extra entries \['average'\], and here \[\]"):
         wrap(Net()).load_state_dict(opt.state_dict())
+
+
+def test_an_extra_entry_that_cannot_be_loaded_leaves_a_whole_run(tmp_path):
+    class Fails(Average):
+        def load_state_dict(self, state):
+            raise ArithmeticError("mine")
+
+    model, resumed = Net(), Net()
+    opt, other = wrap(model), wrap(resumed)
+    opt.register_for_checkpointing("average", Average())
+    other.register_for_checkpointing("average", Fails())
+    train(opt, model, 4)
+    opt.save(tmp_path)
+    with pytest.raises(ArithmeticError, match="mine"):
+        other.load(tmp_path)
+    train(opt, model, 2, start=4), train(other, resumed, 2, start=4)
+    opt.finish(), other.finish()
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["save", "state_dict"])
+def test_an_extra_entry_that_only_pickling_could_keep_is_named(way, tmp_path):
+    average, opt = Average(), wrap(Net())
+    average.steps = object()
+    opt.register_for_checkpointing("average", average)
+    with pytest.raises(TypeError, match=r"extra/average/steps is a object .* let state_dict\(\) return numbers"):
+        opt.save(tmp_path) if way == "save" else opt.state_dict()
 
 
 def test_an_extra_entry_that_a_framework_drops_is_mentioned(caplog):
@@ -398,8 +476,32 @@ def test_weights_that_are_loaded_over_what_a_first_link_took_are_noticed():
     model, before = Net(), Net().state_dict()
     opt = wrap_init(model, random_pair)
     model.load_state_dict(before, strict=False)
-    with pytest.raises(RuntimeError, match="load the weights before the ChainOptimizer is made"):
-        train(opt, model, 1)
+    for act in (lambda: train(opt, model, 1), lambda: train(opt, model, 1), opt.tie):
+        with pytest.raises(RuntimeError, match="load the weights before the ChainOptimizer is made"):
+            act()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("way", ["follow", "tie", "undo"])
+def test_a_chain_goes_on_when_the_weights_have_changed_before_its_first_step(way, steps, merge):
+    model, other, fresh = Net(), Net(), Net()
+    opt = wrap_init(model, random_pair)
+    if way == "follow":
+        earlier = wrap_init(other, random_pair)
+        train(earlier, other, 4)
+        earlier.finish()
+        opt.follow(earlier.chain)
+    else:
+        opt.tie()
+    if way == "undo":
+        opt.tie()
+        opt.undo(Net())
+    train(opt, model, steps)
+    opt.finish(merge=merge)
+    opt.chain.apply(fresh)
+    for name, value in model.state_dict().items():  # a link that is dropped leaves the rounding of two sums
+        assert torch.allclose(value, fresh.state_dict()[name], rtol=0, atol=0 if merge and steps else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +512,7 @@ def test_weights_that_are_loaded_over_what_a_first_link_took_are_noticed():
         (lambda start: (torch.zeros(2, 6),), TypeError, "returned a tuple"),
         (lambda start: torch.zeros(6, 2), ValueError, r"A must be 2×6 and B 6×2"),
         (lambda start: torch.zeros(2, 6, dtype=torch.int64), ValueError, "of floating-point numbers"),
-        (lambda start: torch.full((2, 6), torch.nan), ValueError, "values that are not finite for 'first'"),
+        (lambda start: torch.full((2, 6), torch.nan), ValueError, "values that are not finite in torch.float32"),
     ],
 )
 def test_an_init_that_cannot_be_is_refused_before_anything_changes(init, kind, message):
@@ -419,6 +521,78 @@ def test_an_init_that_cannot_be_is_refused_before_anything_changes(init, kind, m
     with pytest.raises(kind, match=message):
         wrap_init(model, init)
     assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+def views_of_the_live_link(start):
+    layer = start.opt.live.layers[start.path]
+    return layer.lora_B.t(), layer.lora_A.t()
+
+
+def a_view_of_the_weight(start):
+    return start.opt.model.get_submodule(start.path).weight[: start.rank]
+
+
+@pytest.mark.parametrize("views", [views_of_the_live_link, a_view_of_the_weight])
+def test_an_init_may_return_views_of_what_the_knot_changes(views):
+    wanted = {}
+
+    def init(start):
+        if start.link == 0:
+            return random_pair(start)
+        made = views(start)
+        wanted[start.path] = copy.deepcopy([x.detach() for x in (made if isinstance(made, tuple) else (made,))])
+        return made
+
+    model = Net()
+    opt = wrap_init(model, init)
+    train(opt, model, 2)
+    opt.tie()
+    for path, layer in opt.live.layers.items():
+        assert all(map(torch.equal, wanted[path], (layer.lora_A, layer.lora_B))), path
+
+
+@pytest.mark.parametrize("train_", ["both", "B"])
+def test_a_pair_whose_a_is_zero_has_not_been_trained(train_, caplog):
+    model = Net()
+    link = LinkConfig(
+        r=2, target_modules=BODY, train=train_, init=lambda s: (torch.zeros(2, s.shape[1]), torch.ones(s.shape[0], 2))
+    )
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02)
+    assert opt.live.is_zero()
+    train(opt, model, 1)
+    assert "the link was trained before this optimizer's first step" not in caplog.text
+    assert opt.live.is_zero() == (train_ == "B")  # where A is frozen at zero, nothing can be trained
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize(
+    ("a", "b", "kwargs", "kind", "message"),
+    [
+        (1.0, 1e4, {}, KnotError, "cannot start: without its s·BA, layer 'first' would get a W [+] sBA beyond"),
+        (1e-6, 1e5, {"dtype": torch.float16}, ValueError, "values that are not finite in torch.float16 for 'first'"),
+        (1e5, 0.0, {"dtype": torch.float16}, ValueError, "values that are not finite in torch.float16 for 'first'"),
+    ],
+)
+def test_a_start_that_the_weight_or_the_factors_cannot_hold_changes_nothing(at, a, b, kwargs, kind, message):
+    def init(start):
+        if start.link != at:
+            return random_pair(start)
+        return torch.full((start.rank, start.shape[1]), a), torch.full((start.shape[0], start.rank), b)
+
+    def made(model):
+        link = LinkConfig(r=2, target_modules=BODY, init=init, **kwargs)
+        return ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link, lr=0.02)
+
+    model = Net(dtype=torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    if at:
+        opt = made(model)
+        train(opt, model, 2, dtype=torch.float16)
+        before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind, match=message):
+        opt.tie() if at else made(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_an_init_that_fails_at_a_knot_changes_nothing():

@@ -281,3 +281,54 @@ def test_pefts_layers_for_plain_ones_carry_stacked_links_too():
     fresh = net()
     opt.chain.apply(fresh)
     assert torch.allclose(fresh(inputs(0)), before, atol=1e-6)
+
+
+def pair(start):
+    out, inner = start.shape
+    A = torch.randn(start.rank, inner, generator=start.generator)
+    return A, torch.randn(out, start.rank, generator=start.generator) / 8
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+def test_links_that_start_at_a_product_resume_and_undo_bit_for_bit(kind, how, tmp_path):
+    def made(seed=0):
+        model = net(kind, seed)
+        link = LinkConfig(r=2, lora_alpha=3, target_modules=BODY, init=pair)
+        return model, chained(model, StepKnots(at=[2, 4]), torch.optim.SGD, link, quantized=how)
+
+    model, opt = made()
+    train(opt, model, 6)
+    opt.finish()
+    fresh = net(kind)
+    opt.chain.apply(fresh)
+    assert same(fresh, model)
+    for stop in (0, 4):
+        for way in ("directory", "model first", "optimizer first"):
+            (part, first), (resumed, second) = made(), made()
+            train(first, part, stop)
+            states = [(resumed, copy.deepcopy(part.state_dict())), (second, copy.deepcopy(first.state_dict()))]
+            if way == "directory":
+                first.save(tmp_path / f"{stop}")
+                second.load(tmp_path / f"{stop}")
+            else:
+                for load, state in states[:: 1 if way == "model first" else -1]:
+                    load.load_state_dict(state)
+            train(second, resumed, 6 - stop, start=stop)
+            second.finish()
+            assert same(resumed, model), (stop, way)
+    _, foreign = made(seed=3)
+    foreign.save(tmp_path / "foreign")
+    again, third = made()
+    with pytest.raises(ValueError, match="wrong base"):
+        third.load(tmp_path / "foreign")
+    train(third, again, 6)
+    third.finish()
+    assert same(again, model)
+    dropped, fourth = made()
+    fourth.finish(merge=False)
+    assert same(dropped, net(kind))
+    opt.chain.undo(model, net(kind))
+    fresh = net(kind)
+    opt.chain.apply(fresh)
+    assert same(fresh, model)

@@ -284,3 +284,33 @@ def test_an_interrupt_in_the_middle_of_a_tie_waits_for_the_knot(monkeypatch):
     undisturbed.tie()
     assert len(opt.chain) == 1
     assert train(opt, model, 3, start=3) == train(undisturbed, twin, 3, start=3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_masked_run_goes_on_where_links_are_resized(fails):
+    """Its Parameters keep their room until the next link, for the base has state of that size."""
+
+    def init(start):
+        if fails and start.link == 2:
+            raise ArithmeticError("mine")
+        return torch.randn(start.rank, start.shape[1], generator=start.generator)
+
+    def made(change):
+        model = Net()
+        link = LinkConfig(r=(4, 2), target_modules=BODY, rank_change=change, init=init)
+        return model, ChainOptimizer(torch.optim.AdamW, model, StepKnots(at=[2, 5]), link=link, lr=0.02)
+
+    (whole, first), (model, opt) = made("mask"), made("resize")
+    train(first, whole, 3)
+    model.load_state_dict(whole.state_dict())
+    opt.load_state_dict(copy.deepcopy(first.state_dict()))
+    for each, net in ((first, whole), (opt, model)):
+        train(each, net, 1, start=3)
+        if fails:
+            with pytest.raises(ArithmeticError, match="mine"):
+                train(each, net, 1, start=4)
+        train(each, net, 0 if fails else 3, start=4)
+    assert [p.shape[0] for p in opt.live.adapters()][::2] == ([4, 4] if fails else [2, 2])
+    for name, value in model.state_dict().items():
+        other = whole.state_dict()[name]
+        assert torch.allclose(value, other[tuple(map(slice, value.shape))], atol=1e-6), name
