@@ -54,9 +54,8 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
         target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
         floor = "" if row.floor is None else f"{row.floor.median:.3g} ({row.floor.low:.3g}–{row.floor.high:.3g})"
         limit = "" if row.limit is None else f"{row.limit:.3g}"
-        lines.append(
-            f"| {row.name} | {row.what} | {row.value} | {target} | {verdict(row)} | {floor} | {limit} | {details(row)} |"
-        )
+        cells = (row.name, row.what, row.value, target, verdict(row), floor, limit, details(row))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     kinds: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.limited_by:
