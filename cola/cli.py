@@ -1,4 +1,4 @@
-"""``cola inspect | verify | merge | export | import``: what can be done with a chain on disk."""
+"""The command line for chains on disk: ``cola inspect | verify | merge | export | import``."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from cola.knot.tie import RECORDED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 if a check failed or something went wrong."""
+    """Run one command; returns the exit status, 1 if a check failed or something went wrong."""
     arguments = _parser().parse_args(argv)
     try:
         if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     try:
         print(json.dumps(_plain(result), indent=1) if arguments.json else text, flush=True)
-    except BrokenPipeError:  # whoever read it (head) has seen enough; nothing more is to be flushed at exit
+    except BrokenPipeError:  # the reader (head) has seen enough: keep Python from flushing at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
@@ -44,7 +44,7 @@ Answer = tuple[dict[str, Any], str, int]  # machine-readable, readable, exit sta
 
 
 def inspect(arguments: argparse.Namespace) -> Answer:
-    """What a chain holds: links, layers, norms, ranks, overlaps; and a picture."""
+    """Show a chain's links, layers, norms, ranks and overlaps, and draw a picture."""
     chain = Chain.load(arguments.directory)
     result: dict[str, Any] = {
         "directory": str(arguments.directory),
@@ -56,20 +56,8 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     lines = [f"{arguments.directory}: {chain!r}"]
     if chain.base is not None:
         lines.append(f"base {chain.base.name or '(unnamed)'}, fingerprint {chain.base.digest}")
-    rows = [
-        [
-            x["index"],
-            x["step"],
-            x["rank"],
-            x["norm"],
-            x["lost"],
-            x["loss"],
-            x["overlap_out"],
-            x["overlap_in"],
-            x["seed"],
-        ]
-        for x in result["links"]
-    ]
+    shown = "index", "step", "rank", "norm", "lost", "loss", "overlap_out", "overlap_in", "seed"
+    rows = [[x[key] for key in shown] for x in result["links"]]
     header = ["link", "step", "rank", "‖ΔW‖", "lost", "loss", "overlap out", "in", "seed"]
     lines += ["", _table(header, rows), "", "overlap: share of the link's directions that the link before it used"]
     if result["layers"]:
@@ -86,7 +74,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
 
 
 def verify(arguments: argparse.Namespace) -> Answer:
-    """Whether a chain is whole and belongs on a base: every check by itself, exit status 1 if one fails."""
+    """Check that a chain is whole and belongs on a base; lists all checks, and exits with 1 if one fails."""
     checks: list[tuple[str, str | None]] = []
 
     def check(name: str, run: Callable[[], Any]) -> Any:
@@ -98,7 +86,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
         checks.append((name, None))
         return found
 
-    chain = check("files are whole and as they were written", lambda: Chain.load(arguments.directory))
+    chain = check("files are whole and unchanged", lambda: Chain.load(arguments.directory))
     if (arguments.directory / CHECKPOINT[0]).exists():
         check("the run's state is whole", lambda: read_run(arguments.directory))
     if chain is not None:
@@ -108,11 +96,11 @@ def verify(arguments: argparse.Namespace) -> Answer:
         model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
         name = "base is the one that the chain was trained on"
         if chain.base is None:
-            name = "layers fit the base (which base the chain was trained on is not recorded)"
+            name = "layers fit the base (the base that the chain was trained on is not recorded)"
         links = tuple(chain)
         others = check(name, lambda: replay.check(model, links, chain.base))
         if others:
-            checks[-1] = (f"{name}, but for {', '.join(others)}, which the chain replaces", None)
+            checks[-1] = (f"{name}, except for {', '.join(others)}, which the chain replaces", None)
         if checks[-1][1] is None:
             check("tied again, every link does what its knot reported", lambda: _require_as_reported(model, chain))
     failed = any(problem is not None for _, problem in checks)
@@ -140,8 +128,8 @@ def merge(arguments: argparse.Namespace) -> Answer:
     chain = Chain.load(arguments.directory)
     if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
         raise ValueError(
-            "the chain's links are kept beside quantised weights, and from_pretrained would not look for them there: "
-            "write an adapter by cola export, and load that on the base"
+            "the chain's links are stacked on quantised weights, where from_pretrained would not look for them: write "
+            "an adapter by cola export, and load that on the base"
         )
     model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
     chain.apply(model, upto=arguments.upto)
@@ -156,12 +144,8 @@ def export(arguments: argparse.Namespace) -> Answer:
     chain = Chain.load(arguments.directory)
     chain.to_peft(arguments.out, r=arguments.rank, base_model=arguments.base)
     account = json.loads((arguments.out / "export.json").read_text())
-    rows = [
-        [layer, rank, norm, error, error / norm if norm else 0.0]
-        for (layer, rank), norm, error in zip(
-            account["ranks"].items(), account["norm"].values(), account["error"].values()
-        )
-    ]
+    columns = account["ranks"].items(), account["norm"].values(), account["error"].values()
+    rows = [[*layer, norm, error, error / norm if norm else 0.0] for layer, norm, error in zip(*columns)]
     table = _table(["layer", "rank", "‖ΔW‖", "error", "relative"], rows)
     return {"out": str(arguments.out), **account}, f"{table}\n\nwrote the adapter to {arguments.out}", 0
 
@@ -189,16 +173,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, base=None)
         sub.add_argument("directory", type=Path, metavar="DIR", help=directory)
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        sub.add_argument("--seed", type=int, default=0, help="of parts that a base's files lack; else nothing is drawn")
+        sub.add_argument("--seed", type=int, default=0, help="for drawing parts that a base's files lack")
         return sub
 
     def base(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--base", required=True, metavar="MODEL", help="model directory or hub name of the untouched base"
-        )
-        sub.add_argument(
-            "--trust-remote-code", action="store_true", help="run code that comes with the base (default: off)"
-        )
+        source = "model directory or hub name of the untouched base"
+        sub.add_argument("--base", required=True, metavar="MODEL", help=source)
+        trust = "run code that comes with the base (default: off)"
+        sub.add_argument("--trust-remote-code", action="store_true", help=trust)
 
     chain = "directory of a chain or of a checkpoint"
     sub = command("inspect", inspect, chain)
@@ -213,18 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--upto", type=int, metavar="K", help="tie the first K links only")
     sub = command("export", export, chain)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the adapter goes")
-    sub.add_argument(
-        "--rank", type=int, metavar="R", help="truncate to this rank (default: exact, the sum of the ranks)"
-    )
+    rank = "truncate to this rank (default: exact, the sum of the ranks)"
+    sub.add_argument("--rank", type=int, metavar="R", help=rank)
     sub.add_argument("--base", metavar="MODEL", help="the base's name, for the adapter to note")
     sub = command("import", import_, "directory of a PEFT LoRA adapter")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chain goes")
-    sub.add_argument(
-        "--rounding",
-        default="nearest",
-        choices=RECORDED,
-        help="when it is tied; for a quantised base 'stack' or 'requantize'",
-    )
+    rounding = "how ties round; for a quantised base 'stack' or 'requantize'"
+    sub.add_argument("--rounding", default="nearest", choices=RECORDED, help=rounding)
     sub.add_argument("--force", action="store_true", help="replace a chain that is there already")
     return parser
 
@@ -269,19 +246,17 @@ def _require_finite(chain: Chain) -> None:
 
 
 def _require_as_reported(model: Any, chain: Chain) -> None:
-    """Norms of a link follow from its factors, and its rounding loss from the weights as well: both are recorded."""
+    """Compare norms, which follow from the factors, and rounding losses, which also follow from the weights."""
     for link, ties in zip(chain, replay.tie_links(model, tuple(chain))):
         for layer, tie in ties.items():
-            # elsewhere sums are taken in another order and dice fall differently: the norm agrees to a few units of
-            # fp32, the loss, which is a mean over all elements, to far less than a tenth
+            # other hardware sums and draws differently: norms agree to a few units of fp32, and losses, which are means
+            # over all elements, to far less than a tenth
             report = link.report.layers.get(layer)
             if report is None or chain.base is None:
                 continue
             slack = 0.1 * report.lost_norm + 1e-6 * report.delta_norm
-            if (
-                abs(tie.delta - report.delta_norm) > 1e-5 * report.delta_norm
-                or abs(tie.lost - report.lost_norm) > slack
-            ):
+            other_norm = abs(tie.delta - report.delta_norm) > 1e-5 * report.delta_norm
+            if other_norm or abs(tie.lost - report.lost_norm) > slack:
                 raise ValueError(
                     f"link {link.index} on layer {layer!r} adds {tie.delta:.6g} and loses {tie.lost:.6g} to rounding; "
                     f"its knot reported {report.delta_norm:.6g} and {report.lost_norm:.6g}"
@@ -304,7 +279,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinities: they and NaN become null."""
+    """Replace infinities and NaN, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -27,7 +27,7 @@ from cola.lora.names import called
 from cola.lora.trainable import warn_of_half
 from cola.lora.untrained import Untrained
 from cola.policies import KnotPolicy, Signal
-from cola.wrapper.loss_meter import LossWatch
+from cola.wrapper.loss_meter import LossMeter
 from cola.wrapper.real_steps import moves, rates_are_zero, stateless
 from cola.wrapper.wrapper import require_base
 
@@ -37,36 +37,36 @@ logger = logging.getLogger("cola")
 class ChainOptimizer(Resumable):
     """Train a chain of LoRAs with any base optimizer (Chain of LoRA, Algorithm 1).
 
-    Puts a low-rank link ``W x + s·B A x`` on the target layers, hands the factors to the base optimizer, and after
-    each real `step` asks the policy whether to tie a knot: then ``W ← W + s·B A``, A is drawn anew, B is zero, and the
-    base optimizer's state for the factors is as new. What else is trained (biases, ``modules_to_save``) keeps its own.
+    Puts a low-rank link ``W x + s·B A x`` on the target layers and gives the factors to the base optimizer. After each
+    real `step` the policy decides whether to tie a knot: ``W ← W + s·B A``, a new draw of A, zero for B, and fresh
+    state of the base optimizer for the factors. Other trained parameters (biases, ``modules_to_save``) keep their
+    state.
 
     Args:
         base: an optimizer class, or any callable ``params -> Optimizer``.
         model: any module; adapted in place, and its other parameters are frozen until `finish`.
         policy: when to tie.
-        link: what a link is.
-        rounding: of a tie: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest for
-            fp32 and fp64 weights and the measured best for half precision.
-        quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them beside the weight, so
-            that nothing is lost; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports what is lost.
-        seed: key of all draws. No global random state is read or changed.
-        reset: what becomes of the base's state for the factors at a knot. ``"state"``: it is as new, as in the paper.
-            ``"keep"``: it stays. Or a function of (base, old, new), which changes it: it is called when the new link is
-            in place and the state is the old one; ``old`` and ``new`` map layers' paths to (A, B), the new ones being
-            the Parameters under which the base has their state.
+        link: settings of the links.
+        rounding: how a tie rounds: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest
+            for fp32 and fp64 weights and the measured best for half precision.
+        quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them next to the weight and
+            loses nothing; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports the error.
+        seed: seed of all draws. No global random state is read or changed.
+        reset: what a knot does to the base's state for the factors: ``"state"`` makes it fresh, as in the paper;
+            ``"keep"`` keeps it. Or a function of (base, old, new) that changes it, called with the new link in place
+            and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's Parameters.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         **base_kwargs: for ``base``.
 
     Attributes:
-        base: the wrapped optimizer; ``param_groups``, ``state`` and ``defaults`` are its own.
+        base: the wrapped optimizer, which owns ``param_groups``, ``state`` and ``defaults``.
         chain: the tied links.
-        policy: as given.
+        policy: the argument.
         steps: real optimizer steps so far.
 
     Raises:
-        TypeError: ``base`` or ``policy`` is not what it should be.
-        ValueError: a target, rank or option that cannot be; the model is untouched then.
+        TypeError: an argument has a wrong type.
+        ValueError: an impossible target, rank or option; the model is untouched then.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> from cola import StepKnots
@@ -122,26 +122,26 @@ class ChainOptimizer(Resumable):
             raise
         self._extras = {}
         self._made_with = arguments_of(self.live, reset_name(reset))
-        self._bound: list[nn.Parameter] | None = self._all_trained()  # until the first step: fully_shard replaces them
+        self._bound: list[nn.Parameter] | None = self._all_trained()
         self.steps = 0
         self.finished = False
         self._knotting = False
         self._held = {}
         self._untrained = Untrained()
-        self._probed: list[int] = []  # groups whose state was made by a probe step, not by training
+        self._probed: list[int] = []  # groups whose state comes from a probe step
         self._groups = GroupWatch()
-        self._losses = LossWatch(called(model))
+        self._losses = LossMeter(called(model))
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
         warn_of_half({**self.live.factors_by_name(), **self.live.trained()})
         self._coverage = announced(self.live)
-        super().__setstate__({})  # the hook tables of torch.optim.Optimizer, without parameter groups of our own
+        super().__setstate__({})  # makes the hook tables of torch.optim.Optimizer
 
     # training
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base, then a knot if the policy asks for one.
+        """Take one step of the base, then tie a knot if the policy asks for one.
 
         Steps without any gradient, and probe steps (all learning rates and all gradients zero, as distributed
         checkpointing takes to create state), reach the base and do not count.
@@ -150,15 +150,15 @@ class ChainOptimizer(Resumable):
             closure: as for the base.
 
         Returns:
-            What the base returns.
+            The base's result.
 
         Raises:
-            KnotError: the link to be tied is not finite; nothing is changed by the knot, and the step stands.
-            RuntimeError: after `finish`; or a state was loaded and the model's weights are not those it belongs to.
+            KnotError: the link is not finite; the knot has changed nothing, and the step stands.
+            RuntimeError: after `finish`, or a loaded state does not belong to the model's weights.
         """
         if self.finished:
             if closure is None and rates_are_zero(self.base.param_groups):
-                return None  # distributed checkpointing asks for state to be made, and there is none any more
+                return None  # distributed checkpointing wants state to be created, and there is nothing left to train
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
         closure = args[0] if args else kwargs.get("closure")
@@ -176,10 +176,10 @@ class ChainOptimizer(Resumable):
             self._after_step(args, kwargs)
         return result
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it: it runs its hooks itself
+    step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it: it runs its hooks itself
 
     def _knot(self, *, extend: bool) -> KnotReport:
-        """One knot of Algorithm 1. If anything can go wrong, it does so before the first of the four steps."""
+        """Tie one knot of Algorithm 1. Whatever can fail does so before the first of the four steps."""
         with self._transaction(extend) as knot:
             knot.tie()
             report = knot.record()
@@ -192,10 +192,10 @@ class ChainOptimizer(Resumable):
         return report
 
     def observe(self, loss: Tensor | float | None = None, *, epoch: float | None = None) -> None:
-        """Tell the policy of the coming step's loss (several calls are averaged) or of the epochs completed.
+        """Tell the policy the next step's loss (several calls are averaged) or the number of epochs completed.
 
-        Not needed for the loss where the model's output has ``.loss`` and the loop backpropagates it, the step gets a
-        closure, or an integration gives the loss. A loss that is told replaces those.
+        The loss is found without this if the loop backpropagates the ``.loss`` of the model's output, if the step gets
+        a closure, or if an integration gives the loss. A loss passed here replaces those.
         """
         self._require_running("observe()")
         if epoch is not None:
@@ -204,11 +204,11 @@ class ChainOptimizer(Resumable):
             self._losses.tell(loss)
 
     def _optimised(self, loss: Tensor) -> None:
-        """Set the coming step's mean loss, as a training framework computed it; `observe` wins over it."""
+        """Set the next step's mean loss, as a training framework computed it; `observe` takes precedence."""
         self._losses.give(loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base's; the losses that the gradients belong to are forgotten with them."""
+        """As the base's; also forgets the losses of the gradients."""
         self._losses.drop(self.base.param_groups)
         self.base.zero_grad(set_to_none=set_to_none)
 
@@ -231,10 +231,10 @@ class ChainOptimizer(Resumable):
         return self._knot(extend=True)
 
     def finish(self, merge: bool = True) -> KnotReport | None:
-        """Tie the last link and give the model back: its own classes, state-dict keys and ``requires_grad``.
+        """Tie the last link and restore the model's classes, state-dict keys and ``requires_grad``.
 
-        Quantised layers with links stacked beside their codes keep them, frozen: they are of a subclass of their class,
-        with ``chain_A`` and ``chain_B`` in the state dict. `Chain.to_peft` is the way to store such a model.
+        Quantised layers with stacked links keep them, frozen: their class stays a subclass of the original, with
+        ``chain_A`` and ``chain_B`` in the state dict. Store such a model by `Chain.to_peft`.
 
         Args:
             merge: False drops the live link instead of tying it.
@@ -252,10 +252,10 @@ class ChainOptimizer(Resumable):
             self._require_trainable()
         else:
             require_removable(self.live)
-        # what has moved beside an untrained link still has its values to record
+        # even if the link is untrained, other parameters may have changed
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
         self._untrained.end(self.live, self.steps, self._tied_at())
-        given_back = bool(self.live.starts) and self.steps > 0  # a tie puts it back, to the bit
+        given_back = bool(self.live.starts) and self.steps > 0  # only a tie restores the start to the bit
         if merge and (not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()):
             report = self._knot(extend=False)
         else:
@@ -273,11 +273,11 @@ class ChainOptimizer(Resumable):
 
     @property
     def model(self) -> nn.Module:
-        """The model as it was given."""
+        """The model that was passed in."""
         return self.live.model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base: the caller's own, or frozen ones of the model. No knot touches them.
+        """Add parameters to the base: frozen ones of the model, or any others. Knots leave them alone.
 
         Raises:
             ValueError: one is the weight of an adapted layer.
@@ -288,9 +288,9 @@ class ChainOptimizer(Resumable):
         self._coverage = covered(self.live)
 
     def coverage(self) -> Coverage:
-        """Which share of the model the links reach, and what is left out and why. `print` shows it as a table.
+        """The share of the model that the links reach, and what is left out and why; `print` shows a table.
 
-        Available at any time, also after `finish`.
+        Available at any time, even after `finish`.
         """
         return self._coverage
 
@@ -299,34 +299,34 @@ class ChainOptimizer(Resumable):
         where = f"finished with {len(self.chain)} links" if self.finished else link
         return f"ChainOptimizer({where}, {self.policy!r}, base={self.base!r})"
 
-    # behind the steps
+    # parts of a step
 
     def _step_base(self, closure: Callable[[], Any] | None, groups: list[dict[str, Any]]) -> Any:
-        """A step of the base, watching which entries of the groups it changes."""
+        """Take a step of the base, noting which group entries it changes."""
         before = self._groups.before(groups)
         result = self.base.step() if closure is None else self.base.step(self._losses.first_of(closure))
         self._groups.after(before, self.base.param_groups)
         return result
 
     def _probe(self, groups: list[dict[str, Any]]) -> Any:
-        """A step that moves nothing reaches the base, and the state that it makes is noted."""
+        """Pass a step that moves nothing to the base, and note the groups whose state it creates."""
         self._require_trainable()
         self._untrained.count(groups, self.steps)
         self._probed, self._ready = sorted({*self._probed, *stateless(self.base)}), False
         return self._step_base(None, groups)
 
     def _counted(self, groups: list[dict[str, Any]]) -> None:
-        """Count a real step that has been taken."""
+        """Count a real step."""
         if not self._ready:
             self._bound, self._probed = None, []
-            # a closure, or a hook of the base, may have added groups or loaded a state meanwhile
+            # a closure, or a hook of the base, may have added groups or loaded a state
             self._ready = self._loaded is None and (self._base_model.settled or not self.chain.keep)
         self.steps += 1
         self.chain.live = True
         self._loss = self._losses.take(groups)
 
     def _get_ready(self) -> None:
-        """Before the first real step, and the first after groups were added, a state loaded or a probe step taken."""
+        """Prepare the first real step, or the first after groups were added, a state loaded or a probe step taken."""
         self._require_weights()
         if self._bound is not None:
             self._require_trainable()
@@ -340,16 +340,16 @@ class ChainOptimizer(Resumable):
             self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
 
     def _require_given_back(self) -> None:
-        """The weights still lack the product that they gave back when the first link began."""
+        """Check that the weights still lack the product that was subtracted when the first link began."""
         if self.live.starts and self._given_back not in (None, self._base_model.weights().digest):
             raise RuntimeError(
-                "the model's weights were loaded after the first link began, and so have its s·BA twice: load the "
-                "weights before the ChainOptimizer is made"
+                "the model's weights were loaded after the first link began, so its s·BA counts twice: "
+                "load the weights before the ChainOptimizer is made"
             )
         self._given_back = None
 
     def _begin_first_link(self) -> None:
-        """If the first link does not start at zero, record the base model and let its weights give the product back."""
+        """If the first link does not start at zero, record the base model and subtract the product from its weights."""
         if self.live.starts_at_a_product():
             if self.chain.keep:
                 self.chain.base = self._base_model.fingerprint()
@@ -358,7 +358,7 @@ class ChainOptimizer(Resumable):
 
     @contextmanager
     def _transaction(self, extend: bool) -> Iterator[Knot]:
-        """Around the steps of a knot: all that can fail before them, and no interruption until they are done."""
+        """Prepare a knot, then shield its steps from interruption."""
         self._require_outside_a_knot("tie()")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
@@ -393,12 +393,12 @@ class ChainOptimizer(Resumable):
             self._knotting = False
 
     def _leave(self) -> None:
-        """Give the model back; the live link has been tied or dropped."""
+        """Release the model, after the live link has been tied or dropped."""
         spent = {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
         self._base_model.close()
         self.live.detach(spent=True)
-        for group in self.base.param_groups:  # the groups stay, for schedulers; the factors are no one's any more
+        for group in self.base.param_groups:  # schedulers need the groups, but not the factors in them
             for p in group["params"]:
                 if id(p) in spent:
                     self.base.state.pop(p, None)
@@ -416,5 +416,5 @@ class ChainOptimizer(Resumable):
     def _require_outside_a_knot(self, call: str) -> None:
         if self._knotting:
             raise RuntimeError(
-                f"{call} is called in a listener of on_knot, which would be a knot inside a knot: do it after step()"
+                f"{call} is called in a listener of on_knot, and would tie a knot inside a knot: call it after step()"
             )

@@ -1,4 +1,4 @@
-"""When to tie a knot. A policy sees a `Signal` after every real optimizer step and answers yes or no."""
+"""Policies decide when to tie a knot: each sees a `Signal` after every real optimizer step and answers yes or no."""
 
 import copy
 import itertools
@@ -19,19 +19,18 @@ from cola.common.distributed import agreed_mean
 logger = logging.getLogger("cola")
 
 
-@dataclass(slots=True)  # not frozen: then a field would be set by a call, at every step
+@dataclass(slots=True)  # not frozen, because that would make every step slower
 class Signal:
-    """What a policy may know of a run, given right after an optimizer step.
+    """The state of a run right after an optimizer step.
 
     Attributes:
-        step: optimizer steps taken since the run began, this one included (the first signal has step 1).
-        epoch: epochs completed, as told by `ChainOptimizer.observe` or by an integration; None when nobody told.
-        loss: the mean loss that the step has optimised, over its micro-batches, a 0-d tensor on the device that
-            computed it; None if none was seen. ``float(loss)`` waits for the device: gather several and ask `mean`
-            once.
-        opt: the `ChainOptimizer`, with whose ``param_groups`` a policy can look at the live link and its gradients.
-        mean: turns a 1-d tensor of losses into one number, agreed by all processes of a distributed run. A policy that
-            decides from losses must go through it, at the same steps in every process.
+        step: optimizer steps taken since the run began, including this one (the first signal has step 1).
+        epoch: epochs completed, as told by `ChainOptimizer.observe` or an integration; None if not told.
+        loss: mean loss of the step's micro-batches, a 0-d tensor on the device that computed it; None if none was seen.
+            ``float(loss)`` waits for the device: gather several losses and call `mean` once.
+        mean: reduces a 1-d tensor of losses to one number that all processes of a distributed run agree on. A policy
+            that decides by losses must call it, at the same steps in every process.
+        opt: the `ChainOptimizer`; its ``param_groups`` hold the live link and its gradients.
     """
 
     step: int
@@ -42,7 +41,7 @@ class Signal:
 
 
 class KnotPolicy(ABC):
-    """Decides when a link ends. Subclass it with one method.
+    """Decides when a link ends. A subclass needs one method, `update`.
 
     >>> class EveryPowerOfTwo(KnotPolicy):
     ...     def update(self, signal):
@@ -50,24 +49,23 @@ class KnotPolicy(ABC):
     >>> [step for step in range(1, 10) if EveryPowerOfTwo().update(Signal(step))]
     [1, 2, 4, 8]
 
-    Attributes are the policy's state: they are saved with a checkpoint as JSON and given back on resume. Those whose
-    names begin with an underscore are not. Policies combine: ``a | b`` ties when either asks at a step, ``a & b`` when
-    both ask at the same step.
+    Attributes are the policy's state: checkpoints save them as JSON and restore them, except those whose names begin
+    with an underscore. Policies combine: ``a | b`` ties when either asks at a step, ``a & b`` when both do.
     """
 
     @abstractmethod
     def update(self, signal: Signal) -> bool:
         """Called once after every real step, in order; True ties a knot now."""
 
-    def knotted(self, step: int) -> None:  # noqa: B027 (a hook, not a duty)
-        """Told after every knot, whoever asked for it."""
+    def knotted(self, step: int) -> None:  # noqa: B027 (optional)
+        """Called after every knot, whoever asked for it."""
 
     def unreached(self, step: int) -> str | None:
-        """What the policy still had planned when a run ends at ``step``, in words; None if nothing."""
+        """The knots still planned when a run ends at ``step``, in words; None if there are none."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The policy's attributes as JSON values, but for those that begin with an underscore.
+        """The policy's state as JSON values.
 
         Raises:
             TypeError: an attribute cannot be written as JSON.
@@ -82,17 +80,17 @@ class KnotPolicy(ABC):
         return json.loads(json.dumps(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of an equal policy gave.
+        """Take over the `state_dict` of an equal policy.
 
         Raises:
-            ValueError: the state is another policy's, lacks an entry, or (of the built-in policies) holds a value that
-                the policy can never have; nothing is changed then.
+            ValueError: the state is another policy's, lacks an entry, or (of the built-in policies) holds an impossible
+                value; nothing is changed then.
         """
         self._require_own(state)
         try:
-            if "_require_sense" in vars(type(self)):  # what a user's subclass makes of its attributes is its own affair
-                self._require_sense(state)
-        except (ValueError, RecursionError) as error:  # the latter where a value is nested too deeply to be shown
+            if "_require_valid" in vars(type(self)):  # a user's subclass may use inherited attributes differently
+                self._require_valid(state)
+        except (ValueError, RecursionError) as error:  # RecursionError: a value is nested too deeply to be shown
             raise ValueError(f"the saved policy is damaged: {error!s:.300}") from None
         vars(self).update({name: copy.deepcopy(value) for name, value in state.items() if name != "policy"})
 
@@ -100,7 +98,7 @@ class KnotPolicy(ABC):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def _require_own(self, state: Any) -> None:
-        """The state has this policy's name and entries, whatever their values are."""
+        """Check that the state has this policy's name and entries."""
         own = type(self).__name__
         if not isinstance(state, dict) or not isinstance(state.get("policy"), str):
             raise ValueError(
@@ -114,14 +112,14 @@ class KnotPolicy(ABC):
             )
         if theirs != mine:
             differ = [f"lacks {name!r}" for name in sorted(mine - theirs)]
-            differ += [f"has {name!r:.40}, which this one has not" for name in sorted(theirs - mine)]
+            differ += [f"has {name!r:.40}, which this one lacks" for name in sorted(theirs - mine)]
             raise ValueError(
                 f"the saved policy {own} {', '.join(differ)!s:.300}: it is damaged or of another version of the class; "
                 "resume with the policy of the saved run"
             )
 
-    def _require_sense(self, state: dict[str, Any]) -> None:  # noqa: B027 (a hook, not a duty)
-        """Raise ValueError for a value that this policy cannot have; built-in policies know theirs."""
+    def _require_valid(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional)
+        """Raise ValueError for a value that this policy cannot have."""
 
     def __or__(self, other: "KnotPolicy") -> "KnotPolicy":
         return _Either(self, other)
@@ -135,7 +133,7 @@ class KnotPolicy(ABC):
 
 
 class NeverKnots(KnotPolicy):
-    """One link, tied by `finish()` alone: plain LoRA."""
+    """No knots: one link, tied by `finish()`, which is plain LoRA."""
 
     def update(self, signal: Signal) -> bool:
         """Never."""
@@ -148,13 +146,13 @@ class StepKnots(KnotPolicy):
     Args:
         at: steps (from 1, strictly increasing) after which to tie.
         every: tie after each multiple of this many steps.
-        total_steps: length of the run, if known: then knots at or beyond its end are refused at once.
+        total_steps: length of the run, if known; knots at or beyond its end are refused.
 
     >>> [s for s in range(1, 10) if StepKnots(at=[3, 7]).update(Signal(s))]
     [3, 7]
 
     Raises:
-        ValueError: neither or both of ``at`` and ``every``; steps not positive, not increasing, beyond the run.
+        ValueError: neither or both of ``at`` and ``every``; steps not positive, not increasing or beyond the run.
     """
 
     def __init__(
@@ -169,16 +167,14 @@ class StepKnots(KnotPolicy):
 
     def update(self, signal: Signal) -> bool:
         """True at the planned steps."""
-        if self.every is not None:
-            return signal.step % self.every == 0
-        return signal.step in (self.at or ())
+        return signal.step % self.every == 0 if self.every is not None else signal.step in (self.at or ())
 
     def unreached(self, step: int) -> str | None:
         """The planned steps after ``step``."""
         left = [at for at in self.at or () if at > step]
         return f"knots after steps {left}" if left else None
 
-    def _require_sense(self, state: dict[str, Any]) -> None:
+    def _require_valid(self, state: dict[str, Any]) -> None:
         StepKnots(at=state["at"], every=state["every"])
 
 
@@ -187,20 +183,20 @@ class EpochKnots(KnotPolicy):
 
     Args:
         at: epochs completed (from 1, strictly increasing) after which to tie.
-        steps_per_epoch: optimizer steps in an epoch. None: the epochs come with the signals
-            (``opt.observe(loss, epoch=e)`` or an integration), and a run that never tells raises.
-        total_epochs: length of the run, if known: then knots at or beyond its end are refused at once.
+        steps_per_epoch: optimizer steps in an epoch; None if the signals tell the epoch
+            (``opt.observe(loss, epoch=e)`` or an integration).
+        total_epochs: length of the run, if known; knots at or beyond its end are refused.
 
     Raises:
-        ValueError: epochs not positive, not increasing, beyond the run; steps_per_epoch not positive.
-        RuntimeError: in `update`, when nobody tells the epoch.
+        ValueError: epochs not positive, not increasing or beyond the run; steps_per_epoch not positive.
+        RuntimeError: in `update`, if nothing tells the epoch.
     """
 
     def __init__(self, at: Sequence[int], steps_per_epoch: int | None = None, total_epochs: int | None = None) -> None:
         self.at = _increasing("EpochKnots", "at", at, total_epochs, "epoch")
-        self.steps_per_epoch = (
-            None if steps_per_epoch is None else _positive("EpochKnots", "steps_per_epoch", steps_per_epoch)
-        )
+        self.steps_per_epoch = steps_per_epoch
+        if steps_per_epoch is not None:
+            self.steps_per_epoch = _positive("EpochKnots", "steps_per_epoch", steps_per_epoch)
         self.done = 0
 
     def update(self, signal: Signal) -> bool:
@@ -219,17 +215,17 @@ class EpochKnots(KnotPolicy):
         return fire
 
     def unreached(self, step: int) -> str | None:
-        """The planned epochs that were not reached."""
+        """The planned epochs that the run did not reach."""
         left = self.at[self.done :]
         return f"knots after epochs {left}" if left else None
 
-    def _require_sense(self, state: dict[str, Any]) -> None:
+    def _require_valid(self, state: dict[str, Any]) -> None:
         EpochKnots(at=state["at"], steps_per_epoch=state["steps_per_epoch"])
         _positive("EpochKnots", "done", state["done"], least=0)
 
 
 class EvenKnots(KnotPolicy):
-    """A chain of ``length`` links of equal size: ``length − 1`` knots inside a run of ``total_steps``.
+    """A chain of ``length`` equally long links: ``length − 1`` knots inside a run of ``total_steps``.
 
     >>> [s for s in range(1, 11) if EvenKnots(length=3, total_steps=10).update(Signal(s))]
     [3, 7]
@@ -246,7 +242,7 @@ class EvenKnots(KnotPolicy):
 
     def update(self, signal: Signal) -> bool:
         """True at step round(i·total_steps/length), i = 1 … length−1."""
-        near = signal.step * self.length // self.total_steps  # i or i − 1, if there is such an i
+        near = signal.step * self.length // self.total_steps  # i or i − 1, if any i fits
         return any(1 <= i < self.length and self._step(i) == signal.step for i in (near, near + 1))
 
     def unreached(self, step: int) -> str | None:
@@ -255,11 +251,11 @@ class EvenKnots(KnotPolicy):
         return f"knots after steps {left}" if left else None
 
     def _step(self, i: int) -> int:
-        # round(), in integers: half to even, and no total is too large
+        # round() in integers, half to even, which is exact for any total
         step, rest = divmod(i * self.total_steps, self.length)
         return step + (2 * rest > self.length or (2 * rest == self.length and step % 2 == 1))
 
-    def _require_sense(self, state: dict[str, Any]) -> None:
+    def _require_valid(self, state: dict[str, Any]) -> None:
         EvenKnots(state["length"], state["total_steps"])
 
 
@@ -273,21 +269,21 @@ _TELL = (
 class PlateauKnots(KnotPolicy):
     """Tie when the loss has stopped improving, in the words of `torch.optim.lr_scheduler.ReduceLROnPlateau`.
 
-    The mean loss of every ``window`` steps is compared with the best window of the current link; after more than
-    ``patience`` windows without an improvement of ``threshold`` (relative) a knot is tied and the next link is
-    judged afresh. Losses are gathered on their device and read once per window.
+    It compares the mean loss of every ``window`` steps with the best window of the current link. After more than
+    ``patience`` windows without a relative improvement of ``threshold`` it ties a knot. Losses are gathered on their
+    device and read once per window.
 
     Args:
         mode: ``"min"`` or ``"max"``.
-        patience: windows without improvement that are tolerated. Default 3.
-        threshold: smallest relative improvement that counts. Default 1e-3.
-        window: optimizer steps averaged into one observation. Default 20.
-        cooldown: windows after a knot that are not judged. Default 0.
-        max_links: longest chain wanted (``max_links − 1`` knots); None for no limit.
+        patience: windows without improvement to tolerate.
+        threshold: smallest relative improvement that counts.
+        window: optimizer steps averaged into one observation.
+        cooldown: windows to ignore after a knot.
+        max_links: largest length of the chain (``max_links − 1`` knots); None for no limit.
 
     Raises:
-        ValueError: an argument out of range.
-        RuntimeError: in `update`, when a whole window has passed and no loss arrived.
+        ValueError: an argument is out of range.
+        RuntimeError: in `update`, if no loss has arrived in the first window.
     """
 
     def __init__(
@@ -315,10 +311,10 @@ class PlateauKnots(KnotPolicy):
         self.knots = 0
         self.steps_in_window = 0
         self.losses: list[Any] = []  # 0-d tensors, or numbers after a resume
-        self.deaf_steps = 0  # steps at the start of the run without any loss; -1 once one has come
+        self.deaf_steps = 0  # steps before the first loss; -1 once it has come
 
     def update(self, signal: Signal) -> bool:
-        """True at the end of the window that exhausts the patience."""
+        """True at the end of a window that exhausts the patience."""
         self.steps_in_window += 1
         if signal.loss is not None:
             self.losses.append(signal.loss.detach())
@@ -353,20 +349,19 @@ class PlateauKnots(KnotPolicy):
         self.losses, self.steps_in_window = [], 0
 
     def state_dict(self) -> dict[str, Any]:
-        """As `KnotPolicy.state_dict`; the open window's losses are read from the device."""
+        """As `KnotPolicy.state_dict`; reads the open window's losses from their device."""
         if self.losses:
-            # numbers that came from fp32 go back to the same fp32, so a resumed window has the same mean
-            self.losses = self._stacked().tolist()
+            self.losses = self._stacked().tolist()  # fp32 survives this, so a resumed window has the same mean
         return super().state_dict()
 
-    def _require_sense(self, state: dict[str, Any]) -> None:
+    def _require_valid(self, state: dict[str, Any]) -> None:
         options = ("mode", "patience", "threshold", "window", "cooldown", "max_links")
         PlateauKnots(**{name: state[name] for name in options})
         for name in ("bad_windows", "knots", "steps_in_window", "cooling"):
             _positive("PlateauKnots", name, state[name], least=0)
         _positive("PlateauKnots", "deaf_steps", state["deaf_steps"], least=-1)
         best, losses = state["best"], state["losses"]
-        # the mean of a window may overflow, and a single loss may be anything
+        # a window's mean may overflow, and a loss may be any float
         if not (best is None or is_finite(best) or (isinstance(best, float) and math.isinf(best))):
             raise ValueError(f"PlateauKnots(best={best!r:.80}) must be a number, or None before the first window")
         if not (isinstance(losses, list) and all(isinstance(loss, float) for loss in losses)):
@@ -391,9 +386,10 @@ class PlateauKnots(KnotPolicy):
 
 
 class _Pair(KnotPolicy):
-    """Two policies asked at every step; both always see the signal, so both states advance."""
+    """Two policies of which both see every signal, so that both states advance; `decide` combines their answers."""
 
     word = "?"
+    decide: Any = any
 
     def __init__(self, first: KnotPolicy, second: KnotPolicy) -> None:
         for policy in (first, second):
@@ -401,28 +397,23 @@ class _Pair(KnotPolicy):
                 raise TypeError(f"cannot combine a knot policy with {policy!r}: both sides must be KnotPolicy objects")
         self.first, self.second = first, second
 
+    def update(self, signal: Signal) -> bool:
+        return self.decide([self.first.update(signal), self.second.update(signal)])
+
     def knotted(self, step: int) -> None:
-        """Tell both."""
         self.first.knotted(step)
         self.second.knotted(step)
 
     def unreached(self, step: int) -> str | None:
-        """What either still had planned."""
         plans = [plan for plan in (self.first.unreached(step), self.second.unreached(step)) if plan]
         return " and ".join(plans) or None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
-        return {
-            "policy": type(self).__name__,
-            "first": self.first.state_dict(),
-            "second": self.second.state_dict(),
-        }
+        return {"policy": type(self).__name__, "first": self.first.state_dict(), "second": self.second.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give both their states back."""
         self._require_own(state)
-        copy.deepcopy(self.first).load_state_dict(state["first"])  # rehearsed, so that a refusal changes neither
+        copy.deepcopy(self.first).load_state_dict(state["first"])  # a rehearsal, so that a refusal changes neither
         self.second.load_state_dict(state["second"])
         self.first.load_state_dict(state["first"])
 
@@ -431,19 +422,11 @@ class _Pair(KnotPolicy):
 
 
 class _Either(_Pair):
-    word = "|"
-
-    def update(self, signal: Signal) -> bool:
-        first, second = bool(self.first.update(signal)), bool(self.second.update(signal))
-        return first or second
+    word, decide = "|", any
 
 
 class _Both(_Pair):
-    word = "&"
-
-    def update(self, signal: Signal) -> bool:
-        first, second = bool(self.first.update(signal)), bool(self.second.update(signal))
-        return first and second
+    word, decide = "&", all
 
 
 def _positive(policy: str, name: str, value: Any, least: int = 1) -> int:
@@ -456,7 +439,7 @@ def _positive(policy: str, name: str, value: Any, least: int = 1) -> int:
 def _increasing(policy: str, name: str, values: Sequence[int], total: int | None, unit: str) -> list[int]:
     try:
         items = [] if isinstance(values, str) else list(values)
-    except TypeError:  # one number, or nothing of the kind
+    except TypeError:
         items = []
     if not items:
         raise ValueError(
@@ -474,7 +457,7 @@ def _increasing(policy: str, name: str, values: Sequence[int], total: int | None
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON gives ``value`` back (tuples as lists)."""
+    """Whether ``value`` survives JSON (tuples as lists)."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):

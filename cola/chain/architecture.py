@@ -1,6 +1,6 @@
-"""The structure of a chain's base model: its class, its modules' names, and the modules that have several names.
+"""Describes how a chain's base model is built: its class, its modules, and the modules with several names.
 
-A chain records it so that an export can be checked against the base, also when the chain has been loaded from disk.
+A chain records this, so that an export can be checked against the base model after the chain was loaded from disk.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from cola.lora import peft
 from cola.lora.layer import AdaptedLayer
 from cola.lora.names import base_modules, base_tensors, called, canonical, unwrap
 
-#: how class names end, and PEFT's word for such a model's task
+#: PEFT's word for a model's task, by the end of its class name
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -22,7 +22,7 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-#: tasks for which PEFT's class needs a model that generates
+#: tasks for which PEFT requires a model that generates
 _GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
@@ -31,13 +31,13 @@ class Architecture:
     """How a base model is built.
 
     Attributes:
-        name: of its class, e.g. ``"LlamaForCausalLM"``.
+        name: of the class, e.g. ``"LlamaForCausalLM"``.
         library: the Python module that defines the class.
-        model_type: of its ``config``, e.g. ``"llama"``; None without one.
+        model_type: of the ``config``, e.g. ``"llama"``; None without one.
         task: PEFT's ``task_type`` for such a model, e.g. ``"CAUSAL_LM"``; None if it has none.
-        modules: paths of the modules that hold no tensor, their children's included.
+        modules: paths of the modules that hold no tensor, in their children either.
         aliases: other paths of modules that are registered at several places, by the first path.
-        changed: how the base differs from the original model, as a clause; None if it does not.
+        changed: how the base model differs from the original model, as a clause; None if it does not.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Architecture:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Architecture":
-        """Describe ``model``, as it is without links and without PEFT's layers."""
-        base = unwrap(model)
+        """Describe ``model`` without its links and PEFT's layers."""
+        base, held = unwrap(model), holders(base_tensors(model))
         kind = plain_class(base)
         model_type = getattr(getattr(base, "config", None), "model_type", None)
         return cls(
             name=kind.__name__,
             library=kind.__module__,
             model_type=model_type if isinstance(model_type, str) and model_type else None,
-            task=_task(base, kind),
-            modules=_without_tensors(model),
+            task=_task(base, kind.__name__),
+            modules=tuple(path for path in base_modules(model) if path and path not in held),
             aliases=aliases(model),
             changed=peft.changed_base(called(model)),
         )
@@ -71,27 +71,24 @@ class Architecture:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Architecture":
-        """From `to_json`'s.
+        """Reverse `to_json`.
 
         Raises:
-            KeyError, TypeError, AttributeError: it is not one.
+            KeyError, TypeError, AttributeError: the values do not describe an architecture.
         """
-        for key in ("name", "library"):
-            if not isinstance(value[key], str):
-                raise TypeError(f"{key}={value[key]!r:.40}")
-        for key in ("model_type", "task", "changed"):
-            if not isinstance(value[key], (str, type(None))):
-                raise TypeError(f"{key}={value[key]!r:.40}")
+        words = {key: value[key] for key in ("name", "library", "model_type", "task", "changed")}
+        for key, word in words.items():
+            if not (isinstance(word, str) or (word is None and key not in ("name", "library"))):
+                raise TypeError(f"{key}={word!r:.40}")
         lists = {path: tuple(names) for path, names in value["aliases"].items()}
         modules = tuple(value["modules"])
         if not all(isinstance(name, str) for names in (modules, *lists.values()) for name in names):
             raise TypeError("modules or aliases hold something other than names")
-        words = {key: value[key] for key in ("name", "library", "model_type", "task", "changed")}
         return cls(modules=modules, aliases=lists, **words)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The user's class of ``module``, without what links and FSDP2 have put on top of it."""
+    """The user's class of ``module``, without the subclasses that links and FSDP2 put on top."""
     for kind in type(module).__mro__:
         added = issubclass(kind, AdaptedLayer) or kind.__module__.startswith("torch.distributed")
         if issubclass(kind, nn.Module) and not added:
@@ -100,7 +97,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Modules that are registered at several places: their other canonical paths, by the first one.
+    """The other canonical paths of modules that are registered at several places, by the first path.
 
     A module inside a shared block is registered once, in the block.
     """
@@ -116,13 +113,8 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {path: tuple(name for name in names if name != path) for path, names in found.items()}
 
 
-def _without_tensors(model: nn.Module) -> tuple[str, ...]:
-    held = holders(base_tensors(model))
-    return tuple(path for path in base_modules(model) if path and path not in held)
-
-
 def holders(names: Iterable[str]) -> set[str]:
-    """Paths of the modules that hold the tensors of these names, the model's own path, ``""``, left out."""
+    """Paths of the modules that hold the tensors with these names, directly or in their children; without ``""``."""
     found: set[str] = set()
     for name in names:
         path = name.rpartition(".")[0]
@@ -132,12 +124,11 @@ def holders(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _task(model: nn.Module, kind: type[nn.Module]) -> str | None:
-    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
-    if task == "SEQ_2_SEQ_LM":
-        text = getattr(model, "main_input_name", "input_ids") == "input_ids"
-        if not (text and getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
-            return None  # a vision-language model, or one that hears
-    known = hasattr(getattr(model, "config", None), "model_type")
+def _task(model: nn.Module, name: str) -> str | None:
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    config = getattr(model, "config", None)
+    reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    if task == "SEQ_2_SEQ_LM" and not (reads_text and getattr(config, "is_encoder_decoder", False)):
+        return None  # it sees or hears
     generates = hasattr(model, "prepare_inputs_for_generation")
-    return task if known and (generates or task not in _GENERATES) else None
+    return task if hasattr(config, "model_type") and (generates or task not in _GENERATES) else None

@@ -1,4 +1,4 @@
-"""The ledger of a chain: every link that was tied, as it was tied. It knows names and tensors, never optimizers."""
+"""The record of a run: the links that were tied, in order. It knows names and tensors, never optimizers."""
 
 import json
 import logging
@@ -23,15 +23,14 @@ class Chain:
     """The tied links of a run, in order.
 
     Args:
-        links: to start with; their indices go up by one.
+        links: the first ones, with consecutive indices.
         keep: False counts links without keeping their factors (a chain that nobody wants to export).
-        base: fingerprint of the weights that the links belong on, if known.
+        base: fingerprint of the weights that the links belong on, if known. A run sets it at its first knot.
 
     Attributes:
-        keep, base: as given; a run sets ``base`` at its first knot.
-        missing: links before the first one held. More than 0 only if a framework's checkpoint dropped them: training
-            goes on from such a checkpoint, but the chain cannot be applied or exported any more.
-        live: whether a running optimizer has trained a link that it has not tied yet, which is no part of the chain.
+        missing: how many links are lost before the first one held. More than 0 only if a framework's checkpoint dropped
+            them: training continues from such a checkpoint, but the chain can no longer be applied or exported.
+        live: whether a running optimizer has trained a link that is not tied yet, and so is not in the chain.
 
     >>> len(Chain())
     0
@@ -66,7 +65,7 @@ class Chain:
         self.live = False
 
     def require_next(self, index: int) -> None:
-        """Raise ValueError if link ``index`` is not the one to come."""
+        """Raise ValueError if ``index`` is not that of the next link."""
         if index != self.missing + len(self):
             raise ValueError(
                 f"link {index} cannot follow a chain of {self.missing + len(self)} links: links go in order. (To take "
@@ -74,7 +73,7 @@ class Chain:
             )
 
     def resume(self, index: int) -> None:
-        """Go on before link ``index``: later links are dropped, and links that are not here are noted as missing."""
+        """Continue as the chain before link ``index``: drop later links, and count absent ones as missing."""
         if self.missing <= index <= self.missing + len(self):
             del self._links[index - self.missing :]
         else:
@@ -82,7 +81,7 @@ class Chain:
         self.missing = index - len(self._links)
 
     def restore(self, ledger: on_disk.Ledger) -> None:
-        """Become what a checkpoint holds; whoever has this chain in hand keeps it."""
+        """Take over the content of a checkpoint, in place."""
         self._links, self.missing = list(ledger.links), ledger.missing
         self.keep, self.base = ledger.keep, ledger.base
 
@@ -91,49 +90,48 @@ class Chain:
         return on_disk.Ledger(tuple(self._links), self.missing, self.keep, self.base)
 
     def layers(self) -> list[str]:
-        """Paths of all layers that any link changes."""
+        """Paths of the layers that any link changes."""
         return replay.paths(self)
 
     def complete(self, call: str = "this") -> tuple[Link, ...]:
         """All links.
 
         Raises:
-            RuntimeError: they were not kept, or the first ones are missing; the message names ``call``.
+            RuntimeError: links were not kept, or the first ones are missing; the message names ``call``.
         """
         self._require_kept(call)
         if self.missing:
             raise RuntimeError(
                 f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
                 "was resumed from had dropped them. The model's own weights are complete: save those, or load the "
-                "links too (save opt.chain beside the optimizer's state: it has state_dict and load_state_dict)"
+                "links too (save opt.chain along with the optimizer's state: it has state_dict and load_state_dict)"
             )
         return tuple(self._links)
 
-    # beside an optimizer's state that leaves the links out
+    # in a framework's checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """The chain as plain data, for what saves objects by their ``state_dict``.
+        """The chain as plain data, for frameworks that save objects by their ``state_dict``.
 
-        A `ChainOptimizer`'s own state dict has the links already. `torch.distributed.checkpoint` drops them from it;
-        there, save the chain as one entry more, ``{"model": …, "optimizer": …, "chain": opt.chain}``, or in Accelerate
-        by ``accelerator.register_for_checkpointing(opt.chain)``. It is the same on every process, so it moves between
-        numbers of processes, and its two entries are there however many links there are, as a checkpoint that is
-        loaded into place needs.
+        A `ChainOptimizer`'s own state dict holds the links, but `torch.distributed.checkpoint` drops them. Add the
+        chain as an entry there, ``{"model": …, "optimizer": …, "chain": opt.chain}``, or in Accelerate call
+        ``accelerator.register_for_checkpointing(opt.chain)``. It is the same on every process, so the number of
+        processes may change. It always has two entries, because some checkpoints are loaded into place.
 
         Returns:
-            ``about``, a JSON text, and ``links``, a list of the bytes of one safetensors file each.
+            ``about``, a JSON text, and ``links``, a list with the bytes of one safetensors file per link.
         """
         ledger = self.ledger()
         about = json.dumps({"version": FORMAT, **on_disk.ledger_to_json(ledger)})
         return {"about": about, "links": [on_disk.link_to_bytes(link) for link in ledger.links]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Become the chain that `state_dict` was taken of; before or after the optimizer's own state.
+        """Become the chain that `state_dict` described. Call it before or after loading the optimizer's own state.
 
-        On a running ChainOptimizer the next step compares its knots with those that the optimizer's state tells of.
+        On a running ChainOptimizer the next step compares the links with those recorded in the optimizer's state.
 
         Raises:
-            ValueError: this is not a chain's state, or damaged; nothing is changed then.
+            ValueError: this is not a chain's state, or it is damaged. Nothing is changed then.
 
         >>> chain = Chain()
         >>> chain.load_state_dict(Chain().state_dict())
@@ -153,17 +151,17 @@ class Chain:
     # on disk
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the chain: a file per link, and a manifest. The format is described in FORMAT.md.
+        """Write the chain: one file per link, and a manifest. FORMAT.md describes the format.
 
-        The directory's former chain is replaced as a whole or, if anything fails, left as it was; links that are
-        there already are not written again. In mid-link a warning says that the live link is not part of the chain.
+        The chain that the directory held is replaced as a whole or, if anything fails, left intact. Links that are
+        already there are not written again. Between knots a warning says that the live link is not part of the chain.
 
         Args:
-            directory: made if need be.
+            directory: created if it does not exist.
 
         Raises:
             ValueError: it holds another program's files under our names, or a layer's name could be a file's path.
-            OSError: the disk is full, the directory read-only, another process is saving there, …
+            OSError: the disk is full, the directory is read-only, another process is saving there, …
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -176,7 +174,7 @@ class Chain:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Chain":
-        """Read a chain that `save` wrote, or the one in a checkpoint of `ChainOptimizer.save`: what was saved last.
+        """Read the chain that `save` or `ChainOptimizer.save` wrote, whichever came last.
 
         Raises:
             ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
@@ -188,32 +186,32 @@ class Chain:
     def to_peft(
         self, directory: str | os.PathLike[str], r: int | None = None, *, base_model: str | None = None
     ) -> dict[str, float]:
-        """Write the whole chain as one LoRA adapter in PEFT's format, for the ORIGINAL base.
+        """Write the whole chain as one LoRA adapter in PEFT's format, for the ORIGINAL base model.
 
-        Without ``r`` its rank is the sum of the links' ranks and it is exact. Biases and modules that were trained
-        beside the links go along. All layers are given the largest rank: those with less are padded with zeros, so that
-        readers which ignore ``rank_pattern`` read them right. ``lora_alpha`` is that rank, so the scale is 1, and
-        the links' scales are in B.
+        Without ``r`` the adapter is exact, and its rank is the sum of the links' ranks. It includes the biases and
+        modules that were trained besides the links. All layers get the largest rank, padded with zeros, so that readers
+        that ignore ``rank_pattern`` read them correctly. ``lora_alpha`` equals that rank: the scale is 1, and the
+        links' scales are folded into B.
 
-        ``target_modules`` lists the layers' plain names where these select the adapted layers alone, else their paths;
-        where neither does, or the base's modules are not known, it is a regular expression. In mixtures of experts PEFT
-        takes names like ``gate_proj`` for parts of the fused experts; layers of those names are in
-        ``target_parameters``. ``task_type`` or ``auto_mapping`` tell ``AutoPeftModel…`` the base's class.
+        ``target_modules`` lists the layers' plain names if these select the adapted layers alone, otherwise their
+        paths. If neither works, or the base model's modules are not known, it is a regular expression. In mixtures of
+        experts PEFT takes names like ``gate_proj`` for parts of the fused experts, so layers with those names go to
+        ``target_parameters``. ``task_type`` or ``auto_mapping`` tell ``AutoPeftModel…`` the base model's class.
 
         Args:
-            directory: for ``adapter_model.safetensors`` and ``adapter_config.json``; made if need be.
+            directory: for ``adapter_model.safetensors`` and ``adapter_config.json``; created if it does not exist.
             r: truncate each layer's update to this rank by SVD (from the factors, two QRs; ΔW is never formed).
-            base_model: hub name or directory of the base, for PEFT to note; None for what the base said of itself.
+            base_model: hub name or directory of the base model, for PEFT to note; None for the recorded one.
 
         Returns:
-            Per layer, ``‖ΔW − ΔW_r‖`` (Frobenius) of the truncation; zeros without ``r``. Also written to
-            ``peft_export.json``, with ``‖ΔW‖`` and the ranks before padding.
+            Per layer, the truncation error ``‖ΔW − ΔW_r‖`` (Frobenius); zeros without ``r``. ``export.json`` has it
+            too, with ``‖ΔW‖`` and the ranks before padding.
 
         Raises:
-            ValueError: r is not positive, the chain is empty, or training has moved what PEFT's format has no place
-                for: part of a module (a norm's running statistics, without its weight), the model's own tensors, or a
-                layer that the model has at several places; PEFT would adapt other layers; or PEFT had changed the base
-                before training (``init_lora_weights="pissa"``, …). Nothing is written then.
+            ValueError: r is not positive; the chain is empty; PEFT would adapt other layers, or had changed the base
+                model before training (``init_lora_weights="pissa"``, …); or PEFT's format has no place for something
+                that training has moved: part of a module (a norm's running statistics, without its weight), the
+                model's own tensors, or a layer that the model has at several places. Nothing is written then.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("to_peft()")
@@ -227,36 +225,38 @@ class Chain:
 
         Args:
             directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            rounding: how `apply` is to round when it ties the link: ``"nearest"``, ``"stochastic"`` or
-                ``"compensated"``; on a quantised base ``"stack"`` or ``"requantize"``.
+            rounding: how `apply` rounds when it ties the link: ``"nearest"``, ``"stochastic"`` or ``"compensated"``;
+                on a quantised base ``"stack"`` or ``"requantize"``.
 
         Raises:
-            ValueError: files missing or damaged, or an adapter that is more than ``s·B A`` (DoRA, …); says why.
+            ValueError: a file is missing or damaged, or the adapter is more than ``s·B A`` (DoRA, …); says why.
         """
         return cls([peft_import.from_peft(Path(directory), rounding)])
 
     # on a model
 
     def apply(self, model: nn.Module, upto: int | None = None, *, check: bool = True) -> None:
-        """Tie the links into a fresh base, as the run did: same order, same rounding.
+        """Tie the links into a fresh base model as the run did: same order, same rounding.
 
-        That gives the same bits on the same device, library versions, kernels and number of threads; elsewhere the
-        weights agree within their rounding.
+        The bits are the same on the same device, library versions, kernels and number of threads. Elsewhere the weights
+        agree within their rounding.
 
         Args:
-            model: the untouched base; changed in place.
+            model: the untouched base model; changed in place.
             upto: only the first ``upto`` links; None for all.
-            check: compare all parameters and persistent buffers with the fingerprint of the base that the links were
-                trained on; one pass over them. Those that the links replace as a whole (a head that was trained beside
-                them) may have other values: they are named in a warning.
+            check: compare all parameters and persistent buffers with the fingerprint of the base model that the links
+                were trained on, in one pass over them. A tensor that the links replace as a whole (a trained head) may
+                have other values: a warning names it.
 
         Raises:
-            ValueError: wrong base: a tensor is missing, of another shape or dtype, or has other values, or a layer
-                cannot be tied; nothing is changed then.
+            ValueError: wrong base: a tensor is missing or has another shape, dtype or value, or a layer cannot be tied.
+                Nothing is changed then.
             RuntimeError: links were not kept, or were lost.
         """
         self.complete("apply()")
-        links = self._links[: self._count(upto)]
+        if upto is not None and not 0 <= upto <= len(self):
+            raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
+        links = self._links[:upto]
         replaced = [name for link in links for name in link.trained]
         replay.check(model, self._links, self.base if check else None, replaced=replaced)
         self._warn_of_live_link("apply()")
@@ -264,18 +264,18 @@ class Chain:
             replay.tie_links(model, links)
 
     def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
-        """Take the last link off and return it; with ``model`` and ``base``, off the model's weights as well.
+        """Take the last link off and return it. With ``model`` and ``base``, take it off the model's weights as well.
 
-        The weights are rebuilt from the base and the remaining links: subtracting a link would leave rounding behind.
-        On a running ChainOptimizer use its own ``undo(base)``.
+        The weights are rebuilt from the base model and the remaining links, because subtracting a link would leave
+        rounding errors behind. On a running ChainOptimizer use its own ``undo(base)``.
 
         Args:
             model: carries the whole chain in its weights (after ``finish()`` or `apply`); changed in place.
             base: the untouched model, or its state dict.
 
         Raises:
-            ValueError: the chain is empty; only one of the two is given; the base is not the chain's. Nothing
-                is changed then.
+            ValueError: the chain is empty, only one of the two is given, or the base is not the chain's. Nothing is
+                changed then.
         """
         if not self._links:
             raise ValueError("an empty chain has no link to undo")
@@ -284,7 +284,7 @@ class Chain:
         if model is not None and base is not None:
             self.complete("undo(model, base)")
             if base is model:
-                raise ValueError("undo(model, base): base is the model itself; it must be the untouched one")
+                raise ValueError("undo(model, base): base is the model itself; give the untouched one")
             replaced = [name for link in self._links[:-1] for name in link.trained]
             replay.check(model, self._links, self.base, base=base, replaced=replaced)
             with interrupts.deferred():
@@ -300,7 +300,7 @@ class Chain:
         return torch.stack([factor.delta() for factor in self._factors(layer)]).sum(0)
 
     def norms(self) -> dict[str, list[float]]:
-        """``‖ΔW_k‖`` (Frobenius) per layer, one number per link; 0 where a link does not touch the layer."""
+        """``‖ΔW_k‖`` (Frobenius) per layer, one number per link; 0 if a link does not touch the layer."""
         self._require_kept("norms()")
         return {
             layer: [link.factors[layer].norm() if layer in link.factors else 0.0 for link in self]
@@ -315,22 +315,23 @@ class Chain:
         """Rank of each layer's total update.
 
         Args:
-            tolerance: singular values up to this share of the largest count as zero; None for the precision of the fp32
-                factors, ``eps·max(out, in)`` as in `torch.linalg.matrix_rank`.
+            tolerance: singular values up to this share of the largest count as zero; None for the factors' precision,
+                ``eps·max(out, in)`` as in `torch.linalg.matrix_rank`.
         """
         self.complete("effective_rank()")
         return {layer: spectrum.rank(self._factors(layer), tolerance) for layer in self.layers()}
 
     def overlap(self, first: int, second: int, side: str = "out") -> dict[str, Tensor]:
-        """How much two links work in the same directions: the cosines of the principal angles between their subspaces.
+        """Cosines of the principal angles between two links' subspaces: whether they work in the same directions.
 
         Args:
             first, second: places in the chain, from 0 (negative ones count from the end).
-            side: ``"out"`` compares what the links write (column spaces of ΔW), ``"in"`` what they read (row spaces).
+            side: ``"out"`` compares the column spaces of ΔW, which the links write; ``"in"`` the row spaces, which they
+                read.
 
         Returns:
             Per layer that both links change, the cosines in float64, largest first: 1 is a shared direction, 0 an
-            orthogonal one; as many as the smaller of the two ranks.
+            orthogonal one. There are as many as the smaller of the two ranks.
         """
         if side not in ("out", "in"):
             raise ValueError(f"side={side!r} is unknown: choose 'out' or 'in'")
@@ -347,18 +348,11 @@ class Chain:
             raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")
         return found
 
-    def _count(self, upto: int | None) -> int:
-        if upto is None:
-            return len(self)
-        if not 0 <= upto <= len(self):
-            raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
-        return upto
-
     def _warn_of_live_link(self, call: str) -> None:
         if self.live:
             logger.warning(
-                "chain.%s has %d tied link%s; the live link, which has been trained since the last knot, is not among "
-                "them: call opt.finish() first, or opt.tie() to go on training (opt.save() keeps the live link too)",
+                "chain.%s has %d tied link%s; the live link, trained since the last knot, is not among them: call "
+                "opt.finish() first, or opt.tie() to go on training (opt.save() keeps the live link too)",
                 call,
                 len(self),
                 "" if len(self) == 1 else "s",
@@ -366,9 +360,7 @@ class Chain:
 
     def _require_kept(self, call: str) -> None:
         if not self.keep and len(self):
-            raise RuntimeError(
-                f"{call}: the links were not kept (keep_links=False): this needs a chain that keeps them"
-            )
+            raise RuntimeError(f"{call} needs the links, and this chain does not keep them (keep_links=False)")
 
 
 __all__ = ["Chain", "Factor", "KnotReport", "LayerReport", "Link"]

@@ -1,7 +1,7 @@
-"""Files that survive: whole or absent after a crash, and read with suspicion.
+"""Writes files so that a crash leaves them whole or absent, and distrusts the files that it reads.
 
-A file is written under a temporary name, flushed to the disk and renamed, so its name never shows half of it.
-What is read has its kind and size checked first; nothing is unpickled, here or anywhere in this package.
+A file is written under a temporary name, flushed to the disk and renamed, so its name never shows half of it. A reader
+checks kind and size first. Nothing is unpickled, here or anywhere in this package.
 """
 
 import contextlib
@@ -20,24 +20,24 @@ from typing import Any
 
 #: manifests are small; a larger file is not one
 MAX_JSON = 64 << 20
-#: levels of lists and objects; what this package writes has a dozen, and each may cost its readers some calls
+#: levels of nested lists and objects; this package writes a dozen
 MAX_DEPTH = 100
-#: what an interrupted `write` leaves: the name it was to have, between these
+#: the name of a file whose `write` was interrupted; it contains the intended name
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
-#: in a directory while somebody saves to it
+#: exists in a directory while a process saves there
 LOCK = ".cola.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class StoreError(ValueError):
-    """A file or directory that is not what it should be; the message names it and says what is wrong."""
+    """A file or directory cannot be used; the message names it and says why."""
 
 
 def write(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, in the place of what may be there, or leave everything as it was.
+    """Write ``data`` to ``path``, replacing any file there, or change nothing.
 
     Raises:
-        OSError: the disk is full, the directory is read-only, …; of the operating system's own subclass.
+        OSError: the disk is full, the directory is read-only, …; the operating system's own subclass.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -56,14 +56,14 @@ def write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep every other process from saving to ``directory``, which is made if need be, while the block runs.
+    """Keep other processes from saving to ``directory`` while the block runs; it is created if it does not exist.
 
-    The lock is the operating system's, on a file in the directory: it ends with the process, however that ends. On a
-    file system that has none (some network ones), nobody is kept out.
+    The lock is the operating system's, on a file in the directory, so it ends with the process. On a file system
+    without locks (some network ones) nobody is kept out.
 
     Raises:
         BlockingIOError: another process (or thread) is saving there; the message says which.
-        OSError: the directory cannot be made or written to.
+        OSError: the directory cannot be created or written to.
     """
     from filelock import FileLock, Timeout
 
@@ -84,22 +84,18 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # while it is held: whoever has opened it already will see that it is gone
+            path.unlink()  # before the release: a process that has opened it already sees that it is gone
         lock.release()
 
 
 def read(path: Path, limit: int | None = None) -> bytes:
-    """The bytes of a regular file.
-
-    Args:
-        path: of the file.
-        limit: the most bytes it may have; checked before memory is taken.
+    """The bytes of a regular file, which may have at most ``limit``.
 
     Raises:
         StoreError: it is missing, is not a regular file, or is larger.
     """
     try:
-        # non-blocking: opening a named pipe would wait for a writer that never comes
+        # non-blocking, because opening a named pipe would wait for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
@@ -119,16 +115,16 @@ def read(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_checked(path: Path, size: int, digest: str) -> bytes:
-    """The bytes of a file that a manifest describes.
+    """The bytes of a file that a manifest lists.
 
     Raises:
-        StoreError: missing, truncated, longer, or with other contents than were written.
+        StoreError: it is missing, truncated or longer, or its content has changed.
     """
     data = read(path, limit=size)
     if len(data) < size:
         raise StoreError(f"{path} is truncated: {len(data)} of {size} bytes are there")
     if sha256(data) != digest:
-        raise StoreError(f"{path} is not as it was written (its checksum differs): restore it from a copy")
+        raise StoreError(f"{path} has changed since it was written (its checksum differs): restore it from a copy")
     return data
 
 
@@ -138,10 +134,7 @@ def sha256(data: bytes) -> str:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """A manifest: JSON that carries the checksum of its own content under ``"sha256"``.
-
-    ``content`` holds no floats that JSON lacks (inf, nan).
-    """
+    """A manifest: JSON with the checksum of its own content under ``"sha256"``. Floats must be finite."""
     return json.dumps({**content, "sha256": _content_digest(content)}, indent=1, ensure_ascii=False).encode()
 
 
@@ -149,7 +142,7 @@ def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
     """Read a manifest of format ``kind`` and check it.
 
     Raises:
-        StoreError: missing, damaged, edited, of another format, or of a version that this library cannot read.
+        StoreError: it is missing, damaged or edited, or of another format or version.
     """
     content = parse(read(path, limit=MAX_JSON), path)
     if not isinstance(content, dict) or content.get("format") != kind:
@@ -166,10 +159,11 @@ def unseal(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def parse(data: bytes, path: Path) -> Any:
-    """JSON, or a `StoreError` that names ``path``.
+    """The value of a JSON text.
 
-    Refused as well: names that occur twice in one object, numbers that are not finite (NaN, Infinity, 1e400), and
-    more than `MAX_DEPTH` levels.
+    Raises:
+        StoreError: it is not JSON, has a name twice in one object, a number that is not finite (NaN, 1e400), or more
+            than `MAX_DEPTH` levels; names ``path``.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
@@ -180,13 +174,12 @@ def parse(data: bytes, path: Path) -> Any:
 
 
 def intended_name(name: str) -> str:
-    """The name that a file has, or was to have when its writing was interrupted."""
+    """A file's name; that of an interrupted `write` without the temporary parts."""
     temporary = _TEMPORARY.fullmatch(name)
     return temporary[1] if temporary else name
 
 
 def _holder(lock: Path) -> str:
-    """Who holds a lock, as far as its file says it."""
     with contextlib.suppress(OSError):
         text = lock.read_bytes()[:200].decode(errors="replace")
         return "".join(c for c in text if c.isprintable()) or "another process"
@@ -194,13 +187,12 @@ def _holder(lock: Path) -> str:
 
 
 def _unwritten(path: Path, error: OSError) -> OSError:
-    """The same error, saying what it means here."""
     reason = f"cannot write it, {error.strerror or error}; what was saved before is intact"
     return OSError(error.errno, reason, str(path))
 
 
 def _sync(directory: Path) -> None:
-    """Make a rename last. Systems that cannot open directories (Windows) do it by themselves."""
+    """Flush a rename to the disk. Systems that cannot open directories (Windows) do so themselves."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

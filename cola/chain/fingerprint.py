@@ -1,14 +1,14 @@
-"""Which base a chain belongs to: a fingerprint of all its parameters and persistent buffers.
+"""Recognises the base model that a chain belongs to, by a fingerprint of all its parameters and persistent buffers.
 
-A tensor's digest is the SHA-256 of its bytes in logical order, so every device, sharding and thread count gives the
-same, and no edit goes unseen. It costs one pass over the weights where they are first needed, and is remembered until
-a tensor changes (edits in place through ``.data``, which autograd does not see either, do not count). Hashing runs at
-about 0.7 GB/s and core (a processor with SHA instructions), several tensors at once.
+A tensor's digest is the SHA-256 of its bytes in logical order. It is the same for every device, sharding and thread
+count, and changes with every edit. It costs one pass over the weights, and is remembered until a tensor changes (edits
+in place through ``.data`` go unseen, as they do in autograd). Hashing takes several tensors at once, at about 0.7 GB/s
+per core (on a processor with SHA instructions).
 """
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from cola.chain.architecture import Architecture
 from cola.common.distributed import is_sharded, shared_out
 
-_PIECE = 1 << 25  # bytes that are fetched from a device at a time
-_SMALL = 1 << 20  # bytes below which threads cost more than they save
+_PIECE = 1 << 25  # bytes fetched from a device at a time
+_SMALL = 1 << 20  # bytes up to which threads cost more than they save
 
 
 @dataclass(frozen=True)
 class LayerPrint:
-    """The weight of one adapted layer.
+    """The print of an adapted layer's weight.
 
     Attributes:
         shape: as stored.
@@ -42,7 +42,7 @@ class LayerPrint:
 
 @dataclass(frozen=True)
 class TensorPrint:
-    """Any other parameter, or a persistent buffer; as in `LayerPrint`, with None as well where it is not known."""
+    """The print of any other parameter, or a persistent buffer; the digest is also None if it is not known."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -51,13 +51,13 @@ class TensorPrint:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The base of a chain.
+    """The identity of a chain's base model.
 
     Attributes:
-        layers: per adapted layer, by path.
+        layers: prints of the adapted layers, by path.
         name: hub name or directory that the model says it came from; informal, never compared.
-        others: all other parameters and persistent buffers, by name; None where only layers were looked at.
-        architecture: of the model, which is never compared; None where it was not recorded.
+        others: prints of all other parameters and persistent buffers, by name; None if only layers were read.
+        architecture: of the model; never compared, and None if it was not recorded.
     """
 
     layers: Mapping[str, LayerPrint] = field(default_factory=dict)
@@ -67,21 +67,25 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits for all of it together."""
+        """Sixteen hexadecimal digits for the whole."""
         parts = [f"{path} {asdict(layer)}" for path, layer in sorted(self.layers.items())]
         parts += [f"{name} {asdict(other)}" for name, other in sorted((self.others or {}).items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def prints(self) -> dict[str, LayerPrint | TensorPrint]:
-        """Everything by the name of its tensor."""
+        """All prints, by the name of the tensor."""
         return {**{weight_of(path): layer for path, layer in self.layers.items()}, **(self.others or {})}
 
     def differences(self, tensors: Mapping[str, Tensor], *, all_of_it: bool = True) -> "Iterator[Difference]":
-        """Where a model's tensors are not those of this base: names, shapes and dtypes first, for they cost nothing.
+        """Yield where tensors differ from this base model's. Names, shapes and dtypes come first, as they are free.
 
         Args:
             tensors: by name.
-            all_of_it: they are a whole model; else (a file of weights) what is not there is not compared.
+            all_of_it: they are a whole model. False (for a file of weights) compares just the tensors that are there.
+
+        >>> base = Fingerprint(others=prints_of({"head.weight": torch.ones(2, 2)}))
+        >>> [difference.how for difference in base.differences({"head.weight": torch.zeros(2, 2)})]
+        ["'head.weight' has other values than in the chain's base"]
         """
         prints, titles = self.prints(), {weight_of(path): f"layer {path!r}" for path in self.layers}
         for name in prints if all_of_it else ():
@@ -116,10 +120,10 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """From `to_json`'s.
+        """Reverse `to_json`.
 
         Raises:
-            KeyError, TypeError, AttributeError: it is not one.
+            KeyError, TypeError, AttributeError: the values do not describe a fingerprint.
         """
         layers = {}
         for path, one in prints_from_json(value["layers"]).items():
@@ -137,12 +141,12 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not the base's.
+    """A tensor that differs from the base model's.
 
     Attributes:
-        name: of it.
-        in_values: it fits, and has other values.
-        how: in words.
+        name: of the tensor.
+        in_values: whether it fits and differs in its values alone.
+        how: the difference in words.
     """
 
     name: str
@@ -151,23 +155,21 @@ class Difference:
 
 
 class Digests:
-    """Digests of tensors; a Parameter's is taken again only when it was changed or replaced. Copies start empty."""
+    """A cache of digests. A Parameter is read again only after it was changed or replaced. Copies start empty."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[weakref.ref[Tensor], tuple[Any, ...], str | None]] = {}
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
-        """The digests, by name; as in `digests`."""
-        found, fresh = {}, {}
+        """As `digests`."""
+        found = {}
         for name, tensor in tensors.items():
             known = self._known.get(name)
             if known is not None and known[0]() is tensor and known[1] == _version(tensor) is not None:
                 found[name] = known[2]
-            else:
-                fresh[name] = tensor
+        fresh = {name: tensor for name, tensor in tensors.items() if name not in found}
         for name, digest in digests(fresh).items():
-            found[name] = digest
-            version = _version(fresh[name])
+            found[name], version = digest, _version(fresh[name])
             if version is not None:
                 self._known[name] = weakref.ref(fresh[name]), version, digest
         return {name: found[name] for name in tensors}
@@ -176,47 +178,17 @@ class Digests:
         return Digests, ()
 
 
-def fingerprint(
-    weights: Mapping[str, Tensor],
-    transposed: Iterable[str] = (),
-    name: str | None = None,
-    others: Mapping[str, Tensor] | None = None,
-    *,
-    known: Mapping[str, TensorPrint] | None = None,
-    cache: Digests | None = None,
-    architecture: Architecture | None = None,
-) -> Fingerprint:
-    """Take the fingerprint of weights.
-
-    Args:
-        weights: of adapted layers, by the path of their layer.
-        transposed: layers whose weight is stored in×out.
-        name: of the base, informally.
-        others: further parameters and buffers, by name; None to record layers only.
-        known: prints that stand for those of the tensors of these names.
-        cache: where digests are remembered.
-        architecture: of the model, to be recorded.
-
-    >>> weights = {"q_proj": torch.ones(2, 2)}
-    >>> base = fingerprint(weights)
-    >>> [difference.how for difference in base.differences({"q_proj.weight": torch.zeros(2, 2)})]
-    ["the weight of layer 'q_proj' has other values than in the chain's base"]
-    """
-    flipped, known = set(transposed), known or {}
-    tensors = {**(others or {}), **{weight_of(path): weight for path, weight in weights.items()}}
-    found = (cache or Digests()).of({name: tensor for name, tensor in tensors.items() if name not in known})
-    prints = {n: TensorPrint(tuple(tensors[n].shape), dtype_name(tensors[n]), digest) for n, digest in found.items()}
-    prints.update({n: known[n] for n in tensors if n in known})
-    mine = {path: prints[weight_of(path)] for path in weights}
-    layers = {path: LayerPrint(one.shape, one.dtype, path in flipped, one.digest) for path, one in mine.items()}
-    return Fingerprint(layers, name, None if others is None else {n: prints[n] for n in others}, architecture)
+def prints_of(tensors: Mapping[str, Tensor], found: Mapping[str, str | None] | None = None) -> dict[str, TensorPrint]:
+    """Prints of tensors, by name. ``found`` holds the digests if they are known; a missing one becomes None."""
+    found = digests(tensors) if found is None else found
+    return {name: TensorPrint(tuple(t.shape), dtype_name(t), found.get(name)) for name, t in tensors.items()}
 
 
 def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
     """Prints by name, from JSON values.
 
     Raises:
-        KeyError, TypeError, AttributeError: they are none.
+        KeyError, TypeError, AttributeError: the values do not describe prints.
     """
     found = {}
     for name, one in value.items():
@@ -239,10 +211,10 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """SHA-256 of the bytes of each tensor, in hexadecimal digits; None for one without bytes (meta).
+    """SHA-256 of each tensor's bytes, in hexadecimal digits; None for one on the meta device.
 
-    A tensor under several names is read once. Sharded ones are gathered one at a time, and each process hashes its
-    share of them: all that share them must call together.
+    A tensor under several names is read once. Sharded tensors are gathered one at a time and hashed by the processes in
+    turn, so all processes must call together.
     """
     unique = {id(tensor): tensor for tensor in tensors.values() if not tensor.is_meta}
     here = {i: tensor for i, tensor in unique.items() if not is_sharded(tensor)}
@@ -253,7 +225,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
         found = {i: checksum(tensor) for i, tensor in here.items()}
     else:  # hashing lets other threads run
         for device in devices:
-            if device.type == "cuda":  # the threads do not wait for the caller's stream
+            if device.type == "cuda":  # the threads would not wait for the caller's stream
                 torch.cuda.synchronize(device)
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             found = dict(zip(here, pool.map(checksum, here.values())))
@@ -267,13 +239,13 @@ def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes in logical order, little-endian, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with torch._C.DisableTorchFunctionSubclass():  # a quantised Parameter's own split() would not return bytes
-        if hasattr(tensor, "__tensor_flatten__"):  # a tensor made of others
+        if hasattr(tensor, "__tensor_flatten__"):  # a tensor composed of others
             for name in tensor.__tensor_flatten__()[0]:
                 digest.update(checksum(getattr(tensor, name)).encode())
             return digest.hexdigest()
         data = tensor.detach()
         data = data.to_dense() if data.layout != torch.strided else data
-        data = data.dequantize() if data.is_quantized else data  # torch's own kind has no bytes to view
+        data = data.dequantize() if data.is_quantized else data  # torch's own kind has no byte view
         data = torch.view_as_real(data.resolve_conj()) if data.is_complex() else data
         for piece in _flat(data).view(torch.uint8).split(_PIECE):
             digest.update(piece.cpu().numpy())
@@ -287,10 +259,10 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Changes whenever the tensor does, but for edits in place through ``.data``; None if that cannot be told."""
-    # a part that is changed (a shard) does not raise the version of the whole, batch norm raises that of its running
-    # statistics by none, and inference tensors have none
-    made_of_others = hasattr(tensor, "__tensor_flatten__")
-    if not isinstance(tensor, nn.Parameter) or made_of_others or tensor.is_meta or tensor.is_inference():
+    """Changes whenever the tensor does, except for edits through ``.data``; None if torch does not keep track."""
+    # a change of a shard does not raise the version of the whole, batch norm does not raise that of its statistics, and
+    # inference tensors have none
+    composed = hasattr(tensor, "__tensor_flatten__")
+    if not isinstance(tensor, nn.Parameter) or composed or tensor.is_meta or tensor.is_inference():
         return None
     return tensor._version, tensor.dtype, tensor.device, tensor.data_ptr()

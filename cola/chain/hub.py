@@ -1,4 +1,4 @@
-"""Load the base of a chain for the command line, from a directory or the hub. Imports transformers when called."""
+"""Loads and saves base models for the command line, by transformers, which is imported when needed."""
 
 import functools
 from pathlib import Path
@@ -10,30 +10,30 @@ from torch import nn
 from cola.chain.chain import Chain
 from cola.lora.names import base_tensors
 
-#: how the names of a tokenizer's files begin
+#: beginnings of a tokenizer's file names
 _TOKENIZER = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "spm", "bpe", "special_tokens", "added_tokens")
 
 
 def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed: int = 0) -> nn.Module:
-    """The model of the class that its config names, every tensor in the dtype that the chain's base had it in.
+    """Load a model in the class that its config names, with each tensor in the dtype that the chain recorded.
 
     Weights are read from safetensors files only.
 
     Args:
         name: a model directory or a hub name.
-        chain: whose base it is to be.
+        chain: trained on this model.
         trust_remote_code: run code that comes with the model.
-        seed: of parts that the model's files lack (a new head), which transformers draws at random.
+        seed: for parts that the model's files lack (a new head), which transformers draws at random.
 
     Raises:
-        ValueError: the config does not say which class it is for, or needs code of its own.
+        ValueError: the config does not name a class, or needs the model's own code.
         OSError: transformers cannot find or read it.
         ImportError: transformers is not installed.
     """
     try:
         import transformers
     except ImportError:
-        raise ImportError("this command loads models by transformers: pip install transformers") from None
+        raise ImportError("this command loads models with transformers: pip install transformers") from None
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ValueError(f"--base {name}: there is no such directory")
     try:
@@ -42,7 +42,9 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
         raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
     kind = _class_of(config, name, trust_remote_code, transformers)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    dtypes = _dtypes(chain)
+    prints = chain.base.prints() if chain.base is not None else {}
+    named = ((name, getattr(torch, one.dtype, None)) for name, one in prints.items())
+    dtypes = {name: dtype for name, dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
     widest = functools.reduce(torch.promote_types, dtypes.values()) if dtypes else "auto"
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": widest}
     if trust_remote_code:
@@ -57,7 +59,7 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
 
 
 def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bool = False) -> None:
-    """``save_pretrained`` of a plain model, with the base's tokenizer beside it where it has one.
+    """``save_pretrained`` of a plain model, with the base model's tokenizer if there is one.
 
     Raises:
         RuntimeError: transformers cannot save such a model.
@@ -66,7 +68,7 @@ def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bo
 
     try:
         model.save_pretrained(directory)
-    except NotImplementedError:  # in 5.23 for models that were loaded from quantised files
+    except NotImplementedError:  # transformers 5.23, for models loaded from quantised files
         raise RuntimeError(
             f"transformers {transformers.__version__} cannot save a {type(model).__name__} that was loaded quantised: "
             "write an adapter by cola export; or, in Python, quantise the base by from_pretrained(..., "
@@ -74,11 +76,11 @@ def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bo
         ) from None
     base = Path(name)
     if base.is_dir() and not any(path.name.startswith(_TOKENIZER) for path in base.iterdir()):
-        return  # transformers would make one up
+        return  # transformers would invent one
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(directory)
-    except Exception:  # one that needs code or packages: the weights are what was asked for
+    except Exception:  # it needs code or packages; the weights are saved, and they matter
         return
 
 
@@ -96,10 +98,3 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
             "trust it, pass --trust-remote-code"
         )
     return kind
-
-
-def _dtypes(chain: Chain) -> dict[str, torch.dtype]:
-    """Of the base's floating-point tensors, by name; a base in mixed precision has several."""
-    prints = chain.base.prints() if chain.base is not None else {}
-    named = ((name, getattr(torch, one.dtype, None)) for name, one in prints.items())
-    return {name: dtype for name, dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point}

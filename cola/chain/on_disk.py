@@ -1,7 +1,7 @@
-"""A chain on disk: one safetensors file per link, and a manifest that lists them. The format is in FORMAT.md.
+"""Keeps a chain on disk: one safetensors file per link, and a manifest that lists them. FORMAT.md has the format.
 
-A link's file is named by its content and never written again; the manifest is replaced by a rename, and only then
-is anything deleted. So whatever moment a process dies at, the directory holds the chain as it was before or after.
+A link's file is named by its content and never written again. The manifest is replaced by one rename, and files are
+deleted only after that. So a process that dies at any moment leaves either the old chain or the new one.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import platform
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ from cola.lora.names import require_plain_name
 
 T = TypeVar("T")
 
-_TRIES = 10  # of a reader, against a run that saves while it reads
+_TRIES = 10  # how often a reader begins, while a run saves
 CHAIN, CHECKPOINT = ("chain.json", "cola-chain"), ("checkpoint.json", "cola-checkpoint")
 #: names that a manifest may list; nothing else is ever opened or deleted
 _OURS = re.compile(r"(link-\d{5,9}|state-\d{1,18})-[0-9a-f]{16}\.safetensors")
@@ -51,7 +51,7 @@ _OURS = re.compile(r"(link-\d{5,9}|state-\d{1,18})-[0-9a-f]{16}\.safetensors")
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as a manifest lists it: its name, bytes and checksum."""
+    """A file in a manifest: its name, size in bytes and checksum."""
 
     file: str
     size: int
@@ -60,31 +60,22 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a chain's directory holds.
-
-    Attributes:
-        links: in order.
-        missing: links before the first of them, lost before the chain was saved.
-        keep: whether links have their factors.
-        base: fingerprint of the weights that the links belong on; None if unknown.
-        libraries: versions that wrote it.
-    """
+    """A chain as plain data; `Chain` describes the fields."""
 
     links: Sequence[Link]
     missing: int = 0
     keep: bool = True
     base: Fingerprint | None = None
-    libraries: Mapping[str, str] | None = None
 
 
 def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
-    """All of a ledger but its links, as JSON values."""
+    """A ledger without its links, as JSON values."""
     base = None if ledger.base is None else ledger.base.to_json()
     return {"missing": ledger.missing, "keep": ledger.keep, "base": base}
 
 
-def ledger_of(about: Mapping[str, Any], links: Sequence[Link], libraries: Mapping[str, str] | None = None) -> Ledger:
-    """A ledger from `ledger_to_json`'s values and its links.
+def ledger_of(about: Mapping[str, Any], links: Sequence[Link]) -> Ledger:
+    """Reverse `ledger_to_json`.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the values do not describe a chain, or a link is missing.
@@ -94,21 +85,19 @@ def ledger_of(about: Mapping[str, Any], links: Sequence[Link], libraries: Mappin
         raise ValueError(f"missing={missing!r:.40}, keep={keep!r:.40}")
     if [link.index for link in links] != list(range(missing, missing + len(links))):
         raise ValueError("a link is missing")
-    return Ledger(links, missing, keep, None if base is None else Fingerprint.from_json(base), libraries)
+    return Ledger(links, missing, keep, None if base is None else Fingerprint.from_json(base))
 
 
-# link → its entry and the versions of its tensors, so that saving again does not read every link again
+# per link, its entry and the versions of its tensors, so that saving again does not hash every link again
 _known: "weakref.WeakKeyDictionary[Link, tuple[Entry, tuple[int, ...]]]" = weakref.WeakKeyDictionary()
 
 
 def save(directory: Path, ledger: Ledger) -> None:
-    """Make ``directory`` hold exactly this chain. Links that are there already are not written again.
-
-    In a distributed run process 0 writes.
+    """Make ``directory`` hold exactly this chain; links already there stay. In a distributed run process 0 writes.
 
     Raises:
         StoreError: the directory's manifest is another program's.
-        ValueError: a layer's name cannot be kept.
+        ValueError: a layer's name cannot be stored.
         OSError: writing failed, or another process is saving there; the directory holds what it held before.
     """
     if not writes():
@@ -123,7 +112,7 @@ def load(directory: Path) -> Ledger:
     """Read a chain, or the chain in a checkpoint.
 
     Raises:
-        StoreError: there is none, or a file of it is missing, truncated, edited or foreign; names the file.
+        StoreError: there is none, or one of its files is missing, truncated, edited or foreign; names the file.
     """
     if not directory.is_dir():
         raise StoreError(f"{directory} is not a directory: give the one that Chain.save or opt.save wrote")
@@ -131,7 +120,7 @@ def load(directory: Path) -> Ledger:
 
 
 def undisturbed(directory: Path, read: Callable[[Path], T]) -> T:
-    """``read(directory)``, and once more if a save in the meantime has deleted what was to be read."""
+    """``read(directory)``; it starts over when a save has replaced the files in the meantime."""
     for _ in range(_TRIES):
         before = _stamp(directory)
         try:
@@ -143,7 +132,7 @@ def undisturbed(directory: Path, read: Callable[[Path], T]) -> T:
 
 
 def _stamp(directory: Path) -> list[tuple[int, int]]:
-    """Changes with every manifest that is put in place."""
+    """A value that changes whenever a manifest is replaced."""
     paths = [directory / name for name, _ in (CHAIN, CHECKPOINT)]
     return [(s.st_ino, s.st_mtime_ns) for s in (path.stat() for path in paths if path.exists())]
 
@@ -156,31 +145,25 @@ def _load(directory: Path) -> Ledger:
     inside, at = read_links(directory, manifest.get("chain"), checkpoint), _saved(manifest)
     if not chain.exists():
         return inside
-    # both were saved here: the later one counts, which may be the shorter if a link was undone
+    # both were saved here: the later one counts, even if it is shorter because a link was undone
     manifest = unseal(chain, CHAIN[1], FORMAT)
     alone, then = read_links(directory, manifest, chain), _saved(manifest)
-    agree = [link_to_bytes(a) == link_to_bytes(b) for a, b in _both(inside, alone)]
-    if not all(agree[:1]):
+    start = max(inside.missing, alone.missing)
+    ours, theirs = (ledger.links[start - ledger.missing :][:1] for ledger in (inside, alone))
+    if any(link_to_bytes(a) != link_to_bytes(b) for a, b in zip(ours, theirs)):
         raise StoreError(f"{chain} and {checkpoint} hold different chains: move one of them to another directory")
     return alone if then > at else inside
 
 
-def _both(one: Ledger, other: Ledger) -> Iterable[tuple[Link, Link]]:
-    """The links of two ledgers in pairs, as far as both have them."""
-    start = max(one.missing, other.missing)
-    return zip(one.links[start - one.missing :], other.links[start - other.missing :])
-
-
 def _saved(manifest: Mapping[str, Any]) -> int:
-    """When a manifest was written, in microseconds."""
     saved = manifest.get("saved", 0)
     return saved if type(saved) is int else 0
 
 
 def write_manifest(directory: Path, kind: tuple[str, str], content: Mapping[str, Any]) -> None:
-    """Replace a manifest, which makes everything that it lists the directory's; then delete what none lists.
+    """Replace a manifest, then delete the files that no manifest lists.
 
-    It is marked as later than the other one there, even if the clock was turned back in between.
+    Its time is later than that of the other manifest, even if the clock was turned back in between.
     """
     saved = time.time_ns() // 1000
     for name, other in (CHAIN, CHECKPOINT):
@@ -192,7 +175,7 @@ def write_manifest(directory: Path, kind: tuple[str, str], content: Mapping[str,
 
 
 def write_links(directory: Path, ledger: Ledger) -> dict[str, Any]:
-    """Write the links' files that are not there yet; returns the manifest that lists them all."""
+    """Write the links' files that are not there yet; returns the manifest's content."""
     return {
         "libraries": {"cola": __version__, "torch": torch.__version__, "python": platform.python_version()},
         **ledger_to_json(ledger),
@@ -204,7 +187,6 @@ def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
     """The chain that a manifest describes; ``path`` is the manifest's, for messages."""
     try:
         entries = [entry(item, path) for item in manifest["links"]]
-        libraries = {str(name): str(version) for name, version in manifest["libraries"].items()}
         ledger_of(manifest, ())  # before any link is read
     except StoreError:
         raise
@@ -217,11 +199,11 @@ def read_links(directory: Path, manifest: Any, path: Path) -> Ledger:
             raise StoreError(f"{path} lists {item.file} as link {index}, and it is link {link.index}")
         _known[link] = item, _versions(link)
         links.append(link)
-    return ledger_of(manifest, links, libraries)
+    return ledger_of(manifest, links)
 
 
 def entry(item: Any, path: Path) -> Entry:
-    """A manifest's entry, checked: its name is one that this library gives, so it cannot lead out of the directory."""
+    """Check a manifest's entry. Its name must be one that this library gives, so it cannot leave the directory."""
     try:
         found = Entry(item["file"], item["size"], item["digest"])
     except (KeyError, TypeError):
@@ -234,7 +216,7 @@ def entry(item: Any, path: Path) -> Entry:
 
 
 def write_content(directory: Path, stem: str, data: bytes) -> Entry:
-    """Write a file named by its content, unless it is there."""
+    """Write a file named by its content, unless it exists."""
     digest = sha256(data)
     item = Entry(f"{stem}-{digest[:16]}.safetensors", len(data), digest)
     if not _is_there(directory, item):
@@ -243,18 +225,14 @@ def write_content(directory: Path, stem: str, data: bytes) -> Entry:
 
 
 def clean(directory: Path) -> None:
-    """Delete files of ours that no manifest in the directory lists, and what interrupted writes left. Never fails."""
+    """Delete our files that no manifest in the directory lists, and those of interrupted writes. Never fails."""
     listed: set[str | None] = {CHAIN[0], CHECKPOINT[0]}
-    with contextlib.suppress(StoreError, OSError):  # if a manifest cannot be read, what it lists cannot be known
+    with contextlib.suppress(StoreError, OSError):  # delete nothing if a manifest cannot be read
         for name, kind in (CHAIN, CHECKPOINT):
             path = directory / name
             manifest = unseal(path, kind, FORMAT) if path.exists() else {}
-            for item in (
-                *manifest.get("links", ()),
-                *manifest.get("chain", {}).get("links", ()),
-                manifest.get("state"),
-            ):
-                listed.add((item or {}).get("file"))
+            links = *manifest.get("links", ()), *manifest.get("chain", {}).get("links", ())
+            listed.update(item.get("file") for item in (*links, manifest.get("state")) if item)
         for path in directory.iterdir():
             name = intended_name(path.name)
             if (name in listed or _OURS.fullmatch(name)) and path.name not in listed:
@@ -262,10 +240,10 @@ def clean(directory: Path) -> None:
 
 
 def require_ours(directory: Path, manifest: tuple[str, str]) -> None:
-    """Refuse to replace another program's file of the manifest's name.
+    """Refuse to replace another program's file.
 
     Raises:
-        StoreError: there is one, or ``directory`` is a file.
+        StoreError: a file with the manifest's name is not ours, or ``directory`` is a file.
     """
     name, kind = manifest
     path = directory / name
@@ -276,7 +254,7 @@ def require_ours(directory: Path, manifest: tuple[str, str]) -> None:
     try:
         content = parse(read(path, limit=MAX_JSON), path)
     except StoreError:
-        return  # a damaged manifest of ours: saving repairs the directory
+        return  # our own manifest, damaged: saving repairs the directory
     if not isinstance(content, dict) or content.get("format") != kind:
         raise StoreError(f"{path} belongs to another program: choose another directory")
 
@@ -292,7 +270,7 @@ def link_to_bytes(link: Link) -> bytes:
 
 @unaffected()
 def link_from_bytes(data: bytes, path: Path) -> Link:
-    """From `link_to_bytes`'.
+    """Reverse `link_to_bytes`.
 
     Raises:
         StoreError: this is not a link; names ``path``.
@@ -325,10 +303,10 @@ def link_to_parts(link: Link) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Link:
-    """From `link_to_parts`'.
+    """Reverse `link_to_parts`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: they do not describe a link.
+        ValueError, KeyError, TypeError, AttributeError: the parts do not describe a link.
     """
     factors = {}
     for path, about in content["layers"].items():
@@ -356,19 +334,19 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
 
 
 def _report(values: dict[str, Any]) -> KnotReport:
-    """What a later version adds to the reports is left out."""
     layers = {path: LayerReport(**_known_fields(LayerReport, x)) for path, x in values["layers"].items()}
     report = KnotReport(**{**_known_fields(KnotReport, values), "layers": layers})
     norms = (norm for layer in layers.values() for norm in (layer.delta_norm, layer.lost_norm))
     loss = 0.0 if report.loss is None else report.loss
     own = (report.index, report.step, report.rank, report.delta_norm, report.lost_norm, report.seconds, loss)
-    # norms may be infinite, as a run has met them
+    # norms may be infinite: a run can meet such
     if not all(isinstance(number, float) or is_finite(number) for number in (*own, *norms)):
         raise ValueError(f"its report is not one: {values!r:.80}")
     return report
 
 
 def _known_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values without those that a later version has added."""
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
 
@@ -383,12 +361,12 @@ def _write_link(directory: Path, link: Link) -> Entry:
 
 
 def _is_there(directory: Path, item: Entry) -> bool:
-    """By name (which has the checksum in it) and size; reading all of a long chain at every save would be too slow."""
+    """Compare name (it contains the checksum) and size; reading a long chain at every save would be too slow."""
     path = directory / item.file
     return path.is_file() and path.stat().st_size == item.size
 
 
 def _versions(link: Link) -> tuple[int, ...]:
-    """Counts in-place changes of the link's tensors."""
+    """Torch's counts of in-place changes of the link's tensors."""
     tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B, *(factor.start or ())))
     return tuple(t._version for t in (*tensors, *link.trained.values()))

@@ -1,7 +1,7 @@
-"""Any optimizer's state as JSON and tensors, and back, exactly and without pickling.
+"""Turns an optimizer's state into JSON and named tensors, and back, exactly and without pickling.
 
-JSON lacks tuples, dictionaries with other keys than text, and infinite numbers, and lists of tensors have to go
-somewhere: what JSON has stands for itself, and everything else becomes an object with one key that says what it is.
+JSON values stand for themselves, except objects. JSON lacks tuples, dicts with keys that are not text, infinite numbers
+and tensors: each of these becomes an object with a single key that names its kind.
 """
 
 import math
@@ -13,16 +13,16 @@ _ADVICE = "save the run by torch.save(opt.state_dict()) and the model's state di
 
 
 def pack(value: Any, where: str, tensors: dict[str, Tensor], advice: str = _ADVICE) -> Any:
-    """``value`` as a JSON value; its tensors go into ``tensors``.
+    """``value`` as a JSON value. Its tensors are added to ``tensors``.
 
     Args:
-        value: None, bool, int, float, str, tensor, or lists, tuples and dicts of them, nested at will.
-        where: a name for messages and for tensors.
-        tensors: added to.
-        advice: for the message, on what to do.
+        value: None, bool, int, float, str, tensor, or nested lists, tuples and dicts of these.
+        where: begins the names of tensors, and names places in messages.
+        tensors: by name.
+        advice: ends the message of an error.
 
     Raises:
-        TypeError: something else, which only pickling could keep; the message says where it is.
+        TypeError: it holds something else, which only pickling could keep; the message says where.
 
     >>> pack({0: (1.5, math.inf)}, "state", {})
     {'dict': [[0, {'tuple': [1.5, {'float': 'inf'}]}]]}
@@ -54,7 +54,7 @@ def pack(value: Any, where: str, tensors: dict[str, Tensor], advice: str = _ADVI
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `pack` was given.
+    """The value that `pack` was given.
 
     Raises:
         ValueError: ``packed`` was not made by `pack`, or one of its tensors is missing.

@@ -1,8 +1,8 @@
-"""Write a whole chain as one LoRA adapter in PEFT's format: the files alone, PEFT is not needed.
+"""Writes a whole chain as one LoRA adapter in PEFT's format, without needing PEFT.
 
-``Σ s_i B_i A_i = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`` is one product of rank Σr, so with the scales folded into B and
-``lora_alpha = r`` a single adapter on the original base equals the chain. Layers of a lower rank are padded with zeros,
-so that one rank holds for all and no reader needs patterns.
+``Σ s_i B_i A_i = [s₁B₁ s₂B₂ …] [A₁; A₂; …]`` is one product of rank Σr. So with the scales folded into B and
+``lora_alpha = r`` a single adapter on the original base model equals the chain. Layers of lower rank are padded with
+zeros, so that all have one rank and no reader needs patterns.
 """
 
 import json
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from cola.chain import peft_targets, spectrum, tensorfile
+from cola.chain import peft_targets, replay, spectrum, tensorfile
 from cola.chain.files import write
 from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import delta_norm
@@ -29,16 +30,22 @@ def to_peft(
     """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``export.json``; see `Chain.to_peft`."""
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         raise ValueError(f"r={r!r} must be a positive integer, or None for the exact adapter of rank Σr")
-    paths = list(dict.fromkeys(path for link in links for path in link.factors))
+    paths = replay.paths(links)
     if not paths:
         raise ValueError("an empty chain has nothing to export: finish() ties the last link")
-    _require_original(base)
+    changed = base.architecture.changed if base is not None and base.architecture is not None else None
+    if changed is not None:
+        raise ValueError(
+            f"to_peft() writes an adapter for the original base, and {changed}: the chain belongs on the changed one. "
+            "Save the merged model instead; or train from an init that leaves the base alone, like "
+            "init_lora_weights=True"
+        )
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks, errors, norms = {}, {}, {}
     for path in paths:
         require_plain_name(path)
         factors = [link.factors[path] for link in links if path in link.factors]
-        dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B would not fit half precision
+        dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B may not fit half precision
         if r is None or r >= sum(len(A) for f in factors for A, _, _ in f.triples()):
             (B, A), errors[path] = spectrum.stack(factors), 0.0
             norms[path] = delta_norm(B, A, 1.0)
@@ -50,15 +57,16 @@ def to_peft(
     rank = max(ranks.values())
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in pairs.items():
-        extra = rank - len(A)
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([A, A.new_zeros(extra, A.shape[1])])
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([B, B.new_zeros(B.shape[0], extra)], 1)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = pad(A, (0, 0, 0, rank - len(A)))
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = pad(B, (0, rank - len(A)))
     biases, saved = _trained(links, paths)
     _require_whole(saved, paths, base)
     tensors.update(biases)
     tensors.update(saved)
     name = base_model or (base.name if base is not None else None)
-    config = _config(rank, paths, base, name, _bias(biases), sorted({_owner(key) for key in saved}))
+    inside = all(key.endswith(".base_layer.bias") for key in biases)
+    bias = "none" if not biases else "lora_only" if inside else "all"
+    config = _config(rank, paths, base, name, bias, sorted({_owner(key) for key in saved}))
     account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
     write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
     write(directory / CONFIG, json.dumps(config, indent=2).encode())
@@ -69,7 +77,7 @@ def to_peft(
 def _config(
     rank: int, paths: Sequence[str], base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
 ) -> dict[str, Any]:
-    """``adapter_config.json``; alpha = r, so s = 1."""
+    """The content of ``adapter_config.json``; alpha = r, so s = 1."""
     flipped = base is not None and any(base.layers[path].transposed for path in paths if path in base.layers)
     return {
         "peft_type": "LORA",
@@ -90,32 +98,15 @@ def _config(
     }
 
 
-def _require_original(base: Fingerprint | None) -> None:
-    changed = base.architecture.changed if base is not None and base.architecture is not None else None
-    if changed is not None:
-        raise ValueError(
-            f"to_peft() writes an adapter for the original base, and {changed}: the chain belongs on the changed one. "
-            "Save the merged model instead; or train from an init that leaves the base alone, like "
-            "init_lora_weights=True"
-        )
-
-
-def _bias(biases: dict[str, Tensor]) -> str:
-    """PEFT's word for which biases the file holds."""
-    if not biases:
-        return "none"
-    return "lora_only" if all(name.endswith(".base_layer.bias") for name in biases) else "all"
-
-
 def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Last values of what was trained beside the links: lone biases, and modules that PEFT is to replace whole."""
+    """The last values of everything else that was trained: lone biases, and modules that PEFT stores whole."""
     values = {path: value for link in links for path, value in link.trained.items()}
     adapted = {f"{path}.bias" for path in paths}
     whole = {_owner(name) for name in values if not name.endswith("bias")}
     biases, saved = {}, {}
     for name, value in values.items():
         require_plain_name(name)
-        if name in adapted:  # PEFT wraps an adapted layer, and the bias stays inside
+        if name in adapted:  # the bias stays inside the layer that PEFT wraps
             biases[f"{PREFIX}{name.removesuffix('bias')}base_layer.bias"] = value
         elif name.endswith("bias") and _owner(name) not in whole:
             biases[f"{PREFIX}{name}"] = value
@@ -125,7 +116,7 @@ def _trained(links: Sequence[Link], paths: Sequence[str]) -> tuple[dict[str, Ten
 
 
 def _require_whole(saved: dict[str, Tensor], paths: Sequence[str], base: Fingerprint | None) -> None:
-    """PEFT keeps what is trained beside adapters by module, and a module with all its tensors or not at all."""
+    """Refuse modules that were trained in part: PEFT's format holds a module with all its tensors or not at all."""
     present = {key.removeprefix(PREFIX) for key in saved}
     prints = {} if base is None else base.prints()
     for owner in sorted({_owner(key) for key in saved}):

@@ -1,7 +1,7 @@
-"""Read a LoRA adapter in PEFT's format as a link: the files alone, PEFT is not needed.
+"""Reads a LoRA adapter in PEFT's format as a link, without needing PEFT.
 
-Only what is a plain ``s·B A`` on linear layers can be a link. Everything else is refused with the reason: an adapter
-that is half understood would give wrong weights in silence.
+Only a plain ``s·B A`` on linear layers can be a link. Everything else is refused with the reason, because an adapter
+that is half understood would silently give wrong weights.
 """
 
 import functools
@@ -23,7 +23,7 @@ from cola.lora.link import Factor, KnotReport, LayerReport, Link, used_rank
 from cola.lora.names import require_plain_name
 from cola.lora.peft import CHANGES_BASE
 
-#: entries of adapter_config.json that do not change what a stored LoRA computes
+#: entries of adapter_config.json that do not change the product of a stored LoRA
 _HARMLESS = {
     "alora_invocation_string", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
@@ -32,7 +32,7 @@ _HARMLESS = {
     "target_modules", "target_parameters", "task_type",
 }  # fmt: skip
 _UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-#: what a pattern may be made of: characters, classes of them, repeated or not, and alternatives of these
+#: a safe pattern consists of characters and classes of them, repeated or not, and alternatives of these
 _ATOM = r"(?:[^\\()\[\]{}*+?|^$]|\\[\W_dw]|\[\^?[\w.-]+\])[*+]?"
 _GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"
 _SAFE = re.compile(rf"\^?(?:{_ATOM}|{_GROUP}|\|)*\$?")
@@ -84,7 +84,7 @@ def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
 def _sort(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, rounding: str
 ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
-    """The file's tensors as factors by layer, and as values trained beside them."""
+    """The file's tensors: factors by layer, and values that were trained besides them."""
     factors, trained = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -115,49 +115,40 @@ def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], 
         raise StoreError(f"{path}: lora_A and lora_B of layer {layer!r:.120} are not factors of a linear layer")
     r, alpha = A.shape[0], _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha"), path)
     if _by_pattern(config.get("rank_pattern"), layer, config.get("r"), path) != r:
-        raise StoreError(f"{path}: layer {layer!r:.120} has rank {r}, and {CONFIG} says otherwise")
+        raise StoreError(f"{path}: layer {layer!r:.120} has rank {r}, but {CONFIG} says otherwise")
     if r == 0:
         raise StoreError(f"{path}: layer {layer!r:.120} has rank 0")
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return Factor(*_unpadded(A, B), scaling, rounding)
-
-
-def _unpadded(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors without the zeros at their end by which an export brings layers to one rank."""
-    rank = max(used_rank(A, B), 1)
-    return (A, B) if rank == len(A) else (A[:rank].clone(), B[:, :rank].clone())
+    rank = max(used_rank(A, B), 1)  # an export pads all layers to one rank
+    if rank < r:
+        A, B = A[:rank].clone(), B[:, :rank].clone()
+    return Factor(A, B, scaling, rounding)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _expression(pattern: str, config: Path) -> re.Pattern[str]:
-    """``pattern`` for the end of a path, if no path can keep the matcher busy for long.
-
-    An expression with nested or many repetitions or alternatives could do so for years.
-    """
+    """``pattern`` for the end of a path. Refuses nested or many repetitions, with which a match could take years."""
     try:
         found = re.compile(rf"(.*\.)?({pattern})$") if len(pattern) <= 512 else None
     except (re.error, RecursionError, OverflowError) as error:
         raise StoreError(f"{config} has a bad pattern {pattern!r:.60}: {error}") from None
-    bare = re.sub(r"\\.|\[[^\]]*\]", "", pattern[:513])  # no repetition and no alternative is written in these
+    bare = re.sub(r"\\.|\[[^\]]*\]", "", pattern[:513])  # without escapes and classes, which hold no operators
     groups = (re.sub(r"\([^()]*\)", "", bare), *re.findall(r"\([^()]*\)", bare))
     ways = math.prod(group.count("|") + 1 for group in groups)
     if found is None or not _SAFE.fullmatch(pattern) or len(re.findall(r"[*+]", bare)) > 2 or ways > 32:
         raise StoreError(
-            f"{config} has a pattern that is too intricate to be safe: {pattern!r:.60} (two repetitions of a "
-            "character, groups of up to 32 alternatives in all, nothing nested): write the layers' paths"
+            f"{config} has a pattern that is too intricate to be safe: {pattern!r:.60} (allowed are two repetitions of "
+            "a character and up to 32 alternatives in all, nothing nested): write the layers' paths"
         )
     return found
 
 
 def _by_pattern(patterns: Any, layer: str, default: Any, path: Path) -> float:
-    """The value for ``layer``: that of the first pattern that matches the end of its path, else the default."""
-    value, config = default, path.with_name(CONFIG)
-    if not isinstance(patterns or {}, dict):
+    """The value of the first pattern that matches the end of the layer's path, else the default."""
+    config, patterns = path.with_name(CONFIG), patterns or {}
+    if not isinstance(patterns, dict):
         raise StoreError(f"{config} has patterns that are not an object: {patterns!r:.60}")
-    for pattern, candidate in (patterns or {}).items():
-        if _expression(pattern, config).match(layer):
-            value = candidate
-            break
+    value = next((value for p, value in patterns.items() if _expression(p, config).match(layer)), default)
     if not is_finite(value):
         raise StoreError(f"{config} gives layer {layer!r:.120} the rank or alpha {value!r:.40}")
     return value

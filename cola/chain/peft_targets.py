@@ -1,7 +1,7 @@
-"""Names by which PEFT finds the adapted layers of a base again, and no other module: it matches ends of paths.
+"""Chooses names by which PEFT finds exactly the adapted layers in a base model; PEFT matches ends of paths.
 
-The rules are those of PEFT 0.21 (`check_target_module_exists`, `_set_trainable`, `_inject_parameters`, and the
-conversion of its configurations for transformers 5).
+The rules are those of PEFT 0.21 (`check_target_module_exists`, `_set_trainable`, `_inject_parameters`, and its
+conversion of configurations for transformers 5).
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from cola.chain.architecture import Architecture, holders
 from cola.chain.fingerprint import Fingerprint, weight_of
 
-#: names of layers that PEFT takes for parts of fused experts, by the model_type of mixtures in transformers 5
+#: by the model_type of mixtures in transformers 5, names of layers that PEFT takes for parts of fused experts
 _MIXTRAL, _QWEN = ("gate", "w1", "w2", "w3"), ("gate", "gate_proj", "up_proj", "down_proj")
 _FUSED = {
     **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
@@ -25,9 +25,9 @@ _FUSED = {
         _QWEN,
     ),
 }  # fmt: skip
-#: a tensor with such a name belongs to fused experts; decides where the model_type was not recorded
+#: matches the names of fused experts' tensors, for models whose model_type was not recorded
 _EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)$")
-#: layers whose keys PEFT 0.21 renames when it loads them with transformers 5, so that they are lost, by model_type
+#: by model_type, layers that are lost because PEFT 0.21 renames their keys when it loads them with transformers 5
 _RENAMED = {
     **dict.fromkeys(("inkling2", "inkling2_text"), r"\.[kv]_sconv\.weight_proj$"),
     **dict.fromkeys(("laguna", "mistral_large4", "mistral_large4_text"), r"\.shared_experts\."),
@@ -35,7 +35,7 @@ _RENAMED = {
     "pi0": r"(^|\.)embed_action_time\.",
     "unlimited_ocr": r"(^|\.)language_model\.layers\.",
 }
-#: modules that PEFT's classes for a task train whole, whatever the adapter says
+#: modules that PEFT's classes for a task always train whole
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -44,17 +44,17 @@ _HEADS = {
 
 
 def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
-    """Entries of ``adapter_config.json`` that say which layers are adapted.
+    """The entries of ``adapter_config.json`` that select the adapted layers.
 
     Args:
         paths: of the adapted layers.
-        saved: of the modules that are stored whole.
-        base: with the names of all tensors, and the architecture, as far as they are known.
+        saved: paths of the modules that are stored whole.
+        base: has the names of all tensors and the architecture, if they are known.
 
     Returns:
-        ``target_modules``: a list of the layers' names where these select the adapted layers alone, else of their
-        paths, else a regular expression; and ``target_parameters`` with the weights of layers that PEFT would take
-        for parts of fused experts otherwise, else None.
+        ``target_modules``: the layers' names if these select the adapted layers alone, else their paths, else a regular
+        expression. ``target_parameters``: the weights of layers that PEFT would otherwise take for parts of fused
+        experts, or None.
 
     Raises:
         ValueError: PEFT would adapt other layers, or refuse one; the message names it.
@@ -68,14 +68,14 @@ def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None)
     plain = [path for path in paths if path not in set(apart)]
     expression = "|".join(map(re.escape, plain))
     if built is None and not fused:
-        return {"target_modules": expression, "target_parameters": None}  # an expression fits whatever else is there
+        return {"target_modules": expression, "target_parameters": None}  # it fits, whatever the other modules
     _require_parameters(apart, tensors, base)
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in plain))
     for listed in (names, plain):
         if _selected(listed, modules) == set(plain):
             break
     else:
-        if fused:  # PEFT reduces an expression to names there
+        if fused:  # PEFT would reduce an expression to names
             other = sorted(_selected(plain, modules) - set(plain))[0]
             raise ValueError(
                 f"PEFT cannot tell the adapted layers of this mixture from {other!r}, whose path ends as one of theirs "
@@ -86,7 +86,7 @@ def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None)
 
 
 def task(saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
-    """``task_type``, or where there is none ``auto_mapping``, by which PEFT finds the class of the base."""
+    """``task_type``, or without one ``auto_mapping``, by which PEFT finds the base model's class."""
     built = base.architecture if base is not None else None
     if base is None or built is None:
         return {"task_type": None, "auto_mapping": None}
@@ -98,7 +98,6 @@ def task(saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
 
 
 def _fused(built: Architecture | None, tensors: Collection[str]) -> tuple[str, ...]:
-    """Names of layers that PEFT takes for parts of fused experts."""
     if built is not None and built.model_type is not None:
         return _FUSED.get(built.model_type, ())
     return tuple({*_MIXTRAL, *_QWEN}) if built is None and any(map(_EXPERTS.search, tensors)) else ()
@@ -106,19 +105,14 @@ def _fused(built: Architecture | None, tensors: Collection[str]) -> tuple[str, .
 
 def _selected(listed: Sequence[str], modules: Collection[str]) -> set[str]:
     """The modules that PEFT adapts for a list of names."""
-    wanted = set(listed)
-    return {module for module in modules if any(end in wanted for end in _ends(module))}
-
-
-def _ends(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    ends = tuple(f".{name}" for name in listed)
+    return {module for module in modules if f".{module}".endswith(ends)}
 
 
 def _require_free(
     paths: Sequence[str], saved: Sequence[str], modules: Collection[str], built: Architecture | None
 ) -> None:
-    """Nothing may come between PEFT and the layers and modules of these paths."""
+    """Refuse layers and modules that PEFT would lose, refuse, or confuse with others."""
     for path in (*paths, *saved):
         if built is not None and path in built.aliases:
             raise ValueError(
@@ -127,7 +121,7 @@ def _require_free(
                 "Save the merged model instead"
             )
     for path in paths:
-        # so PEFT writes it: the names are expressions
+        # as in PEFT: the names are expressions
         owner = next((name for name in saved if re.match(rf"(^|.*\.){name}($|\..*)", path)), None)
         if owner is not None:
             raise ValueError(
@@ -149,7 +143,7 @@ def _require_free(
 
 
 def _require_parameters(apart: Sequence[str], tensors: Collection[str], base: Fingerprint | None) -> None:
-    """PEFT can adapt the weights of these layers as parameters, and finds no others by their names."""
+    """Check that PEFT can adapt the weights of these layers as parameters, and finds no others by their names."""
     prints = base.layers if base is not None else {}
     for path in apart:
         one = prints.get(path)

@@ -1,4 +1,4 @@
-"""A chain in one picture: the spectrum of its update, and how much each link added. Imports matplotlib when called."""
+"""Draws a chain: the spectrum of its update, and how much each link added. Imports matplotlib when called."""
 
 import io
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 
 from cola.chain.chain import Chain
 
-_LABELS = 24  # rows that are labelled without crowding
+_LABELS = 24  # rows that can be labelled without crowding
 
 
 def draw(chain: Chain) -> bytes:
     """A PNG with two panels.
 
-    Left, the singular values of ``Σ s B A`` per layer, with the ranks that the chain's first k links can reach marked.
-    Right, ``‖ΔW_k‖`` per layer and link. Colours are cividis, which reads the same with and without colour vision.
+    Left: the singular values of ``Σ s B A`` per layer, with marks at the ranks that the first k links can reach.
+    Right: ``‖ΔW_k‖`` per layer and link. The colours, cividis, read the same with and without colour vision.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -42,7 +42,7 @@ def draw(chain: Chain) -> bytes:
 
 
 def short_names(layers: list[str]) -> list[str]:
-    """The paths without the parts that all of them share at the front.
+    """The paths without their common first parts.
 
     >>> short_names(["model.layers.0.q_proj", "model.layers.1.q_proj"])
     ['0.q_proj', '1.q_proj']
@@ -58,17 +58,10 @@ def _spectrum(axes: Any, chain: Chain, names: dict[str, str], colours: Any) -> N
     markers = "osD^v<>P"
     for i, (layer, name) in enumerate(names.items()):
         values = chain.singular_values(layer)
-        shown = values[values > values[0] * 1e-7] if values[0] > 0 else values[:0]  # fp32 factors resolve no less
+        shown = values[values > values[0] * 1e-7] if values[0] > 0 else values[:0]  # the precision of fp32 factors
         few = len(names) <= len(markers)
-        axes.plot(
-            np.arange(1, len(shown) + 1),
-            shown.numpy(),
-            color=colours[i],
-            label=name,
-            marker=markers[i] if few else None,
-            markersize=4,
-            linewidth=1.4 if few else 0.9,
-        )
+        style: dict[str, Any] = {"marker": markers[i], "linewidth": 1.4} if few else {"linewidth": 0.9}
+        axes.plot(np.arange(1, len(shown) + 1), shown.numpy(), color=colours[i], label=name, markersize=4, **style)
     reached = np.cumsum([link.rank for link in chain])
     for k, rank in enumerate(reached[:12], start=1):
         axes.axvline(rank + 0.5, color="0.6", linestyle=":", linewidth=1)

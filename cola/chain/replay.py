@@ -1,17 +1,18 @@
-"""The weights from base and links: ties recorded links again, as the run did, hence to the same bits.
+"""Rebuilds weights from a base model and recorded links: ties them again as the run did, hence to the same bits.
 
-The same bits need the same device, library versions, kernels and number of threads; elsewhere the sums are taken in
-another order, and the result agrees within the rounding of the weight's dtype.
+The same bits need the same device, library versions, kernels and number of threads. Other setups sum in another order,
+and their weights agree within the rounding of the weight's dtype.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cola.chain.architecture import Architecture
-from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, fingerprint, weight_of
+from cola.chain.fingerprint import Digests, Fingerprint, LayerPrint, TensorPrint, prints_of, weight_of
 from cola.common.distributed import copy_whole
 from cola.knot.tie import Tie, key, residual_like
 from cola.lora import quantized, stacked
@@ -31,11 +32,12 @@ from cola.lora.names import (
 
 logger = logging.getLogger("cola")
 
+T = TypeVar("T")
 Base = nn.Module | Mapping[str, Tensor]
 
 
 def paths(links: Iterable[Link]) -> list[str]:
-    """The layers that any of the links changes."""
+    """Paths of the layers that any of the links changes."""
     return list(dict.fromkeys(path for link in links for path in link.factors))
 
 
@@ -47,48 +49,43 @@ def take_fingerprint(
     known: Mapping[str, TensorPrint] | None = None,
     cache: Digests | None = None,
 ) -> Fingerprint:
-    """`fingerprint` of a model.
+    """Fingerprint of a model's base tensors.
 
     Args:
-        model: as it is without links.
+        model: with or without links on it.
         layers: paths of the adapted ones.
-        whole: cover all its parameters and persistent buffers, and its architecture, not those layers' weights alone.
-        known: prints that stand for tensors which are no longer the base's.
-        cache: where digests are remembered.
+        whole: cover all parameters and persistent buffers and the architecture, not just those layers' weights.
+        known: prints by name, used for tensors that are no longer the base model's.
+        cache: remembers digests.
     """
-    values, modules = base_tensors(model), base_modules(model)
-    weights = {path: values.pop(weight_of(path)) for path in layers}
-    parts = {name: t for path in weights for name, t in parts_of(path, modules[path]).items()}
+    values, modules, known = base_tensors(model), base_modules(model), known or {}
+    adapted = {path: modules[path] for path in layers}
+    weights = {weight_of(path): values.pop(weight_of(path)) for path in adapted}
+    parts: dict[str, Tensor] = {}  # of quantised layers: their codes, and the scales and links that go with them
+    for path, module in adapted.items():
+        if is_quantized(module):
+            parts.update(_in_model(path, quantized.parts(module)))
+    others = values if whole else {name: tensor for name, tensor in parts.items() if name not in weights}
+    fresh = {name: tensor for name, tensor in {**others, **weights}.items() if name not in known}
+    prints = {**prints_of(fresh, (cache or Digests()).of(fresh)), **known}
+    layer_prints = {}
+    for path, module in adapted.items():
+        one = prints[weight_of(path)]
+        layer_prints[path] = LayerPrint(one.shape, one.dtype, known_kind(module).transposed, one.digest)
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
-    named = name if isinstance(name, str) and name else None
-    rest = values if whole else parts or None
-    built = Architecture.of(model) if whole else None
-    flipped = transposed(model, weights)
-    return fingerprint(weights, flipped, named, rest, known=known, cache=cache, architecture=built)
-
-
-def parts_of(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """What a quantised layer has beside its codes, by name: scales, and the links stacked there; no other layer has."""
-    if not is_quantized(module):
-        return {}
-    parts = {f"{path}.{name}".lstrip("."): tensor for name, tensor in quantized.parts(module).items()}
-    parts.pop(weight_of(path))
-    return parts
-
-
-def transposed(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Those of the layers that store their weight in×out."""
-    modules = base_modules(model)
-    return [path for path in layers if known_kind(modules[path]).transposed]
+    return Fingerprint(
+        layer_prints,
+        name if isinstance(name, str) and name else None,
+        {name: prints[name] for name in others} if whole or others else None,
+        Architecture.of(model) if whole else None,
+    )
 
 
 def codes_differ(recorded: Fingerprint, originals: Mapping[str, quantized.OriginalWeight]) -> str | None:
-    """How what quantised layers are re-quantised from differs from the recorded base, in words; None if it does not."""
-    tensors = {
-        f"{path}.{name}".lstrip("."): tensor
-        for path, origin in originals.items()
-        for name, tensor in origin.stored.items()
-    }
+    """How the weights to re-quantise from differ from the recorded base model, in words; None if they do not."""
+    tensors: dict[str, Tensor] = {}
+    for path, original in originals.items():
+        tensors.update(_in_model(path, original.stored))
     return next((difference.how for difference in recorded.differences(tensors, all_of_it=False)), None)
 
 
@@ -101,24 +98,26 @@ def check(
     live: bool = False,
     replaced: Iterable[str] | None = None,
 ) -> list[str]:
-    """Whether the links can be tied into ``model``; changes nothing.
+    """Check that the links can be tied into ``model``. Changes nothing.
 
     Args:
-        model: that will carry them.
-        links: to be tied.
-        recorded: fingerprint of the base that they were trained on; None skips that comparison.
-        base: where the untouched weights are; None for the model itself.
-        live: the model carries a live link of the caller's own.
-        replaced: names of tensors whose values in the base do not matter, for they get others (a head that was trained
-            whole, and is drawn anew with every base); None for those that the links record.
+        model: to tie the links into.
+        links: to tie.
+        recorded: fingerprint of the base model that they were trained on; None skips that comparison.
+        base: holds the untouched weights; None if the model does.
+        live: the model carries the caller's own live link.
+        replaced: names of tensors whose values in the base do not matter, because they will be replaced (a trained
+            head, which is drawn anew with every base model); None for those that the links record.
 
     Returns:
-        The names among ``replaced`` whose values do differ; they are logged as well.
+        The names in ``replaced`` whose values differ. A warning names them as well.
 
     Raises:
-        ValueError: a layer is missing, of another shape, cannot be tied, or the base is another one.
+        ValueError: a layer is missing, has another shape or cannot be tied, or the base is another one.
     """
-    modules, values = modules_by_name(model), _values(model if base is None else base)
+    untouched = model if base is None else base
+    whole = isinstance(untouched, nn.Module)
+    modules, values = modules_by_name(model), _values(untouched)
     theirs = modules_by_name(base) if isinstance(base, nn.Module) else modules
     together = {name: names for names in shared_weights(model).values() for name in names}
     for link in links:
@@ -126,26 +125,31 @@ def check(
             _require_layer(path, factor, modules, live=live, stacked=live or base is not None)
             if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
-            for name in _stored_names(modules[path], path, base):
+            quantised = is_quantized(modules[path])
+            parts = quantized.part_names(modules[path]) if quantised and not whole else ["weight"]
+            for name in _in_model(path, dict.fromkeys(parts)):
                 if name not in values:
                     raise ValueError(f"base has no {name!r}: give the untouched model or its state dict")
-            if is_quantized(modules[path]) != is_quantized(theirs[path]):
+            if quantised != is_quantized(theirs[path]):
                 raise ValueError(
                     f"base has a {type(theirs[path]).__name__} at {path!r}: give it quantised as the model is"
                 )
         for path, value in link.trained.items():
-            tied = together.get(path, ())
-            _require_trained_together(path, tied, link)
-            # a file of weights may hold a tied one once
-            stored = next((values[name] for name in (path, *tied) if name in values), None)
+            shared = together.get(path, ())
+            _require_trained_together(path, shared, link)
+            # a file of weights may hold a shared one once
+            stored = next((values[name] for name in (path, *shared) if name in values), None)
             if stored is None or stored.shape != value.shape:
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
+    for path in paths(links) if base is None else ():
+        triples = [triple for link in links if path in link.factors for triple in link.factors[path].triples()]
+        reason = known_kind(modules[path]).obstacle(modules[path], triples)
+        if reason is not None:
+            raise ValueError(f"with the chain's links layer {path!r} {reason}: no run ties such a chain")
     if recorded is None:
         return []
     mine = {name for link in links for name in link.trained} if replaced is None else set(replaced)
     mine.update(*(together.get(name, ()) for name in tuple(mine)))
-    untouched = model if base is None else base
-    whole = isinstance(untouched, nn.Module)
     tensors = base_tensors(untouched) if isinstance(untouched, nn.Module) else values
     others = []
     for difference in recorded.differences(tensors, all_of_it=whole):
@@ -153,7 +157,7 @@ def check(
             raise ValueError(f"wrong base: {difference.how}. Links belong on the weights that they were trained on")
         others.append(difference.name)
     if others:
-        logger.warning("the base differs in %s, which the chain replaces by what it trained", ", ".join(others))
+        logger.warning("the base differs in %s, which the chain replaces by its own values", ", ".join(others))
     return others
 
 
@@ -169,13 +173,13 @@ def tie_links(
 
     Args:
         model: changed in place.
-        links: to be tied.
-        residuals: of compensated rounding, by layer; added to.
-        device: where they are kept; None for the weight's own.
-        originals: what quantised layers are re-quantised from, by layer; brought up to date. None for what they hold.
+        links: to tie.
+        residuals: of compensated rounding, by layer; updated.
+        device: for the residuals; None for the weight's own.
+        originals: the weights to re-quantise from, by layer; updated. None for those that the layers hold.
 
     Returns:
-        What each tie did, per link and layer.
+        The `Tie` of each layer, per link.
     """
     modules, values, links = modules_by_name(model), _values(model), list(links)
     residuals = {} if residuals is None else residuals
@@ -188,7 +192,7 @@ def tie_links(
             copy_whole(values[path], value)
     for path in codes:
         module, both = modules[path], [(ours, link.factors.get(path)) for ours, link in zip(ties, links)]
-        for way in quantized.QUANTIZED:  # requantise once for all links; a link uses one mode only
+        for way in quantized.QUANTIZED:  # requantise once for all links; a link uses one way only
             mine = [(ours, factor) for ours, factor in both if factor is not None and factor.rounding == way]
             original = None
             if mine and way == "requantize":
@@ -201,7 +205,7 @@ def tie_links(
 
 @torch.no_grad()
 def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[str] = ()) -> None:
-    """Put the base's values back wherever the links changed something, and ``also`` there. Call `check` first."""
+    """Restore the base's values of all tensors that the links changed, and of ``also``. Call `check` first."""
     values, untouched, modules = _values(model), _values(base), modules_by_name(model)
     for path in paths(links):
         if is_quantized(modules[path]):
@@ -209,12 +213,12 @@ def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[st
             untouched.pop(weight_of(path))
     changed = (path for link in links for path in link.trained)
     for name in dict.fromkeys((*map(weight_of, paths(links)), *changed, *also)):
-        if name in untouched:  # check() has seen to it that it is there under one of its names
+        if name in untouched:  # `check` made sure that one of its names is there
             copy_whole(values[name], untouched[name])
 
 
 def settle(model: nn.Module, links: Iterable[Link]) -> None:
-    """Give quantised layers that `untie` has left without links their plain classes again."""
+    """Restore the plain classes of quantised layers that `untie` left without links."""
     modules = modules_by_name(model)
     for path in paths(links):
         stacked.settle(modules[path])
@@ -238,21 +242,17 @@ def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, T
     return combined(did, factor)
 
 
-def _parts(module: nn.Module, path: str, base: Base | None) -> dict[str, Tensor]:
-    """What a quantised layer is made of: the model's own, or in the base's place."""
-    if base is None:
-        return quantized.parts(module)
+def _parts(module: nn.Module, path: str, base: Base) -> dict[str, Tensor]:
+    """The tensors of a quantised layer in the base."""
     if isinstance(base, nn.Module):
         return quantized.parts(modules_by_name(base)[path])
-    values = _values(base)
-    return {name: values[f"{path}.{name}".lstrip(".")] for name in quantized.part_names(module)}
+    names, values = quantized.part_names(module), _values(base)
+    return {name: values[full] for name, full in zip(names, _in_model(path, dict.fromkeys(names)))}
 
 
-def _stored_names(module: nn.Module, path: str, base: Base | None) -> list[str]:
-    """Under what names a base holds the weight of a layer."""
-    if base is None or isinstance(base, nn.Module) or not is_quantized(module):
-        return [weight_of(path)]
-    return [f"{path}.{name}".lstrip(".") for name in quantized.part_names(module)]
+def _in_model(path: str, parts: Mapping[str, T]) -> dict[str, T]:
+    """The parts of the layer at ``path``, by their names in the model."""
+    return {f"{path}.{name}".lstrip("."): part for name, part in parts.items()}
 
 
 def _values(model: Base) -> dict[str, Tensor]:
@@ -281,9 +281,9 @@ def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module], *, 
         )
 
 
-def _require_trained_together(path: str, tied: Iterable[str], link: Link) -> None:
-    """A tensor that several modules of the model share must have been one when it was trained."""
-    for other in tied:
+def _require_trained_together(path: str, shared: Iterable[str], link: Link) -> None:
+    """Refuse values that were trained apart for a tensor that several modules of the model share."""
+    for other in shared:
         value = link.trained.get(other)
         if value is None or (value is not link.trained[path] and not torch.equal(value, link.trained[path])):
             raise ValueError(

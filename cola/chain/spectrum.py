@@ -1,7 +1,7 @@
 """The linear algebra of an update ``ΔW = Σ s B A`` from its factors alone: spectrum, best approximation, angles.
 
-With ``[s₁B₁ s₂B₂ …] = Q_L R_L`` and ``[A₁; A₂; …]ᵀ = Q_R R_R``, ΔW = Q_L (R_L R_Rᵀ) Q_Rᵀ, so a decomposition of the
-small matrix in the middle is one of ΔW. ΔW itself, out×in, is never formed. All in float64.
+With ``[s₁B₁ s₂B₂ …] = Q_L R_L`` and ``[A₁; A₂; …]ᵀ = Q_R R_R``, ΔW = Q_L (R_L R_Rᵀ) Q_Rᵀ. So an SVD of the small matrix
+in the middle gives one of ΔW, and ΔW itself (out×in) is never formed. Everything is in float64.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from cola.lora.link import Factor
 
 
 def stack(factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
-    """One pair with ``L R = Σ s B A``: L out×Σr has the scaled B's side by side, R Σr×in the A's stacked."""
+    """L (out×Σr) and R (Σr×in) with ``L R = Σ s B A``: the scaled Bs side by side, and the stacked As."""
     triples = [triple for factor in factors for triple in factor.triples()]
     return torch.cat([s * B.double() for _, B, s in triples], 1), torch.cat([A.double() for A, _, _ in triples])
 
 
 def svd(factors: Sequence[Factor]) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out×k), the singular values (k, largest first) and Vᵀ (k×in) of the update; k is at most Σr."""
+    """U (out×k), the k singular values (largest first) and Vᵀ (k×in) of the update; k is at most Σr."""
     left, right = stack(factors)
     (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
@@ -33,22 +33,21 @@ def singular_values(factors: Sequence[Factor]) -> Tensor:
 
 
 def rank(factors: Sequence[Factor], tolerance: float | None = None) -> int:
-    """Number of singular values above ``tolerance`` times the largest; None for `default_tolerance`."""
-    values = singular_values(factors)
-    share = default_tolerance(factors[0]) if tolerance is None else tolerance
-    return int((values > share * values[0]).sum()) if values[0] > 0 else 0
+    """Number of singular values above ``tolerance`` times the largest; see `Chain.effective_rank`."""
+    return _count(singular_values(factors), factors[0], tolerance)
 
 
-def default_tolerance(factor: Factor) -> float:
-    """``eps·max(out, in)`` of the factors' dtype, as in `torch.linalg.matrix_rank`."""
-    return torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
+def _count(values: Tensor, factor: Factor, tolerance: float | None = None) -> int:
+    if tolerance is None:
+        tolerance = torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
+    return int((values > tolerance * values[0]).sum()) if values[0] > 0 else 0
 
 
 def truncate(factors: Sequence[Factor], r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best approximation of rank r: A (r×in), B (out×r), and all singular values of ΔW.
 
-    ``‖ΔW − B A‖`` is the root of the sum of squares of those left out (Eckart–Young). Q_L and Q_R are applied to r
-    columns each, and never formed.
+    ``‖ΔW − B A‖`` is the norm of the singular values left out (Eckart–Young). Q_L and Q_R are applied to r columns
+    each, and never formed.
     """
     left, right = stack(factors)
     (left, left_tau), (right, right_tau) = torch.geqrf(left), torch.geqrf(right.T)
@@ -76,7 +75,7 @@ def cosines(one: Factor, two: Factor, side: str) -> Tensor:
 
 
 def _basis(factor: Factor, side: str) -> Tensor:
-    """Orthonormal columns that span the space; fewer than r where the update has a smaller rank."""
+    """Orthonormal columns that span the space; fewer than r if the update has a smaller rank."""
     u, values, v = svd([factor])
-    count = int((values > default_tolerance(factor) * values[0]).sum()) if values[0] > 0 else 0
+    count = _count(values, factor)
     return u[:, :count] if side == "out" else v[:count].T

@@ -1,4 +1,4 @@
-"""Named tensors and one JSON value in a safetensors file."""
+"""Reads and writes safetensors files that hold named tensors and one JSON value."""
 
 import json
 from pathlib import Path
@@ -18,33 +18,26 @@ def dump(tensors: dict[str, Tensor], content: Any = None, *, metadata: dict[str,
     Args:
         tensors: plain tensors on any device.
         content: a JSON value, kept as text in the header.
-        metadata: header entries as other programs expect them, in the place of ``content``.
+        metadata: the header's entries for other programs, instead of ``content``.
 
     Raises:
-        TypeError: a tensor is of a kind (sparse, distributed, quantised subclass) that the format lacks.
+        TypeError: the format has no place for such a tensor (sparse, distributed, a quantised subclass).
     """
     from safetensors.torch import save
 
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter) or tensor.is_sparse or tensor.is_quantized:
             raise TypeError(f"{name!r} is a {type(tensor).__name__} ({tensor.layout}), which safetensors cannot hold")
-    # a clone has a storage of its own: the format refuses tensors that share one
+    # cloned, because the format refuses tensors that share a storage
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return save(plain, metadata or {_KEY: json.dumps(content, allow_nan=False)})
 
 
 def load(data: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and JSON value of a safetensors file.
-
-    Args:
-        data: the file's bytes.
-        path: its name, for messages.
-
-    Returns:
-        The tensors by name, and what `dump` was given as ``content`` (None in files of other programs).
+    """Tensors by name and the ``content`` given to `dump` (None in other programs' files), from a file's bytes.
 
     Raises:
-        StoreError: the file is damaged.
+        StoreError: the file is damaged; names ``path``.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
@@ -57,7 +50,6 @@ def load(data: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def _content(data: bytes, path: Path) -> Any:
-    """The JSON content in the header."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise StoreError(f"{path} is not a safetensors file, or is truncated: {len(data)} bytes, header of {length}")

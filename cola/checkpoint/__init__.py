@@ -1,1 +1,1 @@
-"""Saving a run and going on with it: one `RunState`, written to a directory or into an optimizer's state dict."""
+"""Saves and resumes a run: one `RunState`, written to a directory or into an optimizer's state dict."""

@@ -1,8 +1,8 @@
-"""The untouched base model that a run started from: its fingerprint, and which of its tensors training has moved.
+"""Remembers the untouched base model of a run: its fingerprint, and the tensors that training has moved since.
 
-Parameters trained besides the links (biases, heads) move at steps, so their digests are taken before the first one.
+Parameters trained besides the links (biases, heads) move at steps, so their digests are taken before the first step.
 Buffers (running statistics) move with every forward pass in training mode. Their digests are taken when the chain is
-made, and again when a state dict is loaded into them before training has begun.
+made, and again if a state dict is loaded into them before training begins.
 """
 
 import functools
@@ -15,35 +15,27 @@ from torch import Tensor, nn
 
 from cola.chain import replay
 from cola.chain.chain import Chain
-from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, dtype_name, weight_of
+from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, prints_of, weight_of
 from cola.lora.live import LiveLink
 from cola.lora.names import base_modules, base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
 
 
 class BaseModel:
-    """A run's knowledge of its base model.
-
-    Args:
-        live: the link that the run trains.
-        chain: the run's record.
-
-    Attributes:
-        settled: the digests of all that is trained have been taken.
-    """
+    """A run's knowledge of its base model."""
 
     def __init__(self, live: LiveLink, chain: Chain) -> None:
         self.live, self.chain = live, chain
-        self.settled = False
+        self.settled = False  # whether the digests of all trained tensors have been taken
         self._digests = Digests()
         self._loads = _Loads(live.model)
 
     @property
     def prints(self) -> dict[str, TensorPrint]:
-        """Prints of the tensors that training moves; those whose value in the base model is unknown have no digest."""
+        """Prints of the tensors that training moves. If the value in the base model is unknown, the digest is None."""
         return self._loads.prints
 
     def weights(self) -> Fingerprint:
-        """Fingerprint of the adapted layers' weights as they are now."""
+        """Fingerprint of the adapted layers' present weights."""
         return replay.take_fingerprint(self.live.model, self.live.layers, cache=self._digests)
 
     def final_digest(self) -> str | None:
@@ -52,39 +44,39 @@ class BaseModel:
         return self.weights().digest if all(weight_of(path) in tensors for path in self.live.layers) else None
 
     def fingerprint(self, layers: Iterable[str] = ()) -> Fingerprint:
-        """Fingerprint of the whole base model. Call it while no link is tied: it reads the weights once.
+        """Fingerprint of the whole base model. It reads the weights, so call it while no link is tied.
 
         Args:
-            layers: of links that another chain brings.
+            layers: paths of further layers, which another chain's links change.
         """
         every = dict.fromkeys((*self.live.layers, *layers))
         return replay.take_fingerprint(self.live.model, every, whole=True, known=self.prints, cache=self._digests)
 
     def settle(self) -> None:
-        """Before a step or a knot: take the digests of what it will move for the first time."""
+        """Before a step or a knot, take the digests of the tensors that it will move for the first time."""
         if self.chain.keep and not self.settled:
-            self.prints.update(_prints({n: t for n, t in self._moving().items() if n not in self.prints}))
+            self.prints.update(prints_of({n: t for n, t in self._moving().items() if n not in self.prints}))
             self.settled = self._loads.over = True
 
     def resume(self, recorded: Fingerprint | None, known: Mapping[str, TensorPrint] | None = None) -> None:
-        """Training had begun before.
+        """Continue a run whose training had begun.
 
         Args:
-            recorded: the chain's fingerprint of the base model, where it has one.
-            known: prints from before training; None to take them of the model as it is.
+            recorded: the chain's fingerprint of the base model, if it has one.
+            known: prints from before training; None to take them from the model now.
         """
         moving = self._moving()
-        known = {**(_prints(moving) if known is None else known), **((recorded and recorded.others) or {})}
-        unknown = {n: TensorPrint(tuple(t.shape), dtype_name(t), None) for n, t in moving.items()}
+        known = {**(prints_of(moving) if known is None else known), **((recorded and recorded.others) or {})}
+        unknown = prints_of(moving, {})
         self._loads.prints = {name: known.get(name, unknown[name]) for name in moving}
         self.settled = self._loads.over = True
 
     def moved(self, *, modules: bool = True) -> dict[str, Tensor]:
-        """Copies, on the CPU, of the persistent buffers that differ from the base model's or did at an earlier knot.
+        """CPU copies of the persistent buffers that differ from the base model's, or did so at an earlier knot.
 
         Args:
-            modules: include all buffers of modules whose parameters are all trained: PEFT's format holds such a module
-                as a whole.
+            modules: include all buffers of modules whose parameters are all trained, because PEFT's format holds such a
+                module as a whole.
         """
         if not self.chain.keep:
             return {}
@@ -96,7 +88,7 @@ class BaseModel:
             parameters = own.keys() - buffers.keys()
             if parameters and parameters <= trained:
                 always.update(own.keys() - parameters)
-        # a chain that was loaded apart from the optimizer's state knows its base model better
+        # a chain that was loaded separately knows its base model better than the optimizer's state
         known = {**self.prints, **((self.chain.base and self.chain.base.others) or {})}
         found = digests(buffers)
         return {
@@ -121,7 +113,7 @@ class BaseModel:
     def _moving(self) -> dict[str, Tensor]:
         """The base model's tensors that training moves: persistent buffers, and parameters trained besides the links.
 
-        Every parameter that asks for a gradient counts: another optimizer of the caller's may train it.
+        Every parameter that requires a gradient counts, because another optimizer of the caller's may train it.
         """
         model, trained = self.live.model, self.live.trained()
         shared, names = shared_weights(model), set(buffers_by_name(model))
@@ -131,19 +123,19 @@ class BaseModel:
 
 
 class _Loads:
-    """Keeps the prints of buffers up to date while state dicts are loaded before training.
+    """Updates the prints of buffers when state dicts are loaded before training.
 
-    Its hooks do not hold the optimizer: copying or pickling the model takes along digests and nothing else.
+    Its hooks do not hold the optimizer, so copying or pickling the model takes along nothing but digests.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.prints: dict[str, TensorPrint] = {}
-        self.over = False  # what is loaded from now on is not the base model's
+        self.over = False  # whether training has begun, and loaded values are no longer the base model's
         self._handles = []
         for path, module in base_modules(model).items():
             buffers = tensors_of(path, module, parameters=False)
             if buffers:
-                self.prints.update(_prints(buffers))
+                self.prints.update(prints_of(buffers))
                 hook = functools.partial(self._loaded, path)
                 self._handles.append(module.register_load_state_dict_post_hook(hook))
 
@@ -153,9 +145,4 @@ class _Loads:
 
     def _loaded(self, path: str, module: nn.Module, _: Any) -> None:
         if not self.over:
-            self.prints.update(_prints(tensors_of(path, module, parameters=False)))
-
-
-def _prints(tensors: Mapping[str, Tensor]) -> dict[str, TensorPrint]:
-    found = digests(tensors)
-    return {name: TensorPrint(tuple(t.shape), dtype_name(t), found[name]) for name, t in tensors.items()}
+            self.prints.update(prints_of(tensors_of(path, module, parameters=False)))

@@ -1,7 +1,7 @@
-"""A run in a directory: the chain's own files, one state file, and a manifest that lists both.
+"""Keeps a run in a directory: the chain's own files, one state file, and a manifest that lists both.
 
-The base model's weights are not stored. They are rebuilt from the untouched base model and the links. The manifest is
-replaced by one rename, so a process that dies while saving leaves the previous checkpoint. FORMAT.md has the details.
+Weights are not stored, because the untouched base model and the links give them. The manifest is replaced by one
+rename, so a process that dies while saving leaves the previous checkpoint. cola/chain/FORMAT.md has the details.
 """
 
 from dataclasses import asdict
@@ -29,11 +29,7 @@ from cola.lora.names import require_plain_name
 
 
 def write_run(directory: Path, state: RunState) -> None:
-    """Replace the directory's checkpoint by this one. In a distributed run process 0 writes.
-
-    Args:
-        directory: made if it does not exist.
-        state: with its chain.
+    """Replace the directory's checkpoint by this one, which has its chain. In a distributed run process 0 writes.
 
     Raises:
         TypeError: the optimizer's state holds something that only pickling could keep.
@@ -66,8 +62,8 @@ def _read(directory: Path) -> RunState:
     path = directory / CHECKPOINT[0]
     if not path.is_file() and (directory / CHAIN[0]).is_file():
         raise StoreError(
-            f"{directory} holds a chain, as Chain.save writes it, and no run to go on from: give opt.load a directory "
-            "of opt.save, or take the chain's links by opt.follow(Chain.load(directory))"
+            f"{directory} holds a chain from Chain.save, and no run to continue: give opt.load a directory from "
+            "opt.save, or continue after the chain's links by opt.follow(Chain.load(directory))"
         )
     manifest = unseal(path, CHECKPOINT[1], FORMAT)
     chain = read_links(directory, manifest.get("chain"), path)

@@ -1,4 +1,4 @@
-"""Whether a saved run fits this one, and making this one go on as it."""
+"""Checks that a saved run fits this one, and makes this one continue it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,13 @@ from cola.lora.names import buffers_by_name
 
 logger = logging.getLogger("cola")
 
+_DROPPED = (
+    "a framework dropped the state's 'cola' entry. Save such a run by opt.save, or by torch.save of opt.state_dict()"
+)
+
 
 def require_links(ledger: Ledger) -> None:
-    """Refuse to save a chain from which the weights could not be rebuilt.
+    """Refuse to save a chain from which the weights cannot be rebuilt.
 
     Raises:
         RuntimeError: its links were not kept, or were lost.
@@ -33,10 +37,10 @@ def require_links(ledger: Ledger) -> None:
 
 
 def require_same_groups(saved: RunState, base: Optimizer) -> None:
-    """Refuse a state that torch would load although it does not fit the base, or refuse in words of its own.
+    """Refuse a state that does not fit the base. Torch would load it, or refuse it with a less helpful message.
 
     Raises:
-        ValueError: it is of another class of optimizer, or its groups hold other numbers of parameters.
+        ValueError: the optimizer's class, or the number of parameters in its groups, differs.
     """
     theirs, mine = saved.counters.base_class, class_name(base)
     if theirs != mine:
@@ -51,12 +55,12 @@ def require_same_groups(saved: RunState, base: Optimizer) -> None:
 
 
 def require_carried(saved: RunState, live: LiveLink) -> None:
-    """Check what a state dict brings for the chain to go on.
+    """Check that a state dict has everything that the chain needs to continue.
 
     Raises:
-        ValueError: a link is missing, or the entry was dropped and this run cannot go on without it. Compensated
-            rounding cannot: its residuals may hold most of what small updates have added up to. Re-quantising cannot
-            either: it starts from the original codes and all links.
+        ValueError: a link is missing, or a framework dropped the ``"cola"`` entry and the run depends on it.
+            Compensated rounding does, because its residuals may hold most of the small updates. Re-quantising does,
+            because it starts from the original codes and all links.
     """
     counters, chain = saved.counters, saved.chain
     if chain is not None and chain.missing + len(chain.links) != counters.index:
@@ -66,8 +70,7 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
     if lacking:
         raise ValueError(
             f"the live link of layer {lacking[0]!r} did not start at zero, and the saved state does not have its "
-            "start: a framework dropped the state's 'cola' entry. Save such a run by opt.save, or by torch.save of "
-            "opt.state_dict()"
+            f"start: {_DROPPED}"
         )
     for path, A in saved.start_A.items():
         B, (out, inner) = saved.start_B[path], live.shapes().get(path, (0, 0))
@@ -99,9 +102,7 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
             residual = saved.residuals.get(path)
             if residual is None:
                 raise ValueError(
-                    f"compensated rounding needs the residual of layer {path!r}, and the saved state has none: a "
-                    "framework dropped the state's 'cola' entry. Save such a run by opt.save, or by torch.save of "
-                    "opt.state_dict()"
+                    f"compensated rounding needs the residual of layer {path!r}, which this state lacks: {_DROPPED}"
                 )
             if residual.shape != layer.weight.shape:
                 raise ValueError(
@@ -110,16 +111,17 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
 
 
 def check(saved: RunState, live: LiveLink, base: Optimizer) -> None:
-    """Check that the run can go on from a directory's checkpoint on this model. Changes nothing.
+    """Check that a directory's checkpoint can continue on this model. Changes nothing.
 
     Raises:
-        ValueError: another base optimizer, other groups, a missing link, or other base weights.
+        ValueError: the base optimizer, its groups, the live link or the base model's weights differ, or a link is
+            missing.
     """
     require_same_groups(saved, base)
     assert saved.chain is not None
     index, links = saved.counters.index, saved.chain.links
     if len(links) != index:
-        raise ValueError(f"the saved run is at link {index}, and {len(links)} are there: one is missing")
+        raise ValueError(f"the saved run is at link {index}, and has {len(links)} links: one is missing")
     here, there = live.trained(), saved.trained
     if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in there.items()}:
         raise ValueError(f"besides the links the saved run trained {sorted(there)}, here it would be {sorted(here)}")
@@ -150,10 +152,10 @@ def check(saved: RunState, live: LiveLink, base: Optimizer) -> None:
 
 
 def rehearse(saved: RunState, scratch: Optimizer) -> None:
-    """Load the base's state and the random states into copies, so that what cannot be loaded is found in time.
+    """Load the base's state and the random states into copies, so that a failure changes nothing.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: one of them cannot be loaded.
     """
     try:
         load_exactly(scratch, saved.optimizer)
@@ -170,7 +172,7 @@ def rehearse(saved: RunState, scratch: Optimizer) -> None:
 
 @torch.no_grad()
 def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
-    """Make weights, live link and base state the saved ones. Call `check` first."""
+    """Restore weights, live link and base state. Call `check` first."""
     assert saved.chain is not None
     replay_links(live, saved.chain.links)
     index = saved.counters.index
@@ -187,13 +189,13 @@ def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
 
 
 def replay_links(live: LiveLink, links: Sequence[Link]) -> None:
-    """Tie recorded links, the first ones of the chain, into the untouched weights."""
+    """Tie the chain's first links into the untouched weights."""
     live.take_links(())
     replay.tie_links(live.model, links, live.residuals, live.config.residual_device, live.originals)
 
 
 def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:
-    """``base.load_state_dict`` without its change of dtypes: torch casts floating-point state to the parameter's."""
+    """``base.load_state_dict`` without torch's cast of floating-point state to the parameter's dtype."""
     base.load_state_dict(state)
     parameters = [p for group in base.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -203,7 +205,7 @@ def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:
 
 
 def restore_rng(states: Mapping[str, Tensor]) -> None:
-    """Set torch's global generators as they were saved; a device that is not here is left out, with a warning."""
+    """Set torch's global generators; a warning names devices that are not here."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
@@ -222,7 +224,7 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def others(base: Optimizer, live: LiveLink) -> list[nn.Parameter]:
-    """Parameters in the base's groups that belong neither to the link nor to the model: the caller's own."""
+    """The caller's own parameters in the base's groups, which belong to neither the link nor the model."""
     known = {id(p) for p in (*live.adapters(), *live.trained().values())}
     return [p for group in base.param_groups for p in group["params"] if id(p) not in known]
 

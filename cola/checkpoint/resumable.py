@@ -1,4 +1,4 @@
-"""How a run is saved and goes on: the part of `ChainOptimizer` that is not training."""
+"""Saves and resumes a `ChainOptimizer`; this is the part of it that does not train."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ logger = logging.getLogger("cola")
 
 
 class Resumable(LinkGroups):
-    """Saving and loading, for `ChainOptimizer` to inherit."""
+    """The base class of `ChainOptimizer` that saves and loads."""
 
     chain: Chain
     policy: KnotPolicy
@@ -43,35 +43,33 @@ class Resumable(LinkGroups):
     steps: int
     finished: bool
     _base_model: BaseModel
-    _extras: dict[str, Any]  # of `register_for_checkpointing`
+    _extras: dict[str, Any]  # from `register_for_checkpointing`
     _epoch: float | None
     _loss: torch.Tensor | None
     _probed: list[int]
-    _ready: bool = False  # whether the checks before a step have been made
+    _ready: bool = False  # whether the checks before a step have passed
     _given_back: str | None = None  # digest of the weights that gave back the first link's start, until a step
-    _loaded: Counters | None = None  # of a loaded state, until a step has compared the model's weights with it
+    _loaded: Counters | None = None  # those of a loaded state, until a step compares the model's weights with them
 
-    # in a directory of our own
+    # in a directory
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a checkpoint: chain, live link, base optimizer, policy, counters and torch's random states.
 
-        It is adapter-sized: the weights are not in it, `load` rebuilds them from the untouched base. Call it between
-        steps; gradients that are being accumulated are not saved. The former checkpoint in ``directory`` is replaced as
-        a whole or, if anything fails, left as it was, and the run can go on either way. In a distributed run process 0
-        writes, with its own random states. Persistent buffers that training has moved (running statistics) are saved;
-        other ones are not. The first save reads the whole model once, for its fingerprint. The format is described in
-        FORMAT.md.
+        It is adapter-sized, because `load` rebuilds the weights from the untouched base. Call it between steps:
+        gradients that are being accumulated are not saved, and of the buffers only persistent ones that training has
+        moved (running statistics). The previous checkpoint in ``directory`` is replaced as a whole or, if anything
+        fails, left intact, and the run can continue either way. In a distributed run process 0 writes, with its own
+        random states. The first save reads the whole model once, for its fingerprint. FORMAT.md has the format.
 
         Args:
-            directory: made if it does not exist. `Chain.load` reads the chain from it as well.
+            directory: created if it does not exist. `Chain.load` reads the chain from it as well.
 
         Raises:
-            RuntimeError: after `finish`; the links are not there (``keep_links=False``) to rebuild the weights from; or
-                the model is sharded.
+            RuntimeError: the chain is finished or lacks links (``keep_links=False``), or the model is sharded.
             TypeError: the base optimizer's state holds something that only pickling could keep.
             ValueError: the directory holds another program's files under our names.
-            OSError: the disk is full, the directory read-only, another process is saving there, …
+            OSError: the disk is full, the directory is read-only, another process is saving there, …
 
         >>> import tempfile
         >>> from cola import ChainOptimizer, LinkConfig, StepKnots
@@ -102,19 +100,18 @@ class Resumable(LinkGroups):
     def load(self, directory: str | os.PathLike[str], *, rng: bool = True) -> None:
         """Continue where `save` was called, bit for bit on the same device, library versions, kernels and threads.
 
-        Call it on a ChainOptimizer made with the saved run's arguments over the UNTOUCHED base: the links are tied into
-        its weights again. All its parameters and persistent buffers are compared with the saved run's base; only those
-        that the checkpoint brings (a head that is trained whole) may differ, with a warning. Everything is read and
-        checked before anything is changed. Hyperparameters in the param groups become the saved ones, as with any
-        ``load_state_dict``.
+        Call it on a ChainOptimizer made with the saved run's arguments over the UNTOUCHED base, into whose weights it
+        ties the links again. All parameters and persistent buffers are compared with the saved run's base; only those
+        that the checkpoint brings (a trained head) may differ, with a warning. Everything is read and checked before
+        anything changes. Hyperparameters in the param groups become the saved ones, as with any ``load_state_dict``.
 
         Args:
             directory: that `save` wrote.
-            rng: set torch's global random states (CPU and CUDA) as they were, so that dropout goes on bit for bit.
+            rng: restore torch's global random states (CPU and CUDA), so that dropout continues bit for bit.
 
         Raises:
-            ValueError: a file is missing, truncated or edited; the base is another one; rank, layers, seed, rounding,
-                policy or base optimizer differ. Nothing is changed then.
+            ValueError: a file is missing, truncated or edited; the base is another one; or rank, layers, seed,
+                rounding, policy or base optimizer differ. Nothing is changed then.
             RuntimeError: this optimizer has tied a knot already, or is finished.
         """
         self._require_running("load()")
@@ -131,7 +128,7 @@ class Resumable(LinkGroups):
         with interrupts.deferred():
             restore.rebuild(saved, self.live, self.base)
             self._continue(saved)
-            self._loaded = None  # nothing to compare: the weights have been rebuilt
+            self._loaded = None  # nothing to compare, the weights are rebuilt
             self._loss = None if saved.loss is None else torch.tensor(saved.loss, dtype=torch.float32, device="cpu")
         if saved.counters.weights not in (None, self._base_model.weights().digest):
             logger.warning(
@@ -141,19 +138,18 @@ class Resumable(LinkGroups):
         if rng:
             restore.restore_rng(saved.rng)
 
-    # the frameworks' way
+    # in state dicts
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, with the chain in it.
+        """The base's state dict, with the chain in it. Save it together with the model's own state dict.
 
-        The counters and the policy ride in ``param_groups[0]["cola"]`` as JSON; the tied links, and the residuals of
-        compensated rounding, under the top-level key ``"cola"``: tensors and JSON, which
-        ``torch.load(weights_only=True)`` reads. Save it together with the model's own state dict.
-
-        After `finish` it holds the complete chain, and only a ChainOptimizer that is finished takes it.
+        Counters and policy are a JSON text in ``param_groups[0]["cola"]``. The tied links and the residuals of
+        compensated rounding are tensors and JSON under the top-level key ``"cola"``, which
+        ``torch.load(weights_only=True)`` reads. After `finish` it holds the complete chain, and only a finished
+        ChainOptimizer loads it.
 
         Raises:
-            KnotError: a layer with a link was changed under the chain (merged by PEFT, replaced, …); names it.
+            KnotError: a layer with a link was changed from outside (merged by PEFT, replaced, …); names it.
         """
         for before in list(self._optimizer_state_dict_pre_hooks.values()):
             before(self)
@@ -165,19 +161,19 @@ class Resumable(LinkGroups):
 
     @unaffected()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. The model's own state dict brings the weights and the live link.
+        """Continue where `state_dict` was called. The model's own state dict brings the weights and the live link.
 
-        A framework may have dropped the top-level key ``"cola"`` (distributed checkpointing does). Training then goes
-        on exactly, and the chain knows that its first links are missing. Only compensated rounding cannot go on.
+        A framework may have dropped the top-level key ``"cola"``, as distributed checkpointing does. Training then
+        continues exactly, with the chain's first links missing; it is refused if it depends on the key, as compensated
+        rounding does.
 
-        The first step compares the model's weights with those that the state was saved with, and raises where the
-        model's own state dict was not loaded: the state alone would go on from a wrong model in silence. A finished
-        chain takes no step, so it compares them at once.
+        The first step compares the model's weights with those that the state was saved with. It raises if the model's
+        own state dict was not loaded, because training would silently continue from a wrong model. A finished chain
+        takes no step and compares them at once.
 
         Raises:
-            ValueError: the state is not a chain's, or of another chain (seed, ranks, layers), a link is missing,
-                residuals are needed and were dropped, or it is of a finished chain and this one is running, or the
-                other way round; nothing is changed then.
+            ValueError: the state is not a chain's, or another chain's (seed, ranks, layers); a link or a dropped entry
+                is needed; or only one of the two chains is finished. Nothing is changed then.
             RuntimeError: in a listener of `on_knot`.
         """
         self._require_outside_a_knot("load_state_dict()")
@@ -208,17 +204,17 @@ class Resumable(LinkGroups):
             after(self)
 
     def register_for_checkpointing(self, name: str, thing: Any) -> None:
-        """Save something of the caller's with every checkpoint of the run, and give it back when one is loaded.
+        """Save an object of the caller's with every checkpoint of the run, and restore it when one is loaded.
 
-        Call it again, under the same name, before a resumed run's state is loaded.
+        To resume a run, register the object under the same name before the state is loaded.
 
         Args:
             name: of the entry.
-            thing: with ``state_dict()``, which returns a dict of numbers, texts, tensors, lists and dicts, and
-                ``load_state_dict(state)``.
+            thing: has ``load_state_dict(state)``, and ``state_dict()`` that returns a dict of numbers, strings,
+                tensors, lists and dicts.
 
         Raises:
-            TypeError: ``thing`` lacks one of the two methods, or ``name`` is no text.
+            TypeError: ``thing`` lacks one of the two methods, or ``name`` is not a string.
             ValueError: the name is taken.
 
         >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
@@ -238,14 +234,14 @@ class Resumable(LinkGroups):
 
     @unaffected()
     def follow(self, chain: Chain) -> None:
-        """Tie an earlier chain's links into the untouched base, and go on as the link after them.
+        """Tie an earlier chain's links into the untouched base, and continue with the link after them.
 
         Args:
-            chain: e.g. of `Chain.from_peft` or `Chain.load`; complete.
+            chain: complete, e.g. from `Chain.from_peft` or `Chain.load`.
 
         Raises:
             ValueError: it does not fit the model, or the model is not its base. Nothing is changed then.
-            RuntimeError: this optimizer has taken a step already; or the chain lacks links.
+            RuntimeError: this optimizer has taken a step already, or the chain lacks links.
 
         >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
         >>> link = LinkConfig(r=1, target_modules="all-linear")
@@ -270,11 +266,11 @@ class Resumable(LinkGroups):
 
     @unaffected()
     def undo(self, base: replay.Base) -> Link:
-        """Untie the last knot: the weights are rebuilt without its link, and that link begins again.
+        """Untie the last knot: rebuild the weights without its link, and begin that link again.
 
-        The live link is dropped. The one before it starts from its own draw with fresh optimizer state. Values trained
-        beside the links, and buffers that training moved, go back to what they were at the knot before. Counters and
-        policy are not turned back.
+        The live link is dropped. The one before it starts from its own draw, with fresh optimizer state. Everything
+        else that training moved (biases, heads, buffers) returns to its value at the knot before. Counters and policy
+        stay.
 
         Args:
             base: the untouched model, or its state dict.
@@ -294,7 +290,7 @@ class Resumable(LinkGroups):
         if not isinstance(base, (nn.Module, Mapping)):
             raise TypeError(f"undo(base={base!r:.80}) needs the untouched model, or its state dict")
         if base is self.live.model:
-            raise ValueError("undo(base): base is the model itself; it must be the untouched one, or its state dict")
+            raise ValueError("undo(base): base is the model itself; give the untouched one, or its state dict")
         self._require_weights()
         replaced = [name for link in links[:-1] for name in link.trained]
         replay.check(self.live.model, links, self.chain.base, base=base, live=True, replaced=replaced)
@@ -309,7 +305,7 @@ class Resumable(LinkGroups):
 
     @contextlib.contextmanager
     def _restarted(self, index: int) -> Iterator[None]:
-        """Around a change of the weights: afterwards link ``index`` begins, with fresh base state."""
+        """Begin link ``index``, with fresh base state, after the block has changed the weights."""
         modes = self._leave_training_mode()
         try:
             with interrupts.deferred():
@@ -322,7 +318,7 @@ class Resumable(LinkGroups):
         self._loss, self._held, self._given_back = None, {}, None
 
     def _state(self) -> RunState:
-        """The run, without what the model's own state dict brings."""
+        """The run, except for the parts that the model's own state dict has."""
         live, chain = self.live, self.chain
         if self.finished:
             index, weights = chain.missing + len(chain), self._base_model.final_digest()
@@ -351,22 +347,20 @@ class Resumable(LinkGroups):
             finished=self.finished,
         )
         self.base.param_groups[0][GROUP_KEY] = counters.to_text()
-        residuals = {} if self.finished else live.residuals
-        extras = {name: thing.state_dict() for name, thing in self._extras.items()}
         starts = {} if self.finished else live.starts
         return RunState(
             counters,
             self.base.state_dict(),
             chain.ledger(),
-            extras=extras,
+            extras={name: thing.state_dict() for name, thing in self._extras.items()},
             start_A={path: start.A for path, start in starts.items()},
             start_B={path: start.B for path, start in starts.items()},
             start_lost={path: torch.tensor(start.lost, dtype=torch.float64) for path, start in starts.items()},
-            residuals=residuals,
+            residuals={} if self.finished else live.residuals,
         )
 
     def _whole_state(self) -> RunState:
-        """The run, with everything that a new process needs besides the untouched base model."""
+        """The run, with everything that a new process needs in addition to the untouched base model."""
         state, ledger, link = self._state(), self.chain.ledger(), self.live.snapshot()
         return replace(
             state,
@@ -377,12 +371,12 @@ class Resumable(LinkGroups):
             trained=self.live.trained(),
             buffers=self._base_model.moved(),
             others={str(i): p for i, p in enumerate(restore.others(self.base, self.live))},
-            residuals={},  # replaying the links gives them
+            residuals={},  # replaying the links rebuilds them
             rng=restore.rng_states(),
         )
 
     def _arguments(self) -> dict[str, Any]:
-        """What `arguments_of` said when the chain was made: `finish` takes the layers off."""
+        """As `arguments_of` described them when the chain was made, because `finish` removes the layers."""
         return {**self._made_with, "reset": reset_name(self.reset)}
 
     def _require_same_run(self, saved: RunState) -> None:
@@ -400,7 +394,7 @@ class Resumable(LinkGroups):
             )
 
     def _require_weights(self) -> None:
-        """At the first step after `load_state_dict`: the model must have been given its own state dict as well."""
+        """At the first step after `load_state_dict`, require that the model's own state dict was loaded as well."""
         loaded = self._loaded
         if loaded is None:
             return
@@ -410,16 +404,18 @@ class Resumable(LinkGroups):
                 "knots: load the model's own state dict too (the links are tied into it), or use opt.save and opt.load"
             )
         told, held = loaded.knots, knots_of(self.chain)
-        # links that one of them lacks were lost on one way, and are there again by another
-        if self.chain.missing + len(self.chain) != self.live.index or not _agree(told, held):
+        # one of them may lack links that a framework dropped: compare those that both have
+        known = {knot[0]: knot for knot in told}
+        agree = all(knot == known.get(knot[0], knot) for knot in held)
+        if self.chain.missing + len(self.chain) != self.live.index or not agree:
             raise RuntimeError(
                 f"the chain's links are not those of the optimizer's state (index, step, rank, ‖ΔW‖: the chain has "
-                f"{held}, the state tells of {told}): load the chain that was saved with it"
+                f"{held}, the state has {told}): load the chain that was saved with it"
             )
         self._loaded = None
 
     def _continue(self, saved: RunState) -> None:
-        """Count on from a saved run, with its chain."""
+        """Take over a saved run's chain, counters, policy and extra entries."""
         counters = saved.counters
         self.policy.load_state_dict(counters.policy)
         self.steps, self._epoch = counters.steps, counters.epoch
@@ -453,7 +449,7 @@ class Resumable(LinkGroups):
                 "freshly loaded model"
             )
 
-    # of the optimizer that inherits
+    # defined by `ChainOptimizer`
 
     if TYPE_CHECKING:
         _made_with: dict[str, Any]
@@ -461,9 +457,3 @@ class Resumable(LinkGroups):
         def _require_running(self, call: str) -> None: ...
 
         def _require_outside_a_knot(self, call: str) -> None: ...
-
-
-def _agree(told: list[Any], held: list[Any]) -> bool:
-    """Whether two lists of knots say the same of the links that both have."""
-    known = {knot[0]: knot for knot in told}
-    return all(knot == known.get(knot[0], knot) for knot in held)

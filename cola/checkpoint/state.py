@@ -1,4 +1,4 @@
-"""What a run is between two steps, as plain data. Every form of checkpoint holds a `RunState`, encoded here.
+"""Describes a run between two steps as plain data. Every form of checkpoint holds a `RunState`, encoded here.
 
 The counters are one JSON text in ``param_groups[0]["cola"]``. Scalars there survive `torch.save` with ``weights_only``,
 distributed checkpointing (flattened too), Accelerate and Lightning, which drop top-level keys that they do not know.
@@ -31,21 +31,21 @@ class Counters:
     """The part of a run that is JSON.
 
     Attributes:
-        arguments: of the `ChainOptimizer`, from `arguments_of`; a run goes on under the same ones only.
+        arguments: the `ChainOptimizer`'s, from `arguments_of`; a run continues only under the same ones.
         base_class: name of the base optimizer's class, from `class_name`.
         index: of the live link; after `finish` the number of links.
-        rank: of the live link, the largest where layers differ.
+        rank: of the live link; the largest if layers differ.
         scaling: of the live link in the first layer.
         steps: real steps taken.
-        epoch: epochs completed, as last told.
+        epoch: epochs completed, as last observed.
         probed: param groups whose state a probe step made.
-        stepped: group entries that are the base's state.
+        stepped: entries of param groups that the base changes as its own state.
         policy: the policy's state.
         weights: digest of the tied weights that the state belongs to; None before the first knot.
         knots: the tied links that the chain holds, from `knots_of`.
         origin: before the first knot, prints of the base model's tensors that training has moved; None later.
         started: layers whose weight gave back a product when the live link began.
-        finished: whether the chain is.
+        finished: whether the chain is finished.
     """
 
     arguments: dict[str, Any]
@@ -65,16 +65,16 @@ class Counters:
     finished: bool
 
     def to_text(self) -> str:
-        """As JSON."""
+        """The JSON text."""
         return json.dumps({"version": FORMAT, **asdict(self)})
 
     @classmethod
     def of(cls, state_dict: Any) -> "Counters":
-        """Those in an optimizer's state dict.
+        """Read the counters in an optimizer's state dict.
 
         Raises:
-            TypeError: ``state_dict`` is no dict.
-            ValueError: there are none, they cannot be read, or they are of another format.
+            TypeError: ``state_dict`` is not a dict.
+            ValueError: there are none, they are damaged, or they have another format.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict={state_dict!r:.80} must be a dict, as state_dict() returns it")
@@ -97,10 +97,10 @@ class Counters:
         return found
 
     def require_same_run(self, arguments: Mapping[str, Any], live: LiveLink, *, finished: bool) -> None:
-        """Check that the run may go on in a chain made with these arguments.
+        """Check that a chain made with these arguments may continue the run.
 
         Raises:
-            ValueError: an argument or the rank differs, or just one of the two chains is finished.
+            ValueError: an argument or the rank differs, or only one of the two chains is finished.
         """
         if self.finished and not finished:
             raise ValueError(
@@ -152,25 +152,25 @@ class Counters:
             and type(self.finished) is bool
         )
         if not fits:
-            raise ValueError("an entry is not what a run writes")
+            raise ValueError("an entry has an unexpected value")
         self.origin_prints()
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A whole run. What the model's own state dict brings along may be left empty.
+    """A whole run. Fields that the model's own state dict covers may be empty.
 
     Attributes:
         counters: the part that is JSON.
-        optimizer: the base optimizer's state dict, the counters in it.
-        chain: the tied links; None where a framework has dropped them.
+        optimizer: the base optimizer's state dict, which has the counters too.
+        chain: the tied links; None if a framework has dropped them.
         loss: of the last step.
-        extras: state dicts of what was registered by `ChainOptimizer.register_for_checkpointing`, by name.
+        extras: state dicts of the objects in `ChainOptimizer.register_for_checkpointing`, by name.
         A, B: factors of the live link, by layer.
-        start_A, start_B: the factors that the live link began with, of layers whose weight gave their product back.
-        start_lost: what rounding lost when it did.
-        trained: values of the parameters that are trained besides the factors, by path.
-        buffers: persistent buffers that are no longer the base model's, by path.
+        start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
+        start_lost: the norm that rounding lost then.
+        trained: parameters that are trained besides the factors, by path.
+        buffers: persistent buffers that differ from the base model's, by path.
         others: parameters of groups that the caller added, numbered in order.
         residuals: of compensated rounding, by layer.
         rng: torch's random states, by device.
@@ -197,7 +197,7 @@ _PLAIN = "let state_dict() return numbers, texts, tensors, lists and dicts"
 
 
 def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All but the optimizer and the chain, which each form keeps in its own way, as JSON values and named tensors."""
+    """JSON values and named tensors for all but the optimizer and the chain, which each form stores in its own way."""
     tensors = {f"{kind}:{name}": t for kind in _TENSORS for name, t in getattr(state, kind).items()}
     return {"loss": pack(state.loss, "loss", {}), "extras": pack(dict(state.extras), "extra", tensors, _PLAIN)}, tensors
 
@@ -205,10 +205,10 @@ def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def decode(
     content: Mapping[str, Any], tensors: Mapping[str, Tensor], optimizer: dict[str, Any], chain: Ledger | None
 ) -> RunState:
-    """From `encode`'s, the optimizer's state dict and the chain. Tensors of other names are ignored.
+    """Reverse `encode`, given the optimizer's state dict and the chain. Tensors with other names are ignored.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: they are not those of a run.
+        KeyError, TypeError, ValueError, AttributeError: the values do not describe a run.
     """
     counters = Counters.of(optimizer)
     groups = optimizer["param_groups"]
@@ -234,12 +234,7 @@ _ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")
 
 
 def arguments_of(live: LiveLink, reset: str) -> dict[str, Any]:
-    """The arguments of a `ChainOptimizer` that a run must go on with, as JSON values.
-
-    Args:
-        live: the link that it put on the model.
-        reset: a word for its ``reset``.
-    """
+    """The arguments of a `ChainOptimizer` that a resumed run must share, as JSON values."""
     own = {path: (plan.rank, plan.scaling) for path, plan in live.plans.items()}
     layers = {path: [*shape, *(own[path] if None not in own[path] else ())] for path, shape in live.shapes().items()}
     values = (layers, live.seed, live.rounding, live.quantized, reset, live.config.describe())
@@ -249,26 +244,22 @@ def arguments_of(live: LiveLink, reset: str) -> dict[str, Any]:
 def knots_of(links: Iterable[Link]) -> list[list[Any]]:
     """Index, step, rank and ‖ΔW‖ of each link, which tell one run's links from another's.
 
-    The norm is given to four digits: processes may differ in its last bits.
+    The norm has four digits, because processes may differ in its last bits.
     """
     return [[link.index, link.step, link.rank, f"{link.report.delta_norm:.4g}"] for link in links]
 
 
 def class_name(base: Optimizer) -> str:
-    """A base optimizer's class, as checkpoints name it."""
+    """The name of a base optimizer's class in checkpoints."""
     return f"{type(base).__module__.partition('.')[0]}.{type(base).__qualname__}"
 
 
 class _OtherFormat(ValueError):
-    """A state of another version of the format, which must not be called damaged."""
+    """The state has another format version; it must not be called damaged."""
 
 
 def require_format(version: Any, what: str) -> None:
-    """Refuse a version of the format that is not `FORMAT`.
-
-    Raises:
-        ValueError: it is another one; the message begins with ``what``.
-    """
+    """Raise ValueError unless ``version`` is `FORMAT`; the message begins with ``what``."""
     if version != FORMAT or type(version) is not int:
         raise _OtherFormat(f"{what} has format {version!r:.40}, and this version of cola reads format {FORMAT}")
 

@@ -1,8 +1,8 @@
-"""A run in an optimizer's state dict: the base's own entries, and one top-level entry ``"cola"``.
+"""Keeps a run in an optimizer's state dict: the base's own entries, and one top-level entry ``"cola"``.
 
-The entry holds one JSON text and plain tensors, so `torch.save` and ``torch.load(weights_only=True)`` keep it. The
-model's own state dict brings the weights and the live link. Distributed checkpointing drops top-level keys that it does
-not know. Training then goes on exactly, but the chain lacks its first links and says so when it is asked for them.
+The entry holds a JSON text and plain tensors, so `torch.save` and ``torch.load(weights_only=True)`` keep it. The
+model's own state dict brings the weights and the live link. Distributed checkpointing drops unknown top-level keys.
+Training then continues exactly, but the chain lacks its first links and says so when they are needed.
 """
 
 import json
@@ -18,7 +18,7 @@ KEY = "cola"
 
 
 def to_state_dict(state: RunState) -> dict[str, Any]:
-    """The optimizer's state dict with the entry. Tensors are the live ones, not copies, as in any state dict."""
+    """The optimizer's state dict with the entry. As in any state dict, the tensors are not copies."""
     assert state.chain is not None
     content, tensors = encode(state)
     links = []
@@ -31,11 +31,11 @@ def to_state_dict(state: RunState) -> dict[str, Any]:
 
 
 def from_state_dict(state_dict: dict[str, Any]) -> RunState:
-    """Read a run; its ``chain`` is None where a framework has dropped the entry.
+    """Read a run; its ``chain`` is None if a framework has dropped the entry.
 
     Raises:
-        TypeError: ``state_dict`` is no dict.
-        ValueError: there are no counters in it, or it is damaged.
+        TypeError: ``state_dict`` is not a dict.
+        ValueError: it has no counters, or is damaged.
     """
     counters = Counters.of(state_dict)
     optimizer = {key: value for key, value in state_dict.items() if key != KEY}

@@ -1,1 +1,1 @@
-"""Small things that every other package may use: argument checks, torch's ambient modes, process groups, signals."""
+"""Helpers for every other package: argument checks, torch's ambient modes, process groups, signals."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules make."""
+"""Argument checks that several modules share."""
 
 import math
 import operator
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def integer(value: object) -> int | None:
-    """``value`` as a Python int if it is an integer of any library (bools are none), else None."""
+    """``value`` as a Python int if it is an integer of any library, but not a bool; else None."""
     try:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -15,7 +15,7 @@ def integer(value: object) -> int | None:
 
 
 def is_finite(value: object) -> bool:
-    """Whether ``value`` is a number that a float can hold: no bool, no inf or nan, no integer of 400 digits."""
+    """Whether ``value`` is a number that a float can hold: not a bool, inf, nan or an integer of 400 digits."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -23,11 +23,7 @@ def is_finite(value: object) -> bool:
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Require ``value`` to be one of ``choices``.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 

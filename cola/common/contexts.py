@@ -1,6 +1,6 @@
-"""Torch's ambient modes, which the library's own arithmetic must not depend on.
+"""Keeps the library's own arithmetic independent of torch's ambient modes.
 
-Default device and dtype are met where tensors are made: every such call says which it means.
+The default device and dtype need no context: every call that creates a tensor names its own.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switch autocast off, under which a tie would multiply in bf16; usable as a decorator."""
+    """Switch off autocast, which would make a tie multiply in bf16; usable as a decorator."""
     with contextlib.ExitStack() as stack:
         for device_type in _DEVICE_TYPES:
             if torch.is_autocast_enabled(device_type):
@@ -23,7 +23,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unaffected() -> Iterator[None]:
-    """Leave inference mode too, for tensors made there could not be trained later; usable as a decorator."""
+    """Leave inference mode too, because its tensors cannot be trained later; usable as a decorator."""
     with without_autocast(), contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))  # this switches gradients on

@@ -1,6 +1,6 @@
-"""Several processes that train together: who writes, what they agree on, and tensors that are sharded among them.
+"""Helpers for processes that train together: who writes files, shared means and digests, and sharded tensors.
 
-A sharded tensor (DTensor, as FSDP2 makes them) is recognised by its ``full_tensor``, so nothing has to be imported.
+A sharded tensor (a DTensor of FSDP2) is recognised by its ``full_tensor``, so nothing has to be imported.
 """
 
 import math
@@ -21,12 +21,12 @@ def in_group() -> bool:
 
 
 def writes() -> bool:
-    """Whether this process is the one that writes files: the first of its group."""
+    """Whether this process writes files: the first of its group does."""
     return not in_group() or torch.distributed.get_rank() == 0
 
 
 def shapes_are_free(parameter: Tensor) -> bool:
-    """Whether a Parameter's storage may change size: not where DDP buckets or FSDP shards point into it."""
+    """Whether a Parameter's storage may change size. It may not if DDP buckets or FSDP shards point into it."""
     return not in_group() and not is_sharded(parameter)
 
 
@@ -37,13 +37,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in full; all processes that share it must call together."""
+    """The full tensor. All processes that share it must call together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """``target ← value``, where ``value`` is in full and ``target`` may be sharded: each process keeps its part."""
+    """``target ← value`` for a full ``value``. If ``target`` is sharded, each process keeps its part."""
     if not is_sharded(target):
         target.copy_(value)
         return
@@ -68,11 +68,11 @@ def require_supported(model: nn.Module) -> None:
 
 
 def require_unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse wrappers that would not see new Parameters, whose gradients then are not averaged.
+    """Refuse wrappers that would miss new Parameters, and so not average their gradients.
 
     Args:
-        model: as the user gave it.
-        weights: of the layers that are to be given links, by path.
+        model: before it is unwrapped.
+        weights: of the layers that will get links, by path.
 
     Raises:
         ValueError: says what to do instead.
@@ -88,7 +88,7 @@ def require_unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def release(model: nn.Module, layer: Any, names: tuple[str, ...]) -> None:
-    """Let FSDP2 forget parameters that are to be taken off ``layer``; it would put them back at the next forward."""
+    """Make FSDP2 forget parameters that ``layer`` will lose; it would put them back at the next forward."""
     for module in model.modules():
         ask = getattr(module, "_get_fsdp_state", None)
         groups: Any = [] if ask is None else getattr(ask(), "_fsdp_param_groups", None)
@@ -104,7 +104,7 @@ def release(model: nn.Module, layer: Any, names: tuple[str, ...]) -> None:
 
 
 def part_here(tensor: Any) -> tuple[Tensor, tuple[slice, ...]]:
-    """This process's part of a DTensor, and where it lies in the whole."""
+    """This process's part of a DTensor, and its place in the full tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -112,9 +112,9 @@ def part_here(tensor: Any) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def shared_out(tensors: Sequence[Tensor], digest: Callable[[Tensor], str]) -> list[str]:
-    """``digest`` (32 bytes in hexadecimal digits) of sharded tensors in full, each taken by one of the processes.
+    """``digest`` (32 bytes in hexadecimal digits) of the full sharded tensors; the processes take turns.
 
-    All must call together: to gather a tensor takes them all.
+    All processes must call together, because gathering a tensor involves them all.
     """
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
     rows = torch.zeros(len(tensors), 32, dtype=torch.int32, device=tensors[0].device)
@@ -128,9 +128,9 @@ def shared_out(tensors: Sequence[Tensor], digest: Callable[[Tensor], str]) -> li
 
 
 def agreed_mean(losses: Tensor) -> float:
-    """Mean of the finite values over all processes, as a Python number.
+    """Mean of the finite values over all processes, as a Python number; NaN if there are none.
 
-    Waits for the device, and for the other processes: all must call it at the same step.
+    It waits for the device and the other processes, so all must call it at the same step.
     """
     finite = losses[torch.isfinite(losses)]
     sums = torch.stack([finite.sum(), torch.full((), finite.numel(), dtype=losses.dtype, device=losses.device)])

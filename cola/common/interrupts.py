@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a tie would leave some weights tied and others not: it waits until the knot is whole."""
+"""Delays Ctrl-C until a knot is complete; in the middle of one, some weights would be tied and others not."""
 
 import signal
 import threading
@@ -9,9 +9,9 @@ from types import FrameType
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold back SIGINT while the block runs, then hand it on to whoever handles it.
+    """Hold back SIGINT while the block runs, then pass it to its handler.
 
-    Only the main thread can receive it; elsewhere, and where no Python handler is set, the block just runs.
+    Only the main thread receives it. In other threads, or without a Python handler, the block just runs.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

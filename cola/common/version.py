@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-#: of everything that is written: chains, checkpoints and state dicts. Another version is refused.
+#: the format of chains, checkpoints and state dicts; readers refuse any other
 FORMAT = 4

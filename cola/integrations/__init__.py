@@ -1,1 +1,1 @@
-"""Chains inside other people's training loops; one file per framework, imported only by those who ask for it."""
+"""Chains in other frameworks' training loops. Each framework has one module, which nothing else imports."""

@@ -1,4 +1,4 @@
-"""A Trainer's checkpoints of a running chain: they hold the live link, and ``checkpoint-N/chain`` can replace them."""
+"""Makes a Trainer's checkpoints work with a running chain: its ``checkpoint-N/chain`` can replace missing state."""
 
 import logging
 import os
@@ -15,16 +15,16 @@ from cola.checkpoint.restore import restore_rng
 
 logger = logging.getLogger("cola")
 
-#: where a checkpoint, and the output directory in the end, keep the chain
+#: the chain's directory in a checkpoint, and finally in the output directory
 CHAIN_DIR = "chain"
 
 
 def watch_checkpoints(trainer: Any, opt: ChainOptimizer) -> None:
-    """Let the chain take part where ``trainer`` writes and reads checkpoints.
+    """Let the chain take part when ``trainer`` writes and reads checkpoints.
 
-    A checkpoint without the optimizer's state (``save_only_model=True``, or a file is missing) has weights with a live
-    link in them, and nothing that says so. Its ``chain`` directory is loaded instead, over the untouched model, or the
-    checkpoint is refused before the training.
+    A checkpoint without the optimizer's state (``save_only_model=True``, or a file is missing) does not say that its
+    weights include a live link. Its ``chain`` directory is loaded instead, over the untouched model; without one the
+    checkpoint is refused before training begins.
     """
     save, load_model = trainer._save_checkpoint, trainer._load_from_checkpoint
     load_optimizer, load_random = trainer._load_optimizer_and_scheduler, trainer._load_rng_state
@@ -64,13 +64,13 @@ def watch_checkpoints(trainer: Any, opt: ChainOptimizer) -> None:
 
 
 def _replacement(trainer: Any, directory: str) -> Path | None:
-    """The chain to load in the place of a checkpoint's weights; None if the optimizer's state is there.
+    """The chain to load instead of a checkpoint's weights; None if the optimizer's state is there.
 
     Raises:
         ValueError: neither is there.
     """
     if not os.path.isdir(directory):
-        return None  # the trainer says so
+        return None  # the trainer raises
     names = os.listdir(directory)
     states = [
         name
@@ -86,13 +86,13 @@ def _replacement(trainer: Any, directory: str) -> Path | None:
     lacks = "a scheduler's state" if states else "an optimizer's state"
     raise ValueError(
         f"resume_from_checkpoint={directory!r}: the checkpoint lacks {lacks}, and {chain} is no checkpoint of a chain. "
-        "The weights alone do not say which links are tied and which is live, so the chain cannot go on from them. "
+        "The weights alone do not say which links are tied and which is live, so the chain cannot continue from them. "
         "Save with save_only_model=False, or (not under FSDP) with attach(..., save_chain=True)"
     )
 
 
 def _bring_the_links(opt: ChainOptimizer, links: Path) -> None:
-    """FSDP drops the links from the optimizer's state: take them from the directory beside it."""
+    """Load the links, which FSDP drops from the optimizer's state, from their own directory."""
     if opt.chain.missing and links.is_dir():
         opt.chain.restore(Chain.load(links).ledger())
 
@@ -101,7 +101,7 @@ def _forward(scheduler: Any, opt: ChainOptimizer, saved: Path) -> None:
     """Bring a new scheduler to the step that ``opt`` has reached."""
     if saved.is_file():
         scheduler.load_state_dict(torch.load(saved, weights_only=True))
-    elif isinstance(scheduler, LambdaLR):  # as transformers makes nearly all of them; it depends on the step alone
+    elif isinstance(scheduler, LambdaLR):  # nearly all of transformers' schedulers; they depend on the step alone
         rates = [group["lr"] for group in opt.param_groups]
         at = {"last_epoch": opt.steps, "_step_count": opt.steps + 1, "_last_lr": rates}
         scheduler.load_state_dict({**scheduler.state_dict(), **at})

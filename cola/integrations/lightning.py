@@ -1,7 +1,7 @@
-"""A chain in Lightning: make the ChainOptimizer in the module's ``__init__`` and add `ChainKnots` to the callbacks.
+"""Trains a chain in Lightning: make the ChainOptimizer in the module's ``__init__``, and add the callback `ChainKnots`.
 
-Made later, in ``configure_optimizers``, the link would come after Lightning has loaded a checkpoint's weights, which
-hold the live link.
+In ``configure_optimizers`` it would be too late: Lightning has loaded a checkpoint's weights by then, which include the
+live link.
 
 >>> import lightning
 >>> import torch
@@ -40,12 +40,12 @@ from cola.lora.link import used_rank
 class ChainKnots(Callback):
     """Tells the policies of a module's chains loss and epoch, logs knots, and finishes the chains when ``fit`` ends.
 
-    The loss is the mean of those that were backpropagated for a step, whether Lightning accumulates them or the module
-    does (``manual_backward(loss / n)``: a division by an integer is taken back). Knots appear as ``knot_rank``,
-    ``knot_delta_norm`` and ``knot_lost_norm`` in the trainer's loggers, at the step that they follow.
+    The loss is the mean of the losses backpropagated for a step, whether Lightning accumulates them or the module does
+    (``manual_backward(loss / n)``: the division by an integer is undone). Knots appear as ``knot_rank``,
+    ``knot_delta_norm`` and ``knot_lost_norm`` in the trainer's loggers, at the step before the knot.
 
-    The finished module also takes a checkpoint from the middle of its run, e.g. ``trainer.test(ckpt_path="best")``: the
-    checkpoint's live link is merged into its weights.
+    The finished module can also load a checkpoint from the middle of its run, e.g. by
+    ``trainer.test(ckpt_path="best")``. The checkpoint's live link is then merged into its weights.
 
     Args:
         finish: tie the last links at the end; False leaves that to ``opt.finish()``.
@@ -54,14 +54,14 @@ class ChainKnots(Callback):
     def __init__(self, *, finish: bool = True) -> None:
         self.finish = finish
         self.reports: list[KnotReport] = []
-        self.losses: list[tuple[Tensor, float]] = []  # of the coming step, and what each was divided by
+        self.losses: list[tuple[Tensor, float]] = []  # of the coming step, each with its divisor
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the chains; refuse what would undo their knots."""
+        """Listen to the chains' knots; refuse DeepSpeed, which would undo them."""
         if "deepspeed" in type(trainer.strategy).__name__.lower():
             raise ValueError(
                 "strategy: DeepSpeed's optimizer keeps its own copy of the parameters and would undo every knot: use "
-                "'ddp', or FSDP2 in a loop of your own (experiments/examples)"
+                "'ddp', or FSDP2 in your own loop (experiments/examples)"
             )
         for opt in _chains(trainer):
             opt.on_knot(self.reports.append)
@@ -75,12 +75,14 @@ class ChainKnots(Callback):
         self.losses.append((value, divisor))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Tell the policy the step's loss, and how many epochs the coming step completes."""
+        """Tell the policy the step's loss, and the number of epochs after the coming step."""
         losses, self.losses = self.losses, []
-        if isinstance(optimizer, ChainOptimizer) and losses:
+        if not isinstance(optimizer, ChainOptimizer):
+            return
+        if losses:
             total = torch.stack([value for value, _ in losses]).sum()
             optimizer._optimised(total / sum(1 / divisor for _, divisor in losses))
-        if isinstance(optimizer, ChainOptimizer) and isinstance(trainer.num_training_batches, int):
+        if isinstance(trainer.num_training_batches, int):
             done = trainer.fit_loop.epoch_loop.batch_idx + 1
             optimizer.observe(epoch=trainer.current_epoch + done / trainer.num_training_batches)
 
@@ -98,11 +100,8 @@ class ChainKnots(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         for report in self.reports:
-            values = {
-                "knot_rank": float(report.rank),
-                "knot_delta_norm": report.delta_norm,
-                "knot_lost_norm": report.lost_norm,
-            }
+            norms = {"knot_delta_norm": report.delta_norm, "knot_lost_norm": report.lost_norm}
+            values = {"knot_rank": float(report.rank), **norms}
             for logger in trainer.loggers:
                 logger.log_metrics(values, report.step)
         self.reports.clear()
@@ -114,7 +113,7 @@ def _chains(trainer: Trainer) -> list[ChainOptimizer]:
 
 
 def _divisor(node: Any) -> float:
-    """The integer by which a loss was divided; 1 if it was not."""
+    """The integer that a loss was divided by, or 1."""
     other = getattr(node, "_saved_other", None) if node is not None and node.name() == "DivBackward0" else None
     if isinstance(other, Tensor):
         other = other.item() if other.numel() == 1 and other.device.type == "cpu" else None
@@ -122,22 +121,17 @@ def _divisor(node: Any) -> float:
 
 
 def _take_links(opt: ChainOptimizer) -> None:
-    """Let the finished layers load weights with a link."""
+    """Let the finished layers load weights that include a link."""
     for path, layer in opt.live.layers.items():
         if isinstance(layer, nn.Module) and not is_quantized(layer):  # PEFT's layers keep a link's entries
             layer.register_load_state_dict_pre_hook(_MergesLink(opt.live.plans[path], opt.live.index + 1))
 
 
 class _MergesLink:
-    """A hook that merges the link in a state dict into the weight beside it.
-
-    Args:
-        plan: of the layer's links.
-        links: how many the run has had.
-    """
+    """A hook that merges a state dict's link into its weight."""
 
     def __init__(self, plan: LayerPlan, links: int) -> None:
-        self.plan, self.links = plan, links
+        self.plan, self.links = plan, links  # of the layer, and how many the run had
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -147,7 +141,7 @@ class _MergesLink:
         rank = used_rank(A, B)  # a masked link has zeros beyond its rank
         scalings = [self.plan.scaling_of(i) for i in range(self.links) if self.plan.rank_of(i) == rank]
         if rank and not scalings:
-            raise ValueError(f"the checkpoint's link on {prefix[:-1]!r} has rank {rank}, which no link of the run has")
+            raise ValueError(f"the checkpoint's link on {prefix[:-1]!r} has rank {rank}, and no link of the run has it")
         if rank:
             weight = state[f"{prefix}weight"].clone()
             left, right = known_kind(module).factors(A[:rank], B[:, :rank])

@@ -1,4 +1,4 @@
-"""Preference training and distillation with a chain: the reference model must not move when a knot is tied."""
+"""Checks for preference training and distillation that a knot does not change the reference model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +15,14 @@ _AVERAGING = ("SyncRefModelCallback", "SyncTeacherModelCallback", "PEFTAdapterEM
 
 
 def require_fixed_reference(trainer: Any, link: LinkConfig) -> None:
-    """Refuse a trainer whose reference is computed from the weights that knots change.
+    """Refuse a trainer that computes its reference from weights that knots change.
 
-    With a PeftModel and no reference model, TRL's trainers take the model with its adapter off. After a knot that is
-    the base with the links tied so far. A reference model of its own, reference log-probabilities computed before the
+    Given a PeftModel and no reference model, TRL's trainers use the model with its adapter off. After a knot that is
+    the base model with the links tied so far. A separate reference model, reference log-probabilities computed before
     training, and a trainer that needs no reference (``beta=0``) stay exact.
 
     Raises:
-        ValueError: the reference would move; the message names the way out.
+        ValueError: the reference would move; the message names the alternatives.
     """
     model, args = trainer.model, trainer.args
     adapter = is_peft_model(model)
@@ -36,7 +36,7 @@ def require_fixed_reference(trainer: Any, link: LinkConfig) -> None:
         raise ValueError(
             f"the reference of {type(trainer).__name__} is the PeftModel with its adapter off, which a knot would "
             "change: set ref_model=, or precompute_ref_log_probs=True (DPO, KTO), or beta=0 (GRPO, RLOO), or give the "
-            "trainer the plain model without peft_config, of which it loads a reference of its own"
+            "trainer the plain model without peft_config, so that it loads a separate reference"
         )
     if adapter and getattr(args, "teacher_model_kind", None) == "base":
         raise ValueError(
@@ -53,10 +53,10 @@ def require_fixed_reference(trainer: Any, link: LinkConfig) -> None:
 
 
 def require_no_averaging(trainer: Any) -> None:
-    """Refuse callbacks that average the model's parameters: a knot moves them from the factors into the weights.
+    """Refuse callbacks that average the model's parameters, because a knot moves factors into the weights.
 
     Raises:
-        ValueError: there is one; names it.
+        ValueError: there is one; the message names it.
     """
     for callback in trainer.callback_handler.callbacks:
         kinds = {kind.__name__ for kind in type(callback).__mro__}
@@ -77,7 +77,7 @@ def _takes_the_adapter_off(trainer: Any) -> bool:
 
 
 def _require_own_weights(trainer: Any, link: LinkConfig) -> None:
-    """Refuse another model of the trainer's that shares weights which knots, or training, change in place."""
+    """Refuse a trainer with another model that shares weights which knots or training change in place."""
     model = trainer.model
     if trainer.__dict__.get("ref_model") is model:
         raise ValueError("ref_model is the model that is trained: give the trainer a copy of it, or leave it out")
@@ -102,6 +102,6 @@ def _other_models(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _place(weight: Tensor) -> int:
-    """Where a tensor's values are; 0 if they are nowhere."""
+    """The address of a tensor's values; 0 on the meta device."""
     local = getattr(weight, "_local_tensor", weight)
     return 0 if local.device.type == "meta" else local.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What `TrainingArguments` says about the optimizer, handed to a base optimizer that takes it."""
+"""Passes the optimizer settings in `TrainingArguments` to a base optimizer."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from cola import ChainOptimizer
 
 logger = logging.getLogger("cola")
 
-#: of `TrainingArguments`, and the keyword argument of an optimizer that each becomes
+#: fields of `TrainingArguments`, and an optimizer's keyword argument for each
 _SETTINGS = {
     "learning_rate": "lr", "weight_decay": "weight_decay",
     "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps",
@@ -21,18 +21,18 @@ _SETTINGS = {
 
 
 def base_arguments(args: TrainingArguments, base: Callable[..., Optimizer], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for ``base`` from a trainer's arguments, as far as its signature names them.
+    """Keyword arguments for ``base`` from a trainer's arguments, if its signature names them.
 
-    ``learning_rate``, ``weight_decay``, and what is named in ``optim_args`` go to every base; ``adam_beta1``,
-    ``adam_beta2`` and ``adam_epsilon`` to one with two ``betas``.
+    ``learning_rate``, ``weight_decay`` and the entries of ``optim_args`` go to every base; ``adam_beta1``,
+    ``adam_beta2`` and ``adam_epsilon`` to a base with two ``betas``.
 
     Args:
         args: the trainer's.
-        base: as for `ChainOptimizer`. What a `functools.partial` has bound stays.
+        base: as for `ChainOptimizer`. Arguments bound by a `functools.partial` stay.
         given: the caller's own arguments, which win.
 
     Raises:
-        ValueError: ``optim_args`` has an entry that ``base`` does not take, or that is no number and no truth value.
+        ValueError: ``optim_args`` has an entry that ``base`` does not take, or that is neither a number nor a boolean.
 
     >>> import torch
     >>> args = TrainingArguments(use_cpu=True, learning_rate=0.1, weight_decay=0.01, optim_args="momentum=0.9")
@@ -59,9 +59,9 @@ def base_arguments(args: TrainingArguments, base: Callable[..., Optimizer], give
 
 
 def spare_from_decay(trainer: Trainer, opt: ChainOptimizer) -> None:
-    """Give biases and norms that are trained no weight decay, as the trainer's own optimizer does.
+    """Exempt trained biases and norms from weight decay, as the trainer's own optimizer does.
 
-    They come into a group of their own where others of their group decay.
+    They get a separate group if other parameters of their group decay.
     """
     if len(opt.base.param_groups) < 2:
         return
@@ -76,24 +76,18 @@ def spare_from_decay(trainer: Trainer, opt: ChainOptimizer) -> None:
 
 
 def say_what_is_not_used(args: TrainingArguments, base: Callable[..., Optimizer], known: Iterable[str]) -> None:
-    """Warn of what was chosen in a trainer's arguments and does not reach the base optimizer.
-
-    Args:
-        args: the trainer's.
-        base: as for `ChainOptimizer`.
-        known: names of the keyword arguments that ``base`` is given, by the caller or from ``args``.
-    """
+    """Warn of settings in a trainer's arguments that ``base`` does not get among its ``known`` keyword arguments."""
     name = getattr(base, "__name__", repr(base))
     if args.optim != _default("optim"):
         logger.warning("optim=%r is not used: attach was given the base optimizer %s", str(args.optim.value), name)
     found = {*known, *(base.keywords if isinstance(base, functools.partial) else ())}
-    dropped = [setting for setting, keyword in _SETTINGS.items() if keyword not in found]
-    dropped = [setting for setting in dropped if getattr(args, setting) != _default(setting)]
+    values = {setting: getattr(args, setting) for setting, keyword in _SETTINGS.items() if keyword not in found}
+    dropped = ", ".join(f"{setting}={v!r}" for setting, v in values.items() if v != _default(setting))
     if dropped:
         logger.warning(
             "TrainingArguments(%s) is not used: the signature of the base optimizer %s has no place for it. Set it "
             "in the base itself",
-            ", ".join(f"{setting}={getattr(args, setting)!r}" for setting in dropped),
+            dropped,
             name,
         )
 

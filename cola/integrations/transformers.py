@@ -1,12 +1,10 @@
-"""A chain in transformers' `Trainer`, and in what is made of it (TRL's `SFTTrainer`): `attach` it before `train()`.
+"""Trains a chain in transformers' `Trainer` and its subclasses (TRL's `SFTTrainer`): call `attach` before `train()`.
 
-    trainer = Trainer(model, args, train_dataset=data)
-    opt = attach(trainer, torch.optim.AdamW, PlateauKnots())
-    trainer.train()
-    trainer.save_model("merged")  # the plain model, with the chain in its weights
-    opt.chain.save("chain")       # the links alone
-
-The same lines run in README.md beside this file.
+trainer = Trainer(model, args, train_dataset=data)
+opt = attach(trainer, torch.optim.AdamW, PlateauKnots())
+trainer.train()
+trainer.save_model("merged")  # the plain model, with the chain in its weights
+opt.chain.save("chain")       # the links alone
 """
 
 import functools
@@ -35,7 +33,7 @@ from cola.lora.stacked import StackedLinear
 
 logger = logging.getLogger("cola")
 
-# entry of the optimizer's state dict with the tied weights of a PEFT model, of which a checkpoint has the adapter alone
+# the optimizer's state-dict entry for the tied weights of a PEFT model, whose checkpoints hold the adapter alone
 _WEIGHTS = "cola_weights"
 
 
@@ -51,40 +49,38 @@ def attach(
 ) -> ChainOptimizer:
     """Make a `ChainOptimizer` over ``trainer.model`` the trainer's optimizer.
 
-    Epochs reach the policy, and so does the loss that the trainer has optimised in the step, whatever computes it (the
-    model, ``compute_loss``, ``compute_loss_func``, label smoothing). Knots appear in the log history and wherever the
-    trainer reports to (``knot``, ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``), ``resume_from_checkpoint``
-    goes on bit for bit, also from ``checkpoint-N/chain`` where ``save_only_model=True`` left the rest out, and
-    ``load_best_model_at_end`` brings back the best weights with the chain that led there. After ``train()`` the model
-    is a plain one (a PeftModel is unloaded) with the chain in its weights, and ``trainer.save_model()`` writes that.
-    In several processes, under DDP or FSDP2 (``fsdp=True``), all that is the same.
+    The policy sees epochs, and the loss that the trainer optimised in the step, whatever computes it (the model,
+    ``compute_loss``, ``compute_loss_func``, label smoothing). Knots appear in the log history and wherever the trainer
+    reports to (``knot``, ``knot_rank``, ``knot_delta_norm``, ``knot_lost_norm``). ``resume_from_checkpoint`` continues
+    bit for bit, from ``checkpoint-N/chain`` if ``save_only_model=True`` left the rest out. ``load_best_model_at_end``
+    restores the best weights with their chain. After ``train()`` the model is a plain one (a PeftModel is unloaded)
+    with the chain in its weights, and ``trainer.save_model()`` writes it. All of this also holds in several processes,
+    under DDP or FSDP2 (``fsdp=True``).
 
     Args:
         trainer: whose ``train()`` has not been called.
-        base: as for `ChainOptimizer`.
-        policy: as for `ChainOptimizer`.
-        link: as for `ChainOptimizer`; ``rank_change="auto"`` means ``"mask"`` here.
+        base, policy, link: as for `ChainOptimizer`, except that ``rank_change="auto"`` means ``"mask"``.
         finish: tie the last link when training ends; False leaves that to ``opt.finish()``.
-        save_chain: write the links beside the weights: ``opt.save`` to ``checkpoint-N/chain`` (under FSDP2, where the
-            optimizer's own state drops the links, ``opt.chain.save``), ``opt.chain.save`` to ``output_dir/chain`` in
-            the end.
-        **kwargs: for `ChainOptimizer` and ``base``. What is not given comes from the trainer's arguments: the seed, and
-            as far as ``base`` names them ``learning_rate``, ``weight_decay`` (not for biases and norms),
-            ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``optim_args``; a warning names what was set and is not
-            used. Frozen weights do not decay.
+        save_chain: write the links along with the weights: to ``checkpoint-N/chain`` by ``opt.save`` (by
+            ``opt.chain.save`` under FSDP2, where the optimizer's own state drops the links), and finally to
+            ``output_dir/chain`` by ``opt.chain.save``.
+        **kwargs: for `ChainOptimizer` and ``base``. The trainer's arguments are the defaults: the seed, and, if
+            ``base`` names them, ``learning_rate``, ``weight_decay`` (not for biases and norms), ``adam_beta1``,
+            ``adam_beta2``, ``adam_epsilon`` and ``optim_args``. A warning names settings that are not used. Frozen
+            weights do not decay.
 
     Returns:
         The optimizer, e.g. for ``opt.chain`` and ``opt.on_knot``.
 
     Raises:
         TypeError: ``trainer`` is not a Trainer.
-        ValueError: the trainer is set up for something that a chain cannot do; the message says what to use instead.
+        ValueError: a chain cannot work with the trainer's setup; the message says what to use instead.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer={trainer!r:.80} must be a transformers Trainer")
     model = _chainable(trainer, finish)
     if link.rank_change == "auto":
-        link = replace(link, rank_change="mask")  # a checkpoint's weights are loaded into the first link's shapes
+        link = replace(link, rank_change="mask")  # a checkpoint is loaded into the first link's shapes
     settings = base_arguments(trainer.args, base, kwargs)
     require_fixed_reference(trainer, link)
     say_what_is_not_used(trainer.args, base, {**settings, **kwargs})
@@ -101,7 +97,7 @@ def attach(
 
 
 class ChainCallback(TrainerCallback):
-    """Passes a trainer's events on to a `ChainOptimizer`, and its knots to the trainer's log. `attach` makes it."""
+    """Passes a trainer's events to a `ChainOptimizer`, and knots to the trainer's log. `attach` adds it."""
 
     def __init__(self, trainer: Trainer, opt: ChainOptimizer, *, finish: bool, save_chain: bool) -> None:
         self.trainer, self.opt = trainer, opt
@@ -120,10 +116,10 @@ class ChainCallback(TrainerCallback):
         trainer.training_step = training_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the callbacks that were added since `attach`.
+        """Check the callbacks that were added since `attach`.
 
         Raises:
-            RuntimeError: the chain was finished by an earlier ``train()``.
+            RuntimeError: an earlier ``train()`` finished the chain.
         """
         if self.opt.finished:
             raise RuntimeError(
@@ -137,8 +133,8 @@ class ChainCallback(TrainerCallback):
         self.losses.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the policy the step's loss, and how many epochs the coming step completes."""
-        if self.losses:  # each is the micro-batch's share of what the step optimises
+        """Tell the policy the step's loss, and the number of epochs after the coming step."""
+        if self.losses:  # each is a micro-batch's share of the step's loss
             self.opt._optimised(torch.stack(self.losses).sum())
         loader = kwargs.get("train_dataloader")
         try:
@@ -149,7 +145,7 @@ class ChainCallback(TrainerCallback):
         self.opt.observe(epoch=(state.global_step + 1) / steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the losses of a step that a loss scaler has skipped."""
+        """Forget the losses of a step that the loss scaler skipped."""
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self.opt.zero_grad()
 
@@ -157,7 +153,7 @@ class ChainCallback(TrainerCallback):
         """Log the knots of the step."""
         wanted = control.should_log
         self._log()
-        control.should_log = wanted  # logging a knot is not what was asked for: the loss
+        control.should_log = wanted  # logging a knot must not suppress the log of the loss
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the chain into the checkpoint."""
@@ -169,7 +165,7 @@ class ChainCallback(TrainerCallback):
                 self.opt.save(directory)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go back to the best checkpoint's chain if its weights were loaded, tie the last link, give the model back."""
+        """Load the best checkpoint's chain if its weights were loaded, tie the last link, and restore the model."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.trainer._load_optimizer_and_scheduler(state.best_model_checkpoint)
         if not self.finish:
@@ -183,25 +179,19 @@ class ChainCallback(TrainerCallback):
             self.trainer.model = self.trainer.model_wrapped = self.trainer.callback_handler.model = plain
         if any(isinstance(module, StackedLinear) for module in self.opt.model.modules()):
             logger.warning(
-                "the links are beside the quantised weights, where from_pretrained will not look for them: write them "
-                "by opt.chain.to_peft (or opt.chain.save), or train with quantized='requantize'"
+                "the links are stacked on the quantised weights, where from_pretrained will not look for them: write "
+                "them by opt.chain.to_peft (or opt.chain.save), or train with quantized='requantize'"
             )
 
     def _log(self) -> None:
         for report in self.reports:
-            self.trainer.log(
-                {
-                    "knot": report.index,
-                    "knot_rank": report.rank,
-                    "knot_delta_norm": report.delta_norm,
-                    "knot_lost_norm": report.lost_norm,
-                }
-            )
+            norms = {"knot_delta_norm": report.delta_norm, "knot_lost_norm": report.lost_norm}
+            self.trainer.log({"knot": report.index, "knot_rank": report.rank, **norms})
         self.reports.clear()
 
 
 def _chainable(trainer: Any, finish: bool) -> Any:
-    """The trainer's model, if a chain can be put on it here and now."""
+    """The trainer's model, after checks that a chain can be put on it."""
     if trainer.optimizer is not None:
         raise ValueError(
             "trainer has an optimizer already: leave optimizers= out, and call attach before train() and once"
@@ -229,42 +219,38 @@ def _chainable(trainer: Any, finish: bool) -> Any:
     model = trainer.model
     if trainer.is_fsdp_enabled and is_peft_model(model):
         raise ValueError(
-            "the model is a PeftModel, of which the trainer's FSDP checkpoints have the adapter alone and lose what "
-            "was tied: give it the model without PEFT (link= says what peft_config would), or use DDP"
+            "the model is a PeftModel, and the trainer's FSDP checkpoints hold its adapter alone, without the tied "
+            "weights: give it the model without PEFT (link= replaces peft_config), or use DDP"
         )
     checkpointing = getattr(trainer.args, "activation_checkpointing_kwargs", None) or {}
-    without_gradient = getattr(model, "main_input_name", "input_ids") != "input_ids"  # transformers sees to the others
+    without_gradient = getattr(model, "main_input_name", "input_ids") != "input_ids"  # transformers handles the others
     if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant") and without_gradient:
         raise ValueError(
-            "use_reentrant=True lets no gradient through to the links, since the model's inputs have none: set "
+            "use_reentrant=True lets no gradient through to the links, because the model's inputs have none: set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     if getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model):
         raise ValueError(
-            "the model has an adapter from add_adapter, of which the trainer saves the adapter alone and loses what "
-            "was tied: use peft.get_peft_model, or the model without an adapter"
+            "the model has an adapter from add_adapter, and the trainer saves the adapter alone, without the tied "
+            "weights: use peft.get_peft_model, or the model without an adapter"
         )
     return model
 
 
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
-    live = opt.live
-    quantised = {path for path in live.layers if is_quantized(live.layers[path].holder)}
-    return {
-        **state,
-        _WEIGHTS: {
-            path: quantized.parts(live.layers[path].holder) if path in quantised else layer.weight.detach()
-            for path, layer in live.layers.items()
-        },
+    weights = {
+        path: quantized.parts(layer.holder) if is_quantized(layer.holder) else layer.weight.detach()
+        for path, layer in opt.live.layers.items()
     }
+    return {**state, _WEIGHTS: weights}
 
 
 @torch.no_grad()
 def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     weights = state.get(_WEIGHTS, {})
     for path, layer in opt.live.layers.items():
-        if path in weights and isinstance(weights[path], dict):
-            quantized.put_parts(opt.live.layers[path].holder, weights[path])
+        if isinstance(weights.get(path), dict):
+            quantized.put_parts(layer.holder, weights[path])
         elif path in weights:
             layer.weight.copy_(weights[path])
     return {name: value for name, value in state.items() if name != _WEIGHTS}

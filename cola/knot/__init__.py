@@ -1,1 +1,1 @@
-"""What happens at a knot: the tie and its rounding, the base optimizer's state, and the learning rate afterwards."""
+"""The knot: the tie and its rounding, the base optimizer's state, and the learning rate afterwards."""

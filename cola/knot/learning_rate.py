@@ -1,9 +1,9 @@
-"""The learning rate after a knot. By itself it goes on as the scheduler says; a new link may warm up, or start over.
+"""Changes the learning rate after a knot: links warm up (`rewarm`) or repeat the whole schedule (`restart`).
 
-Both act around `ChainOptimizer.step` and so compose with any scheduler: `rewarm` scales the rate for the length of a
-step and puts it back, so the scheduler never sees it; `restart` gives the scheduler back the state that it began with.
-What they count is kept in ``param_groups``, where every kind of checkpoint keeps it. Hooks are not kept: call them
-again on a resumed or copied optimizer, before its state is loaded.
+Both hook into `ChainOptimizer.step` and work with any scheduler: `rewarm` scales the rate during a step, so the
+scheduler never sees it; `restart` resets the scheduler to its first state. Their counters are in ``param_groups``,
+which every kind of checkpoint saves. Hooks are not saved: call the functions again on a resumed or copied optimizer,
+before its state is loaded.
 """
 
 import copy
@@ -16,11 +16,11 @@ _REWARM, _RESTART = "cola_rewarm", "cola_restart"
 
 
 def rewarm(opt: ChainOptimizer, steps: int) -> None:
-    """Warm every link but the first up: its k-th step is taken with ``min(1, k / (steps + 1))`` of the learning rate.
+    """Warm up every link but the first: its k-th step has ``min(1, k / (steps + 1))`` of the learning rate.
 
     Args:
-        opt: the chain's optimizer; the rate of its adapters is scaled, other groups keep theirs.
-        steps: taken with less than the full rate; at least 1.
+        opt: the chain's optimizer; only the rate of its adapters is scaled.
+        steps: number of steps below the full rate; at least 1.
 
     Raises:
         ValueError: steps is not a positive integer.
@@ -34,7 +34,7 @@ def rewarm(opt: ChainOptimizer, steps: int) -> None:
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"rewarm(steps={steps!r}) must be a positive integer")
-    opt.param_groups[0].setdefault(_REWARM, steps)  # steps since the knot; the first link is not warmed up
+    opt.param_groups[0].setdefault(_REWARM, steps)  # steps since the knot; the first link needs no warm-up
     full: list[tuple[dict[str, Any], Any]] = []
     taken, tied = opt.steps, False
 
@@ -42,7 +42,7 @@ def rewarm(opt: ChainOptimizer, steps: int) -> None:
         nonlocal taken, tied
         put_back()  # after a step that raised
         first = opt.param_groups[0]
-        if tied:  # by hand
+        if tied:  # by opt.tie()
             first[_REWARM], tied = 0, False
         done, taken = first.get(_REWARM, steps), opt.steps
         if done < steps:
@@ -72,12 +72,12 @@ def rewarm(opt: ChainOptimizer, steps: int) -> None:
 
 
 def restart(opt: ChainOptimizer, scheduler: Any) -> None:
-    """Let every link go through the whole schedule: its first step is taken with the schedule's first rate.
+    """Restart the schedule at every link, whose first step has the schedule's first rate.
 
     Args:
         opt: the chain's optimizer.
-        scheduler: any that `torch.optim` has, or another with ``state_dict`` and ``load_state_dict``; just made, over
-            ``opt``. What it has put into ``param_groups`` is put back with it, e.g. the momentum of OneCycleLR.
+        scheduler: one of `torch.optim`, or another with ``state_dict`` and ``load_state_dict``; just made, over
+            ``opt``. Its other entries in ``param_groups``, e.g. the momentum of OneCycleLR, are reset with it.
 
     Raises:
         ValueError: the scheduler was made over another optimizer.
@@ -97,7 +97,7 @@ def restart(opt: ChainOptimizer, scheduler: Any) -> None:
     schedules = {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "momentum", "betas"}
 
     def before(_opt: Any, _args: Any, _kwargs: Any) -> None:
-        # here, and not at the knot: scheduler.step() comes between, and would leave the first rate out
+        # here and not at the knot: the scheduler.step() in between would skip the first rate
         group = opt.param_groups[0]
         if group.get(_RESTART, 0) == opt.live.index:
             return
@@ -108,4 +108,4 @@ def restart(opt: ChainOptimizer, scheduler: Any) -> None:
 
     handle = opt.register_step_pre_hook(before)
     hooks: Any = opt._optimizer_step_pre_hooks  # an OrderedDict
-    hooks.move_to_end(handle.id, last=False)  # `rewarm` scales what this has put back
+    hooks.move_to_end(handle.id, last=False)  # before `rewarm`, which scales the restored rate

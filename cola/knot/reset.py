@@ -1,9 +1,8 @@
-"""Fresh state for any base optimizer, without knowing which one it is.
+"""Resets the state of any base optimizer, by copying it from a new instance over the same parameters.
 
-A second instance of the base, made on the same parameters, knows what fresh state is, wherever the base keeps it: per
-parameter, in dicts of its own, in an inner optimizer. Entries of the groups that are state rather than settings
-(schedule-free's ``k``, Prodigy's ``d``) are those that the base's own ``step`` was seen to change; what users and
-schedulers set is left alone.
+The new instance has fresh state wherever the base keeps state: per parameter, in other dicts, in an inner optimizer.
+Group entries that the base's own ``step`` changes are state too (schedule-free's ``k``, Prodigy's ``d``); other entries
+are settings of users and schedulers, and stay.
 """
 
 import copy
@@ -20,31 +19,31 @@ Factory = Callable[[list[dict[str, Any]]], Optimizer]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 Reset = str | Callable[[Optimizer, Pairs, Pairs], None]
 
-#: what becomes of the base's state at a knot, where a word says it
+#: named values of ``reset``
 RESETS = ("state", "keep")
 
-#: what users and schedulers set, even if it happens inside a step (in a closure or a hook)
+#: entries that users and schedulers set, even inside a step (in a closure or a hook)
 SETTINGS = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay", "max_lr", "min_lr"}
 
 
 class GroupWatch:
     """Finds the param-group entries that a base's own ``step`` changes.
 
-    Python scalars and tuples of them are compared by value, tensors by identity and version, everything else by
-    identity: nothing waits for a device.
+    It compares Python scalars and tuples of them by value, tensors by identity and version, everything else by
+    identity, so it never waits for a device.
     """
 
     def __init__(self) -> None:
         self.changed: set[str] = set()
 
     def before(self, groups: Sequence[dict[str, Any]]) -> "list[_Held]":
-        """What the groups hold now, to hand to `after`."""
+        """The groups' present entries, to pass to `after`."""
         return [(dict(group), _versions(group)) for group in groups]
 
     def after(self, before: "Sequence[_Held]", groups: Sequence[dict[str, Any]]) -> None:
         """Note the entries that differ."""
         for (old, versions), new in zip(before, groups):
-            # nearly always nothing does: one loop in C finds that, where the caches are cold after a step
+            # usually nothing differs, and one loop in C finds this fast although caches are cold after a step
             if not versions and [*old] == [*new] and all(map(is_, old.values(), new.values())):
                 continue
             for name, value in new.items():
@@ -78,7 +77,7 @@ def _plain(value: Any) -> bool:
 
 
 def groups_with(groups: Iterable[dict[str, Any]], parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Those of ``groups`` that hold any of ``parameters``, in their order."""
+    """The ``groups`` that hold any of ``parameters``, in order."""
     mine = {id(p) for p in parameters}
     return [group for group in groups if any(id(p) in mine for p in group["params"])]
 
@@ -86,7 +85,7 @@ def groups_with(groups: Iterable[dict[str, Any]], parameters: Iterable[nn.Parame
 def fresh_instance(
     factory: Factory, groups: Iterable[dict[str, Any]], stepped: set[str], drop: Iterable[str] = ()
 ) -> Optimizer:
-    """A new instance of the base over ``groups``, with their settings but none of what ``step`` put there.
+    """A new instance of the base over ``groups``, with their settings but without their state.
 
     Args:
         factory: makes the base from param groups.
@@ -99,14 +98,14 @@ def fresh_instance(
 
 
 def adopt(base: Optimizer, fresh: Optimizer, parameters: Iterable[nn.Parameter], stepped: set[str]) -> None:
-    """Give ``parameters`` in ``base`` the state that ``fresh`` has for them.
+    """Move the state of ``parameters`` from ``fresh`` to ``base``.
 
     Args:
-        base: changed in place: the state of ``parameters``, the ``stepped`` entries of the groups that hold them, and
-            likewise in optimizers and dicts that it keeps as attributes. If it trains nothing else, all its other
-            attributes become fresh as well (LBFGS caches the number of elements); else those are shared and stay.
-        fresh: from `fresh_instance`, over the same groups in the same order; give it up afterwards.
-        parameters: to reset; others keep their state.
+        base: changed in place: the state of ``parameters``, the ``stepped`` entries of their groups, and the same in
+            optimizers and dicts among its attributes. If it trains nothing else, all its other attributes become fresh
+            as well (LBFGS caches the number of elements); otherwise they are shared and stay.
+        fresh: from `fresh_instance`, over the same groups in the same order; not to be used afterwards.
+        parameters: the parameters to reset; others keep their state.
         stepped: group entries that are state.
     """
     mine = {id(p): p for p in parameters}
@@ -135,7 +134,7 @@ def _adopt_entries(held: dict[Any, Any], fresh: dict[Any, Any], mine: dict[int, 
 
 
 def tensors_of(base: Optimizer, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The state tensors that ``base`` holds for ``parameters``: after a reset none of them may still be there."""
+    """The state tensors that ``base`` holds for ``parameters``; a reset must replace all of them."""
     return [leaf for p in parameters for leaf in _leaves(base.state.get(p))]
 
 
@@ -147,15 +146,7 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def require_reset(reset: Any, ranks: tuple[int, ...] | None) -> None:
-    """Check the argument ``reset`` of `ChainOptimizer`.
-
-    Args:
-        reset: as given.
-        ranks: of all links, as far as they are known.
-
-    Raises:
-        ValueError, TypeError: it is neither a known word nor a callable, or state is to be kept over a change of rank.
-    """
+    """Raise ValueError or TypeError for a ``reset`` that `ChainOptimizer` cannot use with links of these ranks."""
     if reset == "keep" and len(set(ranks or ())) > 1:
         raise ValueError(f"reset='keep' needs links of one rank, and r={ranks}: use reset='state', or a function")
     if isinstance(reset, str) and reset not in RESETS:
@@ -165,16 +156,12 @@ def require_reset(reset: Any, ranks: tuple[int, ...] | None) -> None:
 
 
 def reset_name(reset: Reset) -> str:
-    """A word for ``reset``, for a checkpoint to compare."""
+    """``reset`` as a word, for a checkpoint to compare."""
     return reset if isinstance(reset, str) else "callable"
 
 
 def require_keepable(base: Optimizer, reset: Reset) -> None:
-    """Check that ``reset`` can be done with this base.
-
-    Raises:
-        ValueError: state is to be kept that holds copies of the factors (schedule-free's averages).
-    """
+    """Raise ValueError if ``reset`` would keep state that holds copies of the factors (schedule-free's averages)."""
     if reset == "keep" and callable(getattr(base, "train", None)):
         raise ValueError(
             f"reset='keep' is not possible with {type(base).__name__}, whose state holds copies of the factors, which "
@@ -185,25 +172,25 @@ def require_keepable(base: Optimizer, reset: Reset) -> None:
 def carried_over(
     base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Mapping[str, int]
 ) -> dict[Any, Any] | None:
-    """The base's state for the factors of the next link, made from that for the old one.
+    """Compute the base's state for the next link from its state for the old one.
 
     The base's state for the factors is left as it is. What the function does to the rest of the base stays, unless it
-    raises: then the groups' entries and the other parameters' state are put back, though not what is in their tensors.
+    raises: then the groups' entries and the other parameters' state are put back, though not the values of tensors.
 
     Args:
-        base: with the state of the old link.
+        base: holds the state of the old link.
         reset: ``"keep"``, or the function.
-        old: the factors of the link that ends.
-        new: the Parameters, with the values of the link that begins.
-        ranks: of the link that begins, by layer; the Parameters may have room for more.
+        old: the factors of the old link.
+        new: the Parameters, with the values of the next link.
+        ranks: ranks of the next link, by layer; the Parameters may have room for more.
 
     Returns:
         State by Parameter; None if all of it stays.
 
     Raises:
-        KnotError: state is to be kept over a change of rank.
+        KnotError: ``"keep"`` at a change of rank.
         ValueError: the function has written to the new factors.
-        Exception: what the function raises.
+        Exception: any that the function raises.
     """
     if not callable(reset):
         for path, (A, _) in old.items():

@@ -1,4 +1,4 @@
-"""How ``W + s·BA`` is rounded once: exact remainders of a sum, and unbiased random rounding."""
+"""Rounds ``W + s·BA`` once: exact remainders of a sum, and unbiased stochastic rounding."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ _TILE = 1 << 16  # elements that share one table of noise; stored chains depend 
 
 
 class Noise:
-    """Uniform integers that depend on the seed and on the position in the whole weight only.
+    """Uniform integers that depend only on the seed and on the position in the whole weight.
 
-    ``u_ij = T[i mod h, j] xor c_i``: a table T of h×n draws, h = ``2¹⁶ div n`` but 1 to m, and a draw c per row. Any
-    two of the u are independent (T and c are uniform, and xor with a uniform number is uniform), so that each rounding
-    is unbiased and sums of roundings vary as with fresh draws, at a few thousandths of the draws.
+    ``u_ij = T[i mod h, j] xor c_i`` for a table T of h×n draws, where h is ``2¹⁶ div n`` between 1 and m, and a draw c
+    per row. Any two u are independent (T and c are uniform, and xor with a uniform number is uniform). So each rounding
+    is unbiased, and sums of roundings vary as with fresh draws, for a few thousandths of the draws.
 
     Args:
-        weight: the part that is rounded.
-        seed: of T and c, drawn in this order.
-        shape: of the whole weight.
+        weight: the part to round.
+        seed: seed of T and then c.
+        shape: shape of the whole weight.
         offset: where the part begins.
         height: rows per block.
     """
@@ -32,12 +32,12 @@ class Noise:
         table = torch.randint(0, 1 << self.bits, (tall, columns), **draws)[:, left : left + weight.shape[1]]
         self.rows = torch.randint(0, 1 << self.bits, (rows, 1), **draws)[top : top + weight.shape[0]]
         self.tall, self.top = tall, top
-        if weight.device.type != "cpu":  # few launches: enough rows below one another for any block
+        if weight.device.type != "cpu":  # repeat the table, so that one launch serves a whole block
             table = table.repeat(-(-(height + tall) // tall), 1)
         self.table = table
 
     def integers(self, rows: slice, out: Tensor) -> Tensor:
-        """Draws of some rows of the part, below ``2^bits``, into an int32 tensor."""
+        """Write the draws of some rows of the part, below ``2^bits``, into an int32 tensor."""
         done, count = 0, rows.stop - rows.start
         while done < count:
             start = (self.top + rows.start + done) % self.tall
@@ -48,13 +48,13 @@ class Noise:
         return out
 
     def uniform(self, rows: slice, out: Tensor) -> Tensor:
-        """The same in [0, 1)."""
+        """`integers`, scaled to [0, 1)."""
         draws = self.integers(rows, torch.empty(out.shape, dtype=torch.int32, device=out.device))
         # integers times a number would be computed in the caller's default dtype
         return torch.mul(draws.to(torch.float32), 2.0**-self.bits, out=out)
 
 
-# mantissa bits that fp32 has more than the weight; where a chance is compared, what the weight's dtype resolves
+# half precision: the mantissa bits that fp32 has in addition; else the resolution of the probability of a move
 NOISE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 24, torch.float64: 31}
 
 
@@ -73,10 +73,10 @@ def sum_in_own_precision(old: Tensor, update: Tensor, new: Tensor, spare: Tensor
 
 
 def sum_and_measure(old: Tensor, update: Tensor, new: Tensor) -> Tensor:
-    """The same by two operations instead of five, where the remainder only serves to be measured; spends ``old``.
+    """`sum_in_own_precision` in two operations, not five, for a remainder that is only measured; overwrites ``old``.
 
-    ``update + (old − new)`` is the remainder exactly where ``|update| ≤ |old|`` (Dekker's fast two-sum). Elsewhere it
-    is off by the rounding of ``old − new``, so that its norm is off by ``eps/2·‖update‖`` of those entries at most.
+    ``update + (old − new)`` is the exact remainder where ``|update| ≤ |old|`` (Dekker's fast two-sum). Elsewhere it is
+    off by the rounding of ``old − new``, so its norm is off by at most ``eps/2·‖update‖`` over those entries.
     """
     torch.add(old, update, out=new)
     old -= new
@@ -85,9 +85,9 @@ def sum_and_measure(old: Tensor, update: Tensor, new: Tensor) -> Tensor:
 
 
 def move_to_neighbour(new: Tensor, error: Tensor, uniform: Tensor) -> None:
-    """Round at random: the exact sum ``new + error`` lies between ``new`` and its neighbour on the error's side.
+    """Move ``new`` to its neighbour on the error's side with probability |error| / distance. Changes both arguments.
 
-    It is at |error| of their distance, so that is the chance of moving there. Changes ``new`` and ``error``.
+    The exact sum ``new + error`` lies between the two, so the expectation is exact.
     """
     neighbour = torch.nextafter(new, torch.where(error > 0, torch.inf, -torch.inf).to(new.dtype))
     gap = neighbour - new
@@ -99,12 +99,12 @@ def move_to_neighbour(new: Tensor, error: Tensor, uniform: Tensor) -> None:
 def round_stochastically(
     target: Tensor, new: Tensor, spare: Tensor, noise: Noise, rows: slice, dtype: torch.dtype
 ) -> None:
-    """Round fp32 to bf16 or fp16 at random, without bias; ``new`` gets the value, still in fp32.
+    """Round fp32 to bf16 or fp16 at random, without bias, and write the result to ``new``, in fp32.
 
-    Seen as an integer, an fp32 number is sign, exponent and mantissa in order of weight. Adding a uniform integer below
-    ``2^d``, where d is the number of mantissa bits to be dropped, carries into the kept bits with probability
-    equal to the dropped fraction; clearing the d bits then leaves one of the two neighbours. bf16 shares fp32's
-    exponents (d = 16). fp16 drops 13 bits where it is normal; below ``2⁻¹⁴`` its grid is uniform with step ``2⁻²⁴``.
+    The bits of an fp32 number are sign, exponent and mantissa, in order of weight. To drop d mantissa bits, add a
+    uniform integer below ``2^d``: it carries into the kept bits with probability equal to the dropped fraction.
+    Clearing the d bits then leaves one of the two neighbours. bf16 has fp32's exponents (d = 16). fp16 drops 13 bits
+    where it is normal; below ``2⁻¹⁴`` its grid is uniform with step ``2⁻²⁴``.
     """
     draws = noise.integers(rows, spare.view(torch.int32))
     torch.add(target.view(torch.int32), draws, out=new.view(torch.int32)).bitwise_and_(-(1 << noise.bits))

@@ -1,7 +1,7 @@
-"""The tie of a weight that may be sharded over processes.
+"""Ties weights that may be sharded over processes.
 
-Factors are small, so a knot gathers them whole. A weight is never gathered: each process ties its own part, and rounds
-it as it would be rounded within the whole.
+A knot gathers the factors, which are small, but never a weight: each process ties its part, and rounds it exactly as
+within the whole.
 """
 
 from dataclasses import replace
@@ -17,31 +17,22 @@ from cola.knot.tie import Tie, delta_norm, obstacle, tie_
 def tie_anywhere(
     weight: Tensor, left: Tensor, right: Tensor, scaling: float, *, rounding: str, seed: int, residual: Tensor | None
 ) -> Tie:
-    """`cola.knot.tie.tie_` on a weight that may be sharded; ``left`` and ``right`` are in full.
+    """`cola.knot.tie.tie_` on a weight that may be sharded; ``left`` and ``right`` are whole.
 
-    A sharded weight has no residual: `LiveLink.check` has refused it.
+    A sharded weight has no residual: `LiveLink.check` refuses it.
     """
     if not is_sharded(weight):
         return tie_(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
     local, (rows, columns) = part_here(weight)
-    shape = (weight.shape[0], weight.shape[1])
-    part = tie_(
-        local,
-        left[rows],
-        right[:, columns],
-        scaling,
-        rounding=rounding,
-        seed=seed,
-        part_of=shape,
-        offset=(rows.start, columns.start),
-    )
+    place: Any = {"part_of": tuple(weight.shape), "offset": (rows.start, columns.start)}
+    part = tie_(local, left[rows], right[:, columns], scaling, rounding=rounding, seed=seed, **place)
     squares = torch.tensor([part.lost**2, part.deviation**2, part.weight**2], dtype=torch.float64, device=local.device)
     lost, deviation, norm = _sum_over_shards(squares, weight).sqrt().tolist()
     return replace(part, delta=delta_norm(left, right, scaling), lost=lost, deviation=deviation, weight=norm)
 
 
 def obstacle_anywhere(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
-    """`cola.knot.tie.obstacle` on a weight that may be sharded: agreed by all that share it."""
+    """`cola.knot.tie.obstacle` on a weight that may be sharded; all its processes agree whether there is one."""
     if not is_sharded(weight):
         return obstacle(weight, left, right, scaling)
     local, (rows, columns) = part_here(weight)

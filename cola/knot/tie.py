@@ -1,8 +1,8 @@
-"""Tie a knot: ``W ← round(W + s·L R)`` in place, rounded once, with an account of what rounding lost.
+"""Ties a link into a weight: ``W ← round(W + s·L R)`` in place, rounded once, and measures what rounding lost.
 
-``L R`` is the link's update: ``B A`` for a weight stored out×in, ``Aᵀ Bᵀ`` for one stored in×out. The tie
-walks over blocks of rows that fit a core's cache, in three buffers of a block's size, and measures the rounding while
-the rows are at hand: the weight itself is read and written once.
+``L R`` is the link's update: ``B A`` for a weight stored as out×in, ``Aᵀ Bᵀ`` for one stored as in×out. The tie goes
+through blocks of rows that fit a core's cache, with three buffers of a block's size, and measures the rounding of each
+block at once, so that the weight is read and written once.
 """
 
 import hashlib
@@ -15,37 +15,31 @@ import torch
 from torch import Tensor
 
 from cola.common.contexts import without_autocast
-from cola.knot.rounding import (
-    Noise,
-    move_to_neighbour,
-    round_stochastically,
-    sum_and_measure,
-    sum_in_own_precision,
-)
+from cola.knot.rounding import Noise, move_to_neighbour, round_stochastically, sum_and_measure, sum_in_own_precision
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
-#: what a link may record: how it was rounded or, on a quantised layer, what was done instead
+#: values of ``rounding`` in a link's record; the last two are for quantised layers
 RECORDED = (*ROUNDINGS, "stack", "requantize")
 TIEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Elements per block and thread. On a CPU a block and its three buffers take 1 MB in fp32, which a core's second-level
-# cache holds. An accelerator wants few launches, so a block there is 1/64 of the weight.
+# Elements per block and thread. On a CPU a block and its three buffers take 1 MB in fp32, which fits a core's
+# second-level cache. On an accelerator a block is 1/64 of the weight, for few launches.
 _CPU_BLOCK = 1 << 16
 
 
 class KnotError(RuntimeError):
-    """A knot that must not be tied, or an invariant of one that does not hold; the message names the layer."""
+    """A knot must not be tied, or an invariant of it does not hold; the message names the layer."""
 
 
 @dataclass(frozen=True)
 class Tie:
-    """What one tie did to one weight (Frobenius norms, in the weight's own units).
+    """Frobenius norms of one tie of one weight.
 
     Attributes:
-        delta: ``‖s·L R‖``, the norm of the update that was asked for.
+        delta: ``‖s·L R‖``, the norm of the update.
         lost: norm of the part of the update that is neither in the weight nor in the residual buffer.
-        deviation: ``‖W' − (W + s·L R)‖`` (with the old residual counted as part of W): how far the stored
-            weight is from the exact sum. Equals ``lost`` unless rounding is compensated.
+        deviation: ``‖W' − (W + s·L R)‖``, the error of the stored weight, where W includes the old residual. Equals
+            ``lost`` unless rounding is compensated.
         weight: ``‖W'‖``.
     """
 
@@ -62,7 +56,7 @@ def key(seed: int, *path: object) -> int:
 
 
 def delta_norm(left: Tensor, right: Tensor, scaling: float) -> float:
-    """``‖s·L R‖_F`` from the r×r Gram matrices alone, in float64; ``left`` m×r, ``right`` r×n."""
+    """``‖s·L R‖_F`` from r×r Gram matrices, in float64; ``left`` is m×r, ``right`` r×n."""
     left, right = left.double(), right.double()
     square = torch.sum((left.T @ left) * (right @ right.T)).item()
     return abs(scaling) * math.sqrt(max(square, 0.0))
@@ -71,8 +65,8 @@ def delta_norm(left: Tensor, right: Tensor, scaling: float) -> float:
 def residual_like(weight: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """A zero residual buffer for compensated ties of ``weight``.
 
-    A half-precision weight gets a bf16 residual: residuals lie ``2⁻⁸`` to ``2⁻¹¹`` below the weight, where fp16 has
-    run out of exponents. fp32 and fp64 weights get one of their own dtype.
+    A half-precision weight gets a bf16 residual: residuals are ``2⁻⁸`` to ``2⁻¹¹`` of the weight, where fp16 runs out
+    of exponents. fp32 and fp64 weights get a residual of their dtype.
     """
     half = weight.dtype in (torch.bfloat16, torch.float16)
     return torch.zeros(weight.shape, dtype=torch.bfloat16 if half else weight.dtype, device=device)
@@ -81,10 +75,9 @@ def residual_like(weight: Tensor, device: torch.device | str = "cpu") -> Tensor:
 @torch.no_grad()
 @without_autocast()
 def obstacle(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> str | None:
-    """Why tying would leave a value that is not finite, as the rest of a sentence on the layer; None if it would not.
+    """Why a tie would leave a non-finite value, as the end of a sentence about the layer; None if it would not.
 
-    Reads the weight, writes nothing. The sum must not exceed the dtype's largest number: then both of its neighbours
-    are finite, whichever the rounding takes.
+    Changes nothing. The sum must not exceed the dtype's largest number, so that rounding either way stays finite.
     """
     limit = torch.finfo(weight.dtype).max
     low, high = (value.item() for value in torch.aminmax(weight))
@@ -126,23 +119,23 @@ def tie_(
         scaling: s.
         rounding: ``"nearest"``; ``"stochastic"``, to one of the two neighbours at random with expectation
             equal to the exact value; ``"compensated"``, to the nearest, keeping the remainder in ``residual``.
-        seed: of the stochastic rounding; the draws depend on it and on the position in W only.
+        seed: seed of stochastic rounding; the draws depend only on it and on the position in W.
         residual: buffer from `residual_like`, on any device; needed when compensated, changed in place.
-        part_of: shape of the whole weight of which ``weight`` is a part; None if it is whole. A part takes the draws
-            that it would take within the whole.
+        part_of: shape of the whole weight if ``weight`` is a part of one; a part is rounded exactly as within the
+            whole.
         offset: where the part begins.
 
     Returns:
-        The norms of the update and of what rounding did to it.
+        The norms of the update and of its rounding error.
 
     Raises:
         ValueError: unknown rounding, or a missing residual.
 
-    Half-precision weights are summed in fp32 and rounded once; fp32 and fp64 ones are summed in their own precision,
-    where the rounding error of the one addition is recovered exactly (Knuth's two-sum).
+    Half-precision weights are summed in fp32 and rounded once. fp32 and fp64 weights are summed in their own precision,
+    and the rounding error of this addition is recovered exactly (Knuth's two-sum).
 
     The same call gives the same bits on the same device, with the same library versions, kernels and number of threads.
-    Elsewhere a sum of r products may be taken in another order, which changes it by its rounding.
+    Elsewhere the sum of r products may be taken in another order and round differently.
 
     >>> W = torch.ones(2, 2)
     >>> tie_(W, torch.ones(2, 1), torch.ones(1, 2), 0.5).delta
@@ -165,7 +158,7 @@ def tie_(
     delta = delta_norm(left, right, scaling)
     buffers = [torch.empty(height, weight.shape[1], dtype=compute, device=device) for _ in range(3)]
     in_own_precision = weight.dtype == compute
-    squares: list[Any] = [0.0, 0.0, 0.0]  # of what is lost, of the deviation, of the new weight
+    squares: list[Any] = [0.0, 0.0, 0.0]  # of the loss, of the deviation, of the new weight
     for rows in _blocks(weight.shape[0], height):
         block, (target, new, spare) = weight[rows], (b[: rows.stop - rows.start] for b in buffers)
         if in_own_precision:
@@ -211,8 +204,8 @@ def tolerance(weight: Tensor, tie: Tie, rank: int) -> float:
     """The largest deviation that rounding alone can explain.
 
     Each stored value is within one unit in the last place of its target (half a unit when rounded to nearest), so
-    ``‖W' − target‖ ≤ eps·‖W'‖`` plus one smallest subnormal per element; the dot products of length r add
-    ``r·eps`` of the compute dtype, relative to the update.
+    ``‖W' − target‖ ≤ eps·‖W'‖`` plus one smallest subnormal per element; the dot products of length r add ``r·eps`` of
+    the compute dtype, relative to the update.
     """
     info, compute = torch.finfo(weight.dtype), torch.finfo(_compute_dtype(weight))
     subnormal = info.smallest_normal * info.eps * math.sqrt(weight.numel())
@@ -224,7 +217,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _height(shape: tuple[int, int], device: torch.device) -> int:
-    """Rows per block; with buffers and noise a tie takes less than 5 % of a bf16 weight of 2²⁴ elements."""
+    """Rows per block; buffers and noise of a tie take less than 5 % of a bf16 weight of 2²⁴ elements."""
     rows, columns = shape
     if device.type == "cpu":
         elements = min(_CPU_BLOCK * torch.get_num_threads(), max(_CPU_BLOCK, rows * columns // 160))
@@ -241,13 +234,13 @@ def _blocks(rows: int, height: int) -> Iterator[slice]:
 def _square(values: Tensor) -> Tensor | float:
     """``‖values‖²`` of a contiguous block, to six digits or more.
 
-    A CPU sums single precision five times as fast as it converts it; what that would lose to under- or overflow is
-    summed in double. An accelerator is not asked to look at the result, so there the sum is double at once.
+    A CPU sums single precision five times as fast as it converts it to double, which is left for sums that may under-
+    or overflow. An accelerator sums in double at once, because looking at the result would wait for it.
     """
     flat = values.view(-1)
     if values.device.type == "cpu":
         square = torch.dot(flat, flat).item()
-        if 1e-25 < square < 1e35:  # terms below fp32's range, at most 2¹⁷ of 2⁻¹²⁶, are nothing beside 1e-25
+        if 1e-25 < square < 1e35:  # terms below fp32's range, at most 2¹⁷ of 2⁻¹²⁶, are negligible against 1e-25
             return square
         return torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2
     return torch.linalg.vector_norm(flat, dtype=torch.float64).square()

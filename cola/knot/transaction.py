@@ -1,4 +1,4 @@
-"""A knot as a transaction: whatever can fail is tried first and taken back; then Algorithm 1's steps follow."""
+"""A knot as a transaction: everything that can fail is tried first and undone; then Algorithm 1's steps follow."""
 
 import time
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from cola.lora.link import Factor, KnotReport, LayerReport, Link
 
 
 class NextLink:
-    """A link that is ready to begin: drawn, and tried on the layers and on the base optimizer.
+    """A link that is ready to begin: drawn, and tried on the layers and the base optimizer.
 
     Args:
-        opt: the `ChainOptimizer`. Its live link and its base's state are as before when this returns or raises.
-        index: of the new link.
+        opt: the `ChainOptimizer`. Its live link and its base's state are unchanged when this returns or raises.
+        index: the new link's index.
         old: the live link.
-        reset: as the argument of `ChainOptimizer`.
-        follows: whether the live link is going to be tied before it.
+        reset: as in `ChainOptimizer`.
+        follows: whether the live link is tied before it begins.
 
     Raises:
-        KnotError: the layers have no room for it, or state cannot be kept over a change of rank.
-        Exception: what the caller's own init, base or reset raises.
+        KnotError: the layers have no room for the link, or state cannot be kept over a change of rank.
+        Exception: any that the caller's init, base or reset raises.
     """
 
     def __init__(self, opt: Any, index: int, old: Mapping[str, Factor], reset: Reset, *, follows: bool = False) -> None:
@@ -49,12 +49,12 @@ class NextLink:
                 parameter.grad = grad
 
     def begin(self) -> None:
-        """Put the link on the layers. If it does not start at zero, the weights give back its product."""
+        """Put the link on the layers, and subtract its product from the weights if it does not start at zero."""
         self.live.begin(self.index, self.link)
         self.live.give_back()
 
     def reset(self) -> None:
-        """Give the base the state that the new link begins with."""
+        """Give the base the new link's state."""
         if self._fresh is not None:
             self.opt._adopt(self._fresh, self.live.adapters())
         if self._state is not None:
@@ -65,10 +65,10 @@ class NextLink:
 
 
 class Knot:
-    """One knot, ready to be tied: the link is fit to be added to the weights, and the next one is fit to begin.
+    """A knot that is ready to be tied: the link can be added to the weights, and the next one can begin.
 
     Args:
-        opt: the `ChainOptimizer`; nothing of it has changed when this returns or raises.
+        opt: the `ChainOptimizer`, which is unchanged when this returns or raises.
         extend: whether a new link follows.
 
     Raises:
@@ -97,7 +97,7 @@ class Knot:
         self.ties = self.live.tie(self.index, self.link)
 
     def record(self) -> KnotReport:
-        """Append the link, with what its tie did, to the chain."""
+        """Append the link and its report to the chain."""
         ties, loss = self.ties, self.opt._loss
         report = KnotReport(
             index=self.index,
@@ -114,11 +114,11 @@ class Knot:
         return report
 
     def extend(self) -> None:
-        """Begin the next link: A drawn anew and B zero, unless the caller's init says otherwise."""
+        """Begin the next link: a new draw of A, and B zero, unless the caller's init returns another B."""
         assert self._next is not None
         self._next.begin()
 
     def reset(self) -> None:
-        """Give the factors fresh optimizer state, or what the caller's ``reset`` makes of the old one."""
+        """Give the factors fresh optimizer state, or the state that the caller's ``reset`` makes."""
         assert self._next is not None
         self._next.reset()

@@ -1,1 +1,1 @@
-"""What is trained: layers that carry a low-rank link, how links start, and which layers of a model get them."""
+"""Low-rank links on a model's layers: how they start, which layers carry them, and how they are tied and removed."""

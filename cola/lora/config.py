@@ -1,4 +1,4 @@
-"""Extend the chain: what a new link starts from. Ranks, scalings and seeded draws."""
+"""The configuration of a chain's links: adapted layers, ranks, scales and first values."""
 
 import math
 import numbers
@@ -19,32 +19,32 @@ RANK_CHANGES = ("auto", "resize", "mask")
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """What each link of a chain is.
+    """Settings of the links of a chain.
 
     Args:
         r: rank: an int, a sequence (one per link; the last repeats) or a callable of the link index (from 0).
-        lora_alpha: the first link's scale is ``s = lora_alpha / r``.
+        lora_alpha: sets the first link's scale, ``s = lora_alpha / r``.
         target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
             path, ``"all-linear"`` (every linear layer but output embeddings and the heads of transformers'
-            classifiers), or None for query and value projections; in a vision-language model the language model's.
-        lora_dropout: probability of dropping an input of the link in training.
+            classifiers), or None for query and value projections; in a vision-language model only the language model's.
+        lora_dropout: probability that training drops an input of the link.
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
-        modules_to_save: names of modules that are trained whole (heads, embeddings).
-        init: how the factor that does not start at zero is drawn: ``"gaussian"`` N(0, 1/r²); ``"kaiming"``
-            U(−1/√n, 1/√n), n its input width; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r
-            each link. Or a function of a `LinkStart` that returns A (r×in), or a pair (A, B). If B A is not zero, the
-            weight gives back ``s·B A`` when the link begins, so the model's function stays.
+        modules_to_save: names of modules to train whole (heads, embeddings).
+        init: draws the factor that does not start at zero: ``"gaussian"`` N(0, 1/r²); ``"kaiming"`` U(−1/√n, 1/√n)
+            for input width n; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r each link. Or a
+            function of a `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero, ``s·B A`` is
+            subtracted from the weight when the link begins, so that the model computes the same.
         train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
         scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
             (``alpha/√r``) recompute it from each link's rank.
-        dtype: of the factors; None for fp32, and float64 on a float64 base.
-        rank_change: how a link of another rank is made: ``"resize"`` the factors, ``"mask"`` (zeros beyond the rank,
-            for shapes that may not change), or ``"auto"``: mask in a distributed run, else resize.
-        residual_device: where compensated rounding keeps its residuals, and re-quantised layers their original codes;
-            None for the weight's device.
+        dtype: dtype of the factors; None for fp32, or float64 on a float64 weight.
+        rank_change: how the rank changes: ``"resize"`` the factors, ``"mask"`` (zeros beyond the rank, for shapes that
+            may not change), or ``"auto"``: mask in a distributed run, else resize.
+        residual_device: device of compensated rounding's residuals and of re-quantised layers' original codes; None
+            for the weight's device.
 
     Raises:
-        ValueError, TypeError: an argument out of range.
+        ValueError, TypeError: an argument is out of range.
 
     >>> LinkConfig(r=(8, 4)).scaling_of(1)
     2.0
@@ -108,15 +108,14 @@ class LinkConfig:
         return self.lora_alpha / self.rank_of(link if self.scaling == "alpha/r" else 0)
 
     def known_ranks(self) -> tuple[int, ...] | None:
-        """All ranks that links can have; None if a callable decides."""
+        """All ranks that links may have; None if a callable decides."""
         if callable(self.r):
             return None
         return tuple(map(_rank, self.r)) if isinstance(self.r, Sequence) else (_rank(self.r),)
 
     def describe(self) -> dict[str, Any]:
-        """The arguments as JSON values, for a checkpoint to compare; callables are not described."""
-        known = self.known_ranks()
-        targets = self.target_modules
+        """The arguments as JSON values, for a checkpoint to compare; functions are all described as ``"callable"``."""
+        known, targets = self.known_ranks(), self.target_modules
         return {
             "r": "callable" if known is None else list(known),
             "lora_alpha": float(self.lora_alpha),
@@ -137,14 +136,14 @@ class LinkConfig:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Ranks and scales of one layer's links: the configuration's, or in proportion to a first link of its own.
+    """Ranks and scales of one layer's links, which may start from values different from the configuration's.
 
     Args:
-        config: of all layers.
-        rank, scaling: of the layer's first link, where it has its own (PEFT's ``rank_pattern``, ``alpha_pattern``).
+        config: the configuration of all layers.
+        rank, scaling: the first link's, where this layer differs (PEFT's ``rank_pattern``, ``alpha_pattern``).
 
     A schedule of ranks ``r_0, r_1, …`` takes a layer that starts with R to ``R·r_k/r_0``, rounded half up and at least
-    1. Its scale stays its own under ``"constant"``, and follows its own rank under ``"alpha/r"`` and ``"rslora"``.
+    1. Its scale is constant under ``"constant"`` and follows the layer's rank under ``"alpha/r"`` and ``"rslora"``.
 
     >>> plan = LayerPlan(LinkConfig(r=(8, 4), scaling="alpha/r"), rank=3, scaling=2.0)
     >>> plan.rank_of(1), plan.scaling_of(1)
@@ -180,11 +179,7 @@ class LayerPlan:
         dtype: torch.dtype = torch.float32,
         opt: Any = None,
     ) -> Pair:
-        """The factors A and B that link ``link`` of the layer at ``path`` starts from, on the CPU.
-
-        Raises:
-            ValueError: the link's rank is above the layer's; or as in `cola.lora.init.draw`.
-        """
+        """Draw A and B of link ``link`` for the layer at ``path``, on the CPU; see `cola.lora.init.draw`."""
         rank = self.rank_of(link)
         if rank > min(shape):
             raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
@@ -192,7 +187,7 @@ class LayerPlan:
         return draw(self.config.init, self.config.train, start, dtype)
 
     def known_ranks(self) -> tuple[int, ...] | None:
-        """All ranks that the layer's links can have; None if a callable decides."""
+        """All ranks that the layer's links may have; None if a callable decides."""
         usual = self.config.known_ranks()
         return None if usual is None else tuple(self.rank_of(link) for link in range(len(usual)))
 

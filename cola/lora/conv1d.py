@@ -1,4 +1,7 @@
-"""Transformers' Conv1D, the linear layer of GPT-2, whose weight is stored in×out. It is known by its name alone."""
+"""Links on transformers' Conv1D, the linear layer of GPT-2, whose weight is stored as in×out.
+
+The class is recognised by its name, so that transformers need not be imported.
+"""
 
 from typing import Any
 

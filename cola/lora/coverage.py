@@ -1,4 +1,4 @@
-"""Which share of a model its links reach, and what holds the rest."""
+"""Measures which share of a model the links reach, and why the rest is left out."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +9,7 @@ from torch import nn
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
 from cola.lora.kinds import is_linear, is_quantized, known_kind
+from cola.lora.layer import FACTORS
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
 from cola.lora.targets import obstacles
@@ -21,13 +22,13 @@ _TOWERS = {"vision": ("vis", "image", "video"), "audio": ("audio", "speech")}
 
 @dataclass(frozen=True)
 class Reached:
-    """Adapted layers of one name in one part of the model.
+    """Adapted layers with one name in one part of the model.
 
     Attributes:
         part: path of the part, up to the first index of a layer.
         name: last part of the layers' paths.
-        layers: how many there are.
-        parameters: in their weights.
+        layers: number of layers.
+        parameters: number of parameters in their weights.
     """
 
     part: str
@@ -41,10 +42,10 @@ class LeftOut:
     """Parameters that stay frozen, and why.
 
     Attributes:
-        group: what they are: ``"fused experts"``, ``"output head"``, ``"embeddings"``, ``"norms and biases"``,
-            ``"vision tower"``, ``"audio tower"``, ``"other tower"``, ``"shared weights"``, ``"convolutions"``,
-            ``"refused linear layers"``, ``"other linear layers"`` or ``"other"``.
-        parameters: how many.
+        group: ``"fused experts"``, ``"output head"``, ``"embeddings"``, ``"norms and biases"``, ``"vision tower"``,
+            ``"audio tower"``, ``"other tower"``, ``"shared weights"``, ``"convolutions"``, ``"refused linear layers"``,
+            ``"other linear layers"`` or ``"other"``.
+        parameters: number of parameters.
         why: the reason, in words.
     """
 
@@ -55,13 +56,13 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a run's links reach. Each parameter of the model is counted once.
+    """The share of a model that a run's links reach. Each parameter of the model is counted once.
 
     Attributes:
         rows: the adapted layers, by part and name, in the model's order.
-        left_out: what stays frozen, the largest group first.
-        trained: parameters trained beside the links (biases, ``modules_to_save``).
-        total: parameters of the model, links not counted.
+        left_out: the frozen parameters, the largest group first.
+        trained: number of extra trained parameters (biases, ``modules_to_save``).
+        total: number of the model's parameters, without links.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
     >>> found = coverage(model, {"0": model[0]})
@@ -82,12 +83,12 @@ class Coverage:
 
     @property
     def layers(self) -> int:
-        """How many layers carry links."""
+        """Number of layers that carry links."""
         return sum(row.layers for row in self.rows)
 
     @property
     def parameters(self) -> int:
-        """Parameters in the weights of the layers that carry links."""
+        """Number of parameters in the weights of the layers that carry links."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -96,17 +97,17 @@ class Coverage:
         return self.parameters / max(self.total, 1)
 
     def summary(self) -> str:
-        """The first line and the three largest groups that are left out."""
+        """The first line, and the three largest groups of the left-out parameters."""
         rest = ", ".join(f"{one.group} {self._share(one.parameters)}" for one in self.left_out[:3])
         return self._head() + (f"; left out: {rest}" if rest else "")
 
     def __str__(self) -> str:
         lines = [self._head()]
-        lines += [
-            f"  {f'{r.part}: ' if r.part else ''}{r.name}: {_layers(r.layers)}, {r.parameters:,}" for r in self.rows
-        ]
+        for row in self.rows:
+            part = f"{row.part}: " if row.part else ""
+            lines.append(f"  {part}{row.name}: {_layers(row.layers)}, {row.parameters:,}")
         if self.trained:
-            lines.append(f"trained beside the links: {self.trained:,} ({self._share(self.trained)})")
+            lines.append(f"trained in addition: {self.trained:,} ({self._share(self.trained)})")
         if self.left_out:
             lines.append("left out:")
         lines += [f"  {o.group}: {o.parameters:,} ({self._share(o.parameters)}), {o.why}" for o in self.left_out]
@@ -123,17 +124,17 @@ class Coverage:
 def coverage(
     model: nn.Module, layers: Mapping[str, nn.Module], trained: Iterable[nn.Parameter] = (), target_modules: object = ()
 ) -> Coverage:
-    """Count what links on ``layers`` reach.
+    """Count the parameters that links on ``layers`` reach.
 
     Args:
-        model: any module, with its links or without.
-        layers: the modules that have the adapted weights, by canonical path.
-        trained: parameters that are trained beside the links; those that are not the model's count as well.
-        target_modules: as in `LinkConfig`, to name the reason why linear layers are left out.
+        model: a model with or without links.
+        layers: the modules with the adapted weights, by canonical path.
+        trained: the extra trained parameters; parameters outside the model count as well.
+        target_modules: as in `LinkConfig`; decides the reason given for linear layers that are left out.
     """
     extra = {id(p): p.numel() for p in trained}
     rows: dict[tuple[str, str], list[int]] = {}
-    left: dict[tuple[str, str], int] = {}
+    left: dict[str, dict[str, int]] = {}  # group: reason: size
     groups = _Groups(model, layers, target_modules)
     total = 0
     for path, module, name, parameter in _parameters(model):
@@ -144,18 +145,16 @@ def coverage(
             row = rows.setdefault((part, kind), [0, 0])
             row[0], row[1] = row[0] + 1, row[1] + size
         elif id(parameter) not in extra:
-            key = groups.of(path, module, name, parameter)
-            left[key] = left.get(key, 0) + size
-    merged: dict[str, tuple[int, list[str]]] = {}
-    for (group, why), size in left.items():
-        count, reasons = merged.get(group, (0, []))
-        merged[group] = (count + size, [*reasons, why])
+            group, why = groups.of(path, module, name, parameter)
+            reasons = left.setdefault(group, {})
+            reasons[why] = reasons.get(why, 0) + size
+    frozen = [
+        LeftOut(group, sum(why.values()), next(iter(why)) + (f" (and {len(why) - 1} more)" if len(why) > 1 else ""))
+        for group, why in left.items()
+    ]
     return Coverage(
         rows=tuple(Reached(part, kind, *row) for (part, kind), row in rows.items()),
-        left_out=tuple(
-            LeftOut(group, size, reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""))
-            for group, (size, reasons) in sorted(merged.items(), key=lambda item: -item[1][0])
-        ),
+        left_out=tuple(sorted(frozen, key=lambda one: -one.parameters)),
         trained=sum(extra.values()),
         total=total,
     )
@@ -168,7 +167,7 @@ def covered(live: LiveLink) -> Coverage:
 
 
 def announced(live: LiveLink) -> Coverage:
-    """The coverage of a live link, logged. It warns where half a model is left out, or a task's head is frozen."""
+    """The coverage of a live link, after logging it; warns if half a model is left out or a task's head frozen."""
     found = covered(live)
     logger.info("%s", found.summary())
     if live.config.target_modules == "all-linear" and found.share < 0.5:
@@ -176,22 +175,16 @@ def announced(live: LiveLink) -> Coverage:
     inner, trained = unwrap(live.model), [path.rpartition(".")[0] for path in live.trained()]
     frozen = [head for head in task_heads(inner) if not any(within(p, [head]) for p in (*live.layers, *trained))]
     if frozen:
-        one = len(frozen) == 1
-        logger.warning(
-            "the %s %s of %s %s frozen: if %s new, train %s whole by modules_to_save=%r",
-            "head" if one else "heads",
-            " and ".join(map(repr, frozen)),
-            type(inner).__name__,
-            "stays" if one else "stay",
-            "it is" if one else "they are",
-            "it" if one else "them",
-            frozen,
-        )
+        if len(frozen) == 1:
+            words = "the head %s of %s stays frozen: if it is new, train it whole by modules_to_save=%r"
+        else:
+            words = "the heads %s of %s stay frozen: if they are new, train them whole by modules_to_save=%r"
+        logger.warning(words, " and ".join(map(repr, frozen)), type(inner).__name__, frozen)
     return found
 
 
 class _Groups:
-    """Names the group that a parameter without a link belongs to, and the reason."""
+    """Finds the group of a parameter without a link, and the reason."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], target_modules: object) -> None:
         small = target_modules == "all-linear"
@@ -227,23 +220,23 @@ class _Groups:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Each parameter of the model once, without the links': its module's path, the module, its name, and itself.
+    """Each parameter of the model but the links', once: its module's path, the module, its name, the parameter.
 
-    Where PEFT trains a copy of a module, the copy counts and the original, which is out of use, does not.
+    Where PEFT trains a copy of a module, the copy counts and the unused original does not.
     """
     wrappers = [m for m in unwrap(model).modules() if peft.original(m) == "original_module"]
     unused = {id(module) for wrapper in wrappers for module in wrapper._modules["original_module"].modules()}  # type: ignore[union-attr]
     seen: set[int] = set()
     for path, module in modules_by_name(model).items():
         for name, parameter in () if id(module) in unused else module._parameters.items():
-            factor = name in ("lora_A", "lora_B") or {"lora_A", "lora_B"} & set(path.split("."))
+            factor = name in FACTORS or not set(FACTORS).isdisjoint(path.split("."))
             if parameter is not None and not factor and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield path, module, name, parameter
 
 
 def _size(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for: codes of quantised weights are packed."""
+    """The size of a parameter before its quantisation, which packs codes."""
     if name == "weight" and is_quantized(module):
         out, inner = known_kind(module).shape(module)
         return out * inner

@@ -1,4 +1,4 @@
-"""What is known about models by the names of their parts: default targets, heads, encoders, and unusable layers."""
+"""Default targets, heads, encoders and unusable layers of known models, recognised by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 from cola.lora.kinds import is_linear
 
-#: names of query and value projections, or of projections that hold them, within one attention; the first that fits
+#: names of the projections that compute query and value in one attention; the first entry that fits counts
 QUERY_VALUE = (
     ("q_proj", "v_proj"),  # OPT, Llama, Mistral, Qwen, CLIP, Whisper, …
     ("query", "value"),  # BERT, RoBERTa, ViT
@@ -37,29 +37,29 @@ QUERY_VALUE = (
     ("in_proj_qkv",),  # gated delta networks
     ("in_proj_qkvz",),
     ("self.in_proj",),  # DeBERTa
-    ("kv_b_proj",),  # DeepSeek-like, with a query of another name
+    ("kv_b_proj",),  # DeepSeek-like, whose query has another name
     ("kv_proj",),  # JetMoE, whose queries are mixtures of experts
     ("to_q", "to_v"),  # diffusers
     ("to_qkv",),
 )
 
-#: children of a transformers model that map its features to labels or tokens of the task
+#: children of a transformers model that map its features to the task's labels or tokens
 HEADS = (
     "score", "classifier", "qa_outputs", "classification_head", "cls_classifier", "distillation_classifier",
     "logits_proj", "pre_classifier", "lm_head", "ctc_head",
 )  # fmt: skip
-#: and those that are heads in models for classification alone
+#: further names that are heads only in models for `_TASKS`
 _TASK_HEADS = ("head", "fc", "dist_head", "projector")
 _TASKS = ("Classification", "QuestionAnswering", "MultipleChoice")
 
-#: parts in which a model reads images or sounds
+#: parts of a model that read images or sounds
 ENCODERS = (
     "vision_tower", "visual", "vision_model", "vision_encoder", "vision_embed_tokens", "image_tower", "image_encoder",
     "vision_backbone", "vision", "vpm", "vqmodel", "audio_tower", "audio_encoder", "audio_model",
     "embed_tokens_extend",
 )  # fmt: skip
 
-#: classes that read weights of their layers without calling these: what reads them, and which layers
+#: classes that read their layers' weights without calling the layers: the reader and the layers' names
 READ_DIRECTLY: dict[str, tuple[str, tuple[str, ...]]] = {
     "nn.MultiheadAttention": ("forward", ("out_proj",)),
     "nn.TransformerEncoderLayer": ("fast path in evaluation", ("linear1", "linear2")),
@@ -83,9 +83,9 @@ READ_DIRECTLY: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def query_value(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the query and value projections, for each attention by the first names of `QUERY_VALUE` that it has."""
+    """Paths of the query and value projections: in each attention the first entry of `QUERY_VALUE` that it has."""
     linear = [path for path, module in modules.items() if is_linear(module)]
-    owners: dict[str, dict[str, list[str]]] = {}  # of an attention: name to paths
+    owners: dict[str, dict[str, list[str]]] = {}  # path of an attention: name: paths
     known = {name for names in QUERY_VALUE for name in names}
     for path in linear:
         for name in known:
@@ -99,9 +99,9 @@ def query_value(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def left_encoders(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the encoders of images or sounds beside a language model; none in a model that has no such two parts.
+    """Paths of the image or sound encoders that feed a language model; empty if there is no such pair.
 
-    A dual encoder (CLIP) has none: both of its parts are what is trained.
+    It is empty for a dual encoder (CLIP), of which both parts are trained.
     """
     projections = query_value(modules)
     text = _outermost(path for path in modules if _last(path) == "language_model")
@@ -116,7 +116,7 @@ def left_encoders(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[st
 
 
 def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Linear layers of a transformers model that are its output: path to the path of the head that holds them."""
+    """The output layers of a transformers model: path of each linear layer to the path of its head."""
     output = output_embeddings(model)
     found = {path: path for path, module in modules.items() if module is output}
     for head in [] if output is not None else task_heads(model):
@@ -125,7 +125,7 @@ def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """Names of the children of a transformers model that a task adds: they are fresh before fine-tuning."""
+    """Names of the children of a transformers model that a task adds, with fresh weights."""
     if not any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__):
         return []
     labels = any(task in type(model).__name__ for task in _TASKS)
@@ -143,7 +143,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def read_directly(modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """The layers (by id) whose weights their parent reads without calling them, and why they cannot carry a link."""
+    """The layers (by id) whose parent reads their weights without calling them; why they cannot carry a link."""
     found = {}
     for parent in modules.values():
         for kind in type(parent).__mro__:
@@ -153,7 +153,7 @@ def read_directly(modules: Mapping[str, nn.Module]) -> dict[int, str]:
                 if layer in parent._modules:
                     found[id(parent._modules[layer])] = (
                         f"belongs to {'an' if name.startswith('nn.') else 'a'} {name}, whose {reader} reads the weight "
-                        "without calling the layer, so a link would not be seen there"
+                        "without calling the layer, so a link would have no effect there"
                     )
     return found
 
@@ -181,10 +181,7 @@ def _outermost(paths: Any) -> list[str]:
 
 
 def _branch(path: str, others: list[str]) -> str:
-    """The shortest part of ``path`` that none of ``others`` lies in."""
+    """The shortest ancestor of ``path`` that holds none of ``others``."""
     parts = path.split(".")
-    for end in range(1, len(parts) + 1):
-        prefix = ".".join(parts[:end])
-        if not any(within(other, [prefix]) for other in others):
-            return prefix
-    return path
+    ancestors = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((a for a in ancestors if not any(within(other, [a]) for other in others)), path)

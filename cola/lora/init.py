@@ -1,7 +1,7 @@
 """How a link starts: the values of A and B before its first step.
 
-A way to start is a function of a `LinkStart`. It returns A (r×in), and then B is zero, or a pair (A, B). The library's
-own are in `INITS`; ``LinkConfig(init=...)`` takes the name of one of them, or any such function.
+An init is a function of a `LinkStart`. It returns A (r×in), which leaves B zero, or a pair (A, B).
+``LinkConfig(init=...)`` takes such a function, or the name of one in `INITS`.
 """
 
 import math
@@ -21,18 +21,18 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LinkStart:
-    """The arguments of a way to start, for one layer of one link.
+    """The argument of an init: one layer of one link.
 
     In a distributed run every process asks the function, and it must return the same on all of them.
 
     Attributes:
-        path: of the layer.
+        path: the layer's path.
         shape: (out, in) of its weight.
         rank: r.
         scaling: s.
         link: index of the link, from 0.
-        generator: on the CPU, seeded by (seed, link, path), so that equal keys draw equal values everywhere.
-        opt: the `ChainOptimizer`, with the link before this one still in place; None for the first link.
+        generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
+        opt: the `ChainOptimizer`, which still carries the previous link; None for the first link.
     """
 
     path: str
@@ -46,7 +46,7 @@ class LinkStart:
 
 Init = Callable[[LinkStart], Tensor | Pair]
 
-#: of draws, whatever the caller's defaults are
+#: draws ignore the caller's default device and dtype
 _PLAIN: Any = {"device": "cpu", "dtype": torch.float32}
 
 
@@ -69,7 +69,7 @@ def _orthogonal(start: LinkStart) -> Tensor:
 
 
 def _selector(start: LinkStart) -> Tensor:
-    """r coordinates of the input, shifted by r with every link."""
+    """r input coordinates, shifted by r at every link."""
     rows = torch.arange(start.rank, device="cpu")
     columns = (rows + start.link * start.rank) % start.shape[1]
     return torch.zeros(start.rank, start.shape[1], **_PLAIN).index_put_((rows, columns), torch.ones((), **_PLAIN))
@@ -84,28 +84,28 @@ INITS: dict[str, Callable[[LinkStart], Tensor]] = {
 
 
 def generator(seed: int, link: int, path: str) -> torch.Generator:
-    """The generator that draws the link of one layer."""
+    """The generator for one layer of one link."""
     return torch.Generator("cpu").manual_seed(key(seed, link, path))
 
 
 @torch.no_grad()
 @unaffected()
 def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = torch.float32) -> Pair:
-    """The factors that a link starts from, on the CPU.
+    """Draw the first values of a link's factors, on the CPU.
 
     Args:
         init: a name in `INITS`, or a function.
-        train: as in `LinkConfig`. With ``"A"`` the names draw B, and A is zero.
-        start: passed to the function.
+        train: as in `LinkConfig`. With ``"A"`` a named init draws B and leaves A zero.
+        start: the function's argument.
         dtype: of the Parameters that they are for.
 
     Returns:
-        A and B, in fp32 where a name draws them, else copies in ``dtype``. One of them is zero, unless a function has
+        A and B: in fp32 from a named init, copies in ``dtype`` from a function. One of them is zero, unless a function
         returned a pair.
 
     Raises:
         TypeError: the function returned neither a tensor nor a pair of tensors.
-        ValueError: what it returned has other shapes or values that are not finite in the factors' dtype, or it is A
+        ValueError: a tensor has a wrong shape, or values that are not finite in ``dtype``, or the function returned A
             alone with train="A".
     """
     out, inner = start.shape
@@ -117,7 +117,7 @@ def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = to
     name = f"init={getattr(init, '__name__', init)!s:.60}"
     made = init(start)
     if isinstance(made, Tensor) and train == "A":
-        raise ValueError(f"{name} returned A alone, and train='A' needs a pair (A, B): B is not trained, and not zero")
+        raise ValueError(f"{name} returned A alone, and train='A' needs a pair (A, B), with B frozen and not zero")
     pair = (made, torch.zeros(out, start.rank, **_PLAIN)) if isinstance(made, Tensor) else made
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
         raise TypeError(f"{name} returned a {type(made).__name__} for {start.path!r}: return A, or a pair (A, B)")

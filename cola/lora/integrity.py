@@ -1,7 +1,7 @@
-"""Whether the layers that carry the live link are still as the chain left them.
+"""Checks that the layers with the live link have not been changed by others.
 
-A model is the user's: PEFT may merge or unload an adapter, a layer may be replaced or offloaded, a weight computed by a
-parametrization. Tied into such a layer, a link would be added twice, or to something that the model no longer reads.
+PEFT may merge or unload an adapter, and users may replace or offload a layer, or parametrize its weight. A link tied
+into such a layer would be added twice, or to a weight that the model no longer reads.
 """
 
 import logging
@@ -24,11 +24,7 @@ _GIVE_UP = "or let the model go as it is by opt.finish(merge=False), without thi
 
 
 def require_intact(live: LiveLink) -> None:
-    """Refuse to go on with a layer that has been changed under the chain. Changes nothing.
-
-    Raises:
-        KnotError: names the layer, and says what happened and what to do.
-    """
+    """Raise KnotError, which says what happened and what to do, if others have changed a layer. Changes nothing."""
     inside, modules = {id(module) for module in unwrap(live.model).modules()}, modules_by_name(live.model)
     for path in live.layers:
         reason = _absence(path, live, inside, modules) or _change(path, live)
@@ -37,27 +33,23 @@ def require_intact(live: LiveLink) -> None:
 
 
 def require_removable(live: LiveLink) -> None:
-    """Refuse to take the live link off where that would leave the model broken. Changes nothing.
-
-    Raises:
-        KnotError: as `require_intact`.
-    """
+    """Raise KnotError if removing the live link would break the model. Changes nothing."""
     inside = {id(module) for module in unwrap(live.model).modules()}
     for path, layer in live.layers.items():
         reason = None
         if isinstance(layer, PeftLayer):
             if id(layer.module) in inside and layer.module.merged:
                 reason = peft.refusal(layer.module, own=True)
-        elif live.layers[path].holder._parameters.get("weight") is None:
+        elif layer.holder._parameters.get("weight") is None:
             reason = _COMPUTED
         if reason is not None:
             raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
 
 
 def warn_of_loaded_link(live: LiveLink) -> None:
-    """Warn, before the first step of a run, of a link that is trained already: it has come without its history.
+    """Warn, before the first step of a run, of a link that is already trained: its history is missing.
 
-    PEFT's layers are not asked: an adapter may have been trained before it becomes a chain's first link.
+    PEFT's layers are not checked: an adapter may be trained before it becomes a chain's first link.
     """
     own = [path for path, layer in live.layers.items() if isinstance(layer, AdaptedLayer)]
     if not all(map(live.is_untrained, own)):
@@ -69,27 +61,22 @@ def warn_of_loaded_link(live: LiveLink) -> None:
 
 
 def weights_of(live: LiveLink) -> dict[str, nn.Parameter]:
-    """The weights as Parameters, by path, for `require_intact` to compare."""
-    weights = ((path, live.layers[path].holder._parameters.get("weight")) for path in live.layers)
+    """The weights as Parameters, by path, for `require_same_weights` to compare."""
+    weights = ((path, layer.holder._parameters.get("weight")) for path, layer in live.layers.items())
     return {path: weight for path, weight in weights if weight is not None}
 
 
 def require_same_weights(live: LiveLink, held: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights that are not those on which training began. Changes nothing.
+    """Raise KnotError if a weight has been replaced since training began, when `weights_of` gave ``held``.
 
-    Args:
-        live: the live link, for which `require_intact` holds.
-        held: from `weights_of`, when training began; layers that are not in it are not compared.
-
-    Raises:
-        KnotError: names the layer.
+    Call `require_intact` first. Layers that ``held`` lacks are not compared. Changes nothing.
     """
     for path, weight in weights_of(live).items():
         before = held.get(path, weight)
-        if before is not weight and not is_sharded(before) and not is_sharded(weight):  # FSDP2 goes to and fro
+        if before is not weight and not is_sharded(before) and not is_sharded(weight):  # FSDP2 swaps them itself
             raise KnotError(
-                f"layer {path!r} has been given another weight after training had begun, which the chain's record does "
-                f"not know: put the old weight back, {_GIVE_UP}. Nothing has been changed"
+                f"layer {path!r} has been given another weight after training had begun, which the chain does not "
+                f"record: put the old weight back, {_GIVE_UP}. Nothing has been changed"
             )
 
 
@@ -100,7 +87,7 @@ _COMPUTED = (
 
 
 def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, nn.Module]) -> str | None:
-    """Why the layer is not where it was; None if it is."""
+    """Why the layer is no longer in its place; None if it is."""
     layer = live.layers[path]
     if isinstance(layer, PeftLayer) and id(layer.module) not in inside:
         if layer.module.merged:
@@ -109,7 +96,7 @@ def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, 
                 "and would get it a second time: call opt.finish() before model.unload() next time, " + _GIVE_UP
             )
         return f"has been unloaded by PEFT, and the live link with it: call opt.finish() first, {_GIVE_UP}"
-    holder = live.layers[path].holder
+    holder = layer.holder
     if modules.get(path) is holder:
         return None
     elsewhere = next((other for other, module in modules.items() if module is holder), None)
@@ -122,7 +109,8 @@ def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, 
 
 def _change(path: str, live: LiveLink) -> str | None:
     """Why the layer cannot be tied; None if it can."""
-    layer, holder = live.layers[path], live.layers[path].holder
+    layer = live.layers[path]
+    holder = layer.holder
     if isinstance(layer, PeftLayer):
         if layer.gone():
             return f"has lost its PEFT adapter {layer.adapter!r}, and the live link with it: load it again, {_GIVE_UP}"

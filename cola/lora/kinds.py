@@ -1,4 +1,4 @@
-"""The kinds of layers that can carry a link. Each is a subclass of `AdaptedLayer` in a file of its own."""
+"""The table of the kinds of layers that can carry a link. Each kind is a subclass of `AdaptedLayer`."""
 
 from typing import TypeVar
 
@@ -10,18 +10,18 @@ from cola.lora.quantized import QuantizedLinear
 
 Kind = TypeVar("Kind", bound=type[AdaptedLayer])
 
-#: the first that matches a module is its kind
+#: a module's kind is the first that matches it
 KINDS: list[type[AdaptedLayer]] = [QuantizedLinear, LoRALinear, LoRAConv1D]
 
 
 def register_kind(kind: Kind) -> Kind:
-    """Let a kind of layer carry links; usable as a class decorator. It comes before the kinds known so far.
+    """Let a kind of layer carry links; usable as a class decorator. It takes precedence over the kinds known so far.
 
     Args:
         kind: a subclass of `cola.AdaptedLayer`.
 
     Raises:
-        TypeError: it is not one, or it has no ``plain_class`` to recognise modules by.
+        TypeError: ``kind`` is no such subclass, or sets neither ``plain_class`` nor ``matches``.
 
     >>> import torch
     >>> class Doubled(nn.Module):
@@ -51,7 +51,7 @@ def register_kind(kind: Kind) -> Kind:
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The kind of ``module``, whether it carries a link or not; None if no kind matches."""
+    """The kind of ``module``, with or without a link; None if no kind matches."""
     if isinstance(module, AdaptedLayer):
         return type(module)
     return next((kind for kind in KINDS if kind.matches(module)), None)
@@ -65,7 +65,7 @@ def known_kind(module: nn.Module) -> type[AdaptedLayer]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``target_modules="all-linear"`` means ``module``."""
+    """Whether ``target_modules="all-linear"`` includes ``module``."""
     kind = kind_of(module)
     return kind is not None and kind.linear
 
@@ -77,18 +77,13 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
-    """Why ``module`` cannot carry a link, as the end of a sentence; None if it can.
-
-    Args:
-        module: any module.
-        stacked: as in `AdaptedLayer.refusal`.
-    """
+    """Why ``module`` cannot carry a link, as the end of a sentence; None if it can. See `AdaptedLayer.refusal`."""
     if isinstance(module, AdaptedLayer):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
     kind = kind_of(module)
     if kind is None:
         name = type(module).__name__
-        if name == "Linear":  # one of that name which is not torch's
+        if name == "Linear":  # another library's
             name = f"{type(module).__module__}.{name}"
         return f"is a {name}: links go on nn.Linear and transformers' Conv1D (others: cola.register_kind)"
     return kind.refusal(module, stacked=stacked)

@@ -1,9 +1,8 @@
 """A linear layer with one low-rank link: ``y = W x + b + s·B (A x)``.
 
-`LowRankLinear` is the fast path, one autograd function that adds the link into the output buffer and keeps only the
-input, ``A x`` and, of a dropout, the seed. `LoRALinear.reference` is its slow twin, made of ordinary operations. It
-also serves where those are needed (autocast, a base weight that is itself trained, dropout in a compiled model, the
-transforms of `torch.func`).
+`LowRankLinear` is the fast path: one autograd function that adds the link into the output buffer and keeps only the
+input, ``A x`` and the seed of a dropout. `LoRALinear.reference` is its slow twin, made of ordinary operations. It also
+serves under autocast and `torch.func`, for a weight that is trained, and for dropout in a compiled model.
 """
 
 import math
@@ -20,8 +19,10 @@ from cola.common.distributed import copy_whole
 from cola.knot.sharded import obstacle_anywhere, tie_anywhere
 from cola.knot.tie import KnotError, Tie, tolerance
 
-#: why a layer whose own forward has been overwritten cannot carry a link
+#: why a layer whose forward was overwritten cannot carry a link
 REPLACED = "has had its forward replaced on the instance (a dispatch hook?): make the ChainOptimizer before that"
+#: names of a link's factors on a layer
+FACTORS = ("lora_A", "lora_B")
 #: (A, B, s) of one link on one layer
 Triple = tuple[Tensor, Tensor, float]
 
@@ -29,9 +30,8 @@ Triple = tuple[Tensor, Tensor, float]
 class LowRankLinear(torch.autograd.Function):
     """``y = x Wᵀ + b + s·(d(x) Aᵀ) Bᵀ`` with W frozen; x (…, in), W out×in, A r×in, B out×r; d is dropout.
 
-    A and B are used in x's dtype, as under automatic mixed precision; their gradients come back in their own dtype.
-    Saved for backward are x, ``d(x) Aᵀ`` and the parameters; the mask of a dropout is drawn again from its seed, which
-    comes from torch's global generator.
+    A and B are cast to x's dtype; their gradients come back in their own dtype. Backward saves x, ``d(x) Aᵀ`` and the
+    parameters, and draws the dropout mask again from its seed, which comes from torch's global generator.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class LowRankLinear(torch.autograd.Function):
             mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
         down, up = _used(A, B, x.dtype)
         reduced = _masked(flat, mask).mm(down.t())
-        out = F.linear(x, weight, bias)  # the base's own call; views of it stay inside (FSDP2 warns of others)
+        out = F.linear(x, weight, bias)  # exactly the plain layer's call; no view of it leaves (FSDP2 would warn)
         out.view(-1, out.shape[-1]).addmm_(reduced, up.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, reduced)
         ctx.scaling, ctx.dropout = scaling, dropout
@@ -62,7 +62,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Gradients for x, bias, A and B; none for W. Autograd casts those of A and B to their own dtype."""
+        """Gradients for x, bias, A and B; none for W. Autograd casts those of A and B to the factors' dtype."""
         (grad,) = grads
         x, weight, A, B, reduced = ctx.saved_tensors
         s = ctx.scaling
@@ -70,12 +70,12 @@ class LowRankLinear(torch.autograd.Function):
         down, up = _used(A, B, grad.dtype)
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         mask = kept(flat, ctx.dropout, ctx.seed) if ctx.dropout and (needs_x or needs_A) else None
-        if torch.is_grad_enabled():  # a second derivative is wanted: the saved product carries no graph
+        if torch.is_grad_enabled():  # for a second derivative: the saved product carries no graph
             reduced = _masked(flat, mask).mm(down.t())
         grad_x = grad_bias = grad_A = grad_B = None
-        # `addmm` with beta=0 is a product times s in one call; its first argument lends its shape alone, and no edge to
-        # the graph. The small products come before the large one, which leaves nothing of the gradient in the caches.
-        if needs_B:  # r×out first: BLAS is twice as fast that way round
+        # `addmm` with beta=0 is a product times s in one call; its first argument only lends its shape.
+        # Small products first, while the gradient is still in cache.
+        if needs_B:  # computed as r×out and transposed: BLAS is twice as fast this way
             grad_B = torch.addmm(up.detach().t(), reduced.t(), grad, beta=0, alpha=s).t().contiguous()
         if needs_x or needs_A:
             grad_reduced = grad.mm(up)
@@ -92,15 +92,15 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def _used(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # a cast that changes nothing is a call all the same, and calls are what a short step is made of
+    # skip no-op casts: call overhead dominates short steps
     return (A, B) if A.dtype == B.dtype == dtype else (A.to(dtype), B.to(dtype))
 
 
 def kept(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """Which entries a dropout keeps: integers as wide as ``like``'s numbers, with all bits set (kept) or none.
+    """The mask of a dropout: integers as wide as ``like``'s numbers, with all bits set (kept) or none.
 
-    The same seed gives the same on one device. Four entries share one draw of 64 bits, of which each takes 15: several
-    times faster than one draw each. And a mask of bits is laid over numbers several times faster than booleans.
+    A seed always gives the same mask on one device. Four entries share a 64-bit draw and use 15 bits each, which is
+    several times faster than a draw per entry; a bit mask is several times faster than booleans.
     """
     generator = torch.Generator(device=like.device).manual_seed(seed)
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
@@ -126,27 +126,27 @@ def _dropped(dropout: float) -> int:
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values
-    if torch.is_grad_enabled():  # on the way to a second derivative
+    if torch.is_grad_enabled():  # for a second derivative
         return torch.where(mask != 0, values, 0)
     return values.view(mask.dtype).bitwise_and(mask).view(values.dtype)
 
 
 class AdaptedLayer(nn.Module):
-    """A layer with a live link, and at the same time the kind of layer: one subclass per kind of module.
+    """A layer with a live link. Each subclass is a kind: it supports one kind of module.
 
     A module is adapted in place: its object, hooks and parameters stay, and its class becomes one made by `over`, which
-    adds ``s·B A x`` to the output. `detach` restores the class, so nothing in the model remembers the link.
+    adds ``s·B A x`` to the output. `detach` restores the class and leaves no trace of the link.
 
-    A new kind is a subclass that sets `plain_class` and writes `forward` with `link`; `cola.register_kind` makes it
-    known. The class methods below are asked of plain modules; override those for which the default, a weight called
-    ``weight`` of shape out×in, is not true.
+    To add a kind, write a subclass that sets `plain_class` and computes `forward` with `link`, and pass it to
+    `cola.register_kind`. The class methods below take plain modules and assume a weight called ``weight`` of shape
+    out×in; override those for which this is wrong.
 
     Attributes:
-        lora_A: r×in, lora_B: out×r; Parameters whose identity lasts from `attach` to `detach`.
+        lora_A: r×in, lora_B: out×r; they stay the same Parameter objects from `attach` to `detach`.
         scaling: s.
-        lora_dropout: probability of dropping an input of the link (not of the base) in training.
+        lora_dropout: probability that training drops an input of the link (the plain layer's input is never dropped).
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
-        allowed_ranks: ranks that a loaded state may bring; None for any.
+        allowed_ranks: ranks that a loaded state may have; None for any.
 
     >>> class Gain(nn.Module):
     ...     def __init__(self):
@@ -172,23 +172,24 @@ class AdaptedLayer(nn.Module):
     rank: int
     allowed_ranks: tuple[int, ...] | None
 
-    #: the class of the modules that are of this kind
+    #: the class of the modules of this kind
     plain_class: ClassVar[type[nn.Module]] = nn.Module
-    #: whether the stored weight is in×out, the transpose of what the mathematics writes
+    #: whether the weight is stored as in×out
     transposed: ClassVar[bool] = False
-    #: whether ``target_modules="all-linear"`` means modules of this kind
+    #: whether ``target_modules="all-linear"`` includes this kind
     linear: ClassVar[bool] = True
-    #: whether the weight is stored as codes, which a sum cannot be rounded into
+    #: whether the weight is stored as codes, into which no sum can be rounded
     quantized: ClassVar[bool] = False
-    #: names of buffers that links leave on a layer, which the plain one does not have
+    #: names of buffers that links add to a layer
     added: ClassVar[tuple[str, ...]] = ()
-    _made: ClassVar[dict[tuple[type, type], type]] = {}
+    #: the kind, in a class made by `over`
+    _made_by: ClassVar[type | None] = None
 
     # the kind
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether ``module``, with a link or without, is of this kind."""
+        """Whether ``module`` is of this kind, with or without a link."""
         return isinstance(module, cls.plain_class)
 
     @classmethod
@@ -196,11 +197,11 @@ class AdaptedLayer(nn.Module):
         """Why a plain module of this kind cannot carry a link, as the end of a sentence; None if it can.
 
         Args:
-            module: for which `matches` holds.
-            stacked: whether it may have tied links next to its weight already, as quantised layers can.
+            module: one that `matches`.
+            stacked: whether it may already have tied links next to its weight, as quantised layers can.
         """
         if cls._forward_of(module) is not type(module).forward:
-            return f"is a {type(module).__name__} with a forward of its own, which a link could not follow"
+            return f"is a {type(module).__name__} that overrides forward, which a link could not follow"
         if "forward" in vars(module):
             return REPLACED
         if "weight" not in module._parameters:
@@ -214,12 +215,8 @@ class AdaptedLayer(nn.Module):
 
     @classmethod
     def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
-        """This adapted class for modules of class ``plain``."""
-        made = cls._made.get((cls, plain))
-        if made is None:
-            made = type(f"{cls.__name__}Over{plain.__name__}", (cls, plain), {"plain_class": plain})
-            cls._made[cls, plain] = made
-        return made
+        """This class, derived for modules of class ``plain``."""
+        return class_over(cls, plain)
 
     @classmethod
     def shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -235,16 +232,16 @@ class AdaptedLayer(nn.Module):
 
     @classmethod
     def parts(cls, module: nn.Module) -> dict[str, Tensor]:
-        """What decides the module's function besides its parameters and buffers, by name in its state dict."""
+        """Tensors of the module's state dict that it computes with but keeps outside its parameters and buffers."""
         return {}
 
     @classmethod
     def obstacle(cls, module: nn.Module, links: Sequence[Triple], memory: Any = None) -> str | None:
-        """Why tying all of ``links`` would damage the weight, as the rest of a sentence on the layer; None if not.
+        """Why tying all of ``links`` would damage the weight, as the end of a sentence about the layer; None if not.
 
         Args:
             module: plain or adapted.
-            links: (A, B, s) each.
+            links: (A, B, s) of each link.
             memory: as in `tie`.
         """
         pairs = [cls.factors(A, B) for A, B, _ in links]
@@ -262,11 +259,11 @@ class AdaptedLayer(nn.Module):
             module: plain or adapted.
             link: (A, B, s).
             rounding: one of `cola.knot.tie.ROUNDINGS`.
-            seed: of stochastic rounding.
+            seed: for stochastic rounding.
             memory: the residual buffer of compensated rounding; None for other roundings.
 
         Raises:
-            KnotError: the stored weight is farther from the exact sum than rounding explains.
+            KnotError: the stored weight is further from the exact sum than rounding explains.
         """
         A, B, scaling = link
         weight: Tensor = module.weight.detach()  # type: ignore[operator]
@@ -283,7 +280,7 @@ class AdaptedLayer(nn.Module):
     # the link
 
     def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
-        """Give a layer whose class has just become this one its link."""
+        """Give the layer its link, right after its class has become this one."""
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.scaling, self.lora_dropout = scaling, dropout
         self.rank, self.allowed_ranks = A.shape[0], (A.shape[0],)
@@ -294,14 +291,14 @@ class AdaptedLayer(nn.Module):
         Args:
             A, B: r×in and out×r, of any rank.
             scaling: s.
-            mask: keep the Parameters' sizes, with zeros beyond the rank, instead of resizing them. Such zeros stay: the
-                gradient of a row of A is a multiple of its column of B, and the other way round.
+            mask: fill the Parameters with zeros beyond the rank instead of resizing them. Training keeps these zeros:
+                the gradient of a row of A is a multiple of the matching column of B, and vice versa.
         """
         put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
         self.rank, self.scaling = A.shape[0], scaling
 
     def detach(self, *, spent: bool = False) -> None:
-        """Take the link off: class, parameters and attributes are as they were before `attach`."""
+        """Remove the link: restore the class, parameters and attributes from before `attach`."""
         del self.lora_A, self.lora_B
         for name in ("scaling", "lora_dropout", "rank", "allowed_ranks"):
             delattr(self, name)
@@ -324,29 +321,23 @@ class AdaptedLayer(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # a class made by `over` has no name to be pickled under: say how it was made
-        made = next((kind for kind in type(self).__mro__ if (kind, type(self).plain_class) in self._made), None)
-        if made is None:
+        # a class made by `over` cannot be pickled by name: record how to make it
+        if self._made_by is None:
             return super().__reduce_ex__(protocol)
-        return _empty, (made, self.plain_class), self.__dict__
+        return empty, (self._made_by, self.plain_class), self.__dict__
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """As any module's; a link of another permitted rank is given room first."""
-        A, B = state_dict.get(prefix + "lora_A"), state_dict.get(prefix + "lora_B")
-        if A is not None and B is not None and A.dim() == B.dim() == 2 and A.shape != self.lora_A.shape:
-            rank, ((out, _), (_, inner)) = A.shape[0], (self.lora_B.shape, self.lora_A.shape)
-            fits = A.shape[1] == inner and B.shape == (out, rank)
-            if fits and (self.allowed_ranks is None or rank in self.allowed_ranks):
-                self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
+        """As any module's, after making room for a link of another permitted rank."""
+        make_room(self, state_dict.get(prefix + "lora_A"), state_dict.get(prefix + "lora_B"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The plain layer's, and the link's."""
+        """The plain layer's text, with the link's rank and scale."""
         return f"{super().extra_repr()}, r={self.rank}, scaling={self.scaling:g}".removeprefix(", ")
 
 
 class LoRALinear(AdaptedLayer):
-    """An `nn.Linear`, or a subclass that keeps its forward, with a link: ``W x + b + s·B A x``."""
+    """An `nn.Linear`, or a subclass with the same forward, that carries a link: ``W x + b + s·B A x``."""
 
     plain_class: ClassVar[type[nn.Module]] = nn.Linear
     bias: Tensor | None
@@ -364,7 +355,7 @@ class LoRALinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``W x + b + s·B A x``; dropout, where set, acts on the link's input in training."""
-        if not isinstance(self, AdaptedLayer):  # a hook has kept this bound method, and the chain is finished
+        if not isinstance(self, AdaptedLayer):  # a hook kept this bound method after the chain was finished
             return type(self).forward(self, x)
         weight = self.weight.t() if self.transposed else self.weight
         dropout = self.lora_dropout if self.training else 0.0
@@ -374,19 +365,19 @@ class LoRALinear(AdaptedLayer):
         return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
 
     def reference(self, x: Tensor) -> Tensor:
-        """The same function from ordinary operations."""
+        """The same function, from ordinary operations."""
         weight = self.weight.t() if self.transposed else self.weight
         return F.linear(x, weight, self.bias) + self.link(x)
 
 
-#: subclasses of nn.Linear whose own forward is ``W x + b`` all the same: transformers' Falcon
+#: subclasses of nn.Linear whose overridden forward still computes ``W x + b``: transformers' Falcon
 LINEAR = ("FalconLinear",)
 
 
 def rebind(module: nn.Module) -> None:
-    """Give attributes of ``module`` that are its own methods, bound when it had another class, those of its class.
+    """Rebind methods that ``module`` keeps as attributes, after its class has changed.
 
-    Dispatch hooks keep the forward that they replace, and name it as what they wrap (``__wrapped__``).
+    Dispatch hooks keep the forward that they replace, and refer to it as ``__wrapped__``.
     """
     for name, value in list(vars(module).items()):
         if _bound_to(module, value):
@@ -403,22 +394,43 @@ def _bound_to(module: nn.Module, value: Any) -> bool:
 
 
 def _records(x: Tensor) -> bool:
-    """Whether what runs is being compiled or captured: a seed drawn then would serve every later call."""
+    """Whether the call is being compiled or captured: a seed drawn now would be reused by every later call."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _transformed() -> bool:
-    """Whether `torch.func` transforms or forward-mode AD are at work, which the autograd function has no rule for."""
+    """Whether `torch.func` or forward-mode AD is active, for which the autograd function has no rule."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _empty(kind: type[AdaptedLayer], plain: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(kind.over(plain))
+def class_over(kind: type, plain: type[nn.Module]) -> Any:
+    """The class that adds ``kind`` to modules of class ``plain``."""
+    if (kind, plain) not in _CLASSES:
+        name = f"{kind.__name__}Over{plain.__name__}"
+        _CLASSES[kind, plain] = type(name, (kind, plain), {"plain_class": plain, "_made_by": kind})
+    return _CLASSES[kind, plain]
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def empty(kind: type, plain: type[nn.Module]) -> nn.Module:
+    """An instance of `class_over` for unpickling to fill."""
+    return nn.Module.__new__(class_over(kind, plain))
+
+
+def make_room(layer: Any, A: Tensor | None, B: Tensor | None) -> None:
+    """Resize the link of an `AdaptedLayer` or `PeftLayer` to load factors of another permitted rank."""
+    if A is None or B is None or A.dim() != 2 or A.shape == layer.lora_A.shape:
+        return
+    fits = A.shape[1] == layer.lora_A.shape[1] and B.shape == (layer.lora_B.shape[0], A.shape[0])
+    if fits and (layer.allowed_ranks is None or A.shape[0] in layer.allowed_ranks):
+        layer.put(layer.lora_A.new_zeros(A.shape), layer.lora_B.new_zeros(B.shape), layer.scaling, mask=False)
 
 
 @torch.no_grad()
 def put_pair(lora_A: nn.Parameter, lora_B: nn.Parameter, A: Tensor, B: Tensor, *, mask: bool) -> None:
-    """Give two Parameters the values of a link; see `AdaptedLayer.put`."""
+    """`AdaptedLayer.put` for two Parameters."""
     for parameter, value, rank_dim in ((lora_A, A, 0), (lora_B, B, 1)):
         if parameter.shape == value.shape:
             copy_whole(parameter, value)
@@ -433,8 +445,8 @@ def put_pair(lora_A: nn.Parameter, lora_B: nn.Parameter, A: Tensor, B: Tensor, *
 def _resize(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a Parameter a value of another shape.
 
-    A graph that is still alive (the caller's last loss) keeps the Parameter's gradient accumulator, which remembers the
-    old shape and would refuse the new gradients. Autograd drops it when the dtype changes, hence the detour.
+    A live graph (of the caller's last loss) keeps the Parameter's gradient accumulator, which remembers the old shape
+    and would refuse the new gradients. Autograd drops it when the dtype changes, hence the detour.
     """
     other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
     device, dtype = parameter.device, parameter.dtype

@@ -1,4 +1,4 @@
-"""The record of one tied link: what it added to each layer, and what its knot reported. Plain data."""
+"""Data classes that record one tied link: its factors in each layer, and the report of its knot."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class LayerReport:
 
     Attributes:
         delta_norm: ``‖s·B A‖``.
-        lost_norm: the part of it that rounding lost; of a re-quantised layer what its codes miss of ``W₀ + ΣΔ``.
+        lost_norm: norm of the part lost to rounding; of a re-quantised layer the error of its codes for ``W₀ + ΣΔ``.
         rounding: how the sum was rounded; of a quantised layer ``"stack"`` or ``"requantize"``.
     """
 
@@ -29,17 +29,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class KnotReport:
-    """What a knot did.
+    """Report of a knot.
 
     Attributes:
-        index: of the link that was tied, from 0.
-        step: optimizer steps taken when it was tied.
-        rank: of the link, the largest where layers differ.
-        delta_norm: ``‖ΔW‖``, over all layers (root of the sum of squares).
-        lost_norm: norm of the part that rounding lost, over all layers.
+        index: index of the tied link, from 0.
+        step: optimizer steps taken before the knot.
+        rank: the link's rank, the largest where layers differ.
+        delta_norm: ``‖ΔW‖`` over all layers (root of the sum of squares).
+        lost_norm: norm of the part lost to rounding, over all layers.
         loss: the training loss of the step before the knot; None if none was seen.
-        seconds: the knot took.
-        layers: the same norms per layer.
+        seconds: duration of the knot.
+        layers: the norms of each layer.
     """
 
     index: int
@@ -61,7 +61,7 @@ class KnotReport:
 
 
 def used_rank(A: Tensor, B: Tensor) -> int:
-    """Rank of a link without the zeros that pad it: r×in A and out×r B, cut after the last part that is not zero."""
+    """Rank of a link without its zero padding: the last row of A or column of B that is not zero, counted from 1."""
     used = (A.ne(0).any(1) | B.ne(0).any(0)).nonzero()
     return int(used.max()) + 1 if len(used) else 0
 
@@ -73,8 +73,8 @@ class Factor:
     Attributes:
         A: r×in, B: out×r, as they were trained.
         scaling: s.
-        rounding: how the tie was rounded or, on a quantised layer, what was done instead.
-        start: (A₀, B₀) of a link that did not start at zero; the weight gave back ``s·B₀ A₀`` when the link began.
+        rounding: how the tie was rounded; on a quantised layer ``"stack"`` or ``"requantize"``.
+        start: (A₀, B₀) of a link that did not start at zero; ``s·B₀ A₀`` was subtracted from the weight at its start.
 
     The link adds ``ΔW = s·B A`` to the weight, or ``s·(B A − B₀ A₀)`` if it has a ``start``.
     """
@@ -90,18 +90,13 @@ class Factor:
         """r."""
         return self.A.shape[0]
 
-    def given_back(self) -> Triple:
-        """What the weight gives back when the link begins, as (A, B, s)."""
-        assert self.start is not None
-        return *self.start, -self.scaling
-
     def triples(self) -> list[Triple]:
-        """(A, B, s) of all products that make up ΔW, in the order in which the weight takes them."""
+        """(A, B, s) of all products that make up ΔW, in the order in which they are added to the weight."""
         own = self.A, self.B, self.scaling
-        return [own] if self.start is None else [self.given_back(), own]
+        return [own] if self.start is None else [(*self.start, -self.scaling), own]
 
     def cpu(self) -> "Factor":
-        """The same on the CPU."""
+        """A copy on the CPU."""
         start = None if self.start is None else (self.start[0].cpu(), self.start[1].cpu())
         return replace(self, A=self.A.cpu(), B=self.B.cpu(), start=start)
 
@@ -113,13 +108,13 @@ class Factor:
         return delta_norm(left, torch.cat([A.double() for A, _, _ in self.triples()]), 1.0)
 
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """ΔW, out×in, in full."""
+        """ΔW as an out×in matrix."""
         first, *rest = (s * (B.to(dtype) @ A.to(dtype)) for A, B, s in self.triples())
         return sum(rest, first)
 
 
 def combined(ties: Sequence[Tie], factor: Factor) -> Tie:
-    """What a whole link did to a layer, from the ties of its products."""
+    """One layer's tie of a whole link, from the ties of its products."""
     if len(ties) == 1:
         return ties[0]
     return replace(ties[-1], delta=factor.norm(), lost=math.hypot(*(tie.lost for tie in ties)))
@@ -131,12 +126,12 @@ class Link:
 
     Attributes:
         index: place in the chain, from 0.
-        seed: of the run; the link's draws and its stochastic rounding follow from (seed, index, layer).
-        factors: per layer path.
-        trained: values, at the knot, of what else training has moved, by path: the parameters that were trained beside
-            the adapters (biases, ``modules_to_save``), one that several modules share under each of its paths; and
-            persistent buffers that are no longer the base's (running statistics).
-        report: what the knot reported.
+        seed: the run's; (seed, index, layer) decides the link's draws and its stochastic rounding.
+        factors: the link's share of each layer, by path.
+        trained: values at the knot of everything else that training changes, by path: the extra trained parameters
+            (biases, ``modules_to_save``), a shared one under each of its paths, and the persistent buffers that differ
+            from the base model's (running statistics).
+        report: the knot's report.
     """
 
     index: int
@@ -152,5 +147,5 @@ class Link:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken when it was tied."""
+        """Optimizer steps taken before the knot."""
         return self.report.step

@@ -1,7 +1,6 @@
-"""The live link: the factors that are being trained, on the layers that carry them.
+"""The live link: the factors in training, on the layers that carry them.
 
-It holds modules, never Parameters: frameworks replace Parameters (FSDP2) and weights, and what is looked up at each
-knot cannot be stale.
+It holds modules, never Parameters, which frameworks (FSDP2) replace: each knot looks them up.
 """
 
 import logging
@@ -30,17 +29,17 @@ from cola.lora import quantized
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.init import Pair
 from cola.lora.kinds import is_quantized, known_kind
-from cola.lora.layer import AdaptedLayer, Triple
+from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.targets import find_peft_layers, find_saved, find_targets
 from cola.lora.trainable import Trainable
-from cola.lora.unsaved import Note, forget, remind
+from cola.lora.unsaved import SaveStatus, restore_save, warn_on_save
 
 logger = logging.getLogger("cola")
 
-#: `rounding="auto"`: what each weight dtype gets. The measurement behind it is in experiments/RESULTS.md, "Rounding".
+#: `rounding="auto"` by weight dtype. experiments/RESULTS.md, "Rounding", has the measurements behind it.
 AUTO_ROUNDING = {
     torch.float64: "nearest",
     torch.float32: "nearest",
@@ -49,17 +48,16 @@ AUTO_ROUNDING = {
 }
 
 Carrier = AdaptedLayer | PeftLayer
-_FACTORS = ("lora_A", "lora_B")
 
 
 class LiveLink:
-    """Puts links on a model, ties them, and takes them off.
+    """Puts links on a model, ties them, and removes them.
 
     Args:
         model: any module; adapted in place.
-        config: what a link is.
+        config: settings of the links.
         rounding: ``"auto"`` or one of `cola.knot.tie.ROUNDINGS`.
-        seed: key of all draws.
+        seed: seed of all draws.
         quantised: one of `cola.lora.quantized.QUANTIZED`.
 
     Raises:
@@ -78,7 +76,7 @@ class LiveLink:
         require_whole(called(model))
         tuned = find_peft_layers(model)
         config, plans = link_config(config, tuned, called(model)) if tuned else (config, {})
-        self.note = Note()
+        self.note = SaveStatus()
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.quantized, self.index = quantised, 0
         self.residuals: dict[str, Tensor] = {}
@@ -91,25 +89,8 @@ class LiveLink:
         saved = find_saved(model, config.modules_to_save, modules)
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
         for path in modules:
-            require_plain_name(path)  # what could not be saved under its name is refused before it is trained
-        small: list[str] = []
-        for path, module in list(modules.items()):
-            shape, plan = known_kind(module).shape(module), self.plans[path]
-            ranks = plan.known_ranks() or (plan.rank_of(0),)
-            if max(ranks) > min(shape) and config.target_modules == "all-linear" and len(modules) > 1:
-                # a small classification head should not stand in the way of "all"
-                small.append(path)
-                del modules[path], self.plans[path]
-            elif max(ranks) > min(shape):
-                raise ValueError(
-                    f"r={max(ranks)} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
-                    f"choose r of at most {min(shape)}"
-                )
-        if small:
-            whose = "its" if len(small) == 1 else "their"
-            logger.warning(
-                "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), max(ranks), whose
-            )
+            require_plain_name(path)  # refuse before training what could not be saved under its name
+        self._fit_ranks(modules)
         drawn = {  # PEFT's layers have their first link already
             path: self.plans[path].draw(
                 path,
@@ -146,24 +127,46 @@ class LiveLink:
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
             parameter.requires_grad_(True)
-        self._reminded = remind(model, self.note)
+        self._saves = warn_on_save(model, self.note)
 
-    # what it holds
+    def _fit_ranks(self, modules: dict[str, nn.Module]) -> None:
+        """Refuse layers whose rank is below r; ``"all-linear"`` leaves them out instead, unless none would be left."""
+        small: list[str] = []
+        for path, module in list(modules.items()):
+            shape, plan = known_kind(module).shape(module), self.plans[path]
+            rank = max(plan.known_ranks() or (plan.rank_of(0),))
+            if rank > min(shape) and self.config.target_modules == "all-linear" and len(modules) > 1:
+                small.append(path)  # a small classification head, say
+                del modules[path], self.plans[path]
+            elif rank > min(shape):
+                raise ValueError(
+                    f"r={rank} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
+                    f"choose r of at most {min(shape)}"
+                )
+        if small:
+            whose = "its" if len(small) == 1 else "their"
+            logger.warning(
+                "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), rank, whose
+            )
+
+    # contents
 
     def adapters(self) -> list[nn.Parameter]:
-        """The factors that are trained, A before B, in the model's order."""
-        names = {"both": ("lora_A", "lora_B"), "A": ("lora_A",), "B": ("lora_B",)}[self.config.train]
+        """The trained factors, A before B, in the model's order."""
+        names = FACTORS if self.config.train == "both" else (f"lora_{self.config.train}",)
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
-        """Both factors of every layer that has them, by path: PEFT may have deleted an adapter."""
-        held = {
-            path: layer for path, layer in self.layers.items() if not (isinstance(layer, PeftLayer) and layer.gone())
+        """Both factors of every layer, by path, but for adapters that PEFT has deleted."""
+        return {
+            f"{path}.{name}": getattr(layer, name)
+            for path, layer in self.layers.items()
+            if not (isinstance(layer, PeftLayer) and layer.gone())
+            for name in FACTORS
         }
-        return {f"{path}.{name}": getattr(layer, name) for path, layer in held.items() for name in _FACTORS}
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The extra trained parameters (biases, heads), by canonical path. No knot touches them."""
+        """The extra trained parameters (biases, heads), by canonical path."""
         return self.trainable.parameters()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -188,19 +191,15 @@ class LiveLink:
         """s of link ``index`` in the first layer."""
         return next(iter(self.plans.values())).scaling_of(index)
 
-    def scalings(self) -> dict[str, float]:
-        """The link's s in each layer."""
-        return {path: layer.scaling for path, layer in self.layers.items()}
-
     def rounding_of(self, path: str) -> str:
-        """How ties of one layer are rounded; of a quantised layer, what is done instead."""
+        """How ties of one layer are rounded; for a quantised layer ``"stack"`` or ``"requantize"``."""
         layer = self.layers[path]
         if layer.kind.quantized:
             return self.quantized
         return AUTO_ROUNDING[layer.weight.dtype] if self.rounding == "auto" else self.rounding
 
     def is_untrained(self, path: str) -> bool:
-        """Whether the link of one layer is still as it began."""
+        """Whether the link of one layer still has its first values."""
         layer, factor = self.layers[path], self._factor(path)
         if factor.start is not None:
             return all(map(torch.equal, (factor.A, factor.B), factor.start))
@@ -210,18 +209,16 @@ class LiveLink:
         return not whole(zero_first.detach()).any().item()
 
     def is_zero(self) -> bool:
-        """Whether the link changes nothing (it has not been trained)."""
+        """Whether the link is untrained in all layers, and so changes nothing."""
         return all(map(self.is_untrained, self.layers))
 
     # a knot
 
     @torch.no_grad()
     def check(self) -> None:
-        """Refuse to tie what would damage the weights, and make room for what the tie needs.
+        """Before a tie, raise KnotError if a factor, a weight or their sum is not finite in the weight's dtype.
 
-        Raises:
-            KnotError: a factor, the weight or their sum is not finite in the weight's dtype; names the layer.
-            ValueError: compensated rounding of sharded weights.
+        Also raises ValueError for sharded weights that cannot be tied, and makes the residual buffers of the tie.
         """
         for path, layer in self.layers.items():
             if is_sharded(layer.weight) and layer.kind.quantized:
@@ -251,19 +248,11 @@ class LiveLink:
     @torch.no_grad()
     def snapshot(self) -> dict[str, Factor]:
         """Copies of the link's share of each layer, on its device."""
-        copies = {}
-        for path in self.layers:
-            factor = self._factor(path)
-            copies[path] = replace(factor, A=factor.A.clone(), B=factor.B.clone())
-        return copies
+        factors = {path: self._factor(path) for path in self.layers}
+        return {path: replace(factor, A=factor.A.clone(), B=factor.B.clone()) for path, factor in factors.items()}
 
     def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
-        """Draw link ``index``. Changes nothing.
-
-        Args:
-            index: of the link.
-            opt: the `ChainOptimizer`, for ways to start that look at it.
-        """
+        """Draw link ``index``; ``opt`` is the `ChainOptimizer`, for inits that look at it. Changes nothing."""
         drawn = {}
         for path, shape in self.shapes().items():
             dtype = self.layers[path].lora_A.dtype
@@ -274,17 +263,14 @@ class LiveLink:
         return drawn
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
-        """A and B as link ``index`` of one layer."""
+        """A and B as link ``index``'s share of one layer."""
         return Factor(A, B, self.plans[path].scaling_of(index), self.rounding_of(path))
 
     @torch.no_grad()
     def check_start(self, link: Mapping[str, Factor], index: int) -> None:
-        """Refuse a link that starts at a product which a weight could not give back.
+        """Raise KnotError if ``link`` starts at a product that a weight could not give back.
 
-        It would do so once the live link is tied, unless the link is the live one itself.
-
-        Raises:
-            KnotError: names the layer.
+        It gives it back after the live link's tie, unless ``link`` is the live one itself.
         """
         for path, factor in link.items() if callable(self.config.init) else ():
             layer, now = self.layers[path], self._factor(path)
@@ -293,17 +279,17 @@ class LiveLink:
                 links.insert(0, (now.A, now.B, now.scaling))
             reason = layer.kind.obstacle(layer.holder, links, self.originals.get(path))
             if reason is not None:
-                raise KnotError(f"link {index} cannot start: giving back its s·BA, layer {path!r} {reason}")
+                raise KnotError(f"link {index} cannot start: without its s·BA, layer {path!r} {reason}")
 
     @torch.no_grad()
     def begin(self, index: int, link: Mapping[str, Factor]) -> None:
-        """Put link ``index`` in the place of the present one: same Parameters, new values, no gradients."""
+        """Replace the present link by link ``index``: same Parameters, new values, no gradients."""
         for path, layer in self.layers.items():
             mask, room, factor = self._masks(layer.lora_A), layer.lora_A.shape[0], link[path]
             if mask and factor.rank > room:
                 raise KnotError(
-                    f"link {index} has rank {factor.rank}, above the {room} that there is room for, and shapes "
-                    "may not change here: give r as a sequence, or the largest rank first"
+                    f"link {index} has rank {factor.rank}, there is room for {room}, and shapes may not change "
+                    "here: give r as a sequence, or the largest rank first"
                 )
             layer.put(factor.A, factor.B, factor.scaling, mask=mask)
             layer.lora_A.grad = layer.lora_B.grad = None
@@ -319,15 +305,15 @@ class LiveLink:
                 layer.rank = rank
 
     def resume(self, index: int) -> None:
-        """Say that the factors at hand are link ``index``'s: the model's state dict has brought their values, or will.
+        """Continue with link ``index``, whose values the model's state dict has brought or will bring.
 
-        Factors of another rank are made zeros of that link's rank, so that there is room for the values to come.
+        Factors of another rank become zeros of the link's rank, as room for these values.
         """
         self.index = self.note.tied = index
         for path, layer in self.layers.items():
             rank, scaling = self.plans[path].rank_of(index), self.plans[path].scaling_of(index)
             room, mask = layer.lora_A.shape[0], self._masks(layer.lora_A)
-            # a masked link that comes from a distributed run has zeros beyond its rank
+            # a masked link from a distributed run has zeros beyond its rank
             if mask or room == rank or (room > rank and not whole(layer.lora_A)[rank:].any()):
                 layer.rank, layer.scaling = rank, scaling
             else:
@@ -335,9 +321,9 @@ class LiveLink:
                 layer.put(layer.lora_A.new_zeros(rank, inner), layer.lora_B.new_zeros(out, rank), scaling, mask=mask)
 
     def take_starts(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> None:
-        """Go on with a link that began at these factors; the model's state dict brings the weights without them.
+        """Continue with a link that began at these factors; the model's state dict brings the weights without them.
 
-        Call `take_links` before.
+        Call `take_links` first.
         """
         self._untouched, self.starts = {}, {}
         for path in A:
@@ -347,7 +333,7 @@ class LiveLink:
                 self.originals[path] = self.originals[path].extended([(A[path], B[path], -scaling)])
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
-        """Go on with copies of these residual buffers, where the configuration keeps them."""
+        """Continue with copies of these residual buffers, on the device that the configuration sets."""
         device = self.config.residual_device
         self.residuals = {
             path: residual.to(device or self.layers[path].weight.device, copy=True)
@@ -356,7 +342,7 @@ class LiveLink:
         }
 
     def take_links(self, links: Iterable[Link]) -> None:
-        """Count these links among those that the layers to be re-quantised have been given."""
+        """Make ``links`` those that the re-quantised layers have taken up so far."""
         recorded = list(links)
         for path, original in self.originals.items():
             factors = [link.factors[path] for link in recorded if path in link.factors]
@@ -365,13 +351,9 @@ class LiveLink:
 
     @torch.no_grad()
     def tie(self, index: int, link: Mapping[str, Factor]) -> dict[str, Tie]:
-        """Add ``s·B A`` of link ``index`` to the weights, in place.
+        """Add ``s·B A`` of link ``index`` to the weights, in place, and return each layer's tie of the whole link.
 
-        Returns:
-            What the link as a whole did to each layer.
-
-        Raises:
-            KnotError: a stored weight is farther from the exact sum than rounding explains.
+        Raises KnotError if a stored weight is further from the exact sum than rounding explains.
         """
         ties = {}
         for path, factor in link.items():
@@ -384,15 +366,11 @@ class LiveLink:
         return ties
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
-        """Check what a new link must be: one factor zero, and the drawn one not the old one.
-
-        Raises:
-            KnotError: it is not.
-        """
+        """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""
         zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
         for path in self.layers if isinstance(self.config.init, str) else ():
             new, before = getattr(self._factor(path), drawn), getattr(old[path], drawn)
-            # a selector that has gone round all coordinates is the old one by right
+            # a selector rightly repeats once it has gone round all coordinates
             again = new.shape == before.shape and torch.equal(new, before) and self.config.init != "selector"
             if getattr(self._factor(path), zero).any() or again:
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
@@ -400,16 +378,15 @@ class LiveLink:
     # a link that does not start at zero
 
     def starts_at_a_product(self) -> bool:
-        """Whether a link that the caller's init has just drawn changes the model's function."""
+        """Whether the caller's init has just drawn a link that changes the model's function."""
         drawn = callable(self.config.init) and not any(isinstance(layer, PeftLayer) for layer in self.layers.values())
         return drawn and any(f.A.any() and f.B.any() for f in map(self._factor, self.layers))
 
     def give_back(self, starts: Mapping[str, Pair] | None = None) -> None:
-        """Let the weights give back ``s·B A`` of a link that has just begun, so that the model's function stays.
+        """Subtract ``s·B A`` of a link that has just begun from the weights, so that the model computes the same.
 
         Args:
-            starts: A and B of each layer as the link began; None for the present ones. Layers for which the product is
-                zero need not be there.
+            starts: first A and B of each layer, None for the present ones; layers with a zero product may be missing.
         """
         if starts is None:
             starts = {path: (f.A, f.B) for path, f in self.snapshot().items()} if callable(self.config.init) else {}
@@ -421,7 +398,7 @@ class LiveLink:
                 self.starts[path] = Start(A, B, done.lost)
 
     def give_back_first(self) -> None:
-        """As `give_back` for the first link, keeping copies of the weights until `forget_untouched`."""
+        """`give_back` for the first link; keeps copies of the weights until `forget_untouched`."""
         self.check_start({path: self._factor(path) for path in self.layers}, self.index)
         self._untouched = {path: _values(layer) for path, layer in self.layers.items()}
         self.give_back()
@@ -432,12 +409,12 @@ class LiveLink:
         return bool(self.starts) and not self._untouched
 
     def forget_untouched(self) -> None:
-        """Training begins: drop the copies of the untouched weights."""
+        """Drop the copies of the untouched weights, when training begins."""
         self._untouched = {}
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Give the first link's layers their untouched weights while the block runs, and for good unless it raises."""
+        """Restore the weights from before the first link; if the block raises, subtract its product again."""
         held = self._untouched
         if not held:
             yield
@@ -452,7 +429,7 @@ class LiveLink:
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Before a link is taken off without a tie: the weights get back what they gave when it began."""
+        """Before a link is removed without a tie, undo `give_back`."""
         self._restore(self._untouched)
         for path, start in self.starts.items():
             self._add(path, (start.A, start.B, self.layers[path].scaling), self.index, "dropped")
@@ -472,18 +449,18 @@ class LiveLink:
             self.residuals.pop(path, None)
 
     def detach(self, *, spent: bool = False) -> None:
-        """Take the link off the model: classes, state-dict keys and ``requires_grad`` are as before.
+        """Remove the link from the model, and restore classes, state-dict keys and ``requires_grad``.
 
         Args:
-            spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it once more.
+            spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it again.
         """
         self._restore(self._untouched)
         self._untouched = {}
         for layer in self.layers.values():
             if isinstance(layer, AdaptedLayer):
-                release(unwrap(self.model), layer, ("lora_A", "lora_B"))
+                release(unwrap(self.model), layer, FACTORS)
             layer.detach(spent=spent)
-        forget(self._reminded)
+        restore_save(self._saves)
         quantized.release_layout(self._held)
         if spent and any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
             logger.info(
@@ -491,10 +468,8 @@ class LiveLink:
                 "unload() for the plain model, or opt.chain.to_peft(directory) for an adapter with all links"
             )
         for name, parameter in unwrap(self.model).named_parameters():
-            if parameter.is_floating_point():  # one that the user has quantised since can have no gradient
+            if parameter.is_floating_point():  # the user may have quantised it since
                 parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
-
-    # inside
 
     def _factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""
@@ -506,11 +481,9 @@ class LiveLink:
 
     @torch.no_grad()
     def _add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:
-        """``W ← round(W + s·B A)`` of one layer; the purpose is part of the key of stochastic rounding."""
+        """``W ← round(W + s·B A)`` of one layer; stochastic rounding draws by ``index`` and ``purpose``."""
         layer, rounding = self.layers[path], self.rounding_of(path)
-        memory: Any = self.originals.get(path)
-        if rounding == "compensated":
-            memory = self._residual(path)
+        memory: Any = self._residual(path) if rounding == "compensated" else self.originals.get(path)
         seed = key(self.seed, index, path, purpose)
         try:
             return layer.kind.tie(layer.holder, link, rounding=rounding, seed=seed, memory=memory)
@@ -528,7 +501,7 @@ class LiveLink:
         return change == "mask" or (change == "auto" and not shapes_are_free(tensor))
 
     def _adopt(self, tuned: Mapping[str, nn.Module]) -> None:
-        """Take PEFT's layers as they are: the first link is what they hold, and they go on training what they train."""
+        """Make PEFT's adapter the first link, and go on training everything that PEFT trains."""
         for path, module in tuned.items():
             self.layers[path] = PeftLayer(module, self.plans[path].known_ranks())
         factors = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
@@ -553,7 +526,7 @@ class LiveLink:
 
 @dataclass(frozen=True)
 class Start:
-    """The factors that a link of one layer began with, and what rounding lost when the weight gave them back."""
+    """The factors that a link of one layer began with, and the norm that rounding lost in subtracting their product."""
 
     A: Tensor
     B: Tensor

@@ -1,6 +1,6 @@
-"""A model's modules, parameters and buffers by canonical name: without wrappers, PEFT's layers and links.
+"""A model's modules, parameters and buffers by canonical name: the name without wrappers, PEFT's layers and links.
 
-Canonical names are what a chain records, so they stay the same through `torch.compile`, DDP, FSDP and PEFT.
+A chain records canonical names, which are the same under `torch.compile`, DDP, FSDP and PEFT.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cola.lora import peft
 from cola.lora.kinds import kind_of
-from cola.lora.layer import AdaptedLayer
+from cola.lora.layer import FACTORS, AdaptedLayer
 
-# parameters of an adapted layer that the plain one does not have
-_LINK = ("lora_A", "lora_B")
-# what torch.compile, DDP, FSDP and activation checkpointing put into a module's path
+# parts that torch.compile, DDP, FSDP and activation checkpointing add to a module's path
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def called(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DDP and DataParallel wrappers, whose forward the training loop reaches."""
+    """The module inside `torch.compile`, DDP and DataParallel wrappers."""
     while True:
         if "_orig_mod" in model._modules:
             model = model._orig_mod  # type: ignore[assignment]
@@ -37,14 +35,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def canonical(path: str) -> str:
-    """A module's or parameter's path without the wrappers' parts: the name that a chain records."""
+    """A module's or parameter's path without the wrappers' parts, as a chain records it."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of ``model`` (wrappers removed) by canonical path; a module met twice is listed once.
+    """All modules of ``model`` by canonical path; a module with several paths is listed once.
 
-    Where PEFT has wrapped a layer, its path leads to the layer inside, or to the copy that is trained whole.
+    Where PEFT has wrapped a layer, the path leads to the layer inside, or to the copy that is trained whole.
     """
     found: dict[str, nn.Module] = {}
     names, modules, copies = {"": ""}, dict(unwrap(model).named_modules()), set()
@@ -72,17 +70,14 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def buffers_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
     """The persistent buffers of ``model`` (those in its state dict) by canonical path."""
-    return {
-        name: buffer
-        for path, module in modules_by_name(model).items()
-        for name, buffer in tensors_of(path, module, parameters=False).items()
-    }
+    modules = modules_by_name(model).items()
+    return {k: v for path, module in modules for k, v in tensors_of(path, module, parameters=False).items()}
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model has without links, by canonical path.
+    """The modules of the base model, by canonical path.
 
-    What PEFT has added is left out; where it trains a copy of a module, the original is listed.
+    Modules that PEFT has added are left out; where it trains a copy of a module, the original is listed.
     """
     names, modules = {"": ""}, dict(unwrap(model).named_modules())
     found: dict[str, nn.Module] = {}
@@ -99,8 +94,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
-    """The module's own persistent buffers, and parameters that are not a link's, by name."""
-    left_out = {*module._non_persistent_buffers_set, *(_LINK if isinstance(module, AdaptedLayer) else ())}
+    """The module's own persistent buffers, and its parameters other than a link's, by name."""
+    left_out = {*module._non_persistent_buffers_set, *(FACTORS if isinstance(module, AdaptedLayer) else ())}
     held = {**(module._parameters if parameters else {}), **module._buffers}
     kind = kind_of(module)
     if kind is not None:
@@ -114,16 +109,12 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers that the model has without links, under the names that it has them then."""
-    return {
-        name: tensor
-        for path, module in base_modules(model).items()
-        for name, tensor in tensors_of(path, module).items()
-    }
+    """Parameters and persistent buffers of the base model, under the base model's names."""
+    return {k: v for path, module in base_modules(model).items() for k, v in tensors_of(path, module).items()}
 
 
 def named(modules: dict[str, nn.Module], name: str) -> list[str]:
-    """Paths that equal ``name`` or end in it."""
+    """Paths that equal ``name`` or end in ``.name``."""
     return [path for path in modules if path == name or path.endswith("." + name)]
 
 
@@ -134,18 +125,14 @@ def listed(paths: Sequence[str]) -> str:
 
 
 def require_plain_name(name: str) -> None:
-    """Refuse paths of layers and parameters that could be mistaken for paths of files.
-
-    Raises:
-        ValueError: ``name`` has slashes, empty parts or control characters.
-    """
+    """Raise ValueError if a layer's or parameter's name could be mistaken for a file path, or cannot be printed."""
     parts = name.split(".")
     if name and (not all(parts) or any(c in "/\\" or not c.isprintable() for c in name)):
         raise ValueError(f"layer name {name!r:.80} is not a module path (slashes, empty or unprintable parts): refused")
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters that share memory with each parameter (by id), where there are several."""
+    """Names of the parameters that share memory, by id of each of them; parameters that share none are left out."""
     spans: dict[int, list[tuple[int, int, int, str]]] = {}  # storage to (first byte, end, id, name)
     for name, parameter in parameters_by_name(model).items():
         if parameter.is_meta or not parameter.numel() or odd_storage(parameter):
@@ -165,6 +152,6 @@ def shared_weights(model: nn.Module) -> dict[int, list[str]]:
 
 
 def odd_storage(weight: torch.Tensor) -> bool:
-    """Whether a tensor is sparse or made of others (torchao's quantised ones), and so has no memory of its own."""
+    """Whether a tensor has no plain memory: it is sparse, or made of other tensors (torchao's quantised ones)."""
     made = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor")
     return made or weight.layout != torch.strided

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, used as they are. Nothing of PEFT is imported: a layer is known by what it has.
+"""Chains on the LoRA layers of PEFT, which is not imported: its layers are recognised by their attributes.
 
 A chain ties into the layer's ``base_layer`` and draws the next link into the layer's own ``lora_A`` and ``lora_B``;
 forward, dropout, dtype and state-dict keys stay PEFT's.
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from cola.lora import stacked
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.kinds import known_kind
-from cola.lora.layer import AdaptedLayer, put_pair
+from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair
 
 logger = logging.getLogger("cola")
 
-#: how values of ``init_lora_weights`` begin that change the base's weights before training
+#: prefixes of the ``init_lora_weights`` values that change the base model's weights before training
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-#: values of ``init_lora_weights``, and the init of later links that draws as PEFT does
+#: the init that draws as PEFT does, per value of ``init_lora_weights``
 _INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian"}
-#: others, and the init that is nearest to them; "kaiming" for all that are not here
+#: the nearest init for some other values; "kaiming" for the rest
 _NEAREST = {"orthogonal": "orthogonal", "eva": "orthogonal"}
-#: fields of LoraConfig that a chain cannot honour where they are set, and why; the layers show all others
+#: fields of LoraConfig that a chain cannot honour, and why; the layers themselves show all others
 _REFUSED = {
     "trainable_token_indices": "trains rows of an embedding, which a chain does not record, so that exports and "
     "unload() would lose them: train the whole embedding by modules_to_save instead",
     "layer_replication": "repeats layers that share their weights, so that a knot in one would change the others: "
-    "make the larger model with weights of its own first",
+    "first make the larger model with separate weights",
 }
 
 
 def is_tuner_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer that some PEFT method has wrapped around another."""
+    """Whether ``module`` is a layer that a PEFT method has wrapped around another."""
     return "base_layer" in module._modules and hasattr(module, "active_adapters")
 
 
@@ -47,7 +47,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def is_peft_model(module: nn.Module) -> bool:
-    """Whether ``module`` is what `peft.get_peft_model` returns."""
+    """Whether ``module`` is a `PeftModel`, as `peft.get_peft_model` returns."""
     return any(c.__name__ == "PeftModel" and c.__module__.split(".")[0] == "peft" for c in type(module).__mro__)
 
 
@@ -58,26 +58,26 @@ def inner_model(module: nn.Module) -> nn.Module:
 
 
 def transparent(parent: nn.Module) -> tuple[str, ...]:
-    """Names of the children of ``parent`` that stand in its place in the original model."""
+    """Names of the children of ``parent`` that replace it in the original model."""
     if is_tuner_layer(parent):
         return ("base_layer",)
     return ("modules_to_save",) if _trains_copy(parent) else ()
 
 
 def original(parent: nn.Module) -> str | None:
-    """Name of the child of ``parent`` that is the original model's module; None if PEFT has not wrapped it."""
+    """Name of the child of ``parent`` that is the original model's module; None if PEFT has wrapped nothing here."""
     if is_tuner_layer(parent):
         return "base_layer"
     return "original_module" if _trains_copy(parent) else None
 
 
 def _trains_copy(parent: nn.Module) -> bool:
-    """Whether PEFT trains a copy of a whole module (a head) in its place."""
+    """Whether ``parent`` wraps a whole module (a head) of which PEFT trains a copy."""
     return "original_module" in parent._modules and isinstance(parent._modules.get("modules_to_save"), nn.ModuleDict)
 
 
 def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's configurations in ``model``, with the adapters' names, however they got there."""
+    """PEFT's configurations anywhere in ``model``, with the adapters' names."""
     seen: set[int] = set()
     for module in model.modules():
         found = vars(module).get("peft_config")
@@ -88,7 +88,7 @@ def configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def changed_base(model: nn.Module) -> str | None:
-    """How PEFT has changed the weights of its base, as a clause; None if it has not."""
+    """How PEFT has changed the base model's weights, as a clause; None if it has not."""
     for _, config in configs(model):
         init = str(getattr(config, "init_lora_weights", True)).lower()
         if init.startswith(CHANGES_BASE):
@@ -97,11 +97,7 @@ def changed_base(model: nn.Module) -> str | None:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Check that a chain on PEFT's LoRA layers takes all that PEFT trains in ``model``, and changes nothing else.
-
-    Raises:
-        ValueError: it does not; the message says why.
-    """
+    """Raise ValueError unless a chain on PEFT's LoRA layers covers all that PEFT trains and changes nothing else."""
     for name, config in configs(model):
         for option, why in _REFUSED.items():
             value = getattr(config, option, None)
@@ -129,9 +125,7 @@ def require_whole(model: nn.Module) -> None:
 def refusal(module: Any, *, own: bool = False) -> str | None:
     """Why a PEFT LoRA layer with a linear base cannot carry a chain, as the end of a sentence; None if it can.
 
-    Args:
-        module: PEFT's layer.
-        own: whether it carries the caller's chain already.
+    With ``own`` it may already carry the caller's chain.
     """
     if not own and any(
         isinstance(getattr(h.hook, "__self__", None), PeftLayer) for h in module._load_state_dict_pre_hooks.values()
@@ -156,20 +150,20 @@ def refusal(module: Any, *, own: bool = False) -> str | None:
         kind = "DoRA" if module.use_dora.get(name) or len(module.lora_magnitude_vector) else "a variant of LoRA"
         return f"uses {kind}, whose update is more than s·BA and so is no link of a chain: use plain LoRA"
     if module.lora_bias.get(name):
-        return "has lora_bias=True, an update beside s·BA: leave it off"
+        return "has lora_bias=True, an update in addition to s·BA: leave it off"
     if type(module.lora_A[name]) is not nn.Linear or type(module.lora_B[name]) is not nn.Linear:
         return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers"
     return None
 
 
 class PeftLayer:
-    """One PEFT LoRA layer as a chain sees it: the members of `AdaptedLayer` that `LiveLink` uses.
+    """A view of a PEFT LoRA layer with the members of `AdaptedLayer` that `LiveLink` uses.
 
-    It is a view: everything is looked up on PEFT's module when asked for.
+    Everything is looked up on PEFT's module at each access.
 
     Args:
         module: PEFT's layer, for which `refusal` is None.
-        allowed_ranks: ranks that a loaded state may bring; None for any.
+        allowed_ranks: ranks that a loaded state may have; None for any.
     """
 
     def __init__(self, module: Any, allowed_ranks: tuple[int, ...] | None) -> None:
@@ -196,7 +190,7 @@ class PeftLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, as stored."""
+        """The base layer's stored weight."""
         return self.module.base_layer.weight
 
     @property
@@ -219,7 +213,7 @@ class PeftLayer:
 
     @property
     def holder(self) -> nn.Module:
-        """The module that holds the weight: the one that PEFT has wrapped."""
+        """The module that holds the weight: the one inside PEFT's."""
         return self.module.base_layer
 
     @property
@@ -236,41 +230,36 @@ class PeftLayer:
 
     @torch.no_grad()
     def detach(self, *, spent: bool = False) -> None:
-        """Let the layer go. It stays a PEFT layer; if its link is spent (tied or dropped), B is zero from now on."""
+        """Release the layer, which stays PEFT's; B is zeroed if the link is spent (tied or dropped)."""
         if spent and not self.gone():
             self.lora_B.zero_()
         stacked.settle(self.module.base_layer)
         self._hook.remove()
 
     def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-        """Before a state dict is loaded: a link of another permitted rank is given room."""
-        A = state_dict.get(f"{prefix}lora_A.{self.adapter}.weight")
-        B = state_dict.get(f"{prefix}lora_B.{self.adapter}.weight")
-        if A is None or B is None or A.shape == self.lora_A.shape or A.dim() != 2:
-            return
-        fits = A.shape[1] == self.lora_A.shape[1] and B.shape == (self.lora_B.shape[0], A.shape[0])
-        if fits and (self.allowed_ranks is None or A.shape[0] in self.allowed_ranks):
-            self.put(self.lora_A.new_zeros(A.shape), self.lora_B.new_zeros(B.shape), self.scaling, mask=False)
+        """Make room for a link of another permitted rank, before a state dict is loaded."""
+        A, B = (state_dict.get(f"{prefix}{name}.{self.adapter}.weight") for name in FACTORS)
+        make_room(self, A, B)
 
 
 def link_config(
     config: LinkConfig, layers: Mapping[str, Any], model: nn.Module
 ) -> tuple[LinkConfig, dict[str, LayerPlan]]:
-    """``config`` with what PEFT has decided already: rank and scale of the first link, and how links start.
+    """``config`` with PEFT's choices filled in: rank and scale of the first link, and the init.
 
-    The configuration gets what most layers have, or most of those with the rank that it starts with. A layer that
-    differs (``rank_pattern``, ``alpha_pattern``) has a plan of its own, as `LayerPlan` describes.
+    The configuration takes the values of most layers (of those with its first rank, if it sets r). Layers that differ
+    (``rank_pattern``, ``alpha_pattern``) have them in their `LayerPlan`.
 
     Args:
-        config: the caller's. Where PEFT decides, it must have its default or agree.
+        config: the caller's. A value that PEFT decides must be the default or agree with PEFT's.
         layers: PEFT's modules by path.
-        model: that they are in, for PEFT's own configuration.
+        model: the model that holds them and PEFT's configuration.
 
     Returns:
         The configuration, and the plan of every layer.
 
     Raises:
-        ValueError: they disagree.
+        ValueError: ``config`` disagrees with PEFT.
     """
     own = {path: (next(iter(m.r.values())), next(iter(m.scaling.values()))) for path, m in layers.items()}
     default = LinkConfig()
@@ -318,7 +307,7 @@ def link_config(
 
 
 def _init_like(layers: Mapping[str, Any], model: nn.Module) -> str:
-    """The init that draws later links as PEFT has drawn the first."""
+    """The init that draws later links as PEFT drew the first."""
     names = {name for module in layers.values() for name in module.lora_A}
     theirs = next((getattr(c, "init_lora_weights", True) for name, c in configs(model) if name in names), True)
     word = str(theirs).lower()
@@ -326,8 +315,8 @@ def _init_like(layers: Mapping[str, Any], model: nn.Module) -> str:
         return _INITS[word]
     init = _NEAREST.get(word, "kaiming")
     logger.warning(
-        "PEFT started the first link by init_lora_weights=%r; later links start by init=%r, with B = 0. Another one "
-        "is chosen by LinkConfig(init=...)",
+        "PEFT started the first link by init_lora_weights=%r; later links start by init=%r, with B = 0. Choose another "
+        "by LinkConfig(init=...)",
         theirs,
         init,
     )

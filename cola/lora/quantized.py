@@ -1,16 +1,15 @@
-"""Quantised linear layers (bitsandbytes 4-bit and 8-bit): a tied link is kept beside the weight, or quantised into it.
+"""Links on quantised linear layers (bitsandbytes 4-bit and 8-bit), whose codes are too coarse to take a small update.
 
-A quantised weight cannot take a small update: its steps are wider than that. So there are two ways to tie.
+There are two ways to tie:
 
-``"stack"``: the frozen links stay factors, ``y = Q(W) x + b + B̄ (Ā x) + s·B (A x)``, with ``Ā`` the rows of all A_k and
-``B̄`` the columns of all s_k B_k. Nothing is lost; a forward costs two thin products more, however long the chain.
+``"stack"`` keeps the tied links as factors, ``y = Q(W) x + b + B̄ (Ā x) + s·B (A x)``: Ā holds the rows of all A_k and
+B̄ the columns of all s_k B_k. Nothing is lost; a forward costs two extra thin products, however long the chain.
 
-``"requantize"``: the codes become those of ``W₀ + Σ s_k B_k A_k``, where W₀ is what the original codes stand for,
-decoded anew at each knot, so the original codes are kept: quantising the last knot's codes again would lose small links
-one by one. What the new codes miss is the knot's ``lost_norm``: all of a small ΣΔ, and little of one that is wider than
-the codes' steps. The layer stays plain.
+``"requantize"`` replaces the codes by those of ``W₀ + Σ s_k B_k A_k``. W₀ is decoded from the original codes, which are
+kept: quantising the last knot's codes again would lose small links one by one. The knot's ``lost_norm`` is the error of
+the new codes: all of a ΣΔ far below the codes' steps, little of one above them. The layer stays plain.
 
-Nothing of bitsandbytes is imported before such a layer is tied: layers are known by the names of their classes.
+Layers are recognised by class name; bitsandbytes is imported when the first one is tied.
 """
 
 import math
@@ -44,7 +43,7 @@ QUANTIZED = ("stack", "requantize")
 
 
 class QuantizedLinear(AdaptedLayer, StackedLinear):
-    """A quantised layer with a live link, and with those tied before it beside the weight or in it."""
+    """A quantised layer with a live link; earlier links are next to its weight or in its codes."""
 
     plain_class = nn.Linear
     quantized = True
@@ -52,13 +51,13 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether ``module`` is a linear layer of bitsandbytes, or made of one."""
+        """Whether ``module`` is a linear layer of bitsandbytes or of a subclass."""
         names = (c.__module__.split(".")[0] for c in type(module).__mro__)
         return isinstance(module, nn.Linear) and "bitsandbytes" in names
 
     @classmethod
     def over(cls, plain: type[nn.Module]) -> type[AdaptedLayer]:
-        """This class for layers of class ``plain``, with tied links next to their weight or without."""
+        """This class, derived for layers of class ``plain``, with or without tied links next to their weight."""
         return super().over(plain.plain_class if issubclass(plain, StackedLinear) else plain)
 
     @classmethod
@@ -68,12 +67,12 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
         if kind is None:
             return f"is a {name} of bitsandbytes: links go on its Linear4bit and Linear8bitLt"
         if not plain_class_of(module).forward.__module__.startswith("bitsandbytes"):
-            return f"is a {name} with a forward of its own, which a link could not follow"
+            return f"is a {name} that overrides forward, which a link could not follow"
         if "forward" in vars(module):
             return REPLACED
         if "weight" not in module._parameters:
             return "has a weight that is computed (a parametrization?)"
-        if kind.__name__ == "EightBit" and module.state.has_fp16_weights:
+        if kind.kind == "int8" and module.state.has_fp16_weights:
             return (
                 f"is a {name} that keeps its weight in 16 bits and quantises it at every step: make it with "
                 "has_fp16_weights=False, as load_in_8bit does"
@@ -98,7 +97,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
     @classmethod
     def parts(cls, module: nn.Module) -> dict[str, Tensor]:
-        """The scales that the codes are decoded with; empty where the layer is not quantised yet."""
+        """The scales of the codes; empty if the layer is not quantised yet."""
         floating = module.weight.is_floating_point()  # type: ignore[operator]
         if codes_kind(module) is None or (floating and not hasattr(module.weight, "quant_state")):
             return {}
@@ -106,12 +105,12 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
     @classmethod
     def obstacle(cls, module: nn.Module, links: Sequence[Triple], memory: Any = None) -> str | None:
-        """As `AdaptedLayer.obstacle`; ``memory`` is an `OriginalWeight` where the weight is re-quantised."""
+        """As `AdaptedLayer.obstacle`; ``memory`` is the `OriginalWeight` to re-quantise from, None to stack."""
         return obstacle(module, links, memory)
 
     @classmethod
     def tie(cls, module: nn.Module, link: Triple, *, rounding: str, seed: int, memory: Any = None) -> Tie:
-        """As `AdaptedLayer.tie`; ``memory`` is an `OriginalWeight` where the weight is re-quantised."""
+        """As `AdaptedLayer.tie`; ``memory`` as in `obstacle`."""
         (done,) = tie(module, [link], memory)
         return done
 
@@ -121,7 +120,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
         begin(self)
 
     def detach(self, *, spent: bool = False) -> None:
-        """Take the live link off. A layer with tied links beside it keeps these; any other is its plain class again."""
+        """Remove the live link. A layer with stacked links keeps these; any other gets its plain class back."""
         plain = self.plain_class
         super().detach(spent=spent)
         self.__class__ = StackedLinear.over(plain)  # type: ignore[assignment]
@@ -134,13 +133,13 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Q(W) x + b + B̄ Ā x + s·B A x``; dropout, where set, acts on the live link's input in training."""
-        if not isinstance(self, QuantizedLinear):  # a hook has kept this bound method, and the chain is finished
+        if not isinstance(self, QuantizedLinear):  # a hook kept this bound method after the chain was finished
             return type(self).forward(self, x)
         link_input = F.dropout(x, self.lora_dropout, self.training)
         return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_B)
 
     def reference(self, x: Tensor) -> Tensor:
-        """The same function of the decoded weight: the slow twin."""
+        """The slow twin: the same function, from the decoded weight."""
         weight = codes_of(self).values() + (self.chain_B @ self.chain_A).float()
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         out = F.linear(x.float(), weight, None if bias is None else bias.float())
@@ -153,11 +152,11 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
 
 @dataclass
 class OriginalWeight:
-    """A weight before the first knot, and what has been tied since: what re-quantising starts from at every knot.
+    """The weight before the first knot and the links tied since, from which each knot re-quantises.
 
     Attributes:
-        stored: the original codes and scales, as `cola.lora.quantized_codes.Codes.stored` has them.
-        A, B: rows and columns of all tied links, the scales in B; ``ΣΔ = B A``.
+        stored: the original codes and scales, from `cola.lora.quantized_codes.Codes.stored`.
+        A, B: rows and columns of all tied links; B includes the scales, so ``ΣΔ = B A``.
     """
 
     stored: Mapping[str, Tensor]
@@ -166,12 +165,7 @@ class OriginalWeight:
 
     @classmethod
     def of(cls, module: nn.Module, device: str | None = None) -> "OriginalWeight":
-        """The present weight as origin.
-
-        Args:
-            module: a quantised layer.
-            device: where the copy is kept; None for the weight's own.
-        """
+        """Copy the present weight of a quantised layer to ``device``, None for the weight's device."""
         codes = codes_of(module)
         (out, inner), where = codes.shape, torch.device(device or codes.device)
         stored = {name: value.to(where, copy=True) for name, value in codes.stored().items()}
@@ -179,18 +173,18 @@ class OriginalWeight:
         return cls(stored, torch.zeros(0, inner, **like), torch.zeros(out, 0, **like))
 
     def extended(self, links: Sequence[Triple]) -> "OriginalWeight":
-        """With more links tied."""
+        """The same with ``links`` tied."""
         A, B = joined(self.A, self.B, links)
         return OriginalWeight(self.stored, A, B)
 
     def bare(self) -> "OriginalWeight":
-        """With none."""
+        """The same without tied links."""
         return OriginalWeight(self.stored, self.A[:0], self.B[:, :0])
 
 
 @torch.no_grad()
 def obstacle(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | None) -> str | None:
-    """Why tying would leave values that cannot be stored, as the rest of a sentence on the layer; None if it is ok."""
+    """Why the layer could not store the tied values, as the end of a sentence about it; None if it could."""
     if not all(torch.isfinite(scaled(B, s)).all() for _, B, s in links):
         return "would get an s·B beyond the largest number of its dtype"
     if origin is None:
@@ -211,14 +205,13 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | Non
     """Tie links, in order, to a quantised layer.
 
     Args:
-        module: changed in place; a plain one becomes a `StackedLinear` where links are stacked.
-        links: (A, B, s) each.
-        origin: None to stack; else what to re-quantise from, with the links tied before. It is brought up to date.
+        module: changed in place; stacking turns a plain layer into a `StackedLinear`.
+        links: (A, B, s) of each link.
+        origin: None to stack; else the weight to re-quantise from, which takes the links up.
 
     Returns:
-        Per link its norm and what was lost: of a stacked one the rounding of ``s·B``; of the last of re-quantised ones
-        ``‖Q(W₀ + ΣΔ) − (W₀ + ΣΔ)‖``, the quantisation error that the layer now has. Those before it are not measured
-        (NaN).
+        Per link its norm and the norm lost. A stacked link loses the rounding of ``s·B``. The last re-quantised one
+        reports the layer's quantisation error, ``‖Q(W₀ + ΣΔ) − (W₀ + ΣΔ)‖``; those before it are not measured (NaN).
     """
     if not links:
         return []
@@ -239,22 +232,22 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | Non
 @torch.no_grad()
 @without_autocast()
 def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float]:
-    """The codes of ``W₀ + ΣΔ``, and how far in Frobenius norm they are from it. Nothing is changed.
+    """The codes of ``W₀ + ΣΔ`` and their error in Frobenius norm. Changes nothing.
 
-    It is done a block of rows at a time, from fp32 sums: no matrix of the weight's size but the new codes is held.
+    Works on blocks of rows in fp32, so that the new codes are the only matrix of the weight's size.
     """
     decode = codes.decoder(origin.stored)
     A, B = origin.A.to(codes.device).float(), origin.B.to(codes.device).float()
     new = codes.join([codes.encode(torch.addmm(decode(rows), B[rows], A)) for rows in codes.blocks()])
     again, squares = codes.decoder(new), torch.zeros((), dtype=torch.float64, device=codes.device)
-    for rows in codes.blocks():  # a second pass, because scales that are quantised themselves are known last
+    for rows in codes.blocks():  # a second pass: quantised scales are only known after the first
         error = torch.addmm(decode(rows), B[rows], A).sub_(again(rows))
         squares += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
     return new, squares.sqrt().item()
 
 
 def parts(module: nn.Module) -> dict[str, Tensor]:
-    """Everything that decides a layer's function but its bias and its live link: codes, scales and tied links."""
+    """A layer's codes, scales and tied links: all of its function but the bias and the live link."""
     found = codes_of(module).stored()
     if stack_rank(module):
         found.update({name: module._buffers[name] for name in STACK})  # type: ignore[misc]
@@ -263,30 +256,30 @@ def parts(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_parts(module: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Make a layer of what `parts` gave for another like it."""
+    """Give a layer the `parts` of another like it."""
     codes = codes_of(module)
     codes.write({name: value for name, value in found.items() if name not in STACK})
-    for name, empty in zip(STACK, no_stack(module)):
+    for name, none in zip(STACK, no_stack(module)):
         if name in module._buffers:
-            module._buffers[name] = found[name].to(codes.device, copy=True) if name in found else empty
+            module._buffers[name] = found[name].to(codes.device, copy=True) if name in found else none
 
 
 def part_names(module: nn.Module) -> list[str]:
-    """Names, in a state dict of the untouched layer, of what its weight is made of."""
+    """Names of the tensors that make up the weight, in a state dict of the untouched layer."""
     return list(codes_of(module).stored())
 
 
 @torch.no_grad()
 def untie(module: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """Take all tied links off: ``stored`` is the weight again, with nothing beside it (`settle` if for good)."""
+    """Make ``stored`` the weight again and remove all tied links; `settle` also restores the class."""
     put_parts(module, {name: value for name, value in stored.items() if name not in STACK})
 
 
 def hold_layout(model: nn.Module) -> list[nn.Module]:
-    """Keep bitsandbytes from rearranging 4-bit weights for evaluation on some CPUs; returns the layers held.
+    """Stop bitsandbytes from rearranging 4-bit weights for evaluation on some CPUs; returns the layers concerned.
 
-    What it does there is not undone in training: the scales have been rounded to bf16, no gradient comes through, and
-    sizes that are not multiples of 32 raise.
+    Training could not undo the change: it rounds the scales to bf16, passes no gradient on, and raises for sizes that
+    are not multiples of 32.
     """
     held = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
     for module in held:

@@ -1,7 +1,7 @@
-"""The codes of a quantised weight: read, put back, decoded and encoded, a block of rows at a time.
+"""Reads, writes, decodes and encodes the codes of a quantised weight, a block of rows at a time.
 
-`Codes` is what re-quantising needs to know of a layer; `FourBit` and `EightBit` say it for bitsandbytes' two kinds of
-linear layer. Arithmetic and formats are bitsandbytes' own, which is imported when the first weight is decoded.
+`Codes` is the interface that re-quantising uses, with a subclass for each of bitsandbytes' two kinds of linear layer.
+bitsandbytes does the arithmetic; it is imported when the first weight is decoded.
 """
 
 import math
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# elements per block: a megabyte in fp32, so that nothing of the weight's size in fp32 is ever held
+# elements per block: a megabyte in fp32, so that no fp32 tensor of the weight's size is ever held
 _BLOCK = 1 << 18
 
 
 class Codes(ABC):
-    """The quantised weight of one layer, (out, in) as the mathematics writes it.
+    """The quantised weight of one layer, of shape (out, in).
 
     Args:
-        module: the layer, its weight quantised already.
+        module: the layer, whose weight is already quantised.
 
     Attributes:
         kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         limit: largest magnitude that can be encoded.
     """
 
-    kind: str
+    kind: str = ""
     limit: float
 
     def __init__(self, module: nn.Module) -> None:
@@ -40,16 +40,16 @@ class Codes(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the codes are."""
+        """The codes' device."""
         return self.module.weight.device
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
-        """What the weight is made of, named as in the layer's state dict; not copies."""
+        """The tensors that make up the weight, named as in the layer's state dict; not copies."""
 
     @abstractmethod
     def write(self, stored: Mapping[str, Tensor]) -> None:
-        """Make ``stored`` the weight, in place: every tensor of the layer stays the object that it is."""
+        """Make ``stored`` the weight, in place: the layer keeps its tensor objects."""
 
     @abstractmethod
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
@@ -57,32 +57,32 @@ class Codes(ABC):
 
     @abstractmethod
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a block of rows, from fp32."""
+        """Codes and scales of a block of fp32 rows."""
 
     @abstractmethod
     def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """From `encode`'s answers for all blocks in order to the form of `stored`."""
+        """Join `encode`'s results for all blocks, in order, into the form of `stored`."""
 
     @abstractmethod
     def row_step(self) -> int:
-        """A block is a multiple of as many rows, so that no group of codes with one scale is cut."""
+        """Blocks are multiples of this many rows, so that codes with one scale stay together."""
 
     def blocks(self) -> Iterator[slice]:
-        """The rows in blocks that fit a core's cache."""
+        """The rows, in blocks that fit a core's cache."""
         rows, step = self.shape[0], self.row_step()
         height = max(1, _BLOCK // (self.shape[1] * step)) * step
         for start in range(0, rows, height):
             yield slice(start, min(start + height, rows))
 
     def values(self) -> Tensor:
-        """The whole weight in fp32 (for comparisons; ties go block by block)."""
+        """The whole weight in fp32, for comparisons; ties work block by block."""
         return self.decoder(self.stored())(slice(0, self.shape[0]))
 
 
-class FourBit(Codes):
+class _FourBit(Codes):
     """`bitsandbytes.nn.Linear4bit`: groups of ``blocksize`` codes along the flattened weight share a scale.
 
-    With double quantisation the scales are 8-bit codes themselves.
+    With double quantisation the scales are stored as 8-bit codes too.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -91,14 +91,12 @@ class FourBit(Codes):
         self.limit = torch.finfo(self.module.weight.quant_state.dtype).max
 
     def stored(self) -> dict[str, Tensor]:
-        """See `Codes.stored`."""
         weight = self.module.weight
         state = weight.quant_state.as_dict(packed=True)
         return {"weight": weight.detach(), **{f"weight.{name}": value for name, value in state.items()}}
 
     @torch.no_grad()
     def write(self, stored: Mapping[str, Tensor]) -> None:
-        """See `Codes.write`."""
         mine, theirs = self.module.weight.quant_state, self._state(stored)
         self.module.weight.copy_(stored["weight"].view_as(self.module.weight))
         mine.absmax.copy_(theirs.absmax)
@@ -107,7 +105,6 @@ class FourBit(Codes):
             mine.offset.copy_(theirs.offset)
 
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
-        """See `Codes.decoder`."""
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
         state, width = self._state(stored), self.shape[1]
@@ -120,14 +117,13 @@ class FourBit(Codes):
             part = codes[start // 2 : (stop + 1) // 2].view(-1, 1)
             groups = scales[start // state.blocksize : math.ceil(stop / state.blocksize)]
             shape = torch.Size((rows.stop - rows.start, width))
-            # in fp32, whatever the dtype that the forward computes in
+            # in fp32, whichever dtype the forward computes in
             own = QuantState(groups, shape, state.code, state.blocksize, state.quant_type, torch.float32)
             return dequantize_4bit(part, own)
 
         return decode
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Codes.encode`."""
         from bitsandbytes.functional import quantize_4bit
 
         state = self.module.weight.quant_state
@@ -135,7 +131,6 @@ class FourBit(Codes):
         return codes.view(-1), own.absmax
 
     def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """See `Codes.join`."""
         from bitsandbytes.functional import QuantState, quantize_blockwise
 
         mine, weight = self.module.weight.quant_state, self.module.weight
@@ -150,7 +145,6 @@ class FourBit(Codes):
         return {"weight": codes, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
 
     def row_step(self) -> int:
-        """See `Codes.row_step`."""
         blocksize: int = self.module.weight.quant_state.blocksize
         return blocksize // math.gcd(blocksize, self.shape[1])
 
@@ -161,61 +155,52 @@ class FourBit(Codes):
         return QuantState.from_dict(named, device=self.device)
 
 
-class EightBit(Codes):
+class _EightBit(Codes):
     """`bitsandbytes.nn.Linear8bitLt`: 8-bit codes with a scale per row, encoded from fp16."""
 
     kind = "int8"
     limit = torch.finfo(torch.float16).max
 
     def stored(self) -> dict[str, Tensor]:
-        """See `Codes.stored`."""
-        # the layer's first forward moves both from the parameter to its state
-        module = self.module
-        codes, scales = module.state.CB, module.state.SCB
-        if codes is None:
-            codes, scales = module.weight.CB, module.weight.SCB
-        return {"weight": codes.detach(), "SCB": scales.detach()}
+        module = self.module  # the layer's first forward moves both tensors from the parameter to its state
+        held = module.weight if module.state.CB is None else module.state
+        return {"weight": held.CB.detach(), "SCB": held.SCB.detach()}
 
     @torch.no_grad()
     def write(self, stored: Mapping[str, Tensor]) -> None:
-        """See `Codes.write`."""
         mine = self.stored()
         mine["weight"].copy_(stored["weight"])
         mine["SCB"].copy_(stored["SCB"])
         self.module.weight.copy_(stored["weight"])  # the same memory, unless the layer has been copied
 
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
-        """See `Codes.decoder`."""
         codes, scales = stored["weight"].to(self.device), stored["SCB"].to(self.device)
         return lambda rows: codes[rows].float() * (scales[rows].float().unsqueeze(1) / 127)
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Codes.encode`."""
         from bitsandbytes.functional import int8_vectorwise_quant
 
         codes, scales, _ = int8_vectorwise_quant(rows.half())
         return codes, scales
 
     def join(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """See `Codes.join`."""
         return {"weight": torch.cat([code for code, _ in parts]), "SCB": torch.cat([scale for _, scale in parts])}
 
     def row_step(self) -> int:
-        """See `Codes.row_step`."""
         return 1
 
 
-_KINDS: dict[str, type[Codes]] = {"Linear4bit": FourBit, "Linear8bitLt": EightBit}
+_KINDS: dict[str, type[Codes]] = {"Linear4bit": _FourBit, "Linear8bitLt": _EightBit}
 
 
 def codes_kind(module: nn.Module) -> type[Codes] | None:
-    """Which of bitsandbytes' linear layers ``module`` is, found by name; None if neither."""
+    """The `Codes` of ``module``, known by its class name; None if it is no quantised layer of bitsandbytes."""
     classes = (c for c in type(module).__mro__ if c.__module__.split(".")[0] == "bitsandbytes")
     return next((_KINDS[c.__name__] for c in classes if c.__name__ in _KINDS), None)
 
 
 def codes_of(module: nn.Module) -> Codes:
-    """The quantised weight of ``module``, whose `codes_kind` is known."""
+    """The quantised weight of ``module``, which has a `codes_kind`."""
     kind = codes_kind(module)
     assert kind is not None
     return kind(module)

@@ -1,4 +1,4 @@
-"""Tied links beside a quantised weight: ``y = Q(W) x + b + B̄ (Ā x)``, with nothing of them lost to its codes."""
+"""Tied links kept next to a quantised weight, where its codes round nothing: ``y = Q(W) x + b + B̄ (Ā x)``."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cola.lora.layer import AdaptedLayer, Triple, rebind
+from cola.lora.layer import AdaptedLayer, Triple, class_over, empty, rebind
 from cola.lora.quantized_codes import codes_of
 
 #: the buffers of tied links
@@ -15,32 +15,27 @@ STACK = ("chain_A", "chain_B")
 
 
 class StackedLinear(nn.Module):
-    """A quantised layer with tied links beside it: ``Q(W) x + b + B̄ (Ā x)``.
+    """A quantised layer with tied links next to its weight: ``Q(W) x + b + B̄ (Ā x)``.
 
     Attributes:
-        chain_A: Ā, Σr×in; chain_B: B̄, out×Σr, the scales in it. Buffers, in the state dict under these names.
+        chain_A: Ā, Σr×in; chain_B: B̄, out×Σr, which includes the scales. Both are buffers in the state dict.
     """
 
     chain_A: Tensor
     chain_B: Tensor
     plain_class: ClassVar[type[nn.Module]] = nn.Module
-    _classes: ClassVar[dict[type, type]] = {}
 
     @classmethod
     def over(cls, plain: type[nn.Module]) -> type[nn.Module]:
-        """This class for layers of class ``plain``."""
-        made = StackedLinear._classes.get(plain)
-        if made is None:
-            made = type(f"StackedLinearOver{plain.__name__}", (StackedLinear, plain), {"plain_class": plain})
-            StackedLinear._classes[plain] = made
-        return made
+        """This class, derived for layers of class ``plain``."""
+        return class_over(StackedLinear, plain)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.plain_class,), self.__dict__
+        return empty, (StackedLinear, self.plain_class), self.__dict__
 
     def forward(self, x: Tensor) -> Tensor:
-        """The plain layer's output, and that of the tied links."""
-        if not isinstance(self, StackedLinear):  # a hook has kept this bound method, and the links are gone
+        """The plain layer's output plus that of the tied links."""
+        if not isinstance(self, StackedLinear):  # a hook kept this bound method after the links were removed
             return type(self).forward(self, x)
         out = self.plain_class.forward(self, x)
         return out + thin(x, self.chain_A, self.chain_B) if len(self.chain_A) else out
@@ -55,9 +50,9 @@ class StackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As any module's, with two things more: room for the chain in the state, and the scales of the codes.
+        """As any module's, but with room for the state's links, and with the scales of the codes.
 
-        bitsandbytes itself loads no scales into a 4-bit layer, nor into an 8-bit one that has been used.
+        bitsandbytes loads no scales into a 4-bit layer, nor into an 8-bit layer that has been used.
         """
         A, B = (state_dict.get(prefix + name) for name in STACK)
         if A is not None and B is not None and A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]:
@@ -84,28 +79,28 @@ class StackedLinear(nn.Module):
             codes.write(theirs)
 
     def extra_repr(self) -> str:
-        """The plain layer's, and the rank of the tied links."""
+        """The plain layer's text, with the rank of the tied links."""
         return f"{super().extra_repr()}, stacked={len(self.chain_A)}"
 
 
 def stack_rank(module: nn.Module) -> int:
-    """Rank of the links beside a layer's weight; 0 if there are none."""
+    """Rank of the links next to a layer's weight; 0 if there are none."""
     A = module._buffers.get("chain_A")
     return 0 if A is None else len(A)
 
 
 def begin(module: Any) -> None:
-    """Make a plain quantised layer one that links can be stacked beside, as yet none."""
+    """Give a plain quantised layer an empty stack of links."""
     if isinstance(module, StackedLinear) and "chain_A" in module._buffers:
         return
-    for name, empty in zip(STACK, no_stack(module)):
-        module.register_buffer(name, empty)
+    for name, none in zip(STACK, no_stack(module)):
+        module.register_buffer(name, none)
     if not isinstance(module, StackedLinear):
         module.__class__ = StackedLinear.over(type(module))
 
 
 def settle(module: nn.Module) -> None:
-    """Make a layer that no link is beside, live or tied, the plain one it was."""
+    """Turn a layer without any link, live or tied, back into its plain class."""
     if isinstance(module, StackedLinear) and not isinstance(module, AdaptedLayer) and not stack_rank(module):
         for name in STACK:
             del module._buffers[name]
@@ -119,12 +114,12 @@ def thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def scaled(B: Tensor, s: float) -> Tensor:
-    """``s·B``, rounded once; at least fp32, where s·B of a half-precision B is exact for most s."""
+    """``s·B``, rounded once to at least fp32, which is exact for a half-precision B and most s."""
     return (B.double() * s).to(torch.promote_types(B.dtype, torch.float32))
 
 
 def joined(A: Tensor, B: Tensor, links: Sequence[Triple]) -> tuple[Tensor, Tensor]:
-    """Ā and B̄ with more links; in fp32, or wider where one of them is."""
+    """Ā and B̄ with ``links`` added, in the widest of their dtypes and at least fp32."""
     rows = [A, *(a.to(A.device) for a, _, _ in links)]
     columns = [B, *(scaled(b, s).to(B.device) for _, b, s in links)]
     dtype = torch.float32
@@ -142,7 +137,3 @@ def no_stack(module: Any) -> tuple[Tensor, Tensor]:
 def plain_class_of(module: nn.Module) -> type[nn.Module]:
     """The layer's class without links."""
     return module.plain_class if isinstance(module, StackedLinear) else type(module)
-
-
-def _empty(plain: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(StackedLinear.over(plain))

@@ -1,4 +1,4 @@
-"""Which layers of a model carry the links: names, a regular expression, ``"all-linear"``, or query and value."""
+"""Finds the layers that carry links: by names, a regular expression, ``"all-linear"``, or query and value."""
 
 import difflib
 import logging
@@ -28,21 +28,19 @@ logger = logging.getLogger("cola")
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers to adapt, by canonical path, in the model's order.
-
-    Args:
-        model: any module.
-        target_modules: as in `LinkConfig`.
+    """The layers to adapt, by canonical path, in the model's order; ``target_modules`` as in `LinkConfig`.
 
     Raises:
-        ValueError: nothing matches, a name matches nothing, or a match cannot carry a link; the message says why.
+        ValueError: nothing matches, a name matches nothing, or a match cannot carry a link.
     """
     modules = modules_by_name(model)
     _require_initialised(model)
     if target_modules is None or target_modules == "all-linear":
         return _usable(model, modules, target_modules)
-    by = _by_regex if isinstance(target_modules, str) else _by_names
-    found = by(modules, target_modules)  # type: ignore[arg-type]
+    if isinstance(target_modules, str):
+        found = _by_regex(modules, target_modules)
+    else:
+        found = _by_names(modules, target_modules)
     reasons = obstacles(model)
     for path, module in found.items():
         reason = reasons[path] if path in reasons else refusal(module)
@@ -52,10 +50,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
 
 
 def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """PEFT's LoRA layers in ``model`` by canonical path, each fit to carry a chain; empty if PEFT has put none there.
+    """PEFT's LoRA layers in ``model`` by canonical path, each able to carry a chain; empty if there are none.
 
     Raises:
-        ValueError: one cannot carry a chain, or PEFT has put something other than LoRA there; the message says why.
+        ValueError: one cannot carry a chain, or PEFT has added something other than LoRA.
     """
     modules = modules_by_name(model)
     tuned = [module for module in unwrap(model).modules() if peft.is_tuner_layer(module)]
@@ -87,7 +85,7 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def obstacles(model: nn.Module) -> dict[str, str]:
-    """The linear layers of ``model`` that cannot carry a link, by canonical path: why, as the end of a sentence."""
+    """Why linear layers of ``model`` cannot carry a link, by canonical path, as the ends of sentences."""
     modules = modules_by_name(model)
     shared, read = shared_weights(model), read_directly(modules)
     found = {}
@@ -100,19 +98,14 @@ def obstacles(model: nn.Module) -> dict[str, str]:
 
 
 def _wrapped(layer: nn.Module) -> nn.Module:
-    """The module of the model inside a layer of PEFT's, or inside several around one another."""
+    """The model's module inside one or several of PEFT's layers."""
     while peft.is_tuner_layer(layer):
         layer = layer._modules["base_layer"]  # type: ignore[assignment]
     return layer
 
 
 def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The modules that are to be trained whole (``modules_to_save``).
-
-    Args:
-        model: any module.
-        names: a whole path or its end, each.
-        targets: the layers that get links.
+    """The modules to train whole: those of ``modules_to_save``, whose ``names`` are whole paths or their ends.
 
     Raises:
         ValueError: a name matches nothing, or a module that holds a target or cannot be trained.
@@ -142,7 +135,7 @@ def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.
 def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
     """The message for a name that matches nothing, with the nearest names that exist."""
     paths = {id(module): path for path, module in modules.items()}
-    for path, module in modules[""].named_modules(remove_duplicate=False):  # a module at two places is listed at one
+    for path, module in modules[""].named_modules(remove_duplicate=False):  # ``modules`` has one path of each
         if (path == name or path.endswith("." + name)) and id(module) in paths:
             return f"{kind}: {name!r} is another name of the module {paths[id(module)]!r}: use that one"
     last_parts = sorted({path.rsplit(".", 1)[-1] for path, module in modules.items() if is_linear(module)})
@@ -151,7 +144,7 @@ def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | None) -> dict[str, nn.Module]:
-    """What ``None`` or "all-linear" means here; layers that cannot carry a link are left out, with a word."""
+    """The layers that ``None`` or "all-linear" means; leaves out those that cannot carry a link, with a warning."""
     linear = [path for path, module in modules.items() if is_linear(module)]
     inner = unwrap(model)
     if target_modules is None:
@@ -178,7 +171,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
     for path in wanted:
         if path in reasons:
             by_reason.setdefault(reasons[path], []).append(path)
-            if any(reasons[path].startswith(end) for end in _UNREADY):  # the user's next move, and not the model's kind
+            if reasons[path].startswith(_UNREADY):
                 raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")
     if not found:
         why = "; ".join(
@@ -208,8 +201,7 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str) -> dict[str, nn.Modul
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"target_modules={pattern!r} is not a regular expression: {error}") from None
-    matches = {path: module for path, module in modules.items() if path and expression.fullmatch(path)}
-    found = {path: module for path, module in matches.items() if _has_weight(module)}
+    found = {path: m for path, m in modules.items() if path and expression.fullmatch(path) and _has_weight(m)}
     if not found:
         raise ValueError(
             unknown("target_modules", pattern, modules)
@@ -238,25 +230,21 @@ _META = "has its weight on the meta device: load the weights before making a cha
 _INFERENCE = "was made under torch.inference_mode: its weight cannot be changed in place"
 _OWNED = "already carries a link"
 _TIED_ADVICE = ": leave the layer out, or untie the weights first"
-# what stands in the way of the whole model until the caller has done something
+# obstacles of the whole model, which the caller can remove
 _UNREADY = (_META, _INFERENCE, _OWNED)
 
 
 def _untieable(module: nn.Module, shared: dict[int, list[str]]) -> str | None:
     weight = module._parameters["weight"]
-    assert weight is not None  # refusal() has looked
+    assert weight is not None  # refusal() has checked
     if id(weight) in shared:
-        return (
-            f"is tied ({' and '.join(shared[id(weight)])} are one tensor), so a knot would change them all"
-            f"{_TIED_ADVICE}"
-        )
+        names = " and ".join(shared[id(weight)])
+        return f"is tied ({names} are one tensor), so a knot would change them all{_TIED_ADVICE}"
     if weight.is_meta:
         return _META
-    if is_quantized(module):
-        return _INFERENCE if weight.is_inference() else None
-    if weight.dtype not in TIEABLE:
+    if not is_quantized(module) and weight.dtype not in TIEABLE:
         return f"has a {weight.dtype} weight (quantised?): links can be tied into fp32, fp64, bf16 and fp16"
-    if odd_storage(weight):
+    if not is_quantized(module) and odd_storage(weight):
         kind = f"{type(weight.data).__name__} of layout {weight.layout}"
         return f"has a weight that is a {kind} (quantised?): links can be tied into ordinary dense tensors"
     return _INFERENCE if weight.is_inference() else None

@@ -1,4 +1,4 @@
-"""What is trained beside the links: biases, heads, norms, and whatever the caller adds. No knot touches it."""
+"""The extra trained parameters: biases, heads, norms and whatever else the caller adds. Knots leave them alone."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from cola.common.distributed import whole
-from cola.lora.names import modules_by_name, parameters_by_name, shared_weights
+from cola.lora.names import listed, modules_by_name, parameters_by_name, shared_weights
 
 logger = logging.getLogger("cola")
 
 
 class Trainable:
-    """The parameters of a model that are trained beside its links.
+    """The parameters of a model that are trained in addition to its links.
 
     It holds modules and names, never Parameters, which frameworks replace.
-
-    Args:
-        model: whose they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,12 +24,12 @@ class Trainable:
         self._held: list[tuple[nn.Module, str]] = []
 
     def add(self, owner: nn.Module, name: str) -> None:
-        """Count the parameter that ``owner`` has under ``name`` among them; nothing if it has None there."""
+        """Add the parameter that ``owner`` has under ``name``, unless it is None."""
         if owner._parameters.get(name) is not None:
             self._held.append((owner, name))
 
     def add_all(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count those of ``parameters`` that are the model's own among them, and unfreeze these."""
+        """Add and unfreeze those of ``parameters`` that belong to the model."""
         wanted = {id(p) for p in parameters}
         for module in modules_by_name(self.model).values():
             for name, parameter in module._parameters.items():
@@ -41,7 +38,7 @@ class Trainable:
                     parameter.requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """They, by canonical path. One that several modules share is listed under its first path."""
+        """The extra trained parameters, by canonical path; a shared one is listed under its first path."""
         wanted = {(id(owner), name) for owner, name in self._held}
         found: dict[int, tuple[str, nn.Parameter]] = {}
         for path, module in modules_by_name(self.model).items():
@@ -53,7 +50,7 @@ class Trainable:
     def values(self) -> dict[str, Tensor]:
         """Copies of their values on the CPU, as a link records them.
 
-        One that several modules share is listed under every path: elsewhere they may not be tied.
+        A shared parameter is listed under every path, for models that do not share it.
         """
         shared, parameters = shared_weights(self.model), parameters_by_name(self.model)
         values: dict[str, Tensor] = {}
@@ -67,15 +64,15 @@ class Trainable:
 
 
 def require_apart(param_group: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse to train what knots change: the record of a link could not tell the one change from the other.
+    """Refuse to train a weight that knots change: a link's record could not tell the two changes apart.
 
     Args:
-        param_group: to be added to an optimizer; an iterator of parameters in it is made a list.
-        weights: of the adapted layers, by path.
+        param_group: the group to add to an optimizer; an iterator of parameters in it becomes a list.
+        weights: weights of the adapted layers, by path.
 
     Raises:
-        TypeError: it is not a dict with ``"params"``.
-        ValueError: it holds one of them.
+        TypeError: ``param_group`` is not a dict with ``"params"``.
+        ValueError: it holds one of ``weights``.
     """
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(f"param_group={param_group!r:.80} must be a dict with 'params', as torch's optimizers take it")
@@ -92,17 +89,12 @@ def require_apart(param_group: dict[str, Any], weights: Mapping[str, Tensor]) ->
 
 
 def warn_of_half(parameters: Mapping[str, Tensor]) -> None:
-    """Say which trained parameters are fp16: a `GradScaler` refuses their gradients without naming them.
-
-    Args:
-        parameters: by name.
-    """
+    """Warn of trained parameters in fp16, by name: a `GradScaler` refuses their gradients without naming them."""
     found = [name for name, parameter in parameters.items() if parameter.dtype == torch.float16]
     if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         logger.warning(
-            "%s%s will be trained in float16, for which GradScaler raises 'Attempting to unscale FP16 gradients': make "
-            "what is trained float32 before the ChainOptimizer is made (for a head: head.float(), and train under "
-            "autocast), or use bfloat16",
-            ", ".join(found[:3]), more,
-        )  # fmt: skip
+            "%s will be trained in float16, for which GradScaler raises 'Attempting to unscale FP16 gradients': make "
+            "all trained parameters float32 before the ChainOptimizer is made (for a head: head.float(), and train "
+            "under autocast), or use bfloat16",
+            listed(found),
+        )

@@ -1,8 +1,8 @@
-"""Says what ``save_pretrained`` leaves out while a chain is under way.
+"""Warns of links that ``save_pretrained`` leaves out while a chain is under way.
 
-It writes ``lora_A`` and ``lora_B`` into the weights' file, where ``from_pretrained`` ignores them; of a PEFT model it
-writes the live adapter alone, without the links that are tied into the base. Neither is an error, and the loss comes to
-light when the model is loaded.
+``save_pretrained`` writes ``lora_A`` and ``lora_B`` into the weights' file, where ``from_pretrained`` ignores them. Of
+a PEFT model it writes the live adapter alone, without the tied links. Neither is an error, so the loss would go
+unnoticed until the model is loaded.
 """
 
 import inspect
@@ -21,12 +21,12 @@ logger = logging.getLogger("cola")
 
 
 @dataclass
-class Note:
-    """What `Reminded` must know of a chain.
+class SaveStatus:
+    """What a `WarningSave` knows of its chain.
 
     Attributes:
         tied: number of links tied so far.
-        in_checkpoint: a framework is writing a checkpoint, to which the live link belongs.
+        in_checkpoint: a framework is writing a checkpoint, which is to hold the live link.
         told: the warning has been given.
     """
 
@@ -35,18 +35,16 @@ class Note:
     told: bool = False
 
 
-class Reminded:
-    """Stands in the place of a model's ``save_pretrained``. It does not hold the optimizer, and copies with the model.
+class WarningSave:
+    """Replaces a model's ``save_pretrained``. It holds no optimizer and is copied with the model.
 
-    Args:
-        module: the model.
-        note: shared by all that are reminded for one chain.
+    The ``status`` is shared by all models of one chain.
     """
 
     __name__ = "save_pretrained"
 
-    def __init__(self, module: nn.Module, note: Note) -> None:
-        self.module, self.note = module, note
+    def __init__(self, module: nn.Module, status: SaveStatus) -> None:
+        self.module, self.status = module, status
         self.former = vars(module).get("save_pretrained")
 
     @property
@@ -54,48 +52,49 @@ class Reminded:
         return inspect.signature(self._save())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, after a warning if something will be missing."""
-        words = None if self.note.told or self.note.in_checkpoint else _left_out(self.module, self.note)
-        if words is not None:
-            self.note.told = True
-            logger.warning("save_pretrained() %s", words)
+        """The model's own ``save_pretrained``, after a warning if links will be missing."""
+        status = self.status
+        missing = None if status.told or status.in_checkpoint else _left_out(self.module, status.tied)
+        if missing is not None:
+            status.told = True
+            logger.warning("save_pretrained() %s", missing)
         return self._save()(*args, **kwargs)
 
     def _save(self) -> Callable[..., Any]:
         return self.former or type(self.module).save_pretrained.__get__(self.module)  # type: ignore[attr-defined]
 
 
-def remind(model: nn.Module, note: Note) -> list[Reminded]:
-    """Remind whoever saves ``model``, or a model inside it that carries links, by ``save_pretrained``."""
+def warn_on_save(model: nn.Module, status: SaveStatus) -> list[WarningSave]:
+    """Let ``save_pretrained`` of ``model``, and of models inside it that carry links, warn."""
     made = []
     for module in called(model).modules():
         if callable(getattr(type(module), "save_pretrained", None)) and any(map(_carries, module.modules())):
-            made.append(Reminded(module, note))
+            made.append(WarningSave(module, status))
             vars(module)["save_pretrained"] = made[-1]
     return made
 
 
-def forget(made: list[Reminded]) -> None:
-    """Undo `remind`."""
-    for reminded in made:
-        held = vars(reminded.module)
-        if held.get("save_pretrained") is reminded:
+def restore_save(made: list[WarningSave]) -> None:
+    """Undo `warn_on_save`."""
+    for save in made:
+        held = vars(save.module)
+        if held.get("save_pretrained") is save:
             del held["save_pretrained"]
-            held.update({"save_pretrained": reminded.former} if reminded.former is not None else {})
-        reminded.note.told = True  # whoever has wrapped it keeps it
+            held.update({"save_pretrained": save.former} if save.former is not None else {})
+        save.status.told = True  # a wrapper around it may go on calling it
 
 
 def _carries(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or peft.is_lora_layer(module)
 
 
-def _left_out(module: nn.Module, note: Note) -> str | None:
+def _left_out(module: nn.Module, tied: int) -> str | None:
     if any(map(peft.is_lora_layer, module.modules())):
-        if not note.tied:
+        if not tied:
             return None
-        tied = "link that is" if note.tied == 1 else f"{note.tied} links that are"
+        links = "link that is" if tied == 1 else f"{tied} links that are"
         return (
-            f"of a PEFT model writes the live adapter alone, without the {tied} tied into the base's weights "
+            f"of a PEFT model writes the live adapter alone, without the {links} tied into the base's weights "
             "already: call opt.finish() (or opt.tie()) and opt.chain.to_peft(directory) for one adapter with all "
             "links, or opt.save(directory) to go on later"
         )
@@ -103,12 +102,12 @@ def _left_out(module: nn.Module, note: Note) -> str | None:
     if not any(_nonzero(layer.lora_A) and _nonzero(layer.lora_B) for layer in layers):
         return None
     return (
-        f"leaves out the live link {note.tied}, which is trained and not tied yet: from_pretrained ignores its lora_A "
+        f"leaves out the live link {tied}, which is trained and not tied yet: from_pretrained ignores its lora_A "
         "and lora_B. Call opt.finish() first, or opt.tie() to go on training; opt.save(directory) writes a checkpoint"
     )
 
 
 def _nonzero(tensor: Tensor) -> bool:
-    # this process's part of a sharded one: others may not be saving
+    # only this process's shard: the others may not be saving
     local: Tensor = getattr(tensor.detach(), "_local_tensor", tensor)
     return not local.is_meta and bool(local.any())

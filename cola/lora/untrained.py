@@ -1,4 +1,4 @@
-"""Notices links that train nothing, which no error tells of: the loss falls by what else is trained, or not at all."""
+"""Warns of links that train nothing: no error shows this, and the loss may fall by other trained parameters."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -18,26 +18,26 @@ class Untrained:
     """Counts steps without any gradient, and warns once of layers whose links have had none.
 
     Attributes:
-        idle: steps without any gradient since the last one that counted.
+        idle: steps without any gradient since the last counted step.
     """
 
     def __init__(self) -> None:
         self.idle = 0
-        self._at = 0  # counted steps before them
+        self._at = 0  # counted steps before those
         self._told = False
 
     def count(self, groups: Iterable[Mapping[str, Any]], steps: int) -> None:
-        """A step that does not count is being taken, after ``steps`` that did."""
+        """Note a step that is not counted, after ``steps`` counted ones."""
         if any(p.grad is not None for group in groups for p in group["params"]):
-            return  # zeros: a probe
+            return  # zero gradients: a probe
         self.idle = self.idle + 1 if self._at == steps else 1
         self._at = steps
 
     def look(self, live: LiveLink, base: Optimizer, steps: int) -> None:
-        """Warn, once in a run, of the layers whose link of ``steps`` steps is still as it began.
+        """Before a tie, warn once in a run of the layers whose link has not changed in ``steps`` steps.
 
-        Call it before the link is tied. It asks the factor that starts at zero: not trained are those that are zero
-        still, though their learning rate is not, and of which the base has seen no gradient but zero.
+        A link counts as untrained if the factor that starts at zero is still zero, has a learning rate other than zero,
+        and the base has seen no gradient of it but zeros.
         """
         if self._told or not steps:
             return
@@ -69,12 +69,12 @@ class Untrained:
             )  # fmt: skip
 
     def end(self, live: LiveLink, steps: int, tied_at: int) -> None:
-        """Warn of a run that ends with steps that had no gradient, if they were more than those that counted.
+        """Warn of a run that ends with more steps without a gradient than counted ones in the last link.
 
         Args:
             live: the live link.
-            steps: counted in the run.
-            tied_at: those of them that were taken before the last knot.
+            steps: counted steps of the run.
+            tied_at: counted steps before the last knot.
         """
         if self._at != steps or self.idle <= steps - tied_at or (self.idle == 1 and steps):
             return
@@ -88,18 +88,13 @@ class Untrained:
 
 
 def _unseen(parameter: nn.Parameter, base: Optimizer) -> bool:
-    """Whether the base has seen no gradient of a parameter, and its learning rate is not the reason."""
-    group = next((g for g in base.param_groups if any(p is parameter for p in g["params"])), None)
-    if group is not None and not _rate(group):
+    """Whether the base has seen no gradient of a parameter, for another reason than its learning rate."""
+    group = next((g for g in base.param_groups if any(p is parameter for p in g["params"])), {})
+    if not group.get("lr", 1.0):
         return False
-    state = base.state.get(parameter) or {}
-    seen = [value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]
-    return not any(map(_any, [parameter.grad] if parameter.grad is not None else [])) and not any(map(_any, seen))
+    seen = (parameter.grad, *(base.state.get(parameter) or {}).values())
+    return not any(_any(value) for value in seen if isinstance(value, Tensor) and value.shape == parameter.shape)
 
 
 def _any(tensor: Tensor) -> bool:
     return bool(whole(tensor.detach()).any())
-
-
-def _rate(group: Mapping[str, Any]) -> bool:
-    return bool(group.get("lr", 1.0))

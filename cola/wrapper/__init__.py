@@ -1,1 +1,1 @@
-"""A `torch.optim.Optimizer` around another one, without any knowledge of chains."""
+"""A `torch.optim.Optimizer` around another one: the parts of `ChainOptimizer` that need no chain."""

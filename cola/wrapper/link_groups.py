@@ -1,4 +1,4 @@
-"""The base optimizer of a live link: its param groups hold the factors, and the extra trained parameters."""
+"""The wrapper around a base optimizer whose param groups hold the live link's factors and the extra parameters."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from torch.optim import Optimizer
 
 from cola.knot.tie import KnotError
 from cola.lora.integrity import require_intact, require_same_weights
+from cola.lora.layer import FACTORS
 from cola.lora.live import LiveLink
 from cola.lora.trainable import require_apart, warn_of_half
 from cola.wrapper.wrapper import OptimizerWrapper
 
-#: the entry of the first param group that is the chain's own
+#: the chain's entry in the first param group
 GROUP_KEY = "cola"
 
 
@@ -22,11 +23,11 @@ class LinkGroups(OptimizerWrapper):
     own_entries = (GROUP_KEY,)
 
     live: LiveLink
-    _bound: list[nn.Parameter] | None  # the trained Parameters until the first step: fully_shard replaces them
+    _bound: list[nn.Parameter] | None  # the trained Parameters, until the first step: fully_shard replaces them
     _held: dict[str, nn.Parameter]  # the weights when training began, for `require_same_weights`
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base; those of the model are trained from now on."""
+        """Add parameters to the base, and unfreeze those of the model."""
         require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
         self.base.add_param_group(param_group)
         before = self.live.trained()
@@ -60,8 +61,8 @@ class LinkGroups(OptimizerWrapper):
     def _settle(self) -> None:
         """Before the first step, follow frameworks that replace the model's Parameters.
 
-        FSDP2 leaves the old ones in the groups; Accelerate puts placeholders there, which are none of ours and stay,
-        and then the new ones itself.
+        FSDP2 leaves the old ones in the groups. Accelerate puts placeholders there, which are left alone, and later the
+        new ones.
         """
         if self._bound is None or self._bound[0] is self.live.adapters()[0]:
             return
@@ -77,16 +78,16 @@ class LinkGroups(OptimizerWrapper):
         self._reset([p for group in self.base.param_groups for p in group["params"]])
 
     def _require_trainable(self) -> None:
-        """The layers are as the chain left them, and their factors are in the groups."""
+        """Check that the layers are unchanged and that the groups hold their factors."""
         require_intact(self.live)
         held = {id(p) for group in self.param_groups for p in group["params"]}
         for path, layer in self.live.layers.items():
-            for name in ("lora_A", "lora_B"):
+            for name in FACTORS:
                 p = getattr(layer, name)
                 if p.requires_grad and id(p) not in held:
                     raise KnotError(
                         f"param_groups do not hold {name} of layer {path!r}: the model's parameters were replaced "
-                        "after the ChainOptimizer had begun, or the optimizer keeps copies of its own (DeepSpeed ZeRO "
+                        "after the ChainOptimizer had begun, or the optimizer keeps its own copies (DeepSpeed ZeRO "
                         "does: use DDP or FSDP2), so this layer is not trained"
                     )
         require_same_weights(self.live, self._held)

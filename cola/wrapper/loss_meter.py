@@ -1,4 +1,4 @@
-"""Finds the loss that each optimizer step has optimised, without a device sync and without holding the optimizer."""
+"""Measures the loss that each optimizer step has optimised, without a device sync."""
 
 import numbers
 import weakref
@@ -14,22 +14,21 @@ from cola.common.distributed import is_sharded
 ParamGroups = Iterable[Mapping[str, Any]]
 
 
-class LossWatch:
+class LossMeter:
     """The mean loss of each optimizer step, from the first of these sources that has one.
 
-    1. What the caller tells by `tell`, averaged.
-    2. What a training framework computed, given by `give`.
-    3. A closure's first run: its losses if it backpropagated several, else what it returned.
-    4. The ``.loss`` of the model's outputs. A forward hook puts a hook on that tensor, so a loss counts when backward
-       runs through it, with its gradient as weight: the step's loss is ``Σ g·loss / Σ |g|``. A loss that is never
+    1. The mean of the losses passed to `tell`.
+    2. The loss passed to `give` by a training framework.
+    3. A closure's first run: its losses if it backpropagated several, otherwise its result.
+    4. The ``.loss`` of the model's outputs. A forward hook puts a hook on this tensor, so a loss counts when backward
+       runs through it, weighted by its gradient: the step's loss is ``Σ g·loss / Σ |g|``. A loss that is never
        backpropagated has no weight; accumulation, with or without division, and loss scaling do not change the mean.
 
-    Losses of a forward with ``num_items_in_batch`` are shares of the step's mean, and are added up.
-
-    Inside `torch.compile` gradients cannot be watched: a training forward counts with weight 1.
+    Losses of a forward with ``num_items_in_batch`` are shares of the step's mean, and are added up. `torch.compile`
+    hides gradients: inside it a training forward counts with weight 1.
 
     Args:
-        model: to watch.
+        model: the model whose forward is hooked. The meter does not hold the optimizer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,10 +37,10 @@ class LossWatch:
         self._traced: Tensor | None = None  # sum and count of the losses of compiled forwards
         self._shares = False
         self._given: Tensor | None = None
-        self._first: Tensor | None = None  # of a closure's runs in one step
+        self._first: Tensor | None = None  # the loss of the closure's first run in a step
         # a gradient that the last step with a told loss used, and its version
-        self._stepped: tuple[Callable[[], Tensor | None], int] = _NOTHING
-        self._backward = -1  # autograd's number of the last backward that was seen
+        self._stepped: tuple[weakref.ref[Tensor], int] | None = None
+        self._backward = -1  # autograd's number of the last backward seen
         self._handle = model.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -54,7 +53,7 @@ class LossWatch:
         if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
             return
         if torch._C._are_functorch_transforms_active():
-            return  # the gradients of torch.func reach no backward
+            return  # torch.func computes gradients without a backward
         self._shares = kwargs.get("num_items_in_batch") is not None
         value = _copied(loss)  # the training loop may divide the loss in place
         if not torch.compiler.is_compiling():
@@ -66,31 +65,24 @@ class LossWatch:
     def _backpropagated(self, module: nn.Module, value: Tensor, gradient: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
         if self.seen and backward != self._backward and not _has_gradients(module):
-            self.seen.clear()  # model.zero_grad() has dropped the gradients of a step that was skipped
+            self.seen.clear()  # model.zero_grad() has dropped the gradients of a skipped step
         self._backward = backward
         self.seen.append((value, gradient.detach().reshape(())))
 
     def tell(self, loss: Tensor | float) -> None:
-        """Add one loss that the caller gives; it counts in place of what was seen. Tensors stay on their device.
-
-        Raises:
-            TypeError, ValueError: it is not one number.
-        """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"observe(loss) needs one number, got a tensor of shape {tuple(loss.shape)}: reduce it"
-                )
-        elif not isinstance(loss, numbers.Real):
+        """Add a loss from the caller, which replaces those seen. Tensors stay on their device."""
+        if not isinstance(loss, (Tensor, numbers.Real)):
             raise TypeError(f"observe(loss={loss!r}) needs a number or a tensor with one element")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"observe(loss) needs one number, got a tensor of shape {tuple(loss.shape)}: reduce it")
         self.told.add(loss)
 
     def give(self, loss: Tensor) -> None:
-        """Set the coming step's mean loss, as a training framework computed it."""
+        """Set the next step's mean loss, as a training framework computed it."""
         self._given = _copied(loss)
 
     def first_of(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure``, which keeps the loss of its first run: LBFGS runs it many times in a step."""
+        """Wrap ``closure`` to keep the loss of its first run: LBFGS runs it many times in a step."""
         self._first, ran = None, False
 
         def run() -> Any:
@@ -104,16 +96,12 @@ class LossWatch:
         return run
 
     def take(self, groups: ParamGroups) -> Tensor | None:
-        """The step's loss as a 0-d tensor, None if there was none; everything is forgotten.
-
-        Args:
-            groups: of the optimizer that has taken the step.
-        """
+        """Return the loss of the step just taken over ``groups`` as a 0-d tensor, or None, and forget all losses."""
         told, first, given = self.told.take(), self._first, self._given
         self._first = None
         if told is not None:
             used = _gradient(groups)
-            self._stepped = _NOTHING if used is None else (weakref.ref(used), used._version)
+            self._stepped = None if used is None else (weakref.ref(used), used._version)
         elif given is not None:
             told = given
         else:
@@ -122,31 +110,28 @@ class LossWatch:
         return told
 
     def drop(self, groups: ParamGroups) -> None:
-        """Forget the losses of gradients that are about to be zeroed.
+        """Forget the losses of the gradients in ``groups``, which are about to be zeroed.
 
-        Losses told for gradients that no step has used are dropped (a loss scaler has skipped the step). Others stay:
-        they belong to a backward that is still to come.
-
-        Args:
-            groups: of the optimizer that zeroes them.
+        Told losses are dropped if no step has used the gradients (a loss scaler skipped the step). Otherwise they stay,
+        for the next backward.
         """
         if self.told.count:
-            present, (stepped, version) = _gradient(groups), self._stepped
-            if present is not None and (present is not stepped() or present._version != version):
+            present, used = _gradient(groups), self._stepped
+            if present is not None and (used is None or present is not used[0]() or present._version != used[1]):
                 self.told.take()
         self.clear()
 
     def clear(self) -> None:
-        """Forget all losses but those that were told."""
+        """Forget all losses but the told ones."""
         self.seen.clear()
         self._traced = self._given = None
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the forward hook."""
         self._handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_stepped": _NOTHING}  # a weak reference neither copies nor pickles
+        return {**vars(self), "_stepped": None}  # weak references cannot be copied or pickled
 
     def _of_closure(self, result: Any) -> Tensor | None:
         if self._given is not None:
@@ -173,15 +158,8 @@ class LossWatch:
         return mean * len({id(value) for value, _ in self.seen}) if self._shares else mean
 
 
-def _nothing() -> None:
-    return None
-
-
-_NOTHING = (_nothing, 0)
-
-
 def _gradient(groups: ParamGroups) -> Tensor | None:
-    """One of the gradients at hand."""
+    """The first gradient in the groups."""
     return next((p.grad for group in groups for p in group["params"] if p.grad is not None), None)
 
 
@@ -197,7 +175,7 @@ def _has_gradients(module: nn.Module) -> bool:
 
 
 class _Mean:
-    """A mean that grows; the sum stays on its device."""
+    """A running mean, whose sum stays on its device."""
 
     def __init__(self) -> None:
         self.total: Tensor | float | None = None
@@ -214,7 +192,7 @@ class _Mean:
             return None
         total, count = self.total, self.count
         self.total, self.count = None, 0
-        return _number(total) / count  # a copy: the caller's loss may be a buffer that is written again
+        return _number(total) / count  # a copy: the caller may overwrite the loss
 
 
 def _number(value: Any) -> Tensor:

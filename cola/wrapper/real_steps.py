@@ -1,4 +1,4 @@
-"""Real steps and probes. Distributed checkpointing makes an optimizer create its state by a step that moves nothing."""
+"""Tells real optimizer steps from probes, the steps by which distributed checkpointing creates optimizer state."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from cola.common.distributed import whole
 
 
 def moves(groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether a step over ``groups`` is a real one: some gradient, and not all of learning rates and gradients zero.
+    """Whether a step over ``groups`` is real: there are gradients, and some learning rate or gradient is not zero.
 
-    A warm-up step from learning rate 0 is real: it has gradients. They are read (which waits for their device) only
-    when all learning rates are zero.
+    A warm-up step with learning rate 0 is real, as its gradients are not zero. They are read (which waits for their
+    device) only if all learning rates are zero.
     """
-    for group in groups:  # plain loops: nearly always the first parameter decides, at every step
+    for group in groups:  # plain loops, because the first parameter nearly always decides
         for p in group["params"]:
             if p.grad is not None:
                 return _may_move(groups)
@@ -36,7 +36,7 @@ def rates_are_zero(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def stateless(base: Optimizer) -> list[int]:
-    """Groups of ``base`` in which no parameter has state: what a probe is about to fill."""
+    """Indices of the groups of ``base`` in which no parameter has state, which a probe would create."""
     state = base.state
     return [i for i, group in enumerate(base.param_groups) if not any(state.get(p) for p in group["params"])]
 

@@ -1,8 +1,8 @@
-"""An optimizer that is composed of another: its groups, state and defaults are the other's own objects.
+"""An optimizer that wraps another and shares its groups, state and defaults through properties.
 
-A facade is refused by schedulers and frameworks (they ask `isinstance`), and a subclass with groups of its own loses
-them at `load_state_dict`; properties that delegate pass every contract. The flag by which fused optimizers take over
-loss scaling (``_step_supports_amp_scaling``) must never be handed on: what goes with it would land here and not there.
+It is a `torch.optim.Optimizer`, because schedulers and frameworks check `isinstance`. It has no groups besides the
+base's, because `load_state_dict` would replace them. Never forward ``_step_supports_amp_scaling``, the flag of fused
+optimizers: GradScaler would set ``grad_scale`` on the wrapper, where the base does not look.
 """
 
 import inspect
@@ -17,20 +17,20 @@ from cola.knot.tie import KnotError
 
 
 class OptimizerWrapper(Optimizer):
-    """What `ChainOptimizer` is without a chain: a `torch.optim.Optimizer` around ``base``, which can be made afresh."""
+    """A `torch.optim.Optimizer` around ``base``, which can be made anew to reset its state."""
 
     base: Optimizer
     _factory: Callable[..., Optimizer]
     _base_kwargs: dict[str, Any]
     _groups: GroupWatch
-    _made: int  # groups that the factory has made; later ones came by `add_param_group`
+    _made: int  # number of groups that the factory made; later ones came by `add_param_group`
 
-    #: param-group entries of our own, which a new base is not given
+    #: the wrapper's param-group entries, which a new base does not get
     own_entries: tuple[str, ...] = ()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's. Group 0 holds the adapters, group 1 (if any) what is trained beside them."""
+        """The base's. Group 0 holds the adapters, group 1 (if any) the extra trained parameters."""
         self._settle()
         return self.base.param_groups
 
@@ -61,14 +61,14 @@ class OptimizerWrapper(Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
 
     def train(self) -> None:
-        """Pass on to bases that have modes (schedule-free)."""
+        """Call the base's ``train``, if it has modes (schedule-free)."""
         self._mode("train")
 
     def eval(self) -> None:
-        """Pass on to bases that have modes (schedule-free)."""
+        """Call the base's ``eval``, if it has modes (schedule-free)."""
         self._mode("eval")
 
-    # step runs its own hooks; global ones run once, in the base's step
+    # step runs the wrapper's hooks; global hooks run once, in the base's step
 
     def _before_step(self, closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args: tuple[Any, ...] = (closure,)
@@ -84,7 +84,7 @@ class OptimizerWrapper(Optimizer):
             hook(self, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # like torch's optimizers: hooks, and the wrapper that a scheduler puts around step, stay behind
+        # like torch's optimizers, leave out hooks and the wrapper that a scheduler puts around step
         return {
             name: value
             for name, value in vars(self).items()
@@ -96,12 +96,12 @@ class OptimizerWrapper(Optimizer):
         self._listeners: list[Any] = []
         super().__setstate__({})
 
-    # a base made afresh
+    # a new base
 
     def _new_base(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """A new base, made as the present one was: groups that came by `add_param_group` are added to it.
+        """A new base, made like the present one: the factory does not see groups that came by `add_param_group`.
 
-        A callable base may keep fewer groups than it is given (one for all), so those are not for it to see.
+        They are added afterwards, because a callable base may merge the groups that it is given.
         """
         added = {id(p) for group in self.base.param_groups[self._made :] for p in group["params"]}
         late = [group for group in groups if any(id(p) in added for p in group["params"])]
@@ -129,7 +129,7 @@ class OptimizerWrapper(Optimizer):
     # modes
 
     def _leave_training_mode(self) -> str:
-        """Let a base with modes put the parameters that evaluation sees in place; returns the mode to go back to."""
+        """Switch a base with modes to the parameters for evaluation; returns the mode to go back to."""
         training = self.param_groups[0].get("train_mode", True)
         self._mode("eval")
         return "train" if training else "eval"
@@ -140,15 +140,11 @@ class OptimizerWrapper(Optimizer):
             switch()
 
     def _settle(self) -> None:
-        """Called before the groups are read."""
+        """A hook that runs before the groups are read."""
 
 
 def require_base(base: Any) -> None:
-    """Check the argument ``base`` of `ChainOptimizer`.
-
-    Raises:
-        TypeError: it is neither an optimizer class nor a callable.
-    """
+    """Raise TypeError if ``base`` is neither an optimizer class nor a callable."""
     if isinstance(base, Optimizer):
         name = type(base).__name__
         raise TypeError(

@@ -59,7 +59,7 @@ def rows(dtype: str, settings: Settings) -> Iterator[Row]:
         ratio(times, "compiled", "add_"), limit=2 / 3, limited_by="bandwidth, as for tie",
         between="r products per element without blocking in registers; the code for bf16's bits is not vectorised",
         right=differ < 1e-2,  # the products are summed in another order, which seldom changes a rounding
-        beside=medians(times) | {"compile_s": compiling, "pays_after_ties": compiling / saved if saved > 0 else -1.0},
+        details=medians(times) | {"compile_s": compiling, "pays_after_ties": compiling / saved if saved > 0 else -1.0},
     )  # fmt: skip
 
 

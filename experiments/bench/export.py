@@ -51,7 +51,7 @@ def svd(settings: Settings) -> Iterator[Row]:
         limited_by="FLOPs: two QRs of d×Σr and an SVD of Σr×Σr for one of d×d",
         between="float64 runs at half the rate; the norm of the update takes another decomposition",
         right=all(abs(error - wanted) <= 1e-3 * wanted for error in (errors["proj"], missed)),  # reported, and written
-        beside={"dense_s": dense, "export_s": float(np.median(ours[1:]))},
+        details={"dense_s": dense, "export_s": float(np.median(ours[1:]))},
     )  # fmt: skip
 
 
@@ -66,5 +66,5 @@ def importing(settings: Settings) -> Iterator[Row]:
     times = race(work, wall, rounds=(7, 15))
     yield Row(
         "import", "import torch, cola: time to import torch", ratio(times, "both", "torch"), 1.1, limit=1.0,
-        limited_by="torch itself", between="some thirty small modules", beside=medians(times),
+        limited_by="torch itself", between="some thirty small modules", details=medians(times),
     )  # fmt: skip

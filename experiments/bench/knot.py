@@ -62,7 +62,7 @@ def knots(settings: Settings) -> Iterator[Row]:
         Spread.of(np.array(ties) / step), 0.5, limited_by="as tie: the adapted weights read and written once",
         between="the check for overflow and the digest of the weights read them once each; drawing A",
         right=max(after) < 1e-2 * worth,  # relative to the effect of losing a link
-        beside={"step_ms": step * 1e3, "knot_ms": float(np.median(ties)) * 1e3, "first_knot_ms": first * 1e3}
+        details={"step_ms": step * 1e3, "knot_ms": float(np.median(ties)) * 1e3, "first_knot_ms": first * 1e3}
         | peft_merge(make, settings),
     )  # fmt: skip
 
@@ -125,7 +125,7 @@ def chain(settings: Settings) -> Iterator[Row]:
     yield Row(
         "chain/host", "the same chain: growth of the ledger, over the bytes of its factors",
         Spread.of([(grown - ledger) / (per_link * (links - 1))]), 1.0, limit=1.0, limited_by="the factors in fp32",
-        beside={"link_bytes": float(per_link), "chain_bytes": float(grown)},
+        details={"link_bytes": float(per_link), "chain_bytes": float(grown)},
     )  # fmt: skip
 
 

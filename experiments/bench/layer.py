@@ -54,19 +54,19 @@ def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) 
 
     times = race({**work, "floor": floor}, settings)
     words = f"{dtype}, {tokens}×{d}" + (f", dropout {dropout}" if dropout else "")
-    beside = medians(times)
+    details = medians(times)
     if "loralib" in layers:
-        beside["to_loralib"] = ratio(times, "cola", "loralib").median
+        details["to_loralib"] = ratio(times, "cola", "loralib").median
     yield Row(
         f"{name}/peft", f"layer, {words}: time to PEFT's", ratio(times, "cola", "peft"),
-        TO_PEFT.get((dtype, shape, dropout), 1.0), right=right, beside=beside,
+        TO_PEFT.get((dtype, shape, dropout), 1.0), right=right, details=details,
         limited_by="no bound: both do the same products",
     )  # fmt: skip
     yield Row(
         f"{name}/frozen", f"layer, {words}: time to the frozen one's", ratio(times, "cola", "frozen"),
         None if dropout else TO_FROZEN.get((dtype, shape)), limit=1 + 3 * RANK / d,
         limited_by="FLOPs: 12·tokens·r·d on top of 4·tokens·d², 1 + 3r/d", between=BETWEEN, right=right,
-        floor=ratio(times, "floor", "frozen"), beside={"peft": ratio(times, "peft", "frozen").median},
+        floor=ratio(times, "floor", "frozen"), details={"peft": ratio(times, "peft", "frozen").median},
     )  # fmt: skip
     saved = {key: saved_bytes(layer, x) for key, layer in layers.items()}
     yield Row(
@@ -74,7 +74,7 @@ def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) 
         Spread.of([saved["cola"] / saved["peft"]]), 1.0,
         limit=tokens * d * x.element_size() / saved["peft"], limited_by="the input itself (dA needs it)",
         between="x Aᵀ, tokens × r" + ("; the mask is drawn again from its seed" if dropout else ""),
-        beside={f"{key}_bytes": float(value) for key, value in saved.items()},
+        details={f"{key}_bytes": float(value) for key, value in saved.items()},
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class Row:
         floor: the time of the same work without our additions, in the same rounds; None if it is not measured.
         between: the reasons why the value is above its limit.
         right: whether the results were correct; None if there is nothing to compare.
-        beside: other figures of the same run.
+        details: other figures of the same run.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Row:
     floor: Spread | None = None
     between: str = ""
     right: bool | None = None
-    beside: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reached(self) -> bool | None:
@@ -154,7 +154,7 @@ def ratio(times: Mapping[str, np.ndarray], one: str, other: str) -> Spread:
 
 
 def medians(times: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Median milliseconds of each contender, for `Row.beside`."""
+    """Median milliseconds of each contender, for `Row.details`."""
     return {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
 
 

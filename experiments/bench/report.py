@@ -29,7 +29,7 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
         "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
     (arguments.out / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
-    curves = [scaling.Curve(**row.beside) for row in rows if row.name.startswith("scaling/")]  # type: ignore[arg-type]
+    curves = [scaling.Curve(**row.details) for row in rows if row.name.startswith("scaling/")]  # type: ignore[arg-type]
     if curves:
         scaling.draw(curves, arguments.out / "scaling.png")
     return text
@@ -47,16 +47,15 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
         + ("; SMOKE: the figures mean nothing" if settings.smoke else "")
         + ".",
         "",
-        "| row | what | median (10–90 %) | target | | floor | limit | beside |",
+        "| row | what | median (10–90 %) | target | | floor | limit | details |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         target = "" if row.target is None else f"{'≥' if row.at_least else '≤'} {row.target:g}"
         floor = "" if row.floor is None else f"{row.floor.median:.3g} ({row.floor.low:.3g}–{row.floor.high:.3g})"
         limit = "" if row.limit is None else f"{row.limit:.3g}"
-        lines.append(
-            f"| {row.name} | {row.what} | {row.value} | {target} | {verdict(row)} | {floor} | {limit} | {beside(row)} |"
-        )
+        cells = (row.name, row.what, row.value, target, verdict(row), floor, limit, details(row))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     kinds: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.limited_by:
@@ -81,9 +80,9 @@ def verdict(row: Row) -> str:
     return ("PASS" if row.reached else missed) + ("~" if between else "")
 
 
-def beside(row: Row) -> str:
+def details(row: Row) -> str:
     """Other figures, in short."""
-    numbers = [(key, value) for key, value in row.beside.items() if isinstance(value, (int, float))]
+    numbers = [(key, value) for key, value in row.details.items() if isinstance(value, (int, float))]
     return "" if row.name.startswith("scaling/") else ", ".join(f"{key} {value:.4g}" for key, value in numbers)
 
 

@@ -51,7 +51,7 @@ def rows(settings: Settings) -> Iterator[Row]:
         yield Row(
             f"scaling/{curve.name}", f"slope of a knot's time in {curve.name}, {curve.x[len(curve.x) // 2]} to "
             f"{curve.x[-1]} ({curve.why})", Spread.of([curve.slope]), curve.expected + curve.slack,
-            limit=curve.expected, limited_by=curve.why, beside=asdict(curve),
+            limit=curve.expected, limited_by=curve.why, details=asdict(curve),
         )  # fmt: skip
 
 

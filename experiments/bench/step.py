@@ -47,7 +47,7 @@ def training(name: str, key: str, targets: list[str] | str, settings: Settings) 
         limited_by="the model's own forward and backward to the first adapted layer, with nothing adapted; the floor "
         "is that, the links' products alone and a fused AdamW step",
         between="the links' products between large ones, whose data have left the caches; some 20 calls per layer",
-        right=right, beside=medians(times),
+        right=right, details=medians(times),
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def overhead(settings: Settings) -> Iterator[Row]:
         "overhead/time", f"ChainOptimizer.step() to AdamW.step(), {2 * layers} factors of width {width}, ten in a row",
         ratio(times, "step", "base"), 1.02, limit=1.0, limited_by="the base's own step",
         between="asking whether the step is real, the policy, watching the groups' entries: Python, no kernels",
-        beside=medians(times),
+        details=medians(times),
     )  # fmt: skip
     counts = []
     for run in (opt.step, opt.base.step):
@@ -157,7 +157,7 @@ def overhead(settings: Settings) -> Iterator[Row]:
     yield Row(
         "overhead/waits", "device values that step() reads on the host beyond those that base.step() reads",
         Spread.of([counts[0] - counts[1]]), 0.0, limit=0.0, limited_by="the policy needs no value between knots",
-        beside={"step": counts[0], "base": counts[1]},
+        details={"step": counts[0], "base": counts[1]},
     )  # fmt: skip
 
 

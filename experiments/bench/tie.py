@@ -57,15 +57,15 @@ def rows(name: str, dtype: str, shape: str, settings: Settings) -> Iterator[Row]
     merges = peers(m, n, DTYPES[dtype], left, right)
     times = race({**work, **merges}, settings)
     memory = {key: peak_bytes(run) / weight.nbytes for key, run in work.items() if key != "add_"}
-    beside = medians(times) | {f"{key}_to_add": ratio(times, key, "add_").median for key in merges}
+    details = medians(times) | {f"{key}_to_add": ratio(times, key, "add_").median for key in merges}
     if "peft_merge" in merges:
-        beside["peft_merge_extra"] = peak_bytes(merges["peft_merge"]) / weight.nbytes
+        details["peft_merge_extra"] = peak_bytes(merges["peft_merge"]) / weight.nbytes
     for rounding in roundings:
         yield Row(
             f"{name}/{rounding}", f"tie, {dtype} {m}×{n}, {rounding}: time to W.add_", ratio(times, rounding, "add_"),
             TARGETS[dtype, rounding], limit=4 / 3 if rounding == "compensated" else 2 / 3,
             limited_by="bandwidth: W (and a residual) read and written once, where add_ moves three arrays",
-            between=BETWEEN[dtype, rounding], right=exact[rounding], beside=beside,
+            between=BETWEEN[dtype, rounding], right=exact[rounding], details=details,
         )  # fmt: skip
         yield Row(
             f"{name}/{rounding}/memory", f"tie, {dtype} {m}×{n}, {rounding}: extra memory, in W's own bytes",

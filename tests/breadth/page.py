@@ -32,17 +32,17 @@ REASONS = {
 
 INTRODUCTION = """# Models
 
-This page is written by `python -m tests.breadth`; `make test-long` measures it again. With random weights in tiny
-sizes, transformers {transformers} and PEFT {peft}, {tried} of {all} architectures were tried: two links with a knot
-between them, on inputs of the right kind, for the default targets and for `target_modules="all-linear"`. One
-**holds** if
+`python -m tests.breadth` writes this page, and `make test-long` measures it again. With random weights in tiny sizes,
+transformers {transformers} and PEFT {peft}, {tried} of {all} architectures were tried: two links with a knot between
+them, on inputs of the right kind, for the default targets and for `target_modules="all-linear"`. An
+architecture **holds** if
 
 - the output before and after each tie agrees to fp32 rounding,
-- `finish()` gives the classes and state-dict keys back, and the saved state dict loads to equal values,
+- `finish()` restores the classes and state-dict keys, and the saved state dict loads to equal values,
 - `Chain.apply` on the untouched base gives the same weights bit for bit,
-- for the export, the adapter of `Chain.to_peft`, loaded by PEFT on the untouched base, agrees within 1e-4.
+- for the export, the adapter of `Chain.to_peft` agrees within 1e-4 when PEFT loads it on the untouched base.
 
-Everything else is refused with a reason: a model before training, an export when it is asked for.
+Everything else is refused with a reason: a model before training, an export before it writes anything.
 
 """
 
@@ -91,6 +91,6 @@ def render(found: dict[str, Any]) -> str:
             n for n, one in tried.items() if one["kind"] == kind and "holds" in (one["default"], one["all-linear"])
         ]
         text += f"- {kind}: {', '.join(names)}.\n"
-    text += "\n## Not tried\n\nThese could not be made tiny, or fed, without work of their own.\n\n"
+    text += "\n## Not tried\n\nThese need extra work to be made tiny, or to be given inputs.\n\n"
     text += f"{', '.join(name for name in models if name not in tried)}.\n"
     return text

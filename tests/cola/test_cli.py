@@ -158,7 +158,7 @@ def test_verify_names_what_differs_elsewhere_and_what_the_chain_replaces(made, t
     for name, status, text in (
         ("model.decoder.embed_positions.weight", 1, "FAIL  base is the one that the chain was trained on: wrong base"),
         ("model.decoder.layers.1.fc2.bias", 1, "wrong base: 'model.decoder.layers.1.fc2.bias' has other values"),
-        (bias, 0, f"ok    base is the one that the chain was trained on, but for {bias}, which the chain replaces"),
+        (bias, 0, f"ok    base is the one that the chain was trained on, except for {bias}, which the chain replaces"),
     ):
         other = tiny_opt()
         with torch.no_grad():

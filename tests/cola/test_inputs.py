@@ -79,7 +79,7 @@ TABLE = [
     (lambda: make(nn.Sequential(nn.ReLU()), target_modules="all-linear"), ValueError, "has no linear layer"),
     (lambda: make(nn.Sequential(nn.Embedding(3, 3)), target_modules=["0"]), ValueError, "layer '0' is a Embedding"),
     (lambda: make(nn.Sequential(nn.Conv2d(3, 3, 1)), target_modules=["0"]), ValueError, "layer '0' is a Conv2d: links"),
-    (lambda: make(nn.Sequential(OwnForward(3, 3)), target_modules=["0"]), ValueError, "a forward of its own"),
+    (lambda: make(nn.Sequential(OwnForward(3, 3)), target_modules=["0"]), ValueError, "that overrides forward"),
     (lambda: make(attention(), target_modules=["out_proj"]), ValueError, "output projection of nn.MultiheadAttention"),
     (lambda: make(dispatched()), ValueError, "forward replaced on the instance"),
     (lambda: make(parametrized()), ValueError, "a weight that is computed"),

@@ -611,7 +611,7 @@ def test_a_link_that_starts_anywhere_and_has_no_gradient_is_noticed(init, caplog
 @pytest.mark.parametrize(
     ("a", "b", "kwargs", "kind", "message"),
     [
-        (1.0, 1e4, {}, KnotError, "cannot start: giving back its s·BA, layer 'first' would get a W [+] sBA beyond"),
+        (1.0, 1e4, {}, KnotError, "cannot start: without its s·BA, layer 'first' would get a W [+] sBA beyond"),
         (1e-6, 1e5, {"dtype": torch.float16}, ValueError, "values that are not finite in torch.float16 for 'first'"),
         (1e5, 0.0, {"dtype": torch.float16}, ValueError, "values that are not finite in torch.float16 for 'first'"),
     ],

@@ -98,7 +98,7 @@ REFUSED = {
     "a chain's directory": (
         lambda opt, path: (TRAINED.chain.save(path), opt.load(path)),
         ValueError,
-        r"holds a chain, as Chain\.save writes it.*opt\.follow\(Chain\.load",
+        r"holds a chain from Chain\.save.*opt\.follow\(Chain\.load",
     ),
     "follow": (lambda opt, path: opt.follow([]), TypeError, r"follow\(chain=\[\]\) needs a Chain"),
     "undo": (lambda opt, path: (opt.tie(), opt.undo(None)), TypeError, r"undo\(base=None\) needs the untouched model"),

@@ -271,7 +271,7 @@ REFUSED = {
     "merged": (merged, "adapter merged: call unmerge_adapter"),
     "disabled": (disabled, "adapter disabled: call enable_adapter_layers"),
     "DoRA": (lambda: wrapped(use_dora=True), "uses DoRA, whose update is more than s·BA"),
-    "lora_bias": (lambda: wrapped(lora_bias=True), "lora_bias=True, an update beside"),
+    "lora_bias": (lambda: wrapped(lora_bias=True), "lora_bias=True, an update in addition"),
     "embedding": (lambda: net(target_modules=["embed"]), "'embed' is an embedding with a PEFT adapter"),
     "Conv2d": (lambda: net(target_modules=["conv"]), "'conv' is a Conv2d of PEFT, whose factors are not plain"),
     "IA3": (

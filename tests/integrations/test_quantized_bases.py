@@ -122,7 +122,7 @@ REFUSED = {
     "not yet": (lambda: Net(KINDS["nf4"]), BODY, "is a Linear4bit whose weight is not quantised yet"),
     "not yet, int8": (lambda: Net(eight), BODY, "is a Linear8bitLt whose weight is not quantised yet"),
     "rearranged": (rearranged, ["0"], "was rearranged by bitsandbytes for evaluation on this CPU.*: load the model"),
-    "forward": (lambda: net(Doubled), BODY, "is a Doubled with a forward of its own"),
+    "forward": (lambda: net(Doubled), BODY, "is a Doubled that overrides forward"),
     "dispatched": (dispatched, BODY, "has had its forward replaced on the instance"),
     "embedding": (Embedded, ["table"], "is a Embedding4bit: links go on nn.Linear"),
 }  # fmt: skip

@@ -185,7 +185,7 @@ def test_the_trainer_resumes_a_quantised_chain_bit_for_bit(saved, bits, how, tmp
     assert torch.equal(logits(resumed.model.train()), logits(trainer.model.train()))
     assert [link.report.delta_norm for link in opt.chain] == [link.report.delta_norm for link in other.chain]
     stacked = any(isinstance(module, StackedLinear) for module in trainer.model.modules())
-    assert stacked == (how == "stack") == ("beside the quantised weights" in caplog.text)
+    assert stacked == (how == "stack") == ("stacked on the quantised weights" in caplog.text)
     fresh = load(saved / "opt", bits)
     Chain.load(tmp_path / "whole" / "chain").apply(fresh)
     assert torch.equal(logits(fresh), logits(trainer.model))
@@ -209,7 +209,7 @@ def test_the_command_line_verifies_and_exports_a_quantised_chain(saved, how, tmp
     said = capsys.readouterr().err
     assert status == 1
     if how == "stack":  # what it would write could not be read
-        assert "links are kept beside quantised weights" in said
+        assert "links are stacked on quantised weights" in said
     else:
         assert "cannot save a LlamaForCausalLM that was loaded quantised" in said
     assert "cola export" in said

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from cola.chain.fingerprint import Fingerprint, checksum, fingerprint
+from cola.chain.fingerprint import Fingerprint, checksum, prints_of
 from cola.lora.names import base_tensors
 from tests.cola.checkpoint.bases_of_chains import EVERYTHING, Wide, altered_head, same, trained, wrap
 from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
@@ -192,7 +192,7 @@ def test_tied_weights_are_recorded_under_each_name_and_may_be_stored_once():
 def test_a_model_that_peft_has_wrapped_has_the_names_of_the_plain_one():
     peft = pytest.importorskip("peft")
     plain = tiny_opt(tie_word_embeddings=False)
-    expected = fingerprint({}, others=base_tensors(plain)).others
+    expected = prints_of(base_tensors(plain))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     wrapped = peft.get_peft_model(tiny_opt(tie_word_embeddings=False), config)
     assert set(base_tensors(wrapped)) == set(expected)

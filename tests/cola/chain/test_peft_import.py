@@ -142,7 +142,7 @@ REFUSED = {
     "lora bias": ({"lora_bias": True}, "lora_bias=True"),
     "replicated": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    "rank": ({"r": 7}, "has rank 3, and adapter_config.json says otherwise"),
+    "rank": ({"r": 7}, "has rank 3, but adapter_config.json says otherwise"),
     "alpha": ({"lora_alpha": None}, "gives layer .* the rank or alpha None"),
     "infinite": ({"lora_alpha": 1e999}, "Infinity is not a finite number"),
     "huge": ({"lora_alpha": 10**400}, "the rank or alpha 10000"),

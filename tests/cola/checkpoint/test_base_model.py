@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
-from cola.chain.fingerprint import checksum, fingerprint
+from cola.chain.fingerprint import checksum, prints_of
 from cola.lora.names import base_tensors
 from tests.cola.checkpoint.bases_of_chains import EVERYTHING, Wide, altered_head, same, wrap
 from tests.models import BODY, Net, loss_of, train
@@ -39,7 +39,7 @@ def test_what_is_trained_beside_the_links_is_recorded_as_it_was_in_the_base(what
         model.load_state_dict(Net(seed=8).state_dict(), strict=False)
     train(opt, model, 3)
     opt.finish()
-    expected = fingerprint({}, others=base_tensors(Net(seed=8))).others
+    expected = prints_of(base_tensors(Net(seed=8)))
     found = opt.chain.base.prints()
     assert {n: p.digest for n, p in found.items()} == {n: p.digest for n, p in expected.items()}
 
@@ -54,7 +54,7 @@ def test_a_save_before_the_first_step_fixes_nothing(tmp_path):
     model.load_state_dict(other.state_dict(), strict=False)
     train(opt, model, 3)
     opt.finish()
-    expected = fingerprint({}, others=base_tensors(other)).others
+    expected = prints_of(base_tensors(other))
     assert {n: p.digest for n, p in opt.chain.base.prints().items()} == {n: p.digest for n, p in expected.items()}
 
 

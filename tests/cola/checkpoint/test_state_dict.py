@@ -56,7 +56,7 @@ def test_links_that_a_framework_drops_come_back_by_the_chains_own_state(tmp_path
     set_optimizer_state_dict(resumed, again, states["optimizer"])
     if not chain_first:
         assert again.chain.missing == 2
-        with pytest.raises(RuntimeError, match=r"lacks its first 2: .*\(save opt\.chain beside the optimizer's state"):
+        with pytest.raises(RuntimeError, match=r"lacks its first 2: .*\(save opt\.chain along with the optimizer"):
             again.chain.to_peft(tmp_path / "adapter")
         dcp.load({"chain": again.chain}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert again.chain.missing == 0

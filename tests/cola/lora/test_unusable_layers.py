@@ -52,7 +52,7 @@ KINDS = {
     "subclass": (lambda: with_weight(lambda w: TwoTensor(w, w.clone())), "has a weight that is a TwoTensor"),
     "parametrized": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), "parametrization"),
     "pruned": (pruned, "has a weight that is computed"),
-    "own forward": (lambda: Routed(4, 4), "is a Routed with a forward of its own"),
+    "own forward": (lambda: Routed(4, 4), "is a Routed that overrides forward"),
     "hooked": (hooked, "forward replaced on the instance"),
 }
 
