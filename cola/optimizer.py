@@ -237,7 +237,8 @@ class ChainOptimizer(Resumable):
         ``chain_A`` and ``chain_B`` in the state dict. Store such a model by `Chain.to_peft`.
 
         Args:
-            merge: False drops the live link instead of tying it.
+            merge: False drops the live link instead of tying it. If it started at a product, the weights take that
+                back, rounded once more, so they equal the chain's within that rounding.
 
         Returns:
             The last knot's report; None if the link was dropped, or untrained with nothing else to record.

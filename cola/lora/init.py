@@ -23,7 +23,8 @@ Pair = tuple[Tensor, Tensor]
 class LinkStart:
     """The argument of an init: one layer of one link.
 
-    In a distributed run every process asks the function, and it must return the same on all of them.
+    In a distributed run every process asks the function, and it must return the same on all of them. A pair (A, B)
+    needs checkpoints that keep all of the optimizer's state dict, which `torch.distributed.checkpoint` does not.
 
     Attributes:
         path: the layer's path.
@@ -32,7 +33,8 @@ class LinkStart:
         scaling: s.
         link: index of the link, from 0.
         generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
-        opt: the `ChainOptimizer`, which still carries the previous link; None for the first link.
+        opt: the `ChainOptimizer`, which still carries the previous link; None for the first link. At a knot its factors
+            have the gradients of the last step. `ChainOptimizer.follow` and `ChainOptimizer.undo` begin links without.
     """
 
     path: str
