@@ -261,7 +261,7 @@ class ChainOptimizer(Resumable):
             report = self._knot(extend=False)
         else:
             report = None
-            self.live.drop()
+            self.live.starts.drop()
             if merge:
                 self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
@@ -336,7 +336,7 @@ class ChainOptimizer(Resumable):
             warn_of_loaded_link(self.live)
         self._base_model.settle()
         self._held = weights_of(self.live)
-        self.live.forget_untouched()
+        self.live.starts.forget_untouched()
         if self._probed:
             self._reset([p for i in self._probed for p in self.param_groups[i]["params"]])
 
@@ -351,10 +351,10 @@ class ChainOptimizer(Resumable):
 
     def _begin_first_link(self) -> None:
         """If the first link does not start at zero, record the base model and subtract the product from its weights."""
-        if self.live.starts_at_a_product():
+        if self.live.starts.are_drawn():
             if self.chain.keep:
                 self.chain.base = self._base_model.fingerprint()
-            self.live.give_back_first()
+            self.live.starts.give_back_first()
             self._given_back = self._base_model.weights().digest
 
     @contextmanager

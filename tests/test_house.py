@@ -21,7 +21,7 @@ FLOORS = [
     ["cola.lora.init", "cola.lora.config", "cola.lora.layer", "cola.lora.conv1d"],
     ["cola.lora.quantized_codes", "cola.lora.stacked", "cola.lora.quantized", "cola.lora.kinds", "cola.lora.peft"],
     ["cola.lora.names", "cola.lora.defaults", "cola.lora.targets", "cola.lora.link"],
-    ["cola.lora.trainable", "cola.lora.unsaved", "cola.lora.live"],
+    ["cola.lora.trainable", "cola.lora.unsaved", "cola.lora.start", "cola.lora.live"],
     ["cola.lora.coverage", "cola.lora.integrity", "cola.lora.untrained"],
     ["cola.chain.architecture", "cola.chain.fingerprint", "cola.chain.replay", "cola.chain.spectrum"],
     ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk"],

@@ -177,7 +177,7 @@ def rebuild(saved: RunState, live: LiveLink, base: Optimizer) -> None:
     replay_links(live, saved.chain.links)
     index = saved.counters.index
     live.begin(index, {path: live.factor_of(index, path, A, saved.B[path]) for path, A in saved.A.items()})
-    live.give_back({path: (A, saved.start_B[path]) for path, A in saved.start_A.items()})
+    live.starts.give_back({path: (A, saved.start_B[path]) for path, A in saved.start_A.items()})
     for path, parameter in live.trained().items():
         parameter.copy_(saved.trained[path])
     for path, buffer in buffers_by_name(live.model).items():

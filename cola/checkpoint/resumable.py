@@ -120,7 +120,7 @@ class Resumable(LinkGroups):
         self._require_untouched("load()")
         saved = read_run(Path(directory))
         self._require_same_run(saved)
-        with self.live.untouched():
+        with self.live.starts.untouched():
             restore.check(saved, self.live, self.base)
             restore.rehearse(saved, self._new_base([dict(group) for group in self.param_groups]))
             assert saved.chain is not None
@@ -195,7 +195,7 @@ class Resumable(LinkGroups):
         if not self.finished:
             self.live.resume(counters.index)
             self.live.take_links(() if saved.chain is None else saved.chain.links)
-            self.live.take_starts(saved.start_A, saved.start_B, saved.start_lost)
+            self.live.starts.resume(saved.start_A, saved.start_B, saved.start_lost)
             self.live.take_residuals(saved.residuals)
         self._continue(saved)
         if not self.finished and (self.steps or counters.index):
@@ -256,7 +256,7 @@ class Resumable(LinkGroups):
         if not isinstance(chain, Chain):
             raise TypeError(f"follow(chain={chain!r:.80}) needs a Chain, e.g. Chain.load(directory)")
         links = chain.complete("follow()")
-        with self.live.untouched():
+        with self.live.starts.untouched():
             replay.check(self.live.model, links, chain.base, live=True)
             base = self._base_model.fingerprint(chain.layers())
             self._base_model.settle()
@@ -343,11 +343,11 @@ class Resumable(LinkGroups):
             weights=weights,
             knots=knots_of(chain),
             origin=None if live.index or self.finished else self._base_model.to_json(),
-            started=[] if self.finished else sorted(live.starts),
+            started=[] if self.finished else sorted(live.starts.of),
             finished=self.finished,
         )
         self.base.param_groups[0][GROUP_KEY] = counters.to_text()
-        starts = {} if self.finished else live.starts
+        starts = {} if self.finished else live.starts.of
         return RunState(
             counters,
             self.base.state_dict(),
@@ -440,7 +440,7 @@ class Resumable(LinkGroups):
 
     def _require_untouched(self, call: str) -> None:
         begun = self.live.index or len(self.chain)
-        if begun or self.live.has_lost_the_base():
+        if begun or self.live.starts.lack_copies():
             why = (
                 f"is at link {self.live.index} already" if begun else "trains a link whose start the weights gave back"
             )

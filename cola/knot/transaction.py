@@ -28,7 +28,7 @@ class NextLink:
         self.link = self.live.prepare(index, opt)
         self._fresh = self._state = None
         if follows:
-            self.live.check_start(self.link, index)
+            self.live.starts.check(self.link, index)
         present, rooms = self.live.index, {path: layer.lora_A.shape[0] for path, layer in self.live.layers.items()}
         grads = [p.grad for p in self.live.adapters()]
         try:
@@ -51,7 +51,7 @@ class NextLink:
     def begin(self) -> None:
         """Put the link on the layers, and subtract its product from the weights if it does not start at zero."""
         self.live.begin(self.index, self.link)
-        self.live.give_back()
+        self.live.starts.give_back()
 
     def reset(self) -> None:
         """Give the base the new link's state."""

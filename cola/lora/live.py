@@ -5,9 +5,8 @@ It holds modules, never Parameters, which frameworks (FSDP2) replace: each knot 
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from cola.common.arguments import choice
 from cola.common.distributed import (
-    copy_whole,
     is_sharded,
     release,
     require_supported,
@@ -27,12 +25,12 @@ from cola.common.distributed import (
 from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like
 from cola.lora import quantized
 from cola.lora.config import LayerPlan, LinkConfig
-from cola.lora.init import Pair
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
+from cola.lora.start import Starts
 from cola.lora.targets import find_peft_layers, find_saved, find_targets
 from cola.lora.trainable import Trainable
 from cola.lora.unsaved import SaveStatus, restore_save, warn_on_save
@@ -80,8 +78,7 @@ class LiveLink:
         self.model, self.config, self.rounding, self.seed = model, config, rounding, seed
         self.quantized, self.index = quantised, 0
         self.residuals: dict[str, Tensor] = {}
-        self.starts: dict[str, Start] = {}
-        self._untouched: dict[str, dict[str, Tensor]] = {}
+        self.starts = Starts(self)
         inside = modules_by_name(model)
         modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
         if not tuned:
@@ -200,7 +197,7 @@ class LiveLink:
 
     def is_untrained(self, path: str) -> bool:
         """Whether the link of one layer still has its first values."""
-        layer, factor = self.layers[path], self._factor(path)
+        layer, factor = self.layers[path], self.factor(path)
         if factor.start is not None:
             return all(map(torch.equal, (factor.A, factor.B), factor.start))
         if callable(self.config.init):  # the function has chosen which factor starts at zero
@@ -228,7 +225,7 @@ class LiveLink:
                     "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
                     "'stochastic'"
                 )
-            factor = self._factor(path)
+            factor = self.factor(path)
             for name, values in (("A", factor.A), ("B", factor.B)):
                 if not torch.isfinite(values).all():
                     raise KnotError(
@@ -248,7 +245,7 @@ class LiveLink:
     @torch.no_grad()
     def snapshot(self) -> dict[str, Factor]:
         """Copies of the link's share of each layer, on its device."""
-        factors = {path: self._factor(path) for path in self.layers}
+        factors = {path: self.factor(path) for path in self.layers}
         return {path: replace(factor, A=factor.A.clone(), B=factor.B.clone()) for path, factor in factors.items()}
 
     def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
@@ -265,21 +262,6 @@ class LiveLink:
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
         return Factor(A, B, self.plans[path].scaling_of(index), self.rounding_of(path))
-
-    @torch.no_grad()
-    def check_start(self, link: Mapping[str, Factor], index: int) -> None:
-        """Raise KnotError if ``link`` starts at a product that a weight could not give back.
-
-        It gives it back after the live link's tie, unless ``link`` is the live one itself.
-        """
-        for path, factor in link.items() if callable(self.config.init) else ():
-            layer, now = self.layers[path], self._factor(path)
-            links = [(factor.A, factor.B, -factor.scaling)]
-            if index != self.index:
-                links.insert(0, (now.A, now.B, now.scaling))
-            reason = layer.kind.obstacle(layer.holder, links, self.originals.get(path))
-            if reason is not None:
-                raise KnotError(f"link {index} cannot start: without its s·BA, layer {path!r} {reason}")
 
     @torch.no_grad()
     def begin(self, index: int, link: Mapping[str, Factor]) -> None:
@@ -320,18 +302,6 @@ class LiveLink:
                 (out, inner) = layer.kind.shape(layer.holder)
                 layer.put(layer.lora_A.new_zeros(rank, inner), layer.lora_B.new_zeros(out, rank), scaling, mask=mask)
 
-    def take_starts(self, A: Mapping[str, Tensor], B: Mapping[str, Tensor], lost: Mapping[str, Tensor]) -> None:
-        """Continue with a link that began at these factors; the model's state dict brings the weights without them.
-
-        Call `take_links` first.
-        """
-        self._untouched, self.starts = {}, {}
-        for path in A:
-            device, scaling = self.layers[path].lora_A.device, self.layers[path].scaling
-            self.starts[path] = Start(A[path].to(device), B[path].to(device), float(lost[path]))
-            if path in self.originals:
-                self.originals[path] = self.originals[path].extended([(A[path], B[path], -scaling)])
-
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Continue with copies of these residual buffers, on the device that the configuration sets."""
         device = self.config.residual_device
@@ -357,96 +327,23 @@ class LiveLink:
         """
         ties = {}
         for path, factor in link.items():
-            done = self._add(path, (factor.A, factor.B, factor.scaling), index, "rounding")
-            start = self.starts.get(path)
+            done = self.add(path, (factor.A, factor.B, factor.scaling), index, "rounding")
+            start = self.starts.of.get(path)
             if start is not None:
                 done = replace(done, delta=factor.norm(), lost=math.hypot(start.lost, done.lost))
             ties[path] = done
-        self.starts, self._untouched = {}, {}
+        self.starts.clear()
         return ties
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
         """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""
         zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
         for path in self.layers if isinstance(self.config.init, str) else ():
-            new, before = getattr(self._factor(path), drawn), getattr(old[path], drawn)
+            new, before = getattr(self.factor(path), drawn), getattr(old[path], drawn)
             # a selector rightly repeats once it has gone round all coordinates
             again = new.shape == before.shape and torch.equal(new, before) and self.config.init != "selector"
-            if getattr(self._factor(path), zero).any() or again:
+            if getattr(self.factor(path), zero).any() or again:
                 raise KnotError(f"link {self.index} of layer {path!r} did not start afresh: please report this")
-
-    # a link that does not start at zero
-
-    def starts_at_a_product(self) -> bool:
-        """Whether the caller's init has just drawn a link that changes the model's function."""
-        drawn = callable(self.config.init) and not any(isinstance(layer, PeftLayer) for layer in self.layers.values())
-        return drawn and any(f.A.any() and f.B.any() for f in map(self._factor, self.layers))
-
-    def give_back(self, starts: Mapping[str, Pair] | None = None) -> None:
-        """Subtract ``s·B A`` of a link that has just begun from the weights, so that the model computes the same.
-
-        Args:
-            starts: first A and B of each layer, None for the present ones; layers with a zero product may be missing.
-        """
-        if starts is None:
-            starts = {path: (f.A, f.B) for path, f in self.snapshot().items()} if callable(self.config.init) else {}
-        self.starts = {}
-        for path, (A, B) in starts.items():
-            if A.any() and B.any():
-                A, B = (factor.to(self.layers[path].lora_A.device) for factor in (A, B))
-                done = self._add(path, (A, B, -self.layers[path].scaling), self.index, "start")
-                self.starts[path] = Start(A, B, done.lost)
-
-    def give_back_first(self) -> None:
-        """`give_back` for the first link; keeps copies of the weights until `forget_untouched`."""
-        self.check_start({path: self._factor(path) for path in self.layers}, self.index)
-        self._untouched = {path: _values(layer) for path, layer in self.layers.items()}
-        self.give_back()
-        self._untouched = {path: self._untouched[path] for path in self.starts}
-
-    def has_lost_the_base(self) -> bool:
-        """Whether the weights have given back a product, and no copies of the untouched ones are left."""
-        return bool(self.starts) and not self._untouched
-
-    def forget_untouched(self) -> None:
-        """Drop the copies of the untouched weights, when training begins."""
-        self._untouched = {}
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Restore the weights from before the first link; if the block raises, subtract its product again."""
-        held = self._untouched
-        if not held:
-            yield
-            return
-        self._restore(held)
-        try:
-            yield
-        except BaseException:
-            self.give_back()
-            raise
-        self._untouched = {}
-
-    @torch.no_grad()
-    def drop(self) -> None:
-        """Before a link is removed without a tie, undo `give_back`."""
-        self._restore(self._untouched)
-        for path, start in self.starts.items():
-            self._add(path, (start.A, start.B, self.layers[path].scaling), self.index, "dropped")
-        self.starts, self._untouched = {}, {}
-
-    @torch.no_grad()
-    def _restore(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for path, values in held.items():
-            holder = self.layers[path].holder
-            if is_quantized(holder):
-                quantized.put_parts(holder, values)
-                if path in self.originals:
-                    self.originals[path] = self.originals[path].bare()
-            else:
-                copy_whole(self.layers[path].weight, values["weight"])
-            self.starts.pop(path, None)
-            self.residuals.pop(path, None)
 
     def detach(self, *, spent: bool = False) -> None:
         """Remove the link from the model, and restore classes, state-dict keys and ``requires_grad``.
@@ -454,8 +351,7 @@ class LiveLink:
         Args:
             spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it again.
         """
-        self._restore(self._untouched)
-        self._untouched = {}
+        self.starts.restore()
         for layer in self.layers.values():
             if isinstance(layer, AdaptedLayer):
                 release(unwrap(self.model), layer, FACTORS)
@@ -471,16 +367,16 @@ class LiveLink:
             if parameter.is_floating_point():  # the user may have quantised it since
                 parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
-    def _factor(self, path: str) -> Factor:
+    def factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""
-        layer, start = self.layers[path], self.starts.get(path)
+        layer, start = self.layers[path], self.starts.of.get(path)
         A, B = whole(layer.lora_A.detach())[: layer.rank], whole(layer.lora_B.detach())[:, : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
         return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
 
     @torch.no_grad()
-    def _add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:
+    def add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:
         """``W ← round(W + s·B A)`` of one layer; stochastic rounding draws by ``index`` and ``purpose``."""
         layer, rounding = self.layers[path], self.rounding_of(path)
         memory: Any = self._residual(path) if rounding == "compensated" else self.originals.get(path)
@@ -522,18 +418,3 @@ class LiveLink:
         module.put(A, B, scaling, mask=True)
         module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
-
-
-@dataclass(frozen=True)
-class Start:
-    """The factors that a link of one layer began with, and the norm that rounding lost in subtracting their product."""
-
-    A: Tensor
-    B: Tensor
-    lost: float
-
-
-def _values(layer: Carrier) -> dict[str, Tensor]:
-    """Copies of the tensors that make up a layer's weight."""
-    values = quantized.parts(layer.holder) if layer.kind.quantized else {"weight": layer.weight}
-    return {name: value.detach().clone() for name, value in values.items()}
