@@ -33,7 +33,7 @@ def one_process(policy, r=(4,), steps=8):
     model = Net()
     opt = chained(model, policy, r)
     losses = train(opt, model, steps)
-    drawn = {path: [t.tolist() for t in pair] for path, pair in opt.live.snapshot().items()}
+    drawn = {path: [factor.A.tolist(), factor.B.tolist()] for path, factor in opt.live.snapshot().items()}
     opt.finish()
     weights = {name: value.tolist() for name, value in model.state_dict().items()}
     return {

@@ -140,7 +140,7 @@ def test_what_a_sharding_trainer_could_not_keep_is_refused(tmp_path):
     launch(2, ("refused-fsdp", tmp_path))
     for seen in seen_in(tmp_path, 2):
         assert "uses FSDP1, which flattens the parameters: use FSDP2" in seen["FSDP1"]
-        assert "a PeftModel, of which the trainer's FSDP checkpoints have the adapter alone" in seen["PEFT"]
+        assert "a PeftModel, and the trainer's FSDP checkpoints hold its adapter alone" in seen["PEFT"]
 
 
 def test_accelerate_by_ddp_and_fsdp2(alone, tmp_path):

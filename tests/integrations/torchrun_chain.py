@@ -87,7 +87,7 @@ def run(words):
                 save(directory, model, opt, rank)
             else:
                 dcp.save(shards(model, opt, args.dcp), checkpoint_id=directory)
-    drawn = {path: [t.tolist() for t in pair] for path, pair in opt.live.snapshot().items()}
+    drawn = {path: [factor.A.tolist(), factor.B.tolist()] for path, factor in opt.live.snapshot().items()}
     lost = [entry.report.lost_norm for entry in opt.chain]
     norms = [entry.report.delta_norm for entry in opt.chain]
     opt.finish()
