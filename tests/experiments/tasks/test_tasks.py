@@ -261,7 +261,7 @@ def test_rows_that_are_not_the_tasks_are_refused(name, row, message):
         TASKS[name].sample(row)
 
 
-@pytest.mark.parametrize("name", ["tasks", "paper.encoding", "paper.scoring"])
+@pytest.mark.parametrize("name", ["models", "tasks", "paper.scoring"])
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(f"experiments.{name}"))
     assert (result.failed, result.attempted > 0) == (0, True)
