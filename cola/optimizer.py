@@ -53,8 +53,10 @@ class ChainOptimizer(Resumable):
             loses nothing; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports the error.
         seed: seed of all draws. No global random state is read or changed.
         reset: what a knot does to the base's state for the factors: ``"state"`` makes it fresh, as in the paper;
-            ``"keep"`` keeps it. Or a function of (base, old, new) that changes it, called with the new link in place
-            and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's Parameters.
+            ``"keep"`` keeps it; ``"transport"`` rotates the moments of Adam-like bases and SGD into the new link's
+            directions. Or a function of (base, old, new) that changes it and nothing else, called with the new link in
+            place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's
+            Parameters.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         **base_kwargs: for ``base``.
 
@@ -113,7 +115,7 @@ class ChainOptimizer(Resumable):
         self.live = LiveLink(model, link, rounding, seed, quantized)
         try:
             self.base = self._make_base()
-            require_keepable(self.base, reset)
+            require_keepable(self.base, reset, self._new_base)
             self.chain = Chain(keep=keep_links)
             self._base_model = BaseModel(self.live, self.chain)
             self._begin_first_link()

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola.knot.tie import KnotError
+from cola.knot.transport import require_known, transport
 
 Factory = Callable[[list[dict[str, Any]]], Optimizer]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 Reset = str | Callable[[Optimizer, Pairs, Pairs], None]
 
 #: named values of ``reset``
-RESETS = ("state", "keep")
+RESETS = ("state", "keep", "transport")
 
 #: entries that users and schedulers set, even inside a step (in a closure or a hook)
 SETTINGS = {"params", "lr", "initial_lr", "momentum", "betas", "weight_decay", "max_lr", "min_lr"}
@@ -160,8 +161,10 @@ def reset_name(reset: Reset) -> str:
     return reset if isinstance(reset, str) else "callable"
 
 
-def require_keepable(base: Optimizer, reset: Reset) -> None:
-    """Raise ValueError if ``reset`` would keep state that holds copies of the factors (schedule-free's averages)."""
+def require_keepable(base: Optimizer, reset: Reset, make: Factory) -> None:
+    """Raise ValueError if ``reset`` cannot keep or rotate this base's state; ``make`` makes another base like it."""
+    if reset == "transport":
+        require_known(make)
     if reset == "keep" and callable(getattr(base, "train", None)):
         raise ValueError(
             f"reset='keep' is not possible with {type(base).__name__}, whose state holds copies of the factors, which "
@@ -192,6 +195,8 @@ def carried_over(
         ValueError: the function has written to the new factors.
         Exception: any that the function raises.
     """
+    if reset == "transport":
+        reset = transport
     if not callable(reset):
         for path, (A, _) in old.items():
             if len(A) != ranks[path]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cola.common.arguments import choice, integer, names
 from cola.knot.tie import TIEABLE
-from cola.lora.init import INITS, Init, LinkStart, Pair, draw, generator
+from cola.lora.init import INITS, PAIRS, Init, LinkStart, Pair, draw, generator
 
 SCALINGS = ("constant", "alpha/r", "rslora")
 RANK_CHANGES = ("auto", "resize", "mask")
@@ -31,9 +31,10 @@ class LinkConfig:
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules to train whole (heads, embeddings).
         init: draws the factor that does not start at zero: ``"gaussian"`` N(0, 1/r²); ``"kaiming"`` U(−1/√n, 1/√n)
-            for input width n; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r each link. Or a
-            function of a `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero, ``s·B A`` is
-            subtracted from the weight when the link begins, so that the model computes the same.
+            for input width n; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r each link; or
+            ``"two-sided"``, both factors orthonormal times a half. Or a function of a `LinkStart` that returns A (r×in)
+            or a pair (A, B). If B A is not zero, ``s·B A`` is subtracted from the weight when the link begins, so that
+            the model computes the same.
         train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
         scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
             (``alpha/√r``) recompute it from each link's rank.
@@ -106,6 +107,11 @@ class LinkConfig:
         if self.scaling == "rslora":
             return self.lora_alpha / math.sqrt(self.rank_of(link))
         return self.lora_alpha / self.rank_of(link if self.scaling == "alpha/r" else 0)
+
+    @property
+    def draws_pairs(self) -> bool:
+        """Whether a link may start at a product B A that is not zero."""
+        return callable(self.init) or self.init in PAIRS
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that links may have; None if a callable decides."""

@@ -77,12 +77,21 @@ def _selector(start: LinkStart) -> Tensor:
     return torch.zeros(start.rank, start.shape[1], **_PLAIN).index_put_((rows, columns), torch.ones((), **_PLAIN))
 
 
-INITS: dict[str, Callable[[LinkStart], Tensor]] = {
+def _two_sided(start: LinkStart) -> Pair:
+    """Both factors orthonormal times a half, so that each has a gradient from the first step on."""
+    A, B = _orthogonal(start), _orthogonal(replace(start, shape=start.shape[::-1])).t().contiguous()
+    return A / 2, B / 2
+
+
+INITS: dict[str, Init] = {
     "gaussian": _gaussian,
     "kaiming": _kaiming,
     "orthogonal": _orthogonal,
     "selector": _selector,
+    "two-sided": _two_sided,
 }
+#: names of inits that return pairs
+PAIRS = ("two-sided",)
 
 
 def generator(seed: int, link: int, path: str) -> torch.Generator:
@@ -97,7 +106,7 @@ def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = to
 
     Args:
         init: a name in `INITS`, or a function.
-        train: as in `LinkConfig`. With ``"A"`` a named init draws B and leaves A zero.
+        train: as in `LinkConfig`. With ``"A"`` a named init that returns one factor draws B and leaves A zero.
         start: the function's argument.
         dtype: of the Parameters that they are for.
 
@@ -112,10 +121,12 @@ def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = to
     """
     out, inner = start.shape
     if isinstance(init, str):
+        drawn = INITS[init](replace(start, shape=(inner, out)) if train == "A" and init not in PAIRS else start)
+        if isinstance(drawn, tuple):
+            return drawn
         if train == "A":
-            B = INITS[init](replace(start, shape=(inner, out))).t().contiguous()
-            return torch.zeros(start.rank, inner, **_PLAIN), B
-        return INITS[init](start), torch.zeros(out, start.rank, **_PLAIN)
+            return torch.zeros(start.rank, inner, **_PLAIN), drawn.t().contiguous()
+        return drawn, torch.zeros(out, start.rank, **_PLAIN)
     name = f"init={getattr(init, '__name__', init)!s:.60}"
     made = init(start)
     if isinstance(made, Tensor) and train == "A":

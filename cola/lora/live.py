@@ -200,7 +200,7 @@ class LiveLink:
         layer, factor = self.layers[path], self.factor(path)
         if factor.start is not None:
             return all(map(torch.equal, (factor.A, factor.B), factor.start))
-        if callable(self.config.init):  # the function has chosen which factor starts at zero
+        if self.config.draws_pairs:  # the init has chosen which factor starts at zero
             return not (factor.A.any() and factor.B.any())
         zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
         return not whole(zero_first.detach()).any().item()
@@ -338,7 +338,7 @@ class LiveLink:
     def require_extended(self, old: Mapping[str, Factor]) -> None:
         """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""
         zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
-        for path in self.layers if isinstance(self.config.init, str) else ():
+        for path in () if self.config.draws_pairs else self.layers:
             new, before = getattr(self.factor(path), drawn), getattr(old[path], drawn)
             # a selector rightly repeats once it has gone round all coordinates
             again = new.shape == before.shape and torch.equal(new, before) and self.config.init != "selector"

@@ -43,7 +43,7 @@ def test_pages_that_promise_bits_say_where_the_conditions_stand(page):
     assert "docs/reproducibility.md" in text
 
 
-@pytest.mark.parametrize("init", sorted(set(INITS) - {"orthogonal"}))  # which is a decomposition by LAPACK
+@pytest.mark.parametrize("init", sorted(set(INITS) - {"orthogonal", "two-sided"}))  # LAPACK decomposes those
 def test_equal_keys_give_equal_factors_for_any_number_of_threads(init):
     threads, drawn = torch.get_num_threads(), []
     try:

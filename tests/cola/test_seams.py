@@ -252,7 +252,7 @@ def schedule_free(groups, lr):
 @pytest.mark.parametrize(
     ("kwargs", "kind", "message"),
     [
-        ({"reset": "moments"}, ValueError, "reset='moments' is unknown: choose one of state, keep, or give a function"),
+        ({"reset": "moments"}, ValueError, r"reset=.moments. is unknown: choose one of state, keep, transport"),
         ({"reset": 3}, TypeError, "reset=3 must be one of"),
         ({"reset": "keep", "r": (2, 1)}, ValueError, r"reset='keep' needs links of one rank, and r=\(2, 1\)"),
         ({"reset": "keep", "base": schedule_free}, ValueError, "is not possible with AdamWScheduleFree"),
@@ -399,7 +399,7 @@ def random_pair(start):
 
 WEIGHTS = {path: weight.detach().clone() for path, weight in Net().named_parameters()}
 WEIGHTS = {path.removesuffix(".weight"): weight for path, weight in WEIGHTS.items() if path.endswith(".weight")}
-INITS = [by_principal_directions, pissa, by_the_gradient, random_pair]
+INITS = [by_principal_directions, pissa, by_the_gradient, random_pair, "two-sided"]
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -411,7 +411,7 @@ def test_a_link_starts_where_a_function_says_and_the_model_stays_the_same(init):
     # the factors are rounded to float64 like the weights, so the function is kept to a few roundings
     assert loss_of(model, 0, torch.float64).item() == pytest.approx(before, rel=1e-12)
     for path, layer in opt.live.layers.items():
-        assert bool(layer.lora_B.any()) == (init in (pissa, random_pair)), path
+        assert bool(layer.lora_B.any()) == (init in (pissa, random_pair, "two-sided")), path
     train(opt, model, 2, dtype=torch.float64)
     tied = loss_of(model, 1, torch.float64).item()
     loss_of(model, 1, torch.float64).backward()

@@ -1,0 +1,88 @@
+"""The base's moments carried over a knot: rotated from the old link's directions into the new link's.
+
+With A frozen, the gradient of B is ``s·G Aᵀ`` for the gradient G of the weight. What a first moment M of B knows of G
+lies in the row space of A. In the new link's directions that is ``M R`` with ``R = (A⁺)ᵀ A_newᵀ`` (LDAdam's rule,
+with a pseudo-inverse where the rows of A are not orthonormal). The second moment follows by the same rule from the
+variance and the mean: ``|(V − M²)(R∘R) + (M R)²|``. Where both factors are trained, A's moments begin anew.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+#: entries of a base's state that are sums of gradients, and those that are sums of their squares
+_FIRST, _SECOND = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq")
+
+
+@torch.no_grad()
+def transport(base: Optimizer, old: Pairs, new: Pairs) -> None:
+    """Rotate the base's moments from the old links' directions into the new links', the rule of ``reset="transport"``.
+
+    Args:
+        base: with the state of the old link; Adam-like, or SGD with momentum.
+        old: factors (A, B) of the link that ends, by layer.
+        new: the Parameters of the link that begins.
+    """
+    for path, (A, B) in old.items():
+        new_A, new_B = new[path]
+        if new_B in base.state:
+            _carry(base, new_B, B.shape, _rotation(A, new_A.detach()))
+            base.state.pop(new_A, None)
+        elif new_A in base.state:
+            rotation = _rotation(B.T, new_B.detach().T)
+            _carry(base, new_A, A.shape, rotation, transposed=True)
+
+
+def _rotation(old: Tensor, new: Tensor) -> Tensor:
+    """R, r×r': coordinates of ``new``'s rows (r'×n) in those of ``old`` (r×n), as far as these reach."""
+    return torch.linalg.pinv(old.double()).T @ new.to(old.device).double().T
+
+
+def require_known(make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
+    """Raise ValueError if a base keeps state that `transport` cannot rotate, as a step on one number shows.
+
+    Args:
+        make: the base, from param groups.
+    """
+    parameter = nn.Parameter(torch.ones(1, 1, device="cpu"))
+    parameter.grad = torch.ones_like(parameter)
+    base = make([{"params": [parameter]}])
+    try:
+        base.step()
+    except TypeError:  # LBFGS needs a closure
+        unknown = {"state of a closure"}
+    else:
+        unknown = _moments(base.state[parameter]).keys() - {*_FIRST, *_SECOND}
+    if unknown:
+        raise ValueError(
+            f"reset='transport' cannot rotate {sorted(unknown)[0]!r} of {type(base).__name__}: use Adam, AdamW, NAdam, "
+            "RAdam or SGD, or reset='state'"
+        )
+
+
+def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() == 2}
+
+
+def _carry(base: Optimizer, parameter: Any, shape: torch.Size, rotation: Tensor, *, transposed: bool = False) -> None:
+    state = base.state[parameter]
+    tensors = _moments(state)
+    # beyond the old rank a masked Parameter's state is zero
+    moments = {name: _cut(value, shape, transposed).double() for name, value in tensors.items()}
+    mean = moments.get("exp_avg")
+    for name, value in moments.items():
+        turned = value @ rotation
+        if name in _SECOND and mean is not None:
+            turned = ((value - mean**2) @ rotation**2 + (mean @ rotation) ** 2).abs()
+        turned = turned.T if transposed else turned
+        state[name] = turned.to(tensors[name].dtype).contiguous()
+
+
+def _cut(value: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+    cut = value[: shape[0], : shape[1]]
+    return cut.T if transposed else cut
