@@ -1,9 +1,11 @@
 """The base's moments carried over a knot: rotated from the old link's directions into the new link's.
 
-With A frozen, the gradient of B is ``s·G Aᵀ`` for the gradient G of the weight. What a first moment M of B knows of G
-lies in the row space of A. In the new link's directions that is ``M R`` with ``R = (A⁺)ᵀ A_newᵀ`` (LDAdam's rule,
-with a pseudo-inverse where the rows of A are not orthonormal). The second moment follows by the same rule from the
-variance and the mean: ``|(V − M²)(R∘R) + (M R)²|``. Where both factors are trained, A's moments begin anew.
+With A frozen, the gradient of B is ``s·G Aᵀ`` for the gradient G of the weight, so B's first moment M knows G in the
+row space of A alone. In the new link's directions this is ``M R`` with ``R = (A⁺)ᵀ A_newᵀ`` (LDAdam's rule, with a
+pseudo-inverse because the rows of A need not be orthonormal). The second moment V is rotated by way of the variance:
+``|(V − M²)(R∘R) + (M R)²|``. For the share of a new direction that the old ones do not reach, the mean of V's row is
+added; otherwise the first steps in new random directions would be too long. Where both factors are trained, A's moments
+begin anew.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,16 +33,22 @@ def transport(base: Optimizer, old: Pairs, new: Pairs) -> None:
     for path, (A, B) in old.items():
         new_A, new_B = new[path]
         if new_B in base.state:
-            _carry(base, new_B, B.shape, _rotation(A, new_A.detach()))
+            _carry(base, new_B, B.shape, *_rotation(A, new_A.detach()))
             base.state.pop(new_A, None)
         elif new_A in base.state:
-            rotation = _rotation(B.T, new_B.detach().T)
-            _carry(base, new_A, A.shape, rotation, transposed=True)
+            _carry(base, new_A, A.shape, *_rotation(B.T, new_B.detach().T), transposed=True)
 
 
-def _rotation(old: Tensor, new: Tensor) -> Tensor:
-    """R, r×r': coordinates of ``new``'s rows (r'×n) in those of ``old`` (r×n), as far as these reach."""
-    return torch.linalg.pinv(old.double()).T @ new.to(old.device).double().T
+def _rotation(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """R and the unknown share of each new direction.
+
+    R, r×r', holds the coordinates of ``new``'s rows (r'×n) in those of ``old`` (r×n), as far as these reach. The share
+    is the squared norm of the part that they do not reach, in units of the old rows' mean squared norm.
+    """
+    old, new = old.double(), new.to(old.device).double()
+    rotation = torch.linalg.pinv(old).T @ new.T
+    unreached = new.square().sum(1) - (old.T @ rotation).square().sum(0)
+    return rotation, unreached.clamp(min=0) / old.square().sum(1).mean()
 
 
 def require_known(make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
@@ -69,7 +77,9 @@ def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() == 2}
 
 
-def _carry(base: Optimizer, parameter: Any, shape: torch.Size, rotation: Tensor, *, transposed: bool = False) -> None:
+def _carry(
+    base: Optimizer, parameter: Any, shape: torch.Size, rotation: Tensor, unknown: Tensor, *, transposed: bool = False
+) -> None:
     state = base.state[parameter]
     tensors = _moments(state)
     # beyond the old rank a masked Parameter's state is zero
@@ -79,6 +89,7 @@ def _carry(base: Optimizer, parameter: Any, shape: torch.Size, rotation: Tensor,
         turned = value @ rotation
         if name in _SECOND and mean is not None:
             turned = ((value - mean**2) @ rotation**2 + (mean @ rotation) ** 2).abs()
+            turned += unknown * value.mean(1, keepdim=True)
         turned = turned.T if transposed else turned
         state[name] = turned.to(tensors[name].dtype).contiguous()
 

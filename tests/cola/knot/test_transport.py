@@ -45,6 +45,18 @@ def test_a_constant_gradients_momentum_is_its_projection(old_rank, new_rank, see
     torch.testing.assert_close(base.state[new_B]["momentum_buffer"], 3.0 * G @ (A.T @ A) @ new_A.T, **CLOSE)
 
 
+def test_a_direction_that_the_old_ones_do_not_reach_has_the_rows_mean_second_moment():
+    A, new_A = torch.eye(4)[:2].double(), torch.eye(4)[1:3].double()  # the first is an old one, the second is new
+    B, new_B = torch.zeros(3, 2).double(), nn.Parameter(torch.zeros(3, 2).double())
+    base = torch.optim.AdamW([new_B])
+    first, second = torch.randn(3, 2).double(), torch.rand(3, 2).double()
+    base.state[new_B].update(exp_avg=first.clone(), exp_avg_sq=second.clone())
+    transport(base, {"x": (A, B)}, {"x": (nn.Parameter(new_A), new_B)})
+    expected = torch.stack([second[:, 1], second.mean(1)], 1)
+    torch.testing.assert_close(base.state[new_B]["exp_avg_sq"], expected, **CLOSE)
+    torch.testing.assert_close(base.state[new_B]["exp_avg"], torch.stack([first[:, 1], torch.zeros(3)], 1), **CLOSE)
+
+
 @pytest.mark.parametrize("train", ["A", "B"])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_moments_stay_where_the_directions_do(train, amsgrad):
