@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.theory.checks.broken import anchor, pure_noise
 from theory import gradient_estimators
 from theory.checks import FAIL, PASS, noise
 from theory.frank_wolfe import frank_wolfe
@@ -54,20 +55,6 @@ def test_momentum_is_its_recursion():
         np.testing.assert_allclose(estimate(t, W, p.gradient(W)), expected, rtol=1e-13, atol=1e-15)
 
 
-def _pure_noise(self, p, rng):
-    return lambda t, W, G: 0.05 * rng.standard_normal(p.oracle.shape)
-
-
-def _anchor(self, p, rng):
-    kept = []
-
-    def estimate(t, W, G):
-        kept.append(G)
-        return kept[0]
-
-    return estimate
-
-
 def _heavy(self, p, rng):
     average = None
 
@@ -83,12 +70,12 @@ def _heavy(self, p, rng):
 @pytest.mark.parametrize(
     "kind, begin",
     [
-        ("Minibatch", _pure_noise),
-        ("Momentum", _pure_noise),
-        ("SVRF", _pure_noise),
-        ("SPIDER", _pure_noise),
-        ("SVRF", _anchor),
-        ("SPIDER", _anchor),
+        ("Minibatch", pure_noise),
+        ("Momentum", pure_noise),
+        ("SVRF", pure_noise),
+        ("SPIDER", pure_noise),
+        ("SVRF", anchor),
+        ("SPIDER", anchor),
         ("Momentum", _heavy),
     ],
 )

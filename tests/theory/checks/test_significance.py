@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.theory.checks.broken import anchor, pure_noise
 from theory import gradient_estimators
 from theory.checks import FAIL, noise, rates
 from theory.checks.significance import (
@@ -153,20 +154,6 @@ def test_noise_of_another_size_is_seen(scale):
     assert abs(scale**2 - 1) >= 2 * max(high - 1, 1 - low)
 
 
-def _pure_noise(self, p, rng):
-    return lambda t, W, G: 0.05 * rng.standard_normal(p.oracle.shape)
-
-
-def _anchor(self, p, rng):
-    kept = []
-
-    def estimate(t, W, G):
-        kept.append(G)
-        return kept[0]
-
-    return estimate
-
-
 def _plain(self, p, rng):
     return Minibatch(self.batch).begin(p, rng)
 
@@ -182,13 +169,13 @@ def _loud(self, p, rng):
 @pytest.mark.parametrize(
     "kind, begin, name",
     [
-        ("Minibatch", _pure_noise, "mean of the estimate"),
+        ("Minibatch", pure_noise, "mean of the estimate"),
         ("Minibatch", _loud, "noise = sigma / sqrt(b)"),
-        ("Momentum", _pure_noise, "mean of the estimate"),
-        ("Momentum", _anchor, "mean of the estimate"),
-        ("SVRF", _anchor, "mean of the estimate"),
+        ("Momentum", pure_noise, "mean of the estimate"),
+        ("Momentum", anchor, "mean of the estimate"),
+        ("SVRF", anchor, "mean of the estimate"),
         ("SVRF", _plain, "noise = sigma / sqrt(b)"),
-        ("SPIDER", _anchor, "mean of the estimate"),
+        ("SPIDER", anchor, "mean of the estimate"),
         ("SPIDER", _plain, "noise = sigma / sqrt(b)"),
     ],
 )
