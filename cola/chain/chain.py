@@ -189,7 +189,7 @@ class Chain:
         """Write the whole chain as one LoRA adapter in PEFT's format, for the ORIGINAL base model.
 
         Without ``r`` the adapter is exact, and its rank is the sum of the links' ranks. It includes the biases and
-        modules that were trained besides the links. All layers get the largest rank, padded with zeros, so that readers
+        modules trained alongside the links. All layers get the largest rank, padded with zeros, so that readers
         that ignore ``rank_pattern`` read them correctly. ``lora_alpha`` equals that rank: the scale is 1, and the
         links' scales are folded into B.
 

@@ -84,7 +84,7 @@ def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
 def _sort(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, rounding: str
 ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
-    """The file's tensors: factors by layer, and values that were trained besides them."""
+    """The file's tensors: factors by layer, and values that were trained in addition."""
     factors, trained = {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)

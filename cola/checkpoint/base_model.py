@@ -1,6 +1,6 @@
 """Remembers the untouched base model of a run: its fingerprint, and the tensors that training has moved since.
 
-Parameters trained besides the links (biases, heads) move at steps, so their digests are taken before the first step.
+Parameters trained alongside the links (biases, heads) move at steps, so their digests are taken before the first step.
 Buffers (running statistics) move with every forward pass in training mode. Their digests are taken when the chain is
 made, and again if a state dict is loaded into them before training begins.
 """
@@ -111,7 +111,7 @@ class BaseModel:
         self._loads.remove()
 
     def _moving(self) -> dict[str, Tensor]:
-        """The base model's tensors that training moves: persistent buffers, and parameters trained besides the links.
+        """The base model's tensors that training moves: persistent buffers, and parameters trained alongside the links.
 
         Every parameter that requires a gradient counts, because another optimizer of the caller's may train it.
         """

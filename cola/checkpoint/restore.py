@@ -124,7 +124,7 @@ def check(saved: RunState, live: LiveLink, base: Optimizer) -> None:
         raise ValueError(f"the saved run is at link {index}, and has {len(links)} links: one is missing")
     here, there = live.trained(), saved.trained
     if {n: p.shape for n, p in here.items()} != {n: t.shape for n, t in there.items()}:
-        raise ValueError(f"besides the links the saved run trained {sorted(there)}, here it would be {sorted(here)}")
+        raise ValueError(f"alongside the links the saved run trained {sorted(there)}, here it would be {sorted(here)}")
     if [p.shape for p in others(base, live)] != [t.shape for t in _in_order(saved.others)]:
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.A.keys() != live.layers.keys():

@@ -343,11 +343,11 @@ class Resumable(LinkGroups):
             weights=weights,
             knots=knots_of(chain),
             origin=None if live.index or self.finished else self._base_model.to_json(),
-            started=[] if self.finished else sorted(live.starts.of),
+            started=sorted(live.starts.of),
             finished=self.finished,
         )
         self.base.param_groups[0][GROUP_KEY] = counters.to_text()
-        starts = {} if self.finished else live.starts.of
+        starts = live.starts.of
         return RunState(
             counters,
             self.base.state_dict(),

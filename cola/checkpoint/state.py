@@ -169,7 +169,7 @@ class RunState:
         A, B: factors of the live link, by layer.
         start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
         start_lost: the norm that rounding lost then.
-        trained: parameters that are trained besides the factors, by path.
+        trained: parameters that are trained alongside the factors, by path.
         buffers: persistent buffers that differ from the base model's, by path.
         others: parameters of groups that the caller added, numbered in order.
         residuals: of compensated rounding, by layer.

@@ -26,7 +26,7 @@ class Start:
 
 
 class Starts:
-    """The products that the live link started at. Only an init of the caller's can make one.
+    """The products that the live link started at. Only ``init="two-sided"`` and functions make one.
 
     Until training begins, copies of the first link's untouched weights are kept: a failure, `ChainOptimizer.load` and
     `ChainOptimizer.follow` need them to the bit.
@@ -66,7 +66,7 @@ class Starts:
                 raise KnotError(f"link {index} cannot start: without its s·BA, layer {path!r} {reason}")
 
     def are_drawn(self) -> bool:
-        """Whether the caller's init has just drawn a link that changes the model's function."""
+        """Whether the init has just drawn a first link that changes the model's function."""
         if not self.live.config.draws_pairs or any(isinstance(x, PeftLayer) for x in self.live.layers.values()):
             return False
         return any(f.A.any() and f.B.any() for f in map(self.live.factor, self.live.layers))
