@@ -38,6 +38,9 @@ class Method:
             the third, as in the paper; ``"even"``, links of equal size; ``"plateau"``, when the loss stalls;
             ``"at=100,300"`` or ``"every=100"``, optimizer steps.
         alpha: lora_alpha. The scale is alpha / r of the first link, for all links.
+        init: how a link starts, as for `cola.LinkConfig`.
+        train: ``"both"`` factors, or ``"B"`` alone.
+        reset: what a knot does to the optimizer state, as for `cola.ChainOptimizer`.
 
     Raises:
         ValueError: an attribute out of range; the message names it.
@@ -52,6 +55,9 @@ class Method:
     links: int = 1
     knots: str = "epochs"
     alpha: float = 16.0
+    init: str = "gaussian"
+    train: str = "both"
+    reset: str = "state"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -98,6 +104,9 @@ class Method:
             )
         if self.adapts:
             name += "-r" + ".".join(map(str, self.ranks)) + (f"-a{self.alpha:g}" if self.alpha != 16 else "")
+            name += "-B" if self.train == "B" else ""
+            name += f"-{self.init}" if self.init != "gaussian" else ""
+            name += f"-{self.reset}" if self.reset != "state" else ""
         return name if self.base == "AdamW" else f"{self.base.lower()}-{name}"
 
     def knot_epochs(self, epochs: int) -> list[int]:
@@ -134,20 +143,20 @@ class Method:
             return PlateauKnots(window=window, patience=1, threshold=0.01, max_links=self.links)
         return StepKnots(**_steps(self.knots))
 
-    def link(self, targets: str | Sequence[str] | None, *, bias: bool = False, init: str = "gaussian") -> LinkConfig:
+    def link(self, targets: str | Sequence[str] | None, *, bias: bool = False) -> LinkConfig:
         """The configuration of a link on the layers ``targets``.
 
         Args:
             targets: as for `cola.LinkConfig`.
             bias: train their biases too.
-            init: how A is drawn, as for `cola.LinkConfig`.
         """
         return LinkConfig(
             r=self.ranks[0] if len(self.ranks) == 1 else self.ranks,
             lora_alpha=self.alpha,
             target_modules=targets,
             bias="lora_only" if bias else "none",
-            init=init,
+            init=self.init,
+            train=self.train,
         )
 
     def base_kwargs(self, lr: float) -> dict[str, Any]:
@@ -164,7 +173,6 @@ class Method:
         steps_per_epoch: int,
         targets: str | Sequence[str] | None = None,
         bias: bool = False,
-        init: str = "gaussian",
     ) -> torch.optim.Optimizer:
         """The optimizer of a run: a `ChainOptimizer`, or the plain base over all weights for ``"finetune"``.
 
@@ -180,8 +188,9 @@ class Method:
             base,
             model,
             self.policy(epochs, steps_per_epoch),
-            link=self.link(targets, bias=bias, init=init),
+            link=self.link(targets, bias=bias),
             seed=seed,
+            reset=self.reset,
             **self.base_kwargs(lr),
         )
 

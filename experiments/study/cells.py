@@ -55,7 +55,6 @@ class StudyCell:
             epochs=self.setting.epochs,
             steps_per_epoch=self.setting.steps_per_epoch(),
             targets="all-linear" if targets == ("all-linear",) else list(targets),
-            init=self.setting.init,
         )
 
 

@@ -36,7 +36,6 @@ class Setting:
             new offset; None for ``train`` blocks that are cut once. It takes a model over bytes.
         warmup: steps over which the rate rises, at the start and again after every knot.
         decay: share of the run, at its end, over which the rate falls to zero.
-        init: how A is drawn, as in `cola.LinkConfig`.
         by_epoch: measure the development loss after every epoch, not only at the end.
         keep_chains: save every chain, and check that it rebuilds the weights.
 
@@ -55,7 +54,6 @@ class Setting:
     train_bytes: int | None = None
     warmup: int = 0
     decay: float = 1.0
-    init: str = "gaussian"
     by_epoch: bool = True
     keep_chains: bool = False
 

@@ -13,7 +13,8 @@ import torch
 from experiments.tiny import corpus
 
 PROSE = "prose"
-"""The name of the text that comes with Python, `corpus.prose()`; any other corpus is the path of a file."""
+CODE = "code"
+"""The names of the texts that come with Python, `corpus.prose` and `corpus.code`; any other corpus is a file's path."""
 
 _PASSAGE = 2000  # characters, of whole paragraphs
 _EVERY = 10  # of ten passages in a row one is for development and one for the test
@@ -30,10 +31,12 @@ class Blocks:
 
 @functools.cache
 def splits(source: str) -> Mapping[str, bytes]:
-    """The ``train``, ``dev`` and ``test`` text of a corpus: prose is split by topic, a file as in `interleaved`.
+    """The ``train``, ``dev`` and ``test`` text of a corpus.
+
+    Prose is split by topic, code by file, a corpus in one file as in `interleaved`.
 
     Args:
-        source: `PROSE`, or the path of a text file (UTF-8).
+        source: `PROSE`, `CODE` or the path of a text file (UTF-8).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,6 +44,9 @@ def splits(source: str) -> Mapping[str, bytes]:
     if source == PROSE:
         prose = corpus.prose().text
         return {"train": prose["train"], "dev": prose["validation"], "test": prose["test"]}
+    if source == CODE:
+        train, *held_out = corpus.code_in_three()
+        return dict(zip(("train", "dev", "test"), (train, *held_out)))
     return {split: part.encode() for split, part in interleaved(Path(source).read_text("utf-8")).items()}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +62,34 @@ def code(held_out_every: int = 40, root: Path | None = None) -> tuple[bytes, byt
     Raises:
         FileNotFoundError: the folder holds no Python source (some distributions ship it separately).
     """
+    train, held_out = _dealt(root, lambda index: index % held_out_every == held_out_every - 1, 2)
+    return train, held_out
+
+
+def code_in_three(root: Path | None = None) -> tuple[bytes, bytes, bytes]:
+    """The standard library's source as `(train, validation, test)` bytes; of 40 files one goes to either of the last.
+
+    The files for the test are those that `code` holds out.
+
+    Args:
+        root: as for `code`.
+
+    Raises:
+        FileNotFoundError: as `code`.
+    """
+    train, validation, test = _dealt(root, lambda index: {19: 1, 39: 2}.get(index % 40, 0), 3)
+    return train, validation, test
+
+
+def _dealt(root: Path | None, split: Callable[[int], int], splits: int) -> list[bytes]:
+    """The sources dealt out by their index in the order of paths, the first split to be filled."""
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    parts: list[list[bytes]] = [[] for _ in range(splits)]
     for index, path in enumerate(_sources(root)):
-        parts[index % held_out_every == held_out_every - 1].append(path.read_bytes())
+        parts[split(index)].append(path.read_bytes())
     if not parts[0]:
         raise FileNotFoundError(f"root={str(root)!r} holds no Python source; install the standard library's")
-    return b"\n".join(parts[0]), b"\n".join(parts[1])
+    return [b"\n".join(part) for part in parts]
 
 
 def _sources(root: Path) -> Iterator[Path]:
