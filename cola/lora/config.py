@@ -30,9 +30,9 @@ class LinkConfig:
         lora_dropout: probability that training drops an input of the link.
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules to train whole (heads, embeddings).
-        init: draws the factor that does not start at zero: ``"gaussian"`` N(0, 1/r²); ``"kaiming"`` U(−1/√n, 1/√n)
-            for input width n; ``"orthogonal"`` rows; ``"selector"``, r coordinates, shifted by r each link; or
-            ``"two-sided"``, both factors orthonormal times a half. Or a function of a `LinkStart` that returns A (r×in)
+        init: draws the factor that does not start at zero: ``"kaiming"`` U(−1/√n, 1/√n) for input width n, as PEFT;
+            ``"gaussian"`` N(0, 1/r²); ``"orthogonal"`` rows; ``"selector"``, r inputs, shifted by r each link (with
+            ``train="B"`` no A is kept); or ``"two-sided"``, both factors orthonormal times a half. Or a function of a `LinkStart` that returns A (r×in)
             or a pair (A, B). If B A is not zero, ``s·B A`` is subtracted from the weight when the link begins, so that
             the model computes the same.
         train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
@@ -57,7 +57,7 @@ class LinkConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     modules_to_save: Sequence[str] = field(default=())
-    init: str | Init = "gaussian"
+    init: str | Init = "kaiming"
     train: str = "both"
     scaling: str = "constant"
     dtype: torch.dtype | None = None
@@ -112,6 +112,12 @@ class LinkConfig:
     def draws_pairs(self) -> bool:
         """Whether a link may start at a product B A that is not zero."""
         return callable(self.init) or self.init in PAIRS
+
+    @property
+    def selects(self) -> bool:
+        """Whether links keep indices instead of A: a frozen A selects inputs, and all links have one rank."""
+        ranks = self.known_ranks()
+        return self.train == "B" and self.init == "selector" and ranks is not None and len(set(ranks)) == 1
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that links may have; None if a callable decides."""

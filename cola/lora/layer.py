@@ -30,8 +30,9 @@ Triple = tuple[Tensor, Tensor, float]
 class LowRankLinear(torch.autograd.Function):
     """``y = x Wᵀ + b + s·(d(x) Aᵀ) Bᵀ`` with W frozen; x (…, in), W out×in, A r×in, B out×r; d is dropout.
 
-    A and B are cast to x's dtype; their gradients come back in their own dtype. Backward saves x, ``d(x) Aᵀ`` and the
-    parameters, and draws the dropout mask again from its seed, which comes from torch's global generator.
+    A may be the r indices of the inputs that it selects; products with it are then gathers. A and B are cast to x's
+    dtype; their gradients come back in their own dtype. Backward saves x, ``d(x) Aᵀ`` and the parameters, and draws the
+    dropout mask again from its seed, which comes from torch's global generator.
     """
 
     @staticmethod
@@ -52,7 +53,7 @@ class LowRankLinear(torch.autograd.Function):
             ctx.seed = int(torch.randint(1 << 62, (), device="cpu"))
             mask, scaling = kept(flat, dropout, ctx.seed), scaling / share_kept(dropout)
         down, up = _used(A, B, x.dtype)
-        reduced = _masked(flat, mask).mm(down.t())
+        reduced = times(down, _masked(flat, mask))
         out = F.linear(x, weight, bias)  # exactly the plain layer's call; no view of it leaves (FSDP2 would warn)
         out.view(-1, out.shape[-1]).addmm_(reduced, up.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, A, B, reduced)
@@ -71,7 +72,7 @@ class LowRankLinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         mask = kept(flat, ctx.dropout, ctx.seed) if ctx.dropout and (needs_x or needs_A) else None
         if torch.is_grad_enabled():  # for a second derivative: the saved product carries no graph
-            reduced = _masked(flat, mask).mm(down.t())
+            reduced = times(down, _masked(flat, mask))
         grad_x = grad_bias = grad_A = grad_B = None
         # `addmm` with beta=0 is a product times s in one call; its first argument only lends its shape.
         # Small products first, while the gradient is still in cache.
@@ -82,17 +83,29 @@ class LowRankLinear(torch.autograd.Function):
             if needs_A:
                 grad_A = torch.addmm(down.detach(), grad_reduced.t(), _masked(flat, mask), beta=0, alpha=s)
             if needs_x and mask is None:
-                grad_x = grad.mm(weight).addmm_(grad_reduced, down, alpha=s).view(x.shape)
+                grad_x = _add_back(grad.mm(weight), grad_reduced, down, s).view(x.shape)
             elif needs_x:
-                through = torch.addmm(flat.detach(), grad_reduced, down, beta=0, alpha=s)
+                through = _add_back(torch.zeros_like(flat), grad_reduced, down, s)
                 grad_x = grad.mm(weight).add_(_masked(through, mask)).view(x.shape)
         if needs_bias:
             grad_bias = grad.sum(0)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None
 
 
+def times(A: Tensor, x: Tensor) -> Tensor:
+    """``x Aᵀ``; x is (…, in), and A is r×in or the indices of the r inputs that it selects."""
+    return F.linear(x, A) if A.dim() == 2 else x.index_select(-1, A)
+
+
+def _add_back(target: Tensor, x: Tensor, A: Tensor, s: float) -> Tensor:
+    """``target + s·x A``, in place; A as in `times`."""
+    return target.addmm_(x, A, alpha=s) if A.dim() == 2 else target.index_add_(-1, A, x, alpha=s)
+
+
 def _used(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # skip no-op casts: call overhead dominates short steps
+    if A.dim() == 1:
+        return A, B.to(dtype)
     return (A, B) if A.dtype == B.dtype == dtype else (A.to(dtype), B.to(dtype))
 
 
@@ -142,7 +155,9 @@ class AdaptedLayer(nn.Module):
     out×in; override those for which this is wrong.
 
     Attributes:
-        lora_A: r×in, lora_B: out×r; they stay the same Parameter objects from `attach` to `detach`.
+        lora_A: r×in, lora_B: out×r; they stay the same Parameter objects from `attach` to `detach`. An A that selects
+            inputs is no Parameter (`cola.lora.selected`).
+        down: what `times` takes for A, usually A itself.
         scaling: s.
         lora_dropout: probability that training drops an input of the link (the plain layer's input is never dropped).
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
@@ -182,6 +197,8 @@ class AdaptedLayer(nn.Module):
     quantized: ClassVar[bool] = False
     #: names of buffers that links add to a layer
     added: ClassVar[tuple[str, ...]] = ()
+    #: names of the parameters and buffers that make up the live link
+    entries: ClassVar[tuple[str, ...]] = FACTORS
     #: the kind, in a class made by `over`
     _made_by: ClassVar[type | None] = None
 
@@ -281,9 +298,17 @@ class AdaptedLayer(nn.Module):
 
     def attach(self, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         """Give the layer its link, right after its class has become this one."""
-        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self._hold(A, B)
         self.scaling, self.lora_dropout = scaling, dropout
         self.rank, self.allowed_ranks = A.shape[0], (A.shape[0],)
+
+    def _hold(self, A: Tensor, B: Tensor) -> None:
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+
+    @property
+    def down(self) -> Tensor:
+        """A."""
+        return self.lora_A
 
     def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
         """Make (A, B) the link; the Parameters stay the same objects.
@@ -299,16 +324,15 @@ class AdaptedLayer(nn.Module):
 
     def detach(self, *, spent: bool = False) -> None:
         """Remove the link: restore the class, parameters and attributes from before `attach`."""
-        del self.lora_A, self.lora_B
-        for name in ("scaling", "lora_dropout", "rank", "allowed_ranks"):
+        for name in (*self.entries, "scaling", "lora_dropout", "rank", "allowed_ranks"):
             delattr(self, name)
         self.__class__ = self.plain_class  # type: ignore[assignment]
         rebind(self)
 
     def link(self, x: Tensor) -> Tensor:
         """``s·B A x`` in x's dtype; dropout, where set, acts on x in training."""
-        reduced = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
-        return self.scaling * F.linear(reduced, self.lora_B.to(x.dtype))
+        A, B = _used(self.down, self.lora_B, x.dtype)
+        return self.scaling * F.linear(times(A, F.dropout(x, self.lora_dropout, self.training)), B)
 
     @property
     def kind(self) -> "type[AdaptedLayer]":
@@ -362,7 +386,7 @@ class LoRALinear(AdaptedLayer):
         plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
         if plain_operations or (dropout and _records(x)):
             return self.reference(x)
-        return LowRankLinear.apply(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout)
+        return LowRankLinear.apply(x, weight, self.bias, self.down, self.lora_B, self.scaling, dropout)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same function, from ordinary operations."""

@@ -30,6 +30,7 @@ from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
+from cola.lora.selected import selecting
 from cola.lora.start import Starts
 from cola.lora.targets import find_peft_layers, find_saved, find_targets
 from cola.lora.trainable import Trainable
@@ -154,12 +155,13 @@ class LiveLink:
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
-        """Both factors of every layer, by path, but for adapters that PEFT has deleted."""
+        """The Parameters of every layer's link, by path, but for adapters that PEFT has deleted."""
         return {
             f"{path}.{name}": getattr(layer, name)
             for path, layer in self.layers.items()
             if not (isinstance(layer, PeftLayer) and layer.gone())
             for name in FACTORS
+            if isinstance(getattr(layer, name), nn.Parameter)  # an A that selects inputs is none
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -252,7 +254,7 @@ class LiveLink:
         """Draw link ``index``; ``opt`` is the `ChainOptimizer`, for inits that look at it. Changes nothing."""
         drawn = {}
         for path, shape in self.shapes().items():
-            dtype = self.layers[path].lora_A.dtype
+            dtype = self.layers[path].lora_B.dtype
             A, B = self.plans[path].draw(
                 path, shape, seed=self.seed, link=index, dtype=dtype, opt=opt if index else None
             )
@@ -410,7 +412,8 @@ class LiveLink:
         weight: Tensor = module.weight  # type: ignore[assignment]
         dtype = self.config.dtype_for(weight)
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
-        module.__class__ = known_kind(module).over(type(module))
+        adapted = known_kind(module).over(type(module))
+        module.__class__ = selecting(adapted) if self.config.selects else adapted
         assert isinstance(module, AdaptedLayer)
         known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
         room = max(known or (len(A),)) if self._masks(weight) else len(A)
