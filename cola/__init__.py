@@ -10,7 +10,7 @@ from cola.lora.init import LinkStart
 from cola.lora.kinds import register_kind
 from cola.lora.layer import AdaptedLayer
 from cola.optimizer import ChainOptimizer
-from cola.policies import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
+from cola.policies import EpochKnots, EvenKnots, GapKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
 
 __all__ = [
     "AdaptedLayer",
@@ -18,6 +18,7 @@ __all__ = [
     "ChainOptimizer",
     "EpochKnots",
     "EvenKnots",
+    "GapKnots",
     "Factor",
     "KnotError",
     "KnotPolicy",

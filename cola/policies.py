@@ -266,58 +266,166 @@ _TELL = (
 )
 
 
-class PlateauKnots(KnotPolicy):
-    """Tie when the loss has stopped improving, in the words of `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+class _Windows(KnotPolicy):
+    """Judges a link by the means of a number over windows of steps.
 
-    It compares the mean loss of every ``window`` steps with the best window of the current link. After more than
-    ``patience`` windows without a relative improvement of ``threshold`` it ties a knot. Losses are gathered on their
-    device and read once per window.
+    The numbers are gathered on their device and read once per window. A knot starts a new window.
+    """
+
+    def __init__(self, window: int | None, cooldown: int, max_links: int | None, total_steps: int | None) -> None:
+        name = type(self).__name__
+        self.total_steps = None if total_steps is None else _positive(name, "total_steps", total_steps)
+        usual = 20 if total_steps is None else max(1, total_steps // 100)
+        self.window = usual if window is None else _positive(name, "window", window)
+        self.cooldown = _positive(name, "cooldown", cooldown, least=0)
+        self.max_links = None if max_links is None else _positive(name, "max_links", max_links)
+        self.cooling = 0
+        self.knots = 0
+        self.steps_in_window = 0
+        self.values: list[Any] = []  # 0-d tensors, or numbers after a resume
+
+    @property
+    @abstractmethod
+    def shortest(self) -> int:
+        """The fewest windows after which a link can end."""
+
+    @abstractmethod
+    def _judge(self, mean: float) -> bool:
+        """Whether a window with this mean ends the link; NaN if the window has no finite value."""
+
+    def _take(self, step: int, value: Tensor | None, mean: Callable[[Tensor], float]) -> bool:
+        """Add a step to the window; True if the window is complete and ends the link."""
+        self.steps_in_window += 1
+        if value is not None:
+            self.values.append(value)
+        if self.steps_in_window < self.window:
+            return False
+        result = mean(self._stacked()) if self.values else math.nan
+        self.values, self.steps_in_window = [], 0
+        if self.max_links is not None and self.knots >= self.max_links - 1:
+            return False
+        if self.cooling > 0:
+            self.cooling -= 1
+            return False
+        left = None if self.total_steps is None else self.total_steps - step
+        return self._judge(result) and (left is None or left >= self.shortest * self.window)
+
+    def knotted(self, step: int) -> None:
+        """Start judging the next link."""
+        self.knots += 1
+        self.cooling = self.cooldown
+        self.values, self.steps_in_window = [], 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `KnotPolicy.state_dict`; reads the open window's numbers from their device."""
+        if self.values:
+            self.values = self._stacked().tolist()  # fp32 survives this, so a resumed window has the same mean
+        return super().state_dict()
+
+    def _stacked(self) -> Tensor:
+        device = next((x.device for x in self.values if isinstance(x, Tensor)), "cpu")
+        return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).reshape(()) for x in self.values])
+
+    def _require_valid(self, state: dict[str, Any]) -> None:
+        name, values = type(self).__name__, state["values"]
+        for count in ("knots", "steps_in_window", "cooling"):
+            _positive(name, count, state[count], least=0)
+        if not (isinstance(values, list) and all(isinstance(value, float) for value in values)):
+            raise ValueError(f"{name}(values={values!r:.80}) must be a list of floats")
+        if len(values) > state["steps_in_window"]:
+            raise ValueError(
+                f"{name}(values={values!r:.80}) must be at most one for each of the window's "
+                f"{state['steps_in_window']} steps so far"
+            )
+
+    def _require_options(self, state: dict[str, Any], *names: str) -> None:
+        made = type(self)(**{name: state[name] for name in names})
+        for name in names:
+            if getattr(made, name) != state[name]:  # None may stand for a default
+                raise ValueError(f"{type(self).__name__}({name}={state[name]!r:.80}) must be a value")
+
+    def _require_number(self, state: dict[str, Any], name: str) -> None:
+        # a window's mean may overflow, and a loss may be any float
+        value = state[name]
+        if not (value is None or is_finite(value) or (isinstance(value, float) and math.isinf(value))):
+            raise ValueError(f"{type(self).__name__}({name}={value!r:.80}) must be a number, or None before a window")
+
+
+class PlateauKnots(_Windows):
+    """Tie when the loss of the live link improves much more slowly than it did.
+
+    The link's progress is the fall of the mean loss over the last three windows. It ties when this is below ``share``
+    of the link's best, so a link has five windows or more.
+
+    With ``patience`` or ``threshold`` it ties when the loss has stopped improving, in the words of
+    `torch.optim.lr_scheduler.ReduceLROnPlateau`: after more than ``patience`` windows without a relative improvement of
+    ``threshold`` on the link's best window. A loss that keeps falling, as in most short runs, then ties nothing.
 
     Args:
         mode: ``"min"`` or ``"max"``.
-        patience: windows without improvement to tolerate.
-        threshold: smallest relative improvement that counts.
-        window: optimizer steps averaged into one observation.
+        patience: windows without improvement to tolerate; None for 3, if ``threshold`` is given.
+        threshold: smallest relative improvement that counts; None for 1e-3, if ``patience`` is given.
+        window: optimizer steps averaged into one observation; None for a hundredth of ``total_steps``, or 20.
         cooldown: windows to ignore after a knot.
         max_links: largest length of the chain (``max_links − 1`` knots); None for no limit.
+        share: of the link's best progress; None for 0.5.
+        total_steps: length of the run, if known; the last link then gets at least as many steps as the shortest one
+            can have.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or ``share`` comes with ``patience`` or ``threshold``.
         RuntimeError: in `update`, if no loss has arrived in the first window.
+
+    >>> slower = [1.0, 0.7, 0.4, 0.1, 0.09, 0.08, 0.07]
+    >>> policy = PlateauKnots(window=1)
+    >>> [policy.update(Signal(step, loss=torch.tensor(loss))) for step, loss in enumerate(slower, 1)]
+    [False, False, False, False, False, True, True]
     """
 
     def __init__(
         self,
         mode: str = "min",
-        patience: int = 3,
-        threshold: float = 1e-3,
-        window: int = 20,
+        patience: int | None = None,
+        threshold: float | None = None,
+        window: int | None = None,
         cooldown: int = 0,
         max_links: int | None = None,
+        share: float | None = None,
+        total_steps: int | None = None,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"PlateauKnots(mode={mode!r}): choose 'min' or 'max'")
-        if not (is_finite(threshold) and 0 <= threshold < 1):
-            raise ValueError(f"PlateauKnots(threshold={threshold!r}) must be in [0, 1): it is a relative improvement")
+        super().__init__(window, cooldown, max_links, total_steps)
         self.mode = mode
-        self.patience = _positive("PlateauKnots", "patience", patience, least=0)
-        self.threshold = float(threshold)
-        self.window = _positive("PlateauKnots", "window", window)
-        self.cooldown = _positive("PlateauKnots", "cooldown", cooldown, least=0)
-        self.max_links = None if max_links is None else _positive("PlateauKnots", "max_links", max_links)
-        self.best: float | None = None
+        self.patience = self.threshold = self.share = None
+        if patience is None and threshold is None:
+            self.share = _share("PlateauKnots", 0.5 if share is None else share)
+        elif share is not None:
+            raise ValueError(
+                f"PlateauKnots(share={share!r}, patience={patience!r}, threshold={threshold!r}) mixes two rules: give "
+                "share, or patience and threshold"
+            )
+        else:
+            threshold = 1e-3 if threshold is None else threshold
+            if not (is_finite(threshold) and 0 <= threshold < 1):
+                raise ValueError(
+                    f"PlateauKnots(threshold={threshold!r}) must be in [0, 1): it is a relative improvement"
+                )
+            self.patience = _positive("PlateauKnots", "patience", 3 if patience is None else patience, least=0)
+            self.threshold = float(threshold)
+        self.best: float | None = None  # the best window, or the best progress
         self.bad_windows = 0
-        self.cooling = 0
-        self.knots = 0
-        self.steps_in_window = 0
-        self.losses: list[Any] = []  # 0-d tensors, or numbers after a resume
+        self.means: list[float] = []  # of the last windows
         self.deaf_steps = 0  # steps before the first loss; -1 once it has come
 
+    @property
+    def shortest(self) -> int:
+        """The fewest windows after which a link can end."""
+        return _SPAN + 2 if self.patience is None else self.patience + 2
+
     def update(self, signal: Signal) -> bool:
-        """True at the end of a window that exhausts the patience."""
-        self.steps_in_window += 1
+        """True at the end of a window that ends the link."""
         if signal.loss is not None:
-            self.losses.append(signal.loss.detach())
             self.deaf_steps = -1
         elif self.deaf_steps >= 0:
             self.deaf_steps += 1  # other policies' knots do not reset this count
@@ -327,62 +435,129 @@ class PlateauKnots(KnotPolicy):
                 )
             if self.deaf_steps == 1:
                 logger.warning("PlateauKnots saw no loss at the first step: %s", _TELL)
-        if self.steps_in_window < self.window:
-            return False
-        loss = signal.mean(self._stacked()) if self.losses else math.nan
-        self.losses, self.steps_in_window = [], 0
-        if self.max_links is not None and self.knots >= self.max_links - 1:
-            return False
-        if self.cooling > 0:
-            self.cooling -= 1
-            return False
-        if self._improves(loss):
-            self.best, self.bad_windows = loss, 0
+        return self._take(signal.step, None if signal.loss is None else signal.loss.detach(), signal.mean)
+
+    def knotted(self, step: int) -> None:
+        """Start judging the next link."""
+        super().knotted(step)
+        self.best, self.bad_windows, self.means = None, 0, []
+
+    def _judge(self, mean: float) -> bool:
+        if self.patience is None:
+            return self._slower(mean)
+        if self._improves(mean):
+            self.best, self.bad_windows = mean, 0
         else:
             self.bad_windows += 1
         return self.bad_windows > self.patience
 
-    def knotted(self, step: int) -> None:
-        """Start judging the next link."""
-        self.knots += 1
-        self.best, self.bad_windows, self.cooling = None, 0, self.cooldown
-        self.losses, self.steps_in_window = [], 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `KnotPolicy.state_dict`; reads the open window's losses from their device."""
-        if self.losses:
-            self.losses = self._stacked().tolist()  # fp32 survives this, so a resumed window has the same mean
-        return super().state_dict()
-
-    def _require_valid(self, state: dict[str, Any]) -> None:
-        options = ("mode", "patience", "threshold", "window", "cooldown", "max_links")
-        PlateauKnots(**{name: state[name] for name in options})
-        for name in ("bad_windows", "knots", "steps_in_window", "cooling"):
-            _positive("PlateauKnots", name, state[name], least=0)
-        _positive("PlateauKnots", "deaf_steps", state["deaf_steps"], least=-1)
-        best, losses = state["best"], state["losses"]
-        # a window's mean may overflow, and a loss may be any float
-        if not (best is None or is_finite(best) or (isinstance(best, float) and math.isinf(best))):
-            raise ValueError(f"PlateauKnots(best={best!r:.80}) must be a number, or None before the first window")
-        if not (isinstance(losses, list) and all(isinstance(loss, float) for loss in losses)):
-            raise ValueError(f"PlateauKnots(losses={losses!r:.80}) must be a list of floats")
-        if len(losses) > state["steps_in_window"]:
-            raise ValueError(
-                f"PlateauKnots(losses={losses!r:.80}) must be at most one for each of the window's "
-                f"{state['steps_in_window']} steps so far"
-            )
-
-    def _stacked(self) -> Tensor:
-        device = next((x.device for x in self.losses if isinstance(x, Tensor)), "cpu")
-        return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).reshape(()) for x in self.losses])
+    def _slower(self, mean: float) -> bool:
+        if not math.isfinite(mean):
+            return False
+        self.means = [*self.means[-_SPAN:], mean]
+        if len(self.means) <= _SPAN:
+            return False
+        progress = (self.means[0] - mean) * (1 if self.mode == "min" else -1)
+        if self.best is None:
+            self.best = progress
+            return False
+        self.best = max(self.best, progress)
+        return progress < self.share * self.best or progress <= 0
 
     def _improves(self, loss: float) -> bool:
         if math.isnan(loss):
             return False
         if self.best is None:
             return True
-        margin = self.threshold * abs(self.best)
+        margin = (self.threshold or 0.0) * abs(self.best)
         return loss < self.best - margin if self.mode == "min" else loss > self.best + margin
+
+    def _require_valid(self, state: dict[str, Any]) -> None:
+        self._require_options(
+            state, "mode", "patience", "threshold", "window", "cooldown", "max_links", "share", "total_steps"
+        )
+        super()._require_valid(state)
+        _positive("PlateauKnots", "bad_windows", state["bad_windows"], least=0)
+        _positive("PlateauKnots", "deaf_steps", state["deaf_steps"], least=-1)
+        self._require_number(state, "best")
+        means = state["means"]
+        if not (isinstance(means, list) and len(means) <= _SPAN + 1 and all(map(is_finite, means))):
+            raise ValueError(f"PlateauKnots(means={means!r:.80}) must be a list of at most {_SPAN + 1} numbers")
+
+
+#: windows over which `PlateauKnots` measures progress
+_SPAN = 3
+
+
+class GapKnots(_Windows):
+    """Tie when the live link's first-order gain has fallen below a share of its best.
+
+    A step of gradient flow on the link lowers the loss by the squared norm of the link's gradient: the part of the
+    weight's gradient that the link can reach, the Frank-Wolfe gap of its directions. A fresh link has fresh directions,
+    and the live link's best window, usually its first, shows what these give. Noise would add to a squared norm, so the
+    policy takes products of the gradients of successive steps, in which it cancels.
+
+    It keeps a copy of one factor's gradient, B's unless only A is trained. In a distributed run that shards the factors
+    each process measures its part.
+
+    Args:
+        share: of the link's best window.
+        window: optimizer steps averaged into one observation; None for a hundredth of ``total_steps``, or 20.
+        cooldown: windows to ignore after a knot.
+        max_links: largest length of the chain (``max_links − 1`` knots); None for no limit.
+        total_steps: length of the run, if known; the last link then gets at least as many steps as the shortest one
+            can have.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: in `update`, if the signal has no ``opt``.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.5,
+        window: int | None = None,
+        cooldown: int = 0,
+        max_links: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        super().__init__(window, cooldown, max_links, total_steps)
+        self.share = _share("GapKnots", share)
+        self.best: float | None = None
+        self._last: list[Tensor] = []  # a checkpoint leaves it out, and the next product is missing then
+
+    @property
+    def shortest(self) -> int:
+        """The fewest windows after which a link can end."""
+        return 2
+
+    def update(self, signal: Signal) -> bool:
+        """True at the end of a window that ends the link."""
+        if signal.opt is None:
+            raise RuntimeError("GapKnots needs signal.opt, which ChainOptimizer gives: it reads the link's gradients")
+        last, self._last = self._last, [grad.detach().clone() for grad in signal.opt.live.gradients()]
+        same = len(last) == len(self._last) > 0 and all(a.shape == b.shape for a, b in zip(last, self._last))
+        gain = torch.stack([torch.sum(a.float() * b.float()) for a, b in zip(last, self._last)]).sum() if same else None
+        return self._take(signal.step, gain, signal.mean)
+
+    def knotted(self, step: int) -> None:
+        """Start judging the next link."""
+        super().knotted(step)
+        self.best, self._last = None, []
+
+    def _judge(self, mean: float) -> bool:
+        if not math.isfinite(mean):
+            return False
+        if self.best is None:
+            self.best = mean
+            return False
+        self.best = max(self.best, mean)
+        return mean < self.share * self.best or mean <= 0
+
+    def _require_valid(self, state: dict[str, Any]) -> None:
+        self._require_options(state, "share", "window", "cooldown", "max_links", "total_steps")
+        super()._require_valid(state)
+        self._require_number(state, "best")
 
 
 class _Pair(KnotPolicy):
@@ -427,6 +602,12 @@ class _Either(_Pair):
 
 class _Both(_Pair):
     word, decide = "&", all
+
+
+def _share(policy: str, value: Any) -> float:
+    if not (is_finite(value) and 0 < value < 1):
+        raise ValueError(f"{policy}(share={value!r}) must be between 0 and 1")
+    return float(value)
 
 
 def _positive(policy: str, name: str, value: Any, least: int = 1) -> int:

@@ -154,6 +154,11 @@ class LiveLink:
         names = FACTORS if self.config.train == "both" else (f"lora_{self.config.train}",)
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the factor that usually starts at zero, of the layers that have one."""
+        factors = (layer.lora_A if self.config.train == "A" else layer.lora_B for layer in self.layers.values())
+        return [factor.grad for factor in factors if factor.grad is not None]
+
     def factors_by_name(self) -> dict[str, nn.Parameter]:
         """The Parameters of every layer's link, by path, but for adapters that PEFT has deleted."""
         return {

@@ -3,13 +3,26 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from cola import EpochKnots, EvenKnots, KnotPolicy, NeverKnots, PlateauKnots, Signal, StepKnots
+from cola import (
+    ChainOptimizer,
+    EpochKnots,
+    EvenKnots,
+    GapKnots,
+    KnotPolicy,
+    LinkConfig,
+    NeverKnots,
+    PlateauKnots,
+    Signal,
+    StepKnots,
+)
 
 
 def fires(policy, losses=None, steps=20, epochs=None):
@@ -113,7 +126,82 @@ class TestPlateau:
             fires(policy)
 
 
+class TestProgress:
+    """PlateauKnots without the options of its other rule."""
+
+    def test_ties_when_a_link_progresses_at_less_than_half_its_best_rate(self):
+        losses = [1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.56, 0.52]
+        # over three windows .3, .25, .2, .14: the last is below half of .3
+        assert fires(PlateauKnots(window=1), losses) == [7]
+        assert fires(PlateauKnots(window=1, share=0.7), losses) == [6]
+        assert fires(PlateauKnots(window=1, mode="max"), [-loss for loss in losses]) == [7]
+
+    def test_fires_while_the_loss_keeps_falling_and_judges_each_link_afresh(self):
+        losses = [2 * 0.7**i for i in range(14)]
+        assert fires(PlateauKnots(window=1), losses)[:2] == [6, 12]
+        assert fires(PlateauKnots(window=1, threshold=1e-3), losses) == []
+
+    def test_ties_nothing_in_a_steady_fall_and_at_once_when_the_loss_rises(self):
+        assert fires(PlateauKnots(window=1), [2 - 0.01 * i for i in range(40)]) == []
+        assert fires(PlateauKnots(window=1), [1 + 0.01 * i for i in range(12)]) == [5, 10]
+
+    def test_leaves_the_last_link_as_many_steps_as_the_shortest_may_have(self):
+        flat = [1.0] * 24
+        assert fires(PlateauKnots(window=2, total_steps=24), flat) == [10]
+        assert fires(PlateauKnots(window=2, patience=0, total_steps=24), flat) == [4, 8, 12, 16, 20]
+        assert PlateauKnots(total_steps=3000).window == 30
+
+    def test_windows_without_a_finite_loss_are_left_out(self):
+        assert fires(PlateauKnots(window=1), [1.0, 0.9, math.nan, 0.8, 0.7, 0.6]) == []
+
+
+class TestGap:
+    @staticmethod
+    def knots(policy, gradients):
+        """The steps at which a policy ties that sees these gradients of one factor."""
+        found = []
+        for step, gradient in enumerate(gradients, 1):
+            live = SimpleNamespace(gradients=lambda gradient=gradient: [torch.as_tensor(gradient)])
+            if policy.update(Signal(step, opt=SimpleNamespace(live=live))):
+                policy.knotted(step)
+                found.append(step)
+        return found
+
+    def test_ties_when_the_gain_is_below_a_share_of_its_best(self):
+        falling = [[2.0], [2.0], [1.6], [1.6], [1.2], [1.2]]
+        # products per window of two: 4, (3.2 + 2.56) / 2, (1.92 + 1.44) / 2 < 4 / 2
+        assert self.knots(GapKnots(window=2), falling) == [6]
+        assert self.knots(GapKnots(window=2, share=0.8), falling) == [4]
+        assert self.knots(GapKnots(window=2, total_steps=9), falling) == []
+
+    def test_noise_alone_has_no_gain(self):
+        """Successive gradients that are orthogonal have large norms and the product zero."""
+        assert self.knots(GapKnots(window=2), [[1.0, 0.0], [0.0, 1.0]] * 3) == [4]
+
+    def test_it_ties_in_a_run_and_resumes(self):
+        def chained():
+            model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False))
+            link = LinkConfig(r=2, target_modules="all-linear", train="B", init="selector")
+            policy = GapKnots(share=0.9, window=3)
+            return model, ChainOptimizer(torch.optim.SGD, model, policy, link=link, lr=0.02)
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, opt = chained()
+        x, y = torch.eye(6), torch.ones(6, 3)
+        for _ in range(30):
+            (model(x) - y).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        assert 2 <= opt.policy.knots <= 5
+
+    def test_needs_an_optimizer(self):
+        with pytest.raises(RuntimeError, match="GapKnots needs signal.opt"):
+            GapKnots().update(Signal(1))
+
+
 POLICIES = [
+    lambda: PlateauKnots(window=2, total_steps=28),
     lambda: PlateauKnots(window=3, patience=1, cooldown=1),
     lambda: StepKnots(every=4) | PlateauKnots(window=2, patience=0),
     lambda: EpochKnots(at=[1, 2, 5], steps_per_epoch=4),
@@ -196,6 +284,11 @@ BAD = [
     (lambda: PlateauKnots(threshold=2.0), ValueError, "threshold=2.0"),
     (lambda: PlateauKnots(window=0), ValueError, "window=0"),
     (lambda: PlateauKnots(max_links=0), ValueError, "max_links=0"),
+    (lambda: PlateauKnots(share=1.0), ValueError, r"share=1.0\) must be between 0 and 1"),
+    (lambda: PlateauKnots(share=0.5, patience=2), ValueError, r"share=0.5, patience=2, threshold=None\) mixes two"),
+    (lambda: PlateauKnots(total_steps=0), ValueError, "total_steps=0"),
+    (lambda: GapKnots(share=0), ValueError, r"GapKnots\(share=0\) must be between 0 and 1"),
+    (lambda: GapKnots(window=0), ValueError, r"GapKnots\(window=0\)"),
     (lambda: StepKnots(every=2) | 3, TypeError, "cannot combine a knot policy with 3"),
 ]
 

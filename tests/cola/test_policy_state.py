@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cola
-from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import ChainOptimizer, EpochKnots, EvenKnots, GapKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.policies import Signal
 from tests.cola.chain.json_places import places, replaced
 from tests.models import BODY, Net, train
@@ -19,6 +19,7 @@ from tests.models import BODY, Net, train
 NO_COUNT = [-1, 0.5, 3.0, "3", None, True, math.nan, math.inf, [], [3], {}]
 NO_NUMBER = ["0.1", True, math.nan, [], [0.1], {}]
 NO_LIST = ["12", "", 3, 0.5, True, math.nan, [], {}, {"a": 1}, [0], [-1], [2, 1], [2, 2], [1.5], ["1"], [None], [[1]]]
+NO_VALUES = [None, "1.0", 1.0, {}, [1], [None], ["1.0"], [True], [[1.0]], [1.0] * 9]
 
 
 def but(values, *accepted):
@@ -54,8 +55,26 @@ TABLE = {
             "cooling": NO_COUNT,
             "knots": NO_COUNT,
             "steps_in_window": NO_COUNT,
-            "losses": [None, "1.0", 1.0, {}, [1], [None], ["1.0"], [True], [[1.0]], [1.0] * 9],
+            "values": NO_VALUES,
+            "means": [None, "1.0", 1.0, {}, [None], ["1.0"], [True], [[1.0]], [math.nan], [1.0] * 9],
             "deaf_steps": [*but(NO_COUNT, -1), -2],
+            "share": [*but(NO_NUMBER, None), 0.5],  # the other rule's
+            "total_steps": [*but(NO_COUNT, None), 0],
+        },
+    ),
+    GapKnots: (
+        lambda: GapKnots(window=4, cooldown=2, max_links=5, total_steps=90),
+        {
+            "share": [*NO_NUMBER, None, 0, 1, -0.1, math.inf],
+            "window": [*NO_COUNT, 0],
+            "cooldown": NO_COUNT,
+            "max_links": [*but(NO_COUNT, None), 0],
+            "total_steps": [*but(NO_COUNT, None), 0],
+            "best": [*NO_NUMBER, 10**400],
+            "cooling": NO_COUNT,
+            "knots": NO_COUNT,
+            "steps_in_window": NO_COUNT,
+            "values": NO_VALUES,
         },
     ),
 }
@@ -64,14 +83,25 @@ MAKERS = {
     "StepKnots every": lambda: StepKnots(every=3),
     "EpochKnots told": lambda: EpochKnots(at=[1, 2]),
     "PlateauKnots max": lambda: PlateauKnots(mode="max", window=2),
+    "PlateauKnots loss": lambda: PlateauKnots(window=2, threshold=0.1),
     "either": lambda: StepKnots(every=4) | PlateauKnots(window=2, patience=0),
     "both": lambda: EpochKnots(at=[1, 2], steps_per_epoch=4) & (NeverKnots() | EvenKnots(length=3, total_steps=9)),
 }
 
 
+class Live:
+    """The part of an optimizer that a policy reads."""
+
+    def __init__(self, step):
+        self.live, self.step = self, step
+
+    def gradients(self):
+        return [torch.full((2, 3), 1.0 / self.step)]
+
+
 def run(policy, first=1, last=6):
     for step in range(first, last + 1):
-        if policy.update(Signal(step, step / 4, torch.tensor(1.0 / step))):
+        if policy.update(Signal(step, step / 4, torch.tensor(1.0 / step), opt=Live(step))):
             policy.knotted(step)
     return policy
 
