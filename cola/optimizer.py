@@ -33,6 +33,9 @@ from cola.wrapper.wrapper import require_base
 
 logger = logging.getLogger("cola")
 
+#: ‖ΔW‖/‖W‖ of a layer above which the first knot warns
+LARGE_LINK = 0.05
+
 
 class ChainOptimizer(Resumable):
     """Train a chain of LoRAs with any base optimizer (Chain of LoRA, Algorithm 1).
@@ -387,6 +390,13 @@ class ChainOptimizer(Resumable):
 
     def _announce(self, report: KnotReport) -> None:
         logger.info("%s", report)
+        if report.index == 0 and report.share > LARGE_LINK:
+            path = max(report.layers, key=lambda path: report.layers[path].share)
+            logger.warning(
+                "the first link changed layer %r by %.1f %% of ‖W‖, and more than %.0f %% may damage what the model knows "
+                "already: compare with a smaller learning rate or lora_alpha, and with more and shorter links",
+                path, 100 * report.share, 100 * LARGE_LINK,
+            )  # fmt: skip
         self._knotting = True  # a listener cannot tie a knot
         try:
             self.policy.knotted(self.steps)

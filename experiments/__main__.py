@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": ("study.demo", "compare LoRA, chains of LoRAs and full fine-tuning on real text, offline, in minutes"),
+    "demo": ("frontier.demo", "show on real text, offline and in minutes, that a chain beats a LoRA of its bytes"),
     "run": ("paper.run", "run one cell of the paper's experiments: a model, a task, a method, a learning rate, a seed"),
     "pretrain": ("tiny.pretrain", "make the tiny model that the demo fine-tunes"),
     "study": (
         "study.study",
         "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
     ),
+    "frontier": ("frontier.frontier", "draw held-out loss against bytes of trained state, a curve per method over ranks"),
+    "map": ("frontier.pay_map", "show for every rank and length of run which method is best, and by how much"),
     "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
     "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),
     "bench": ("bench", "time layer, step, tie, knot and export against their peers and limits"),

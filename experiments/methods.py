@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola.lora.targets import find_targets
 
-KINDS = ("lora", "cola", "finetune", "icl", "zero-shot")
+KINDS = ("lora", "cola", "finetune", "galore", "icl", "zero-shot")
 BASES: Mapping[str, type[torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "SGD": torch.optim.SGD,
@@ -29,8 +30,9 @@ class Method:
     """One way to adapt a model.
 
     Attributes:
-        kind: ``"lora"`` (one link), ``"cola"``, ``"finetune"`` (all weights), ``"icl"`` (demonstrations in the prompt)
-            or ``"zero-shot"``; the last two train nothing.
+        kind: ``"lora"`` (one link), ``"cola"``, ``"finetune"`` (all weights), ``"galore"`` (the targets' weights, by
+            gradients projected to rank r), ``"icl"`` (demonstrations in the prompt) or ``"zero-shot"``; the last two
+            train nothing.
         base: base optimizer, a key of `BASES`.
         ranks: of the links; the last repeats.
         links: length of the chain, or the most that ``"plateau"`` may tie.
@@ -102,7 +104,7 @@ class Method:
             name += {"epochs": str(self.links), "plateau": f"-plateau{self.links}"}.get(
                 self.knots, f"-{self.knots.replace('=', '').replace(',', '.')}-{self.links}"
             )
-        if self.adapts:
+        if self.adapts or self.kind == "galore":
             name += "-r" + ".".join(map(str, self.ranks)) + (f"-a{self.alpha:g}" if self.alpha != 16 else "")
             name += "-B" if self.train == "B" else ""
             name += f"-{self.init}" if self.init != "gaussian" else ""
@@ -178,10 +180,13 @@ class Method:
 
         Raises:
             ValueError: the method trains nothing.
+            ModuleNotFoundError: GaLore's library is missing.
         """
         base = BASES[self.base]
         if not self.trains:
             raise ValueError(f"kind={self.kind!r} trains nothing")
+        if self.kind == "galore":
+            return self._galore(model, lr, targets)
         if not self.adapts:
             return base(model.parameters(), **self.base_kwargs(lr))
         return ChainOptimizer(
@@ -193,6 +198,17 @@ class Method:
             reset=self.reset,
             **self.base_kwargs(lr),
         )
+
+    def _galore(self, model: nn.Module, lr: float, targets: str | Sequence[str] | None) -> torch.optim.Optimizer:
+        """GaLore's AdamW with its own defaults: a new projection every 200 steps, scale 0.25."""
+        from galore_torch import GaLoreAdamW
+
+        weights = [module.weight for module in find_targets(model, targets).values()]
+        model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        own = {"rank": self.ranks[0], "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+        return GaLoreAdamW([{"params": weights, **own}], **self.base_kwargs(lr), no_deprecation_warning=True)
 
 
 def _steps(knots: str) -> dict[str, Any]:

@@ -107,7 +107,10 @@ class Knot:
             lost_norm=sum(t.lost**2 for t in ties.values()) ** 0.5,
             loss=None if loss is None else float(loss),
             seconds=time.perf_counter() - self._started,
-            layers={path: LayerReport(t.delta, t.lost, self.live.rounding_of(path)) for path, t in ties.items()},
+            layers={
+                path: LayerReport(t.delta, t.lost, self.live.rounding_of(path), None if t.weight != t.weight else t.weight)
+                for path, t in ties.items()
+            },
         )
         self.chain.base = self.base
         self.chain.append(Link(self.index, self.live.seed, self.factors, self.trained, report))

@@ -20,11 +20,18 @@ class LayerReport:
         delta_norm: ``‖s·B A‖``.
         lost_norm: norm of the part lost to rounding; of a re-quantised layer the error of its codes for ``W₀ + ΣΔ``.
         rounding: how the sum was rounded; of a quantised layer ``"stack"`` or ``"requantize"``.
+        weight_norm: ``‖W‖`` after the tie; None of quantised layers, and in chains of older versions.
     """
 
     delta_norm: float
     lost_norm: float
     rounding: str
+    weight_norm: float | None = None
+
+    @property
+    def share(self) -> float:
+        """``‖s·B A‖ / ‖W‖``; 0 where the latter is not known or is zero."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,18 @@ class KnotReport:
     seconds: float
     layers: Mapping[str, LayerReport] = field(default_factory=dict)
 
+    @property
+    def share(self) -> float:
+        """The largest ``‖ΔW‖ / ‖W‖`` of a layer."""
+        return max((layer.share for layer in self.layers.values()), default=0.0)
+
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        share = self.lost_norm / self.delta_norm if self.delta_norm else 0.0
+        lost = self.lost_norm / self.delta_norm if self.delta_norm else 0.0
+        share = f" (of a layer's ‖W‖ at most {self.share:.1%})" if self.share else ""
         return (
-            f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}, "
-            f"{share:.1e} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
+            f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}{share}, "
+            f"{lost:.1e} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
         )
 
 

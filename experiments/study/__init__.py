@@ -1,1 +1,1 @@
-"""The offline study: methods compared on a small model and text. The demo is a preset of it."""
+"""The offline study: methods compared on a small model and text. `control` is a preset of it."""

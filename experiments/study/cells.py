@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, KnotError
 from experiments.methods import Method
+from experiments.study.planted import Planted
 from experiments.study.setting import Setting
 from experiments.study.training import train
 from experiments.sweep import Outcome, Sweep
@@ -30,7 +32,7 @@ class StudyCell:
     A method that trains nothing has only the test, of the untouched model.
     """
 
-    setting: Setting
+    setting: Setting | Planted
     method: Method
     lr: float
     seed: int
@@ -73,6 +75,7 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
         applied (None without a chain); or ``diverged``, as in training.
     """
     tiny_opt.quiet()
+    logging.getLogger("cola").setLevel(logging.ERROR)  # every run of a sweep would warn of the same
     model = cell.setting.load()
     if cell.split == "test":
         return _test(cell, model, folder)
@@ -94,8 +97,9 @@ def fine_tune(model: nn.Module, cell: StudyCell, folder: Path | None = None) -> 
 
     Returns:
         ``dev`` (held-out loss of the final weights), ``dev_by_epoch``, ``losses`` (training, one per step), ``knots``
-        (step, rank, norm, the norm lost to rounding; the last is the tie that ends the run), ``parameters`` (trainable
-        at once), and ``seconds`` and ``cpu_seconds`` of the training.
+        (step, rank, norm, the norm lost to rounding, the largest share ‖ΔW‖/‖W‖ of a layer; the last is the tie that
+        ends the run), ``parameters`` (trainable at once), ``state_bytes`` (see `memory.trained_bytes`), and ``seconds``
+        and ``cpu_seconds`` of the training.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -121,9 +125,11 @@ def fine_tune(model: nn.Module, cell: StudyCell, folder: Path | None = None) -> 
         "dev_by_epoch": by_epoch,
         "losses": trained.losses,
         "knots": [
-            {"step": k.step, "rank": k.rank, "norm": k.delta_norm, "norm_lost": k.lost_norm} for k in trained.knots
+            {"step": k.step, "rank": k.rank, "norm": k.delta_norm, "norm_lost": k.lost_norm, "share": k.share}
+            for k in trained.knots
         ],
         "parameters": trained.parameters,
+        "state_bytes": trained.state_bytes,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }
@@ -144,7 +150,7 @@ def _test(cell: StudyCell, model: nn.Module, folder: Path) -> Outcome:
     return {"test": loss, "rebuilt": rebuilt} if cell.setting.keep_chains else {"test": loss}
 
 
-def _difference(tuned: nn.Module, chain: Path, setting: Setting) -> float:
+def _difference(tuned: nn.Module, chain: Path, setting: Setting | Planted) -> float:
     rebuilt = setting.load()
     Chain.load(chain).apply(rebuilt)
     weights = dict(tuned.named_parameters())

@@ -16,8 +16,9 @@ from experiments.methods import Method
 from experiments.report import stats
 from experiments.report.stats import Interval, Paired
 from experiments.study import arms
-from experiments.study.arms import CEILING, REFERENCE, REFERENCES, Arm
+from experiments.study.arms import CEILING, REFERENCE, Arm
 from experiments.study.cells import StudyCell
+from experiments.study.planted import Planted
 from experiments.study.setting import Setting
 from experiments.sweep import Outcome, RateSearch
 
@@ -40,7 +41,7 @@ class Plan:
     rates: Mapping[str, tuple[float, ...]]
     search_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
-    setting: Setting
+    setting: Setting | Planted
     walk: bool = False
     test_untouched: bool = False
 
@@ -152,20 +153,23 @@ class Row:
         arm: its name.
         label: as shown.
         reference: the arm it is compared with; None for a reference itself, or where that arm is missing.
+        reference_label: its label.
         lr: the chosen peak learning rate.
         tests: test loss per seed.
         dev_by_epoch: development loss after every epoch, mean over seeds.
         train_loss: mean over the last epoch and the seeds.
         against: the paired difference from the reference; None without one. Holm's correction is over all rows.
-        gap: the share closed of the gap from LoRA to full fine-tuning; NaN where there is none.
+        gap: the share closed of the gap from the reference to full fine-tuning; NaN where there is none.
         knots: number inside the run, mean over seeds.
         parameters: trainable at once, at most.
+        state_bytes: of trained state.
         seconds: of one core for one run, training only, mean over seeds.
     """
 
     arm: str
     label: str
     reference: str | None
+    reference_label: str
     lr: float
     tests: tuple[float, ...]
     dev_by_epoch: tuple[float, ...]
@@ -174,6 +178,7 @@ class Row:
     gap: float
     knots: float
     parameters: int
+    state_bytes: int
     seconds: float
 
     @property
@@ -186,13 +191,13 @@ def rows(results: Results) -> list[Row]:
     """One row per complete arm, in the plan's order."""
     plan = results.plan
     losses = {arm: results.losses(arm) for arm in plan.arms if results.complete(arm)}
-    references = {arm: REFERENCES.get(arm, REFERENCE) for arm in losses}
+    references = {arm: plan.arms[arm].reference for arm in losses}
     references = {arm: other for arm, other in references.items() if other != arm and other in losses}
     against = stats.paired(losses, references)
     means = {arm: _mean(values) for arm, values in losses.items()}
-    gap = REFERENCE in means and CEILING in means
     table = []
     for arm, tests in losses.items():
+        base = references.get(arm, arm if arm == REFERENCE else None)
         final = results.final(arm)
         last = [_last_epoch(outcome["losses"], plan.setting.epochs) for outcome in final]
         table.append(
@@ -200,6 +205,7 @@ def rows(results: Results) -> list[Row]:
                 arm=arm,
                 label=plan.arms[arm].label,
                 reference=references.get(arm),
+                reference_label=plan.arms[references[arm]].label if arm in references else "",
                 lr=results.chosen(arm)[0].lr,
                 tests=tuple(tests),
                 dev_by_epoch=tuple(
@@ -207,9 +213,10 @@ def rows(results: Results) -> list[Row]:
                 ),
                 train_loss=_mean([_mean(part) for part in last]) * results.scale,
                 against=against.get(arm),
-                gap=stats.gap_closed(means[arm], means[REFERENCE], means[CEILING]) if gap else math.nan,
+                gap=stats.gap_closed(means[arm], means[base], means[CEILING]) if base and CEILING in means else math.nan,
                 knots=_mean([len(inside(outcome)) for outcome in final]),
                 parameters=final[0]["parameters"],
+                state_bytes=final[0]["state_bytes"],
                 seconds=_mean([outcome["cpu_seconds"] for outcome in final]),
             )
         )

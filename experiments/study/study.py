@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.files import write_atomically
 from experiments.methods import QUERY_AND_VALUE
+from experiments.study import control
 from experiments.study.arms import STUDY
 from experiments.study.cells import name, run
 from experiments.study.comparison import Plan, Results, Row, rows
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=default.model, help="a folder or hub name (default: the committed tiny OPT)")
     parser.add_argument("--corpus", default=default.corpus, help="a text file (default: the prose that Python carries)")
     parser.add_argument("--targets", default="qv", choices=list(TARGETS), help="layers with adapters")
-    parser.add_argument("--arms", nargs="+", choices=list(STUDY), metavar="ARM", help=f"of {', '.join(STUDY)}; all")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(STUDY)}; all")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
     parser.add_argument("--search-seeds", type=int, default=1, help="seeds per rate tried (default: %(default)s)")
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
     parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
+    parser.add_argument("--control", action="store_true", help="the short run in which rank does not bind")
     parser.add_argument("--smoke", action="store_true", help="a trial: two arms, two seeds, a few steps")
 
 
@@ -78,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
         return 1
     found = rows(Results(plan, done))
     shown = study_table(rows(Results(plan, done, plan.setting.per_nat)), plan.setting.unit)
-    stem = arguments.out / f"study-{arguments.targets}"
+    stem = arguments.out / f"study-{'control' if arguments.control else arguments.targets}"
     write_atomically(stem.with_suffix(".md"), shown + "\n")
     write_atomically(stem.with_suffix(".json"), json.dumps([as_json(row) for row in found], indent=1) + "\n")
     print(shown)
@@ -101,11 +103,16 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     sizes = (arguments.epochs, arguments.train, arguments.held_out, arguments.length, arguments.batch)
     setting = Setting(arguments.model, arguments.corpus, TARGETS[arguments.targets], *sizes)
     seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))
-    names = arguments.arms or list(STUDY)
+    known = control.arms() if arguments.control else STUDY
+    if arguments.control:
+        setting = control.preset()
+    names = arguments.arms or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--arms {' '.join(unknown)}: choose from {', '.join(known)}")
     if arguments.smoke:
         names, seeds = arguments.arms or ["lora", "cola-2"], seeds[:2]
         setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2)
-    arms = {name: STUDY[name] for name in names}
+    arms = {name: known[name] for name in names}
     rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
     return Plan(arms, rates, seeds[: arguments.search_seeds], seeds, setting, walk=True)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from experiments.report import stats
 from experiments.report.formats import Grid, Text, aligned
-from experiments.study.arms import STUDY
 from experiments.study.comparison import Row
 
 Column = Callable[[Row], str]
@@ -15,11 +14,8 @@ MISSING = "–"
 
 
 def _minus_reference(row: Row) -> str:
-    if row.against is None:
-        return ""
-    limits = row.against.difference
-    shown = f"{limits.mean:+.4f} ({limits.low:+.4f} to {limits.high:+.4f})"
-    return shown if row.reference == "lora" else f"{shown} from {STUDY[row.reference or ''].label}"
+    shown = _difference(row)
+    return shown if row.against is None or row.reference == "lora" else f"{shown} from {row.reference_label}"
 
 
 STUDY_COLUMNS: Mapping[str, Column] = {
@@ -43,23 +39,44 @@ def study_table(rows: Sequence[Row], unit: str) -> str:
         rows: in order.
         unit: of their losses.
     """
-    lines = [[header.format(unit=unit) for header in STUDY_COLUMNS]]
-    lines += [[show(row) for show in STUDY_COLUMNS.values()] for row in rows]
+    return _markdown(STUDY_COLUMNS, rows, unit)
+
+
+FRONTIER_COLUMNS: Mapping[str, Column] = {
+    "": lambda row: row.label,
+    "KiB of trained state": lambda row: f"{row.state_bytes / 1024:,.0f}",
+    "rate": lambda row: f"{row.lr:g}",
+    "test, {unit}": lambda row: _mean(row),
+    "minus LoRA of r (95 % CI)": lambda row: _difference(row),
+    "p (Holm)": lambda row: "" if row.against is None else f"{row.against.p_holm:.2g}",
+    "gap closed": lambda row: "" if row.against is None else _number(100 * row.gap, ".0f", " %"),
+    "knots": lambda row: f"{row.knots:.3g}",
+    "seconds": lambda row: f"{row.seconds:.0f}",
+}
+"""Header -> the column; the interval after ± is for the mean, and p is Holm's over the table."""
+
+
+def frontier_table(rows: Sequence[Row], unit: str) -> str:
+    """The frontier's table in Markdown; the arguments are as for `study_table`."""
+    return _markdown(FRONTIER_COLUMNS, rows, unit)
+
+
+def _markdown(columns: Mapping[str, Column], rows: Sequence[Row], unit: str) -> str:
+    lines = [[header.format(unit=unit) for header in columns]]
+    lines += [[show(row) for show in columns.values()] for row in rows]
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "|" + "---|" * len(STUDY_COLUMNS), *body])
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
-def _minus_lora(row: Row) -> str:
-    if row.against is None:
-        return MISSING
-    limits = row.against.difference
-    if math.isnan(limits.low):
-        return f"{limits.mean:+.4f}"
-    return f"{limits.mean:+.4f} [{limits.low:+.4f}, {limits.high:+.4f}]"
-
-
-def _held_out(row: Row) -> str:
+def _mean(row: Row) -> str:
     return f"{row.test.mean:.4f}" + ("" if math.isnan(row.test.low) else f" ± {row.test.half_width:.4f}")
+
+
+def _difference(row: Row) -> str:
+    if row.against is None:
+        return ""
+    limits = row.against.difference
+    return f"{limits.mean:+.4f}" + ("" if math.isnan(limits.low) else f" ({limits.low:+.4f} to {limits.high:+.4f})")
 
 
 def _number(value: float, form: str, unit: str = "") -> str:
@@ -68,16 +85,16 @@ def _number(value: float, form: str, unit: str = "") -> str:
 
 DEMO_COLUMNS: Mapping[str, Column] = {
     "arm": lambda row: row.label,
-    "lr": lambda row: f"{row.lr:g}",
+    "KiB": lambda row: f"{row.state_bytes / 1024:,.0f}",
+    "held-out bits/byte": lambda row: _mean(row),
+    "minus LoRA (95 %)": lambda row: _difference(row) or MISSING,
+    "p": lambda row: _number(row.against.p if row.against else math.nan, ".2g"),
+    "gap closed": lambda row: _number(100 * row.gap, ".0f", " %") if row.against else MISSING,
     "knots": lambda row: f"{row.knots:.3g}",
-    "held-out bits/byte": _held_out,
-    "minus LoRA (95 %)": _minus_lora,
-    "p (Holm)": lambda row: _number(row.against.p_holm if row.against else math.nan, ".2g"),
-    "gap closed": lambda row: _number(100 * row.gap, ".0f", " %"),
-    "trainable": lambda row: f"{row.parameters:,}",
+    "lr": lambda row: f"{row.lr:g}",
     "seconds": lambda row: f"{row.seconds:.1f}",
 }
-"""Header -> the column."""
+"""Header -> the column; KiB are of trained state."""
 
 
 def demo_table(rows: Sequence[Row]) -> str:

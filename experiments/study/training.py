@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, KnotReport
+from experiments.study.memory import trained_bytes
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class Trained:
         losses: nats per predicted token, one per optimizer step.
         knots: the report of every tie, `finish()`'s last; none without a chain.
         parameters: trainable at once, at most.
+        state_bytes: of trained state, as `trained_bytes` counts them after the first step.
     """
 
     losses: list[float]
     knots: list[KnotReport]
     parameters: int
+    state_bytes: int
 
 
 def train(
@@ -82,6 +85,7 @@ def train(
         optimizer.on_knot(knots.append)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, [knot.step for knot in knots]))
     losses: list[float] = []
+    state_bytes = 0
     model.train()
     for epoch, batches in enumerate(epochs):
         if epoch:
@@ -93,8 +97,9 @@ def train(
                 raise FloatingPointError(f"the loss is {losses[-1]} at step {len(losses)}")
             loss.backward()
             optimizer.step()
+            state_bytes = state_bytes or trained_bytes(optimizer)
             schedule.step()
             optimizer.zero_grad()
     if isinstance(optimizer, ChainOptimizer):
         optimizer.finish()
-    return Trained(losses, knots, parameters)
+    return Trained(losses, knots, parameters, state_bytes)

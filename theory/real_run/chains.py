@@ -33,20 +33,19 @@ def train(options: argparse.Namespace) -> Trained:
 
 
 def _demo(options: argparse.Namespace) -> Trained:
-    """Train the demo's chain, with its model, text, arm and schedule."""
+    """Train a chain of the study's control, with its model, text, arm and schedule."""
     try:
-        from experiments.study import arms
+        from experiments.study import control
         from experiments.study.cells import StudyCell
-        from experiments.study.demo import preset
         from experiments.study.training import train as fine_tune
         from experiments.tiny import corpus, tiny_opt
     except ImportError as error:
         raise ImportError(f"--model demo needs transformers ({error}): install it, or use --model random") from error
-    chains = {name: arm for name, arm in arms.demo().items() if arm.method.adapts}
+    chains = {name: arm for name, arm in control.arms().items() if arm.method.adapts}
     if options.arm not in chains:
         raise ValueError(f"--arm {options.arm!r} is not a chain: choose from {', '.join(chains)}")
     tiny_opt.quiet()
-    arm, setting, model = chains[options.arm], preset(epochs=options.epochs), tiny_opt.load()
+    arm, setting, model = chains[options.arm], control.preset(epochs=options.epochs), tiny_opt.load()
     lr = arm.start if options.lr is None else options.lr
     optimizer = StudyCell(setting, arm.method, lr, options.seed).optimizer(model)
     assert isinstance(optimizer, ChainOptimizer)

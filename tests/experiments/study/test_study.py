@@ -202,8 +202,10 @@ def test_an_arm_that_the_model_cannot_carry_is_refused_before_anything_is_run(tm
 
 
 def test_chains_are_compared_with_their_own_kind():
-    for arm, reference in arms.REFERENCES.items():
-        one, other = arms.STUDY[arm].method, arms.STUDY[reference].method
+    for arm in arms.STUDY.values():
+        one, other = arm.method, arms.STUDY[arm.reference].method
+        if arm.reference == arms.REFERENCE:
+            continue
         assert (one.kind, other.kind) == ("cola", "lora")
         assert (one.base, one.ranks, one.alpha) == (other.base, other.ranks, other.alpha)
 

@@ -1,4 +1,4 @@
-"""The training loop, and the demo's setting: the schedule, what is recorded, what a seed decides."""
+"""The training loop, and the control's setting: the schedule, what is recorded, what a seed decides."""
 
 import dataclasses
 import math
@@ -8,17 +8,18 @@ import torch
 from safetensors.torch import load_model
 
 from cola import Chain
+from experiments.frontier.demo import refuse_divergence
 from experiments.methods import Method
-from experiments.study import arms, cells, text
-from experiments.study.arms import SCALING, require_possible
+from experiments.study import cells, control, text
+from experiments.study.arms import require_possible
 from experiments.study.cells import StudyCell, run
-from experiments.study.demo import preset, refuse_divergence
+from experiments.study.control import SCALING, preset
 from experiments.study.training import WarmDecay, train
 from experiments.sweep import Sweep
 from experiments.tiny import corpus, tiny_opt
 from experiments.tiny.loss import bits_per_byte, held_out_loss
 
-ARMS = arms.demo()
+ARMS = control.arms()
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_planned_chains_have_their_links(name, ranks, model, setting):
 @pytest.mark.parametrize("rank", [8, 4])
 @pytest.mark.parametrize("name", ["lora", "lora-wide", "cola-stepdown"])
 def test_the_scaling_is_the_papers_at_every_rank(name, rank, model, setting):
-    of = StudyCell(setting, arms.demo(rank)[name].method, 1e-2, 0)
+    of = StudyCell(setting, control.arms(rank)[name].method, 1e-2, 0)
     optimizer = of.optimizer(model)
     train(model, optimizer, setting.read(0), setting.schedule())
     scalings = {factor.scaling for link in optimizer.chain for factor in link.factors.values()}
@@ -157,8 +158,10 @@ def test_a_loss_that_is_not_finite_names_the_run(setting, tmp_path):
         model.model.decoder.embed_tokens.weight.fill_(math.nan)
     tiny_opt.save(model, tmp_path / "nan", {})
     of = cell(dataclasses.replace(setting, model=str(tmp_path / "nan")), "full", seed=5)
+    outcome = run(of, tmp_path)
+    assert outcome == {"diverged": "the loss is nan at step 1"}
     with pytest.raises(FloatingPointError, match=r"finetune, lr=0.01, seed=5: the loss is nan at step 1"):
-        refuse_divergence(of, run(of, tmp_path))
+        refuse_divergence(of, outcome)
 
 
 def test_bits_per_byte_of_a_uniform_model_are_the_vocabularys(model):
@@ -189,12 +192,13 @@ def test_making_a_model_leaves_the_global_generator_alone():
 
 
 def test_ranks_keep_their_ratio_and_labels_say_them(model, setting):
-    assert arms.demo()["cola-stepdown"].label == "COLA, ranks 8, 4"
-    assert arms.demo(2)["cola-stepdown"].label == "COLA, ranks 2, 1"
-    assert arms.demo(1)["cola-stepdown"].method.ranks == (1, 1)
-    assert arms.demo()["lora-wide"].label == "LoRA, rank 24"
-    other = dataclasses.replace(setting, targets=("all-linear",), init="kaiming")
-    link = StudyCell(other, arms.demo(4)["cola-stepdown"].method, 1e-3, 0).optimizer(model).live.config
+    assert control.arms()["cola-stepdown"].label == "COLA, ranks 8, 4"
+    assert control.arms(2)["cola-stepdown"].label == "COLA, ranks 2, 1"
+    assert control.arms(1)["cola-stepdown"].method.ranks == (1, 1)
+    assert control.arms()["lora-wide"].label == "LoRA, rank 24"
+    other = dataclasses.replace(setting, targets=("all-linear",))
+    method = dataclasses.replace(control.arms(4)["cola-stepdown"].method, init="kaiming")
+    link = StudyCell(other, method, 1e-3, 0).optimizer(model).live.config
     assert (link.r, link.lora_alpha, link.target_modules, link.init) == ((4, 2), 8.0, "all-linear", "kaiming")
 
 
@@ -202,7 +206,7 @@ def test_arms_that_cannot_be_are_named_with_what_is_left(model, setting):
     def set_up(arm, model):
         return StudyCell(setting, arm.method, arm.start, 0).optimizer(model)
 
-    wide = arms.demo(16)  # of which the widest, 48, is above the width of 32
+    wide = control.arms(16)  # of which the widest, 48, is above the width of 32
     before = {name: p.clone() for name, p in model.named_parameters()}
     require_possible(ARMS, model, set_up)
     with pytest.raises(ValueError, match=r"arm lora-wide \(LoRA, rank 48\): r=48 .* 32x32.*\n.*--arms lora full$"):

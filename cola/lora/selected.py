@@ -1,0 +1,71 @@
+"""Links whose A selects inputs: ``A x`` is a gather, and r indices are kept instead of A.
+
+``LinkConfig(train="B", init="selector")`` makes them. A link of rank 2r then takes the memory of a LoRA of rank r.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cola.common.distributed import copy_whole
+from cola.knot.tie import KnotError
+from cola.lora.layer import AdaptedLayer
+
+
+class Selected(AdaptedLayer):
+    """A layer with a link that keeps indices. `selecting` puts this class in front of the layer's kind.
+
+    Attributes:
+        lora_columns: buffer of r indices; row i of A is the unit vector of input ``lora_columns[i]``.
+    """
+
+    entries = ("lora_columns", "lora_B")
+    lora_columns: Tensor
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """A, r×in, made anew at every call."""
+        return F.one_hot(self.lora_columns, self.kind.shape(self.holder)[1]).to(self.lora_B.dtype)
+
+    @property
+    def down(self) -> Tensor:
+        """The indices."""
+        return self.lora_columns
+
+    def _hold(self, A: Tensor, B: Tensor) -> None:
+        self.register_buffer("lora_columns", torch.zeros(len(A), dtype=torch.int64, device=A.device))
+        self.lora_B = nn.Parameter(B)
+
+    @torch.no_grad()
+    def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
+        """As `AdaptedLayer.put`, for links of one rank.
+
+        Raises:
+            KnotError: A is no selection.
+        """
+        columns = A.argmax(1)
+        if not torch.equal(F.one_hot(columns, A.shape[1]).to(A.dtype), A):
+            raise KnotError('a link with init="selector" and train="B" keeps indices, and this A selects no inputs')
+        self.lora_columns.copy_(columns)
+        copy_whole(self.lora_B, B)
+        self.rank, self.scaling = A.shape[0], scaling
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (self._made_by, self.plain_class), self.__dict__
+
+
+def selecting(adapted: type[AdaptedLayer]) -> type[AdaptedLayer]:
+    """The class of `AdaptedLayer.over`, for layers whose link keeps indices."""
+    if adapted not in _CLASSES:
+        _CLASSES[adapted] = type(f"Selected{adapted.__name__}", (Selected, adapted), {})
+    return _CLASSES[adapted]
+
+
+_CLASSES: dict[type[AdaptedLayer], type[AdaptedLayer]] = {}
+
+
+def _empty(kind: type[AdaptedLayer], plain: type[nn.Module]) -> nn.Module:
+    """An instance for unpickling to fill."""
+    return nn.Module.__new__(selecting(kind.over(plain)))

@@ -1,0 +1,207 @@
+"""The demo: where rank binds and a run is long, a chain beats a LoRA of its bytes. Offline, in minutes.
+
+A tiny OPT that has read English prose is fine-tuned to the source of Python's standard library. The demo is one rank of
+the frontier, at recorded learning rates. It can be stopped, and goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from experiments.files import write_atomically
+from experiments.frontier.families import FAMILIES, FULL, RECOMMENDED, lora
+from experiments.frontier.frontier import gates, record
+from experiments.frontier.picture import draw_demo
+from experiments.frontier.tasks import TASKS
+from experiments.hardware import cores
+from experiments.methods import Method
+from experiments.study.arms import Arm
+from experiments.study.cells import CHAIN, StudyCell, name, run
+from experiments.study.comparison import Plan, Results, Row, rows
+from experiments.study.setting import Setting
+from experiments.study.table import demo_table
+from experiments.sweep import Outcome, Sweep, SweepError
+from experiments.tiny import tiny_opt
+
+RANK = 2
+"""Of the LoRA whose bytes the chain has."""
+
+RATES = {lora(RANK): 1.6e-2, lora(3 * RANK): 1.6e-2, f"{RECOMMENDED}-{RANK}": 1.6e-2, FULL: 4e-3}
+"""The recorded best learning rates (RESULTS.md)."""
+
+CHAINED = f"{RECOMMENDED}-{RANK}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition that must hold for the results to be worth reading."""
+
+    what: str
+    holds: bool
+    found: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments demo`."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=min(8, cores()),
+        help="processes of one thread each (default: one per core, %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="a trial: a few steps of a random, smaller model")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for bad arguments."""
+    started = time.perf_counter()
+    tiny_opt.quiet()
+    for option in ("seeds", "workers"):
+        if getattr(arguments, option) < 1:
+            print(f"demo: --{option}={getattr(arguments, option)}: at least 1 is needed", file=sys.stderr)
+            return 2
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        plan = make_plan(arguments.out, arguments.seeds, smoke=arguments.smoke)
+    except (OSError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    sweep = Sweep(arguments.out, run, name)
+    kept = sum(sweep.read(cell) is not None for cell in plan.wanted({}))
+    print(_announcement(plan, arguments.workers, kept))
+    try:
+        done = sweep.carry_out(
+            plan.wanted, workers=arguments.workers, threads=1, expected=plan.cells(), finished=refuse_divergence
+        )
+    except (FloatingPointError, OSError, SweepError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    results = Results(plan, done, plan.setting.per_nat)
+    found = rows(results)
+    verdicts = checks(results, found, learned=not arguments.smoke)
+    minutes, cpu_minutes = (time.perf_counter() - started) / 60, sum(os.times()[:4]) / 60
+    written = record(plan, found, "python -m experiments demo")
+    written |= {"checks": [asdict(check) for check in verdicts], "untouched": results.untouched}
+    written |= {"minutes": round(minutes, 1), "cpu_minutes": round(cpu_minutes, 1), "processes": arguments.workers}
+    write_atomically(arguments.out / "results.json", json.dumps(written, indent=1) + "\n")
+    write_atomically(arguments.out / "table.txt", demo_table(found) + "\n")
+    _keep_chain(results, sweep, arguments.out / "chain")
+    draw_demo(results, found, arguments.out / "demo.png")
+    print(f"\nuntouched model: {results.untouched:.4f} bits per byte on held-out files\n\n{demo_table(found)}\n")
+    print(sentence(found, plan.setting.per_nat))
+    print("\nChecks:")
+    for check in verdicts:
+        print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")
+    print(f"\n{arguments.out}/: demo.png, results.json, table.txt, chain/; cells/ holds the runs: delete it to run anew")
+    print(f"{minutes:.1f} minutes{f', with {kept} runs from before' if kept else ''}")
+    return 0 if all(check.holds for check in verdicts) else 1
+
+
+def make_plan(out: Path, seeds: int, *, smoke: bool = False) -> Plan:
+    """LoRA, LoRA of three times the rank, the recommended chain, full fine-tuning.
+
+    Args:
+        out: a small model goes there for a trial.
+        seeds: how many.
+        smoke: a trial of a few steps.
+
+    Raises:
+        FileNotFoundError: the model is missing.
+    """
+    chosen = {name: _arm(name, rate) for name, rate in RATES.items()}
+    setting = TASKS["demo"]
+    assert isinstance(setting, Setting)
+    setting = replace(setting, keep_chains=True)
+    if smoke:
+        tiny_opt.save(tiny_opt.fresh(tiny_opt.config(32, 1, 2, 16), 0), out / "model", {})
+        setting = replace(setting, model=str(out / "model"), train=160, held_out=8, context=16)
+    plan = Plan(chosen, {name: arm.rates for name, arm in chosen.items()}, (0,), tuple(range(seeds)), setting,
+                test_untouched=True)  # fmt: skip
+    plan.require_possible()
+    return plan
+
+
+def _arm(name: str, rate: float) -> Arm:
+    if name == FULL:
+        return Arm("full fine-tuning", Method("finetune"), (rate,), rate, lora(RANK))
+    family, _, rank = name.rpartition("-")
+    return replace(FAMILIES[family].arm(int(rank)), rates=(rate,), start=rate, reference=lora(RANK))
+
+
+def refuse_divergence(cell: StudyCell, outcome: Outcome) -> None:
+    """Stop the demo at a run that diverged.
+
+    Raises:
+        FloatingPointError: the message names the run.
+    """
+    if "diverged" in outcome:
+        raise FloatingPointError(f"{cell.method.name}, lr={cell.lr:g}, seed={cell.seed}: {outcome['diverged']}")
+
+
+def sentence(found: list[Row], per_nat: float) -> str:
+    """What the results show, and where they would differ."""
+    row = next(row for row in found if row.arm == CHAINED)
+    assert row.against is not None
+    difference = row.against.difference.mean
+    sure = f"p = {row.against.p:.2g}" if math.isfinite(row.against.p) else "one seed, no test"
+    gate = "".join(f"Here {said.partition(': ')[2]}.\n" for said in gates(found, [RANK], per_nat))
+    return (
+        f"{gate}At the bytes of LoRA r = {RANK} the chain's loss is {abs(difference):.4f} bits per byte "
+        f"{'lower' if difference < 0 else 'higher'} ({sure}), {row.gap:.0%} of the gap to full fine-tuning.\n"
+        "Where rank does not bind, or a run is short, a chain costs: experiments/RESULTS.md has the map."
+    )
+
+
+def checks(results: Results, found: list[Row], learned: bool = True) -> list[Check]:
+    """Whether the comparison can be trusted.
+
+    Args:
+        results: the outcomes.
+        found: `rows(results)`.
+        learned: also require that fine-tuning helped, and that rank binds; False for runs too short for either.
+    """
+    outcomes = [outcome for _, _, outcome in results.runs()]
+    losses = [loss for outcome in outcomes for loss in outcome["losses"]]
+    steps = results.plan.setting.steps()
+    short = [outcome for outcome in outcomes if len(outcome["losses"]) != steps]
+    worst = max((outcome["rebuilt"] for outcome in outcomes if outcome.get("rebuilt") is not None), default=0.0)
+    verdicts = [
+        Check("every loss is finite", all(map(math.isfinite, losses)), f"{len(losses)} steps"),
+        Check("every run took the same steps", not short, f"{steps} steps, {len(short)} runs differ"),
+        Check("saved chains rebuild the tuned weights", worst <= 1e-6, f"largest difference {worst:.1e}"),
+    ]
+    if learned:
+        worse = [row.arm for row in found if not row.test.mean < results.untouched]
+        verdicts.append(
+            Check("every arm beats the untouched model", not worse, f"untouched {results.untouched:.4f}, worse: {worse or 'none'}")
+        )
+        verdicts += [
+            Check("rank binds", said.endswith("rank binds"), said) for said in gates(found, [RANK], results.scale)
+        ]
+    return verdicts
+
+
+def _announcement(plan: Plan, workers: int, kept: int) -> str:
+    done = f", of which {kept} are done" if kept else ""
+    return (
+        f"{len(plan.arms)} arms, {len(plan.seeds)} seeds, {plan.setting.steps()} steps of "
+        f"{plan.setting.batch_size} blocks, recorded learning rates; {plan.size()} runs in {workers} processes{done}."
+    )
+
+
+def _keep_chain(results: Results, sweep: Sweep[StudyCell], target: Path) -> None:
+    """Copy the first seed's chain to where a user finds it."""
+    chain = sweep.place(results.chosen(CHAINED)[0]) / CHAIN
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        shutil.copytree(chain, Path(scratch) / "chain")
+        shutil.rmtree(target, ignore_errors=True)
+        (Path(scratch) / "chain").rename(target)

@@ -1,0 +1,108 @@
+"""The methods that are compared at every rank: LoRA, chains, B alone, GaLore, full fine-tuning.
+
+Rank r stands for the bytes of a LoRA of rank r; a method that keeps less per direction may have more directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from experiments.methods import Method
+from experiments.report import style
+from experiments.study.arms import Arm, doubling
+
+ADAPTERS = doubling(5e-4, 9)
+"""Learning rates to choose from."""
+WEIGHTS = doubling(1.25e-4, 8)
+"""The same for methods that train whole weights."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One method at every rank.
+
+    Attributes:
+        label: with ``{r}`` for the rank.
+        method: rank -> the method.
+        look: colour, line and marker in pictures.
+        rates: to choose from.
+        start: rank -> the rate with which a search begins.
+    """
+
+    label: str
+    method: Callable[[int], Method]
+    look: tuple[str, str, str]
+    rates: tuple[float, ...] = ADAPTERS
+    start: Callable[[int], float] = lambda rank: 1.6e-2 if rank <= 4 else 8e-3
+
+    def arm(self, rank: int) -> Arm:
+        """The method at this rank, compared with LoRA of rank r."""
+        return Arm(self.label.format(r=rank), self.method(rank), self.rates, self.start(rank), lora(rank))
+
+
+def lora(rank: int) -> str:
+    """The name of LoRA's arm at a rank."""
+    return f"lora-{rank}"
+
+
+def one_link(rank: int) -> Method:
+    """LoRA with s = 1."""
+    return Method("lora", ranks=(rank,), alpha=rank, init="kaiming")
+
+
+def links(count: int) -> Callable[[int], Method]:
+    """A chain of so many links of rank r, both factors trained, with s = 1."""
+    return lambda rank: Method("cola", ranks=(rank,), links=count, knots="even", alpha=rank, init="kaiming")
+
+
+def b_alone(init: str, times: int = 2, count: int = 15) -> Callable[[int], Method]:
+    """A chain of so many links that trains B alone: ``times`` r directions, s = 1, moments transported."""
+    own = {"knots": "even", "init": init, "train": "B", "reset": "transport"}
+    return lambda rank: Method("cola", ranks=(times * rank,), links=count, alpha=times * rank, **own)
+
+
+FULL = "full"
+RECOMMENDED = "b-selected"
+
+FAMILIES: Mapping[str, Family] = {
+    "lora": Family("LoRA, r = {r}", one_link, (style.BLACK, "-", "o")),
+    "chain-3": Family("3 links, r = {r}", links(3), (style.SKY, ":", "s")),
+    "chain-10": Family("10 links, r = {r}", links(10), (style.BLUE, "--", "s")),
+    "chain-20": Family("20 links, r = {r}", links(20), (style.GREEN, ":", "s")),
+    "chain-30": Family("30 links, r = {r}", links(30), (style.PURPLE, "-.", "s")),
+    "b-random": Family("B alone, random A, r = {r}", b_alone("orthogonal", 1), (style.ORANGE, ":", "^")),
+    "b-random-2": Family("B alone, random A, 2·{r}", b_alone("orthogonal"), (style.ORANGE, "--", "^")),
+    RECOMMENDED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
+    "galore": Family(
+        "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
+        lambda rank: 4e-3,
+    ),
+}  # fmt: skip
+"""Name -> family, in the order of tables."""
+
+
+def family_of(arm: str) -> str:
+    """The name of an arm's family."""
+    return arm.rpartition("-")[0] or arm
+
+
+def arms(ranks: Iterable[int], families: Iterable[str], *, gate: bool = True) -> dict[str, Arm]:
+    """Arms by name, such as ``lora-4``.
+
+    Args:
+        ranks: of the LoRAs.
+        families: names in `FAMILIES`; ``"lora"`` is always in.
+        gate: add full fine-tuning and LoRA of rank 3r, which `tasks.Gate` needs.
+    """
+    found: dict[str, Arm] = {}
+    chosen, ranks = set(families) | {"lora"}, list(ranks)
+    for rank in ranks:
+        for name, family in FAMILIES.items():
+            if name in chosen:
+                found[f"{name}-{rank}"] = family.arm(rank)
+    for rank in ranks if gate else ():
+        found.setdefault(lora(3 * rank), Arm(f"LoRA, r = {3 * rank}", one_link(3 * rank), ADAPTERS, 8e-3, lora(rank)))
+    if gate:
+        found[FULL] = Arm("full fine-tuning", Method("finetune"), WEIGHTS, 2e-3, lora(ranks[0]))
+    return found

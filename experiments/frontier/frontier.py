@@ -1,0 +1,177 @@
+"""The frontier: held-out loss against bytes of trained state, a curve per method over ranks.
+
+    python -m experiments frontier --task demo
+    python -m experiments frontier --task shakespeare --model DIR --corpus FILE
+
+Every arm's learning rate is tuned by factors of two to an inner optimum on the development split, from a first rate and
+its two neighbours. All seeds are then run with it, and tested once. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import hardware
+from experiments.command_line import repeated
+from experiments.files import write_atomically
+from experiments.frontier import families
+from experiments.frontier.families import FAMILIES, FULL, lora
+from experiments.frontier.picture import draw_frontier
+from experiments.frontier.tasks import TASKS, Gate, Task, lasting
+from experiments.study.cells import name, run
+from experiments.study.comparison import Plan, Results, Row, rows
+from experiments.study.setting import Setting
+from experiments.study.table import frontier_table
+from experiments.sweep import Shard, Sweep, SweepError, gather
+from experiments.tiny import tiny_opt
+
+USUAL = ("lora", "chain-10", families.RECOMMENDED)
+"""The families that are compared if none are named."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments frontier`."""
+    add_task(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="folder to write (%(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="of the LoRAs (2 4 8 16)")
+    parser.add_argument("--steps", type=int, help="of a run (default: the task's)")
+    parser.add_argument("--no-gate", action="store_true", help="leave out full fine-tuning and LoRA of rank 3r")
+    add_sweep(parser)
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """The options that name a task."""
+    parser.add_argument("--task", choices=list(TASKS), default="demo", help=f"of {', '.join(TASKS)} (%(default)s)")
+    parser.add_argument("--model", help="a folder or hub name, for shakespeare and code")
+    parser.add_argument("--corpus", help="a text file, for shakespeare")
+    parser.add_argument("--methods", nargs="+", choices=list(FAMILIES), default=list(USUAL), metavar="METHOD",
+                        help=f"of {', '.join(FAMILIES)} (default: {' '.join(USUAL)})")  # fmt: skip
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The options that say how many runs there are and where."""
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
+    parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
+    parser.add_argument("--so-far", action="store_true", help="run nothing, and show what is complete")
+
+
+def task_of(arguments: argparse.Namespace) -> Task:
+    """The task that the arguments name.
+
+    Raises:
+        ValueError: it needs a model or a text, or has no use for one.
+    """
+    task = TASKS[arguments.task]
+    given = {name: getattr(arguments, name) for name in ("model", "corpus") if getattr(arguments, name)}
+    needed = {"shakespeare": {"model", "corpus"}, "code": {"model"}}.get(arguments.task, set())
+    if missing := needed - set(given):
+        raise ValueError(f"--task {arguments.task} needs --{' and --'.join(sorted(missing))}")
+    if given and not isinstance(task, Setting):
+        raise ValueError(f"--task {arguments.task} makes its own model and data: leave out --{' and --'.join(given)}")
+    return replace(task, **given) if isinstance(task, Setting) else task
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments frontier`: 0; 1 if a run failed or is missing; 2 for bad arguments."""
+    tiny_opt.quiet()
+    try:
+        task = task_of(arguments)
+        task = task if arguments.steps is None else lasting(task, arguments.steps)
+        chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
+        plan, shard = plan_of(task, chosen, arguments.seeds), Shard.parse(arguments.shard)
+        plan.setting.blocks()
+        plan.require_possible()
+    except (ValueError, OSError) as error:
+        print(f"frontier: {error}", file=sys.stderr)
+        return 2
+    try:
+        results = carry_out(plan, arguments, shard)
+    except (OSError, SweepError) as error:
+        print(f"frontier: {error}", file=sys.stderr)
+        return 1
+    found = rows(results)
+    shown = [frontier_table(found, task.unit), *gates(found, arguments.ranks, task.per_nat)]
+    stem = arguments.out / f"frontier-{arguments.task}-{task.steps()}"
+    write_atomically(stem.with_suffix(".md"), "\n\n".join(shown) + "\n")
+    command = repeated("frontier", add_arguments, arguments, without=("workers", "out", "so_far", "shard"))
+    write_atomically(stem.with_suffix(".json"), json.dumps(record(plan, found, command), indent=1) + "\n")
+    print("\n\n".join(shown))
+    missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
+    if found:
+        draw_frontier(found, task.unit, stem.with_suffix(".png"))
+    if missing:
+        print(f"not complete yet (other shards?) or diverged: {', '.join(missing)}", file=sys.stderr)
+    print(f"\n{stem}.md, .json, .png; one folder per run in {arguments.out / 'cells'}")
+    return 1 if missing and not arguments.so_far else 0
+
+
+def plan_of(task: Task, chosen: Mapping[str, Any], seeds: int) -> Plan:
+    """Arms on a task, each with a rate tuned on the first seed."""
+    if seeds < 1:
+        raise ValueError(f"--seeds={seeds}: at least 1 is needed")
+    rates = {name: arm.rates for name, arm in chosen.items()}
+    return Plan(chosen, rates, (0,), tuple(range(seeds)), task, walk=True)
+
+
+def carry_out(plan: Plan, arguments: argparse.Namespace, shard: Shard) -> Results:
+    """The outcomes of the plan's runs, after those of this shard have been done.
+
+    Raises:
+        SweepError: a process died, or an outcome cannot be read.
+    """
+    sweep = Sweep(arguments.out, run, name)
+    if not arguments.so_far:
+        mine = plan.part(arm for index, arm in enumerate(plan.arms) if shard.has(index))
+        sweep.carry_out(mine.wanted, workers=arguments.workers, threads=1, expected=mine.cells())
+    done = gather(sweep.read, [plan.part([arm]).wanted for arm in plan.arms])
+    return Results(plan, done, plan.setting.per_nat)
+
+
+def gates(found: Sequence[Row], ranks: Sequence[int], per_nat: float) -> list[str]:
+    """One sentence per rank for which full fine-tuning and LoRA of rank 3r were run.
+
+    Args:
+        found: with losses in units of which a nat has ``per_nat``.
+        ranks: of the LoRAs.
+        per_nat: see there.
+    """
+    means = {row.arm: row.test.mean / per_nat for row in found}
+    said = []
+    for rank in ranks:
+        if {lora(rank), lora(3 * rank), FULL} <= set(means):
+            gap = means[lora(rank)] - means[FULL]
+            said.append(f"r = {rank}: {Gate(gap, (means[lora(rank)] - means[lora(3 * rank)]) / gap)}")
+    return said
+
+
+def record(plan: Plan, found: Sequence[Row], command: str) -> dict[str, Any]:
+    """The results as JSON values."""
+    return {
+        "command": command,
+        "commit": hardware.commit(),
+        "hardware": hardware.describe_processor(),
+        "versions": hardware.versions("torch", "transformers"),
+        "setting": asdict(plan.setting),
+        "steps": plan.setting.steps(),
+        "seeds": plan.seeds,
+        "rows": [
+            {
+                "arm": row.arm,
+                "reference": row.reference,
+                "lr": row.lr,
+                "tests": row.tests,
+                "state_bytes": row.state_bytes,
+                "seconds": row.seconds,
+                "knots": row.knots,
+                "against": None if row.against is None else asdict(row.against),
+            }
+            for row in found
+        ],
+    }

@@ -1,0 +1,155 @@
+"""The map: for every rank and length of run, which method is best at LoRA's bytes, and by how much.
+
+    python -m experiments map --task slow --ranks 2 4 8 16 --steps 375 1500 6000
+
+The rates are tuned as in `frontier`. In a cell of the map the method with the lowest development loss is shown, with its
+test loss minus LoRA's, and the interval of the paired difference over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from experiments.command_line import repeated
+from experiments.files import write_atomically
+from experiments.frontier import families
+from experiments.frontier.families import FAMILIES, lora
+from experiments.frontier.frontier import add_sweep, add_task, carry_out, plan_of, task_of
+from experiments.frontier.tasks import lasting
+from experiments.report import stats, style
+from experiments.report.stats import Interval
+from experiments.study.comparison import Results
+from experiments.sweep import Shard, SweepError
+from experiments.tiny import tiny_opt
+
+
+@dataclass(frozen=True)
+class Place:
+    """One cell of the map.
+
+    Attributes:
+        rank: of the LoRA.
+        steps: in a run.
+        family: the best method by development loss, of all but LoRA.
+        knots: of its runs, mean over seeds.
+        difference: its test loss minus LoRA's, paired over seeds.
+        rates: the chosen rates, its own and LoRA's.
+    """
+
+    rank: int
+    steps: int
+    family: str
+    knots: float
+    difference: Interval
+    rates: tuple[float, float]
+
+    def __str__(self) -> str:
+        limits = self.difference
+        return f"{limits.mean:+.3f} ({limits.low:+.3f} to {limits.high:+.3f})"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m experiments map`."""
+    add_task(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/map"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="of the LoRAs (2 4 8 16)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[375, 1500, 6000], help="of a run (375 1500 6000)")
+    add_sweep(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run `python -m experiments map`: 0; 1 if a run failed or is missing; 2 for bad arguments."""
+    tiny_opt.quiet()
+    chosen = families.arms(arguments.ranks, arguments.methods, gate=False)
+    try:
+        task, shard = task_of(arguments), Shard.parse(arguments.shard)
+        plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
+        next(iter(plans.values())).require_possible()
+    except (ValueError, OSError) as error:
+        print(f"map: {error}", file=sys.stderr)
+        return 2
+    places = []
+    try:
+        for steps, plan in plans.items():
+            results = carry_out(plan, arguments, shard)
+            places += [place for rank in arguments.ranks if (place := best(results, rank, steps)) is not None]
+    except (OSError, SweepError) as error:
+        print(f"map: {error}", file=sys.stderr)
+        return 1
+    if not places:
+        print("map: no cell is complete yet", file=sys.stderr)
+        return 1
+    stem = arguments.out / f"map-{arguments.task}"
+    shown = table(places, task.unit)
+    command = repeated("map", add_arguments, arguments, without=("workers", "out", "so_far", "shard"))
+    written = {"command": command, "unit": task.unit, "places": [asdict(place) for place in places]}
+    write_atomically(stem.with_suffix(".md"), shown + "\n")
+    write_atomically(stem.with_suffix(".json"), json.dumps(written, indent=1) + "\n")
+    draw({arguments.task: places}, stem.with_suffix(".png"))
+    print(f"{shown}\n\n{stem}.md, .json, .png; one folder per run in {arguments.out / 'cells'}")
+    return 0
+
+
+def best(results: Results, rank: int, steps: int) -> Place | None:
+    """The cell of one rank, or None while LoRA's runs or all others' are missing."""
+    complete = {name: f"{name}-{rank}" for name in FAMILIES if f"{name}-{rank}" in results.plan.arms}
+    complete = {name: arm for name, arm in complete.items() if results.complete(arm)}
+    if "lora" not in complete or len(complete) < 2:
+        return None
+    dev = {name: math.fsum(out["dev"] for out in results.final(arm)) for name, arm in complete.items() if name != "lora"}
+    name = min(dev, key=lambda name: dev[name])
+    ours, theirs = (results.losses(arm) for arm in (complete[name], lora(rank)))
+    rates = results.chosen(complete[name])[0].lr, results.chosen(lora(rank))[0].lr
+    knots = math.fsum(len(out["knots"]) - 1 for out in results.final(complete[name])) / len(ours)
+    return Place(rank, steps, name, knots, stats.t_interval([a - b for a, b in zip(ours, theirs)]), rates)
+
+
+def table(places: Sequence[Place], unit: str) -> str:
+    """The map in Markdown: a row per rank, a column per length."""
+    ranks, lengths = (sorted({getattr(place, name) for place in places}) for name in ("rank", "steps"))
+    at = {(place.rank, place.steps): place for place in places}
+    head = [f"minus LoRA, {unit}", *(f"{steps:,} steps" for steps in lengths)]
+    lines = [head, ["---"] * len(head)]
+    for rank in ranks:
+        cells = [at.get((rank, steps)) for steps in lengths]
+        lines.append([f"r = {rank}", *("–" if cell is None else f"{cell.family}: {cell}" for cell in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
+    """Write the maps side by side as a PNG: blue where the best chain is below LoRA, red where it is above.
+
+    The number is the difference with half its interval; it is bold where the interval leaves out zero.
+    """
+    pyplot = style.pyplot()
+    with pyplot.rc_context(style.SETTINGS):
+        figure, panels = pyplot.subplots(
+            1, len(maps), figsize=(1 + 4.6 * len(maps), 3.8), layout="constrained", squeeze=False
+        )
+        for axes, (task, places) in zip(panels[0], maps.items()):
+            ranks, lengths = (sorted({getattr(place, name) for place in places}) for name in ("rank", "steps"))
+            largest = max(abs(place.difference.mean) for place in places) or 1.0
+            grid = [[math.nan] * len(lengths) for _ in ranks]
+            for place in places:
+                x, y, limits = lengths.index(place.steps), ranks.index(place.rank), place.difference
+                grid[y][x] = limits.mean
+                sure = limits.low > 0 or limits.high < 0
+                axes.annotate(
+                    f"{limits.mean:+.3f}" + ("" if math.isnan(limits.low) else f"\n± {limits.half_width:.3f}")
+                    + f"\n{place.family}", (x, y), ha="center", va="center", fontsize=8,
+                    weight="bold" if sure else "normal",
+                )  # fmt: skip
+            axes.imshow(grid, cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest, aspect="auto", origin="lower")
+            axes.set_xticks(range(len(lengths)), [f"{steps:,}" for steps in lengths])
+            axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
+            axes.set_xlabel("optimizer steps")
+            axes.set_ylabel("rank of the LoRA")
+            axes.set_title(f"{task}: best chain minus LoRA", loc="left", fontsize=10)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)

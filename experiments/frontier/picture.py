@@ -1,0 +1,89 @@
+"""The pictures: the frontier, and the map of rank and steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.frontier.families import FAMILIES, FULL, family_of
+from experiments.report import style
+from experiments.study.comparison import Results, Row, inside
+
+
+def draw_frontier(found: Sequence[Row], unit: str, path: Path) -> None:
+    """Write held-out loss against bytes of trained state as a PNG, with 95 % intervals over seeds."""
+    pyplot = style.pyplot()
+    with pyplot.rc_context(style.SETTINGS):
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+        points(axes, found, unit)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+
+
+def points(axes: Any, found: Sequence[Row], unit: str) -> None:
+    """One curve per family over its ranks, and a point for full fine-tuning."""
+    for name in dict.fromkeys(family_of(row.arm) for row in found):
+        rows = sorted((row for row in found if family_of(row.arm) == name), key=lambda row: row.state_bytes)
+        (color, line, marker), label = _look(rows[0].arm)
+        spread = [0.0 if math.isnan(row.test.low) else row.test.half_width for row in rows]
+        axes.errorbar(
+            [row.state_bytes / 1024 for row in rows], [row.test.mean for row in rows], yerr=spread, color=color,
+            linestyle=line, marker=marker, markersize=6, capsize=3, linewidth=1.4, label=label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("KiB of trained state (parameters, gradients, optimizer state)")
+    axes.set_ylabel(f"held-out {unit}")
+    axes.legend(frameon=False, fontsize=8.5)
+
+
+def draw_demo(results: Results, found: Sequence[Row], path: Path) -> None:
+    """Write the demo's picture as a PNG: training loss minus LoRA's with the knots, and the frontier's points.
+
+    All arms see the same text at the same step, so the difference leaves out how the text varies. Curves are means over
+    seeds and over a twentieth of the run.
+    """
+    pyplot = style.pyplot()
+    with pyplot.rc_context(style.SETTINGS):
+        figure, (curves, plane) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+        reference, *others = found
+        base = _mean_losses(results, reference.arm)
+        width = max(1, len(base) // 20)
+        for row in others:
+            (color, line, marker), _ = _look(row.arm)
+            curve = smooth(_mean_losses(results, row.arm) - base, width)
+            curves.plot(np.arange(width, len(curve) + 1), curve[width - 1 :], color=color, linestyle=line, label=row.label)
+            ties = [knot["step"] for knot in inside(results.final(row.arm)[0]) if knot["step"] >= width]
+            curves.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=4)
+        curves.axhline(0, color=style.BLACK, linewidth=1.2, label=reference.label)
+        curves.set_xlabel("optimizer step")
+        curves.set_ylabel("bits per byte")
+        curves.set_title(f"Training loss minus that of {reference.label} (markers: knots)", loc="left", fontsize=10)
+        curves.legend(frameon=False, fontsize=8.5)
+        points(plane, found, results.plan.setting.unit)
+        plane.set_title("Held-out loss against memory (95 % intervals)", loc="left", fontsize=10)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over a window of `width` steps that ends at each step; shorter at the start."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - width)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _mean_losses(results: Results, arm: str) -> np.ndarray:
+    return results.scale * np.mean([outcome["losses"] for outcome in results.final(arm)], axis=0)
+
+
+def _look(arm: str) -> tuple[tuple[str, str, str], str]:
+    """An arm's colour, line and marker, and its family's label."""
+    family = family_of(arm)
+    if family == FULL:
+        return (style.GREY, "--", "X"), "full fine-tuning"
+    return FAMILIES[family].look, FAMILIES[family].label.partition(", r")[0].removesuffix(", 2·{r}")
