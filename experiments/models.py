@@ -107,7 +107,7 @@ def load(
     tokenizer: Tokenizer
     if over_bytes(name):
         # a tiny model is not spread over devices
-        model, tokenizer, device_map = tiny_opt.load(_folder(name)).to(DTYPES[dtype]), ByteTokenizer(), None
+        model, tokenizer, device_map = tiny_opt.load(folder(name)).to(DTYPES[dtype]), ByteTokenizer(), None
     else:
         model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
     if device_map is None:
@@ -126,12 +126,13 @@ def _checkpoint_layers(model: Any) -> None:
 
 def over_bytes(name: str) -> bool:
     """Whether this is a model of `experiments pretrain`, which has no tokenizer files."""
-    folder = _folder(name)
-    return (folder / "provenance.json").is_file() and not any((folder / file).exists() for file in _TOKENIZER_FILES)
+    place = folder(name)
+    return (place / "provenance.json").is_file() and not any((place / file).exists() for file in _TOKENIZER_FILES)
 
 
-def _folder(name: str) -> Path:
-    return tiny_opt.COMMITTED if name == TINY else Path(name)
+def folder(name: str) -> Path:
+    """The folder of a named checkpoint, or of the model with this path."""
+    return tiny_opt.NAMED.get(name, Path(name))
 
 
 def _pretrained(

@@ -8,7 +8,7 @@ block at once, so that the weight is read and written once.
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,8 @@ def tie_(
     Half-precision weights are summed in fp32 and rounded once. fp32 and fp64 weights are summed in their own precision,
     and the rounding error of this addition is recovered exactly (Knuth's two-sum).
 
+    An R that selects columns changes these alone, if rounding is to nearest; so does an L that selects rows.
+
     The same call gives the same bits on the same device, with the same library versions, kernels and number of threads.
     Elsewhere the sum of r products may be taken in another order and round differently.
 
@@ -148,6 +150,44 @@ def tie_(
         raise ValueError(f"rounding={rounding!r} is unknown: choose one of {', '.join(ROUNDINGS)}")
     if (residual is None) == (rounding == "compensated"):
         raise ValueError(f"rounding={rounding!r} with residual={residual is not None}: compensated ties need one")
+    if rounding == "nearest":
+        if (columns := _selected(right)) is not None:
+            return _tie_columns(weight, columns, left, scaling)
+        if (rows := _selected(left.t())) is not None:
+            return _tie_columns(weight.t(), rows, right.t(), scaling)
+    return _tie_all(weight, left, right, scaling, rounding, seed, residual, part_of, offset)
+
+
+def _selected(right: Tensor) -> Tensor | None:
+    """The columns that the rows of R select, if these are different unit vectors."""
+    if not right.numel():  # a shard may have no row
+        return None
+    columns = right.argmax(1)
+    units = torch.zeros_like(right).scatter_(1, columns[:, None], 1)
+    return columns if len(columns.unique()) == len(right) < right.shape[1] and torch.equal(right, units) else None
+
+
+def _tie_columns(weight: Tensor, columns: Tensor, left: Tensor, scaling: float) -> Tie:
+    """The tie of an R that selects columns. The others would gain zero."""
+    columns = columns.to(weight.device)
+    part, unit = weight.index_select(1, columns), torch.eye(len(columns), dtype=left.dtype, device=left.device)
+    done = _tie_all(part, left, unit, scaling, "nearest", 0, None, None, (0, 0))
+    weight.index_copy_(1, columns, part)
+    return replace(done, weight=torch.linalg.vector_norm(weight, dtype=_compute_dtype(weight)).item())
+
+
+def _tie_all(
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scaling: float,
+    rounding: str,
+    seed: int,
+    residual: Tensor | None,
+    part_of: tuple[int, int] | None,
+    offset: tuple[int, int],
+) -> Tie:
+    """The tie of any L and R, block by block."""
     compute, device = _compute_dtype(weight), weight.device
     scaled = left.to(device=device, dtype=compute) * scaling
     right = right.to(device=device, dtype=compute)

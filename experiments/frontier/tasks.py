@@ -24,7 +24,7 @@ def _text(epochs: int, blocks: int, context: int, batch: int, corpus: str, held_
 
 
 TASKS: Mapping[str, Task] = {
-    "demo": _text(1, 12_000, 64, 8, text.CODE, 1000),
+    "demo": replace(_text(1, 18_400, 64, 8, text.CODE, 1000), model="tiny-prose"),
     "shakespeare": _text(5, 2400, 128, 8, "", 96),
     "code": _text(1, 32_000, 128, 8, text.CODE, 300),
     "prose": _text(5, 800, 256, 4, text.PROSE, 96),

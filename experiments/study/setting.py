@@ -24,8 +24,8 @@ class Setting:
     """The part of a run that all arms of a comparison share. The defaults are the study's.
 
     Attributes:
-        model: ``"tiny"``, a folder or a hub name.
-        corpus: `text.PROSE`, or the path of a text file.
+        model: ``"tiny"``, ``"tiny-prose"``, a folder or a hub name.
+        corpus: `text.PROSE`, `text.CODE` or the path of a text file.
         targets: names of the layers that get adapters, or ``("all-linear",)``.
         epochs: passes over the training text, the same for every arm.
         train: number of training blocks; unused with ``train_bytes``.
@@ -89,7 +89,7 @@ class Setting:
             OSError: there is no such model.
         """
         if self.over_bytes:
-            return tiny_opt.load(tiny_opt.COMMITTED if self.model == models.TINY else Path(self.model))
+            return tiny_opt.load(models.folder(self.model))
         model, _ = models.load(self.model, device="cpu")
         model.config.use_cache = False
         return model

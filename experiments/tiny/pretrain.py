@@ -1,6 +1,7 @@
-"""Pre-train the tiny OPT on the standard library's source, and record how the checkpoint was made.
+"""Pre-train a tiny OPT on text that Python carries, and record how the checkpoint was made.
 
     python -m experiments pretrain --out experiments/tiny-opt
+    python -m experiments pretrain --text prose --out experiments/tiny-prose
 
 One pass over shuffled blocks, with a linear warm-up and then a linear decay to zero. Muon trains the matrices of the
 layers, AdamW the rest: after 350 steps the loss was 2.81 bits per byte, against 3.33 with AdamW alone at the best of
@@ -14,13 +15,14 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 from experiments.hardware import describe_processor
 from experiments.tiny import corpus, tiny_opt
@@ -41,9 +43,45 @@ class Recipe:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """One of the tiny models: its text, its size and its recipe.
+
+    Attributes:
+        what: the text, in words.
+        read: the text to learn from and the text held out.
+        config: the model.
+        recipe: the training.
+    """
+
+    what: str
+    read: Callable[[], tuple[bytes, bytes]]
+    config: Callable[[], OPTConfig]
+    recipe: Recipe
+
+
+def _prose() -> tuple[bytes, bytes]:
+    text = corpus.prose().text
+    return text["train"], text["test"]
+
+
+MODELS: Mapping[str, Pretrained] = {
+    "code": Pretrained(
+        "the Python standard library without tests, site-packages, pydoc_data, pdb.py",
+        corpus.code, tiny_opt.config, Recipe(),
+    ),
+    "prose": Pretrained(
+        "the chapters of the Python language reference, the training split of three",
+        _prose, lambda: tiny_opt.config(width=64, layers=2, heads=4, context=64), Recipe(batch_size=16),
+    ),
+}  # fmt: skip
+"""Name of the text -> the model."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments pretrain`."""
     recipe = Recipe()
+    parser.add_argument("--text", choices=list(MODELS), default="code", help="what it reads (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/tiny-opt"), help="folder to write (default: %(default)s)"
     )
@@ -59,18 +97,20 @@ def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments pretrain`; 0, or 1 if the model learned nothing."""
     torch.set_num_threads(arguments.threads)
     tiny_opt.quiet()
-    recipe = Recipe(steps=arguments.steps, lr=arguments.lr, seed=arguments.seed)
-    text, held_out = corpus.code()
-    print(f"{len(text):,} bytes of Python to learn from, {len(held_out):,} held out")
+    wanted = MODELS[arguments.text]
+    recipe = replace(wanted.recipe, steps=arguments.steps, lr=arguments.lr, seed=arguments.seed)
+    text, held_out = wanted.read()
+    print(f"{len(text):,} bytes of {arguments.text} to learn from, {len(held_out):,} held out")
     started, cpu_started = time.perf_counter(), time.process_time()
-    model = pretrain(text, recipe)
+    model = pretrain(text, recipe, tiny_opt.fresh(wanted.config(), recipe.seed))
     minutes, cpu_minutes = (time.perf_counter() - started) / 60, (time.process_time() - cpu_started) / 60
-    exact = bits_per_byte(model, held_out, tiny_opt.CONTEXT)
+    context = model.config.max_position_embeddings - 1
+    exact = bits_per_byte(model, held_out, context)
     provenance = {
         "command": "python -m experiments pretrain " + " ".join(_given(arguments)),
         "recipe": asdict(recipe),
         "text": {
-            "what": "the Python standard library without tests, site-packages, pydoc_data, pdb.py",
+            "what": wanted.what,
             "python": platform.python_version(),
             "bytes": len(text),
             "held_out_bytes": len(held_out),
@@ -86,26 +126,24 @@ def main(arguments: argparse.Namespace) -> int:
         "held_out_bits_per_byte_fp32": round(exact, 4),
     }
     tiny_opt.save(model, arguments.out, provenance)
-    stored = bits_per_byte(tiny_opt.load(arguments.out), held_out, tiny_opt.CONTEXT)
+    stored = bits_per_byte(tiny_opt.load(arguments.out), held_out, context)
     provenance["held_out_bits_per_byte"] = round(stored, 4)
     tiny_opt.write_provenance(arguments.out, provenance)
-    print(f"{arguments.out}: {stored:.4f} bits per byte on held-out code ({exact:.4f} before rounding to fp16)")
+    print(f"{arguments.out}: {stored:.4f} bits per byte on held-out {arguments.text} ({exact:.4f} before rounding to fp16)")
     if not stored < 8:
         print(f"pretrain: {stored} bits per byte is no better than guessing; lower --lr", file=sys.stderr)
         return 1
     return 0
 
 
-def pretrain(text: bytes, recipe: Recipe, model: OPTForCausalLM | None = None) -> OPTForCausalLM:
-    """A tiny OPT trained on `text`, in evaluation mode; progress goes to stderr.
+def pretrain(text: bytes, recipe: Recipe, model: OPTForCausalLM) -> OPTForCausalLM:
+    """`model` trained on `text`, in evaluation mode; progress goes to stderr.
 
     Args:
         text: the bytes to learn from.
-        recipe: sizes, rates and the seed.
-        model: trained instead of a fresh `tiny_opt.config()`, for tests.
+        recipe: sizes, rates and the seed of the order.
+        model: a fresh one.
     """
-    if model is None:
-        model = tiny_opt.fresh(tiny_opt.config(), recipe.seed)
     context = model.config.max_position_embeddings - 1
     optimizers = _optimizers(model, recipe)
     schedules = [
@@ -149,5 +187,5 @@ def _optimizers(model: OPTForCausalLM, recipe: Recipe) -> list[torch.optim.Optim
 
 
 def _given(arguments: argparse.Namespace) -> list[str]:
-    names = ("seed", "steps", "lr", "threads", "out")
+    names = ("text", "seed", "steps", "lr", "threads", "out")
     return [part for name in names for part in (f"--{name}", str(getattr(arguments, name)))]

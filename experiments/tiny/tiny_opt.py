@@ -1,6 +1,7 @@
-"""The tiny model of the offline default: transformers' own OPT, over bytes.
+"""The tiny models that come with the repository: transformers' own OPT, over bytes.
 
-1.1 M parameters: four layers of width 144 with three heads. The checkpoint is stored in fp16 (2.1 MB) and used in fp32;
+``tiny`` has read code: 1.1 M parameters, four layers of width 144. ``tiny-prose`` has read English prose: 120 K
+parameters, two layers of width 64, too few for a LoRA to teach it code. Checkpoints are stored in fp16 and used in fp32;
 `provenance.json` records the loss before and after that rounding.
 """
 
@@ -21,7 +22,8 @@ CONTEXT = 256
 """Bytes per block. With `BOS` in front the model sees one position more."""
 
 COMMITTED = Path(__file__).parents[1] / "tiny-opt"
-"""The checkpoint that comes with the repository."""
+NAMED: Mapping[str, Path] = {"tiny": COMMITTED, "tiny-prose": Path(__file__).parents[1] / "tiny-prose"}
+"""Name -> the folder of a checkpoint that comes with the repository."""
 
 
 def quiet() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cola.knot.tie import delta_norm, key, obstacle, residual_like, tie_, tolerance
+from cola.knot.tie import _selected, _tie_all, delta_norm, key, obstacle, residual_like, tie_, tolerance
 from tests.reference import stochastic_neighbours
 
 pytestmark = pytest.mark.numerics
@@ -323,3 +323,26 @@ def test_a_shard_without_rows_is_tied_to_nothing(dtype, rounding):
         rounding=rounding, residual=residual if rounding == "compensated" else None, part_of=(3, 4), offset=(3, 0),
     )  # fmt: skip
     assert (tie.lost, tie.deviation, tie.weight) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_tie_of_selected_columns_gives_the_bits_and_norms_of_a_tie_of_all(dtype, side):
+    draw = torch.Generator().manual_seed(3)
+    weight, left = torch.randn(60, 40, generator=draw).to(dtype), torch.randn(60, 5, generator=draw) / 50
+    right = torch.eye(40)[[7, 39, 0, 8, 20]]
+    if side == "rows":
+        weight, left, right = weight.t().contiguous(), right.t(), left.t()
+    one, other = weight.clone(), weight.clone()
+    quick = tie_(one, left, right, 0.7)
+    slow = _tie_all(other, left, right, 0.7, "nearest", 0, None, None, (0, 0))
+    assert torch.equal(one, other)
+    for name in ("delta", "lost", "deviation", "weight"):  # fp32 sums of at most 2400 squares
+        assert getattr(quick, name) == pytest.approx(getattr(slow, name), rel=2400 * torch.finfo(torch.float32).eps)
+
+
+def test_only_different_unit_vectors_count_as_a_selection():
+    selection = torch.eye(6)[[2, 0]]
+    assert _selected(selection).tolist() == [2, 0]
+    twice, longer, signed, empty = torch.eye(6)[[2, 2]], 2 * selection, -selection, torch.zeros(2, 6)
+    assert [_selected(x) for x in (twice, longer, signed, empty, torch.eye(6), torch.zeros(0, 6))] == [None] * 6
