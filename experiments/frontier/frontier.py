@@ -86,7 +86,6 @@ def main(arguments: argparse.Namespace) -> int:
         task = task if arguments.steps is None else lasting(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
         plan, shard = plan_of(task, chosen, arguments.seeds), Shard.parse(arguments.shard)
-        plan.setting.blocks()
         plan.require_possible()
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)

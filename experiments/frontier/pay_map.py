@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments map`: 0; 1 if a run failed or is missing; 2 for bad arguments."""
     tiny_opt.quiet()
-    chosen = families.arms(arguments.ranks, arguments.methods, gate=False)
     try:
+        chosen = families.arms(arguments.ranks, arguments.methods, gate=False)
         task, shard = task_of(arguments), Shard.parse(arguments.shard)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
         next(iter(plans.values())).require_possible()

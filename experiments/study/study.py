@@ -62,7 +62,6 @@ def main(arguments: argparse.Namespace) -> int:
     tiny_opt.quiet()
     try:
         plan, shard = make_plan(arguments), Shard.parse(arguments.shard)
-        plan.setting.blocks()
         plan.require_possible()
     except (ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)

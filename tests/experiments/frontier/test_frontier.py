@@ -1,0 +1,154 @@
+"""The frontier and the map: tasks, methods, what is counted as memory, and the commands on a planted task."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cola import ChainOptimizer, LinkConfig, NeverKnots
+from experiments.__main__ import main
+from experiments.frontier import families
+from experiments.frontier.tasks import TASKS, Gate, lasting
+from experiments.methods import Method
+from experiments.study.memory import trained_bytes
+from experiments.study.planted import Planted
+from experiments.tiny.loss import held_out_loss
+
+
+@pytest.mark.parametrize(
+    ("gap", "closed", "holds"), [(0.1, 0.4, True), (0.09, 0.9, False), (0.9, 0.39, False), (-0.1, 1.0, False)]
+)
+def test_the_gate_wants_a_large_gap_that_rank_closes(gap, closed, holds):
+    assert Gate(gap, closed).holds is holds
+    assert str(Gate(gap, closed)).endswith("rank binds" if holds else "rank does not bind")
+
+
+def test_every_arm_is_compared_with_lora_of_its_rank():
+    arms = families.arms([2, 6], ["lora", "b-selected"])
+    assert list(arms) == ["lora-2", "b-selected-2", "lora-6", "b-selected-6", "lora-18", "full"]
+    assert [arm.reference for arm in arms.values()] == ["lora-2", "lora-2", "lora-6", "lora-6", "lora-6", "lora-2"]
+    assert arms["b-selected-2"].method.ranks == (4,)
+    assert list(families.arms([2], ["chain-10"], gate=False)) == ["lora-2", "chain-10-2"]
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_tasks_last_as_long_as_asked(name):
+    for steps in (300, 1500, 4500):
+        task = lasting(TASKS[name], steps)
+        if isinstance(task, Planted):
+            assert task.steps() == steps
+        else:
+            assert task.epochs * (task.train // task.batch_size) == pytest.approx(steps, rel=0.34)
+            assert (task.epochs > 1) <= (TASKS[name].epochs > 1)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.5])
+def test_a_planted_task_is_as_hard_as_it_says(power):
+    task = Planted(power, steps_per_run=10, examples=100, noise=0.5, width=16)
+    student = task.load()
+    values = torch.linalg.svdvals(student.teacher)
+    assert torch.allclose(values / values[0], torch.arange(1, 17.0) ** -power, atol=1e-5)
+    assert values.square().sum().item() == pytest.approx(16, rel=1e-5)
+    # the untouched student misses all of the labels, whose variance is 1 + 0.5² per coordinate: 5 standard errors
+    assert held_out_loss(student, task.blocks().test) == pytest.approx(1.25, abs=5 * 1.25 * math.sqrt(2 / 2000 / 2))
+    with torch.no_grad():
+        student.layer.weight.copy_(student.teacher)
+    assert held_out_loss(student, task.blocks().test) == pytest.approx(0.25, abs=5 * 0.25 * math.sqrt(2 / 32_000))
+    (batches,) = task.read(0)
+    batches = list(batches)
+    assert [len(batch) for batch in batches] == [32, 32, 32, 4, 32, 32, 32, 4, 32, 32]
+    assert torch.equal(torch.cat(batches[:4]).sort(0)[0], task.blocks().train.sort(0)[0])
+
+
+def stepped(make):
+    model = nn.Sequential(nn.Linear(6, 10, bias=False))
+    optimizer = make(model)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    return trained_bytes(optimizer)
+
+
+def chained(**link):
+    config = LinkConfig(target_modules="all-linear", **link)
+    return lambda model: ChainOptimizer(torch.optim.AdamW, model, NeverKnots(), link=config, lr=0.1)
+
+
+STEP = 4  # the count that AdamW keeps per parameter
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (chained(r=2), 4 * 4 * 2 * (6 + 10) + 2 * STEP),
+        (chained(r=4, train="B", init="orthogonal"), 4 * (4 * 4 * 10 + 4 * 6) + STEP),
+        (chained(r=4, train="B", init="selector"), 4 * 4 * 4 * 10 + 4 * 8 + STEP),
+        (lambda model: torch.optim.AdamW(model.parameters()), 4 * 4 * 60 + STEP),
+        (lambda model: torch.optim.SGD(model.parameters(), lr=0.1), 2 * 4 * 60),
+    ],
+)
+def test_trained_state_is_parameters_gradients_moments_and_frozen_factors(make, expected):
+    assert stepped(make) == expected
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setitem(TASKS, "slow", dataclasses.replace(TASKS["slow"], width=16, examples=200, steps_per_run=30))
+
+
+def test_the_frontier_from_end_to_end(quick, tmp_path, capsys):
+    command = ["frontier", "--task", "slow", "--ranks", "2", "--seeds", "2", "--workers", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "three times the rank closes" in shown
+    written = json.loads((tmp_path / "frontier-slow-30.json").read_text())
+    assert [row["arm"] for row in written["rows"]] == ["lora-2", "chain-10-2", "b-selected-2", "lora-6", "full"]
+    assert (tmp_path / "frontier-slow-30.md").read_text().strip() in shown
+    assert (tmp_path / "frontier-slow-30.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--so-far"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_map_from_end_to_end(quick, tmp_path, capsys):
+    command = ["map", "--task", "slow", "--ranks", "2", "4", "--steps", "20", "30", "--seeds", "2", "--workers", "1"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    places = json.loads((tmp_path / "map-slow.json").read_text())["places"]
+    assert [(place["rank"], place["steps"]) for place in places] == [(2, 20), (4, 20), (2, 30), (4, 30)]
+    assert (tmp_path / "map-slow.md").read_text().strip() in capsys.readouterr().out
+    assert (tmp_path / "map-slow.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--out", str(tmp_path / "other"), "--so-far"]) == 1
+    assert "no cell is complete yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frontier", "--task", "shakespeare"], "--task shakespeare needs --corpus and --model"),
+        (["frontier", "--task", "slow", "--model", "x"], "makes its own model and data: leave out --model"),
+        (["frontier", "--task", "slow", "--seeds", "0"], "--seeds=0"),
+        (["frontier", "--task", "slow", "--ranks", "0"], "r=0 must be a positive integer"),
+        (["frontier", "--task", "slow", "--ranks", "50"], "r=150 is above the rank of layer"),
+        (["frontier", "--task", "code", "--model", "no/such"], "could not be loaded from the hub"),
+        (["map", "--task", "slow", "--ranks", "0"], "r=0 must be a positive integer"),
+        (["map", "--task", "slow", "--steps", "5"], "a link needs at least one step"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_galore_trains_the_targets_alone():
+    pytest.importorskip("galore_torch")
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = [p.clone() for p in model.parameters()]
+    optimizer = Method("galore", ranks=(2,)).optimizer(model, lr=0.1, seed=0, epochs=1, steps_per_epoch=9, targets=["0"])
+    model(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    optimizer.step()
+    assert [not torch.equal(p, old) for p, old in zip(model.parameters(), before)] == [True, False, False, False]
+    # weight, gradient, two moments of 2×8, projector of 8×2
+    assert trained_bytes(optimizer) == 4 * (64 + 64 + 3 * 16)
