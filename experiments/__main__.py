@@ -15,7 +15,10 @@ COMMANDS = {
         "study.study",
         "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
     ),
-    "frontier": ("frontier.frontier", "draw held-out loss against bytes of trained state, a curve per method over ranks"),
+    "frontier": (
+        "frontier.frontier",
+        "draw held-out loss against bytes of trained state, a curve per method over ranks",
+    ),
     "map": ("frontier.pay_map", "show for every rank and length of run which method is best, and by how much"),
     "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
     "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),

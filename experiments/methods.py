@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, EpochKnots, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import (
+    ChainOptimizer,
+    EpochKnots,
+    EvenKnots,
+    GapKnots,
+    KnotPolicy,
+    LinkConfig,
+    NeverKnots,
+    PlateauKnots,
+    StepKnots,
+)
 from cola.lora.targets import find_targets
 
 KINDS = ("lora", "cola", "finetune", "galore", "icl", "zero-shot")
@@ -21,6 +31,7 @@ BASES: Mapping[str, type[torch.optim.Optimizer]] = {
 }
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 """The layers that get adapters in the paper."""
+NAMED_KNOTS = ("epochs", "even", "plateau", "progress", "gap")
 SHORTEST_PLATEAU = 12
 """A plateau is judged by mean losses over this fraction of the run, a twelfth."""
 
@@ -35,10 +46,11 @@ class Method:
             train nothing.
         base: base optimizer, a key of `BASES`.
         ranks: of the links; the last repeats.
-        links: length of the chain, or the most that ``"plateau"`` may tie.
+        links: length of the chain, or the longest that ``"plateau"``, ``"progress"`` and ``"gap"`` may make.
         knots: ``"epochs"``, after epochs ⌈kE/M⌉ for k = 1 … M−1, so that two links of five epochs part after
             the third, as in the paper; ``"even"``, links of equal size; ``"plateau"``, when the loss stalls;
-            ``"at=100,300"`` or ``"every=100"``, optimizer steps.
+            ``"progress"``, when it falls more slowly than it did; ``"gap"``, when the link's first-order gain has
+            fallen; ``"at=100,300"`` or ``"every=100"``, optimizer steps.
         alpha: lora_alpha. The scale is alpha / r of the first link, for all links.
         init: how a link starts, as for `cola.LinkConfig`.
         train: ``"both"`` factors, or ``"B"`` alone.
@@ -71,7 +83,7 @@ class Method:
             raise ValueError(f"links={self.links}: a chain has at least one link")
         if self.kind == "lora" and (self.links != 1 or len(self.ranks) != 1):
             raise ValueError(f"kind='lora' has one link of one rank, not links={self.links}, ranks={self.ranks}")
-        if self.kind == "cola" and self.links < 2 and self.knots in ("epochs", "even", "plateau"):
+        if self.kind == "cola" and self.links < 2 and self.knots in NAMED_KNOTS:
             raise ValueError(f"kind='cola' with links={self.links}: a chain has two or more; one link is 'lora'")
         self.link(None)  # refuses invalid ranks and alphas
         _steps(self.knots)
@@ -143,6 +155,10 @@ class Method:
         if self.knots == "plateau":
             window = max(1, total // SHORTEST_PLATEAU)
             return PlateauKnots(window=window, patience=1, threshold=0.01, max_links=self.links)
+        if self.knots == "progress":
+            return PlateauKnots(total_steps=total, max_links=self.links)
+        if self.knots == "gap":
+            return GapKnots(total_steps=total, max_links=self.links)
         return StepKnots(**_steps(self.knots))
 
     def link(self, targets: str | Sequence[str] | None, *, bias: bool = False) -> LinkConfig:
@@ -213,7 +229,7 @@ class Method:
 
 def _steps(knots: str) -> dict[str, Any]:
     """``at=100,300`` or ``every=100`` as `StepKnots`'s arguments; empty for the policies that have a name."""
-    if knots in ("epochs", "even", "plateau"):
+    if knots in NAMED_KNOTS:
         return {}
     name, _, value = knots.partition("=")
     try:
@@ -226,6 +242,6 @@ def _steps(knots: str) -> dict[str, Any]:
         StepKnots(**arguments)
     except ValueError:
         raise ValueError(
-            f"knots={knots!r}: use epochs, even, plateau, at=STEP,STEP,… or every=STEPS (rising, positive integers)"
+            f"knots={knots!r}: use {', '.join(NAMED_KNOTS)}, at=STEP,STEP,… or every=STEPS (rising, positive integers)"
         ) from None
     return arguments

@@ -108,7 +108,9 @@ class Knot:
             loss=None if loss is None else float(loss),
             seconds=time.perf_counter() - self._started,
             layers={
-                path: LayerReport(t.delta, t.lost, self.live.rounding_of(path), None if t.weight != t.weight else t.weight)
+                path: LayerReport(
+                    t.delta, t.lost, self.live.rounding_of(path), None if t.weight != t.weight else t.weight
+                )
                 for path, t in ties.items()
             },
         )

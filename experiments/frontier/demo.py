@@ -101,7 +101,9 @@ def main(arguments: argparse.Namespace) -> int:
     print("\nChecks:")
     for check in verdicts:
         print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")
-    print(f"\n{arguments.out}/: demo.png, results.json, table.txt, chain/; cells/ holds the runs: delete it to run anew")
+    print(
+        f"\n{arguments.out}/: demo.png, results.json, table.txt, chain/; cells/ holds the runs: delete it to run anew"
+    )
     print(f"{minutes:.1f} minutes{f', with {kept} runs from before' if kept else ''}")
     return 0 if all(check.holds for check in verdicts) else 1
 
@@ -182,7 +184,11 @@ def checks(results: Results, found: list[Row], learned: bool = True) -> list[Che
     if learned:
         worse = [row.arm for row in found if not row.test.mean < results.untouched]
         verdicts.append(
-            Check("every arm beats the untouched model", not worse, f"untouched {results.untouched:.4f}, worse: {worse or 'none'}")
+            Check(
+                "every arm beats the untouched model",
+                not worse,
+                f"untouched {results.untouched:.4f}, worse: {worse or 'none'}",
+            )
         )
         verdicts += [
             Check("rank binds", said.endswith("rank binds"), said) for said in gates(found, [RANK], results.scale)

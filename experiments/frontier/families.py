@@ -6,7 +6,7 @@ Rank r stands for the bytes of a LoRA of rank r; a method that keeps less per di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.methods import Method
 from experiments.report import style
@@ -56,9 +56,9 @@ def links(count: int) -> Callable[[int], Method]:
     return lambda rank: Method("cola", ranks=(rank,), links=count, knots="even", alpha=rank, init="kaiming")
 
 
-def b_alone(init: str, times: int = 2, count: int = 15) -> Callable[[int], Method]:
+def b_alone(init: str, times: int = 2, count: int = 15, knots: str = "even", **more: str) -> Callable[[int], Method]:
     """A chain of so many links that trains B alone: ``times`` r directions, s = 1, moments transported."""
-    own = {"knots": "even", "init": init, "train": "B", "reset": "transport"}
+    own = {"knots": knots, "init": init, "train": "B", "reset": "transport", **more}
     return lambda rank: Method("cola", ranks=(times * rank,), links=count, alpha=times * rank, **own)
 
 
@@ -74,6 +74,13 @@ FAMILIES: Mapping[str, Family] = {
     "b-random": Family("B alone, random A, r = {r}", b_alone("orthogonal", 1), (style.ORANGE, ":", "^")),
     "b-random-2": Family("B alone, random A, 2·{r}", b_alone("orthogonal"), (style.ORANGE, "--", "^")),
     RECOMMENDED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
+    "b-reset": Family("the same, state reset", b_alone("selector", reset="state"), (style.SKY, "--", "D")),
+    "b-30": Family("the same, 30 links", b_alone("selector", count=30), (style.GREEN, "--", "D")),
+    "b-plateau": Family("the same, by plateau", b_alone("selector", count=60, knots="plateau"), (style.GREY, ":", "D")),
+    "b-progress": Family("the same, by progress", b_alone("selector", count=60, knots="progress"), (style.BLUE, ":", "D")),
+    "b-gap": Family("the same, by gain", b_alone("selector", count=60, knots="gap"), (style.GREEN, ":", "D")),
+    "chain-progress": Family("links by progress, r = {r}", lambda rank: replace(links(60)(rank), knots="progress"),
+                             (style.BLUE, "-.", "s")),
     "galore": Family(
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,

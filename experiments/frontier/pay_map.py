@@ -102,7 +102,9 @@ def best(results: Results, rank: int, steps: int) -> Place | None:
     complete = {name: arm for name, arm in complete.items() if results.complete(arm)}
     if "lora" not in complete or len(complete) < 2:
         return None
-    dev = {name: math.fsum(out["dev"] for out in results.final(arm)) for name, arm in complete.items() if name != "lora"}
+    dev = {
+        name: math.fsum(out["dev"] for out in results.final(arm)) for name, arm in complete.items() if name != "lora"
+    }
     name = min(dev, key=lambda name: dev[name])
     ours, theirs = (results.losses(arm) for arm in (complete[name], lora(rank)))
     rates = results.chosen(complete[name])[0].lr, results.chosen(lora(rank))[0].lr

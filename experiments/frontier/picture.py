@@ -55,7 +55,9 @@ def draw_demo(results: Results, found: Sequence[Row], path: Path) -> None:
         for row in others:
             (color, line, marker), _ = _look(row.arm)
             curve = smooth(_mean_losses(results, row.arm) - base, width)
-            curves.plot(np.arange(width, len(curve) + 1), curve[width - 1 :], color=color, linestyle=line, label=row.label)
+            curves.plot(
+                np.arange(width, len(curve) + 1), curve[width - 1 :], color=color, linestyle=line, label=row.label
+            )
             ties = [knot["step"] for knot in inside(results.final(row.arm)[0]) if knot["step"] >= width]
             curves.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=4)
         curves.axhline(0, color=style.BLACK, linewidth=1.2, label=reference.label)

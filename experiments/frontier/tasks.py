@@ -6,7 +6,7 @@ A chain can pay only where rank binds: where full fine-tuning is far below a LoR
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from experiments.study import text

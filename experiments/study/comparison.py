@@ -213,7 +213,9 @@ def rows(results: Results) -> list[Row]:
                 ),
                 train_loss=_mean([_mean(part) for part in last]) * results.scale,
                 against=against.get(arm),
-                gap=stats.gap_closed(means[arm], means[base], means[CEILING]) if base and CEILING in means else math.nan,
+                gap=stats.gap_closed(means[arm], means[base], means[CEILING])
+                if base and CEILING in means
+                else math.nan,
                 knots=_mean([len(inside(outcome)) for outcome in final]),
                 parameters=final[0]["parameters"],
                 state_bytes=final[0]["state_bytes"],

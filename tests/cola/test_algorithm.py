@@ -1,7 +1,5 @@
 """ChainOptimizer is Algorithm 1: it follows the float64 twin step by step, and without knots it is its base."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn

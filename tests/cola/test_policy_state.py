@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cola
-from cola import ChainOptimizer, EpochKnots, EvenKnots, GapKnots, KnotPolicy, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import (
+    ChainOptimizer,
+    EpochKnots,
+    EvenKnots,
+    GapKnots,
+    KnotPolicy,
+    LinkConfig,
+    NeverKnots,
+    PlateauKnots,
+    StepKnots,
+)
 from cola.policies import Signal
 from tests.cola.chain.json_places import places, replaced
 from tests.models import BODY, Net, train

@@ -94,7 +94,7 @@ def test_optimizers(base):
     whole = Method("finetune", base).optimizer(make(), **common)
     assert type(whole).__name__ == base
     assert sum(p.numel() for p in whole.param_groups[0]["params"]) == sum(p.numel() for p in make().parameters())
-    chain = Method.cola(2, ranks=(4, 2), base=base).optimizer(make(), **common, bias=True, init="orthogonal")
+    chain = Method("cola", base, (4, 2), 2, init="orthogonal").optimizer(make(), **common, bias=True)
     assert isinstance(chain, ChainOptimizer)
     assert type(chain.base).__name__ == base
     assert (chain.live.scaling, chain.live.config.init) == (16 / 4, "orthogonal")

@@ -146,7 +146,9 @@ def test_galore_trains_the_targets_alone():
     pytest.importorskip("galore_torch")
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     before = [p.clone() for p in model.parameters()]
-    optimizer = Method("galore", ranks=(2,)).optimizer(model, lr=0.1, seed=0, epochs=1, steps_per_epoch=9, targets=["0"])
+    optimizer = Method("galore", ranks=(2,)).optimizer(
+        model, lr=0.1, seed=0, epochs=1, steps_per_epoch=9, targets=["0"]
+    )
     model(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     optimizer.step()
     assert [not torch.equal(p, old) for p, old in zip(model.parameters(), before)] == [True, False, False, False]
