@@ -393,8 +393,8 @@ class ChainOptimizer(Resumable):
         if report.index == 0 and report.share > LARGE_LINK:
             path = max(report.layers, key=lambda path: report.layers[path].share)
             logger.warning(
-                "the first link changed layer %r by %.1f %% of ‖W‖, and more than %.0f %% may damage what the model knows "
-                "already: compare with a smaller learning rate or lora_alpha, and with more and shorter links",
+                "the first link changed layer %r by %.1f %% of ‖W‖. More than %.0f %% may damage what the model knows: "
+                "compare with a smaller learning rate or lora_alpha, and with more and shorter links",
                 path, 100 * report.share, 100 * LARGE_LINK,
             )  # fmt: skip
         self._knotting = True  # a listener cannot tie a knot

@@ -40,13 +40,13 @@ class Tie:
         lost: norm of the part of the update that is neither in the weight nor in the residual buffer.
         deviation: ``‖W' − (W + s·L R)‖``, the error of the stored weight, where W includes the old residual. Equals
             ``lost`` unless rounding is compensated.
-        weight: ``‖W'‖``.
+        weight: ``‖W'‖``; None where the weight is stored as codes.
     """
 
     delta: float
     lost: float
     deviation: float
-    weight: float
+    weight: float | None
 
 
 def key(seed: int, *path: object) -> int:
@@ -249,7 +249,8 @@ def tolerance(weight: Tensor, tie: Tie, rank: int) -> float:
     """
     info, compute = torch.finfo(weight.dtype), torch.finfo(_compute_dtype(weight))
     subnormal = info.smallest_normal * info.eps * math.sqrt(weight.numel())
-    return info.eps * tie.weight + subnormal + 2 * (rank + 2) * compute.eps * (tie.delta + tie.weight)
+    norm = tie.weight or 0.0
+    return info.eps * norm + subnormal + 2 * (rank + 2) * compute.eps * (tie.delta + norm)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

@@ -108,10 +108,7 @@ class Knot:
             loss=None if loss is None else float(loss),
             seconds=time.perf_counter() - self._started,
             layers={
-                path: LayerReport(
-                    t.delta, t.lost, self.live.rounding_of(path), None if t.weight != t.weight else t.weight
-                )
-                for path, t in ties.items()
+                path: LayerReport(t.delta, t.lost, self.live.rounding_of(path), t.weight) for path, t in ties.items()
             },
         )
         self.chain.base = self.base

@@ -226,7 +226,7 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | Non
         codes_of(module).write(new)
         origin.A, origin.B = after.A, after.B
         lost = [math.nan] * (len(links) - 1) + [error]
-    return [Tie(delta_norm(B, A, s), loss, loss, math.nan) for (A, B, s), loss in zip(links, lost)]
+    return [Tie(delta_norm(B, A, s), loss, loss, None) for (A, B, s), loss in zip(links, lost)]
 
 
 @torch.no_grad()
