@@ -462,7 +462,7 @@ class PlateauKnots(_Windows):
             self.best = progress
             return False
         self.best = max(self.best, progress)
-        return progress < self.share * self.best or progress <= 0
+        return progress < (self.share or 0.0) * self.best or progress <= 0
 
     def _improves(self, loss: float) -> bool:
         if math.isnan(loss):

@@ -26,7 +26,8 @@ def tie_anywhere(
     local, (rows, columns) = part_here(weight)
     place: Any = {"part_of": tuple(weight.shape), "offset": (rows.start, columns.start)}
     part = tie_(local, left[rows], right[:, columns], scaling, rounding=rounding, seed=seed, **place)
-    squares = torch.tensor([part.lost**2, part.deviation**2, part.weight**2], dtype=torch.float64, device=local.device)
+    norms = part.lost, part.deviation, part.weight or 0.0
+    squares = torch.tensor([norm**2 for norm in norms], dtype=torch.float64, device=local.device)
     lost, deviation, norm = _sum_over_shards(squares, weight).sqrt().tolist()
     return replace(part, delta=delta_norm(left, right, scaling), lost=lost, deviation=deviation, weight=norm)
 

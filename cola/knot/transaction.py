@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cola.knot.reset import Reset, carried_over
-from cola.lora.link import Factor, KnotReport, LayerReport, Link
+from cola.lora.link import Factor, KnotReport, Link
 
 
 class NextLink:
@@ -107,9 +107,7 @@ class Knot:
             lost_norm=sum(t.lost**2 for t in ties.values()) ** 0.5,
             loss=None if loss is None else float(loss),
             seconds=time.perf_counter() - self._started,
-            layers={
-                path: LayerReport(t.delta, t.lost, self.live.rounding_of(path), t.weight) for path, t in ties.items()
-            },
+            layers={path: self.live.report(path, tie) for path, tie in ties.items()},
         )
         self.chain.base = self.base
         self.chain.append(Link(self.index, self.live.seed, self.factors, self.trained, report))

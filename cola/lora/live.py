@@ -27,7 +27,7 @@ from cola.lora import quantized
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
-from cola.lora.link import Factor, Link
+from cola.lora.link import Factor, LayerReport, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.selected import selecting
@@ -341,6 +341,10 @@ class LiveLink:
             ties[path] = done
         self.starts.clear()
         return ties
+
+    def report(self, path: str, tie: Tie) -> LayerReport:
+        """One layer's share of a knot."""
+        return LayerReport(tie.delta, tie.lost, self.rounding_of(path), tie.weight)
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
         """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""

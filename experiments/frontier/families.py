@@ -6,7 +6,7 @@ Rank r stands for the bytes of a LoRA of rank r; a method that keeps less per di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from experiments.methods import Method
 from experiments.report import style
@@ -51,15 +51,27 @@ def one_link(rank: int) -> Method:
     return Method("lora", ranks=(rank,), alpha=rank, init="kaiming")
 
 
-def links(count: int) -> Callable[[int], Method]:
+def links(count: int, knots: str = "even") -> Callable[[int], Method]:
     """A chain of so many links of rank r, both factors trained, with s = 1."""
-    return lambda rank: Method("cola", ranks=(rank,), links=count, knots="even", alpha=rank, init="kaiming")
+    return lambda rank: Method("cola", ranks=(rank,), links=count, knots=knots, alpha=rank, init="kaiming")
 
 
-def b_alone(init: str, times: int = 2, count: int = 15, knots: str = "even", **more: str) -> Callable[[int], Method]:
-    """A chain of so many links that trains B alone: ``times`` r directions, s = 1, moments transported."""
-    own = {"knots": knots, "init": init, "train": "B", "reset": "transport", **more}
-    return lambda rank: Method("cola", ranks=(times * rank,), links=count, alpha=times * rank, **own)
+def b_alone(
+    init: str, times: int = 2, count: int = 15, knots: str = "even", reset: str = "transport"
+) -> Callable[[int], Method]:
+    """A chain that trains B alone: ``times`` r directions, s = 1.
+
+    Args:
+        init: how A is drawn.
+        times: directions per rank of the LoRA.
+        count: links, if they are even; a policy may make 60.
+        knots: as in `Method`.
+        reset: as in `Method`.
+    """
+    most = count if knots == "even" else 60
+    return lambda rank: Method(
+        "cola", ranks=(times * rank,), links=most, knots=knots, alpha=times * rank, init=init, train="B", reset=reset
+    )
 
 
 FULL = "full"
@@ -76,11 +88,10 @@ FAMILIES: Mapping[str, Family] = {
     RECOMMENDED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
     "b-reset": Family("the same, state reset", b_alone("selector", reset="state"), (style.SKY, "--", "D")),
     "b-30": Family("the same, 30 links", b_alone("selector", count=30), (style.GREEN, "--", "D")),
-    "b-plateau": Family("the same, by plateau", b_alone("selector", count=60, knots="plateau"), (style.GREY, ":", "D")),
-    "b-progress": Family("the same, by progress", b_alone("selector", count=60, knots="progress"), (style.BLUE, ":", "D")),
-    "b-gap": Family("the same, by gain", b_alone("selector", count=60, knots="gap"), (style.GREEN, ":", "D")),
-    "chain-progress": Family("links by progress, r = {r}", lambda rank: replace(links(60)(rank), knots="progress"),
-                             (style.BLUE, "-.", "s")),
+    "b-plateau": Family("the same, by plateau", b_alone("selector", knots="plateau"), (style.GREY, ":", "D")),
+    "b-progress": Family("the same, by progress", b_alone("selector", knots="progress"), (style.BLUE, ":", "D")),
+    "b-gap": Family("the same, by gain", b_alone("selector", knots="gap"), (style.GREEN, ":", "D")),
+    "chain-progress": Family("links by progress, r = {r}", links(60, "progress"), (style.BLUE, "-.", "s")),
     "galore": Family(
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,

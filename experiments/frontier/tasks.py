@@ -18,16 +18,18 @@ Task = Setting | Planted
 _LINEAR = ("all-linear",)
 
 
-def _text(epochs: int, blocks: int, context: int, batch: int, corpus: str, held_out: int | None) -> Setting:
-    sizes = {"epochs": epochs, "train": blocks, "context": context, "batch_size": batch, "held_out": held_out}
-    return Setting(corpus=corpus, targets=_LINEAR, by_epoch=False, **sizes)
+def _text(corpus: str, held_out: int, *, epochs: int = 1, blocks: int, context: int, batch: int = 8) -> Setting:
+    return Setting(
+        corpus=corpus, targets=_LINEAR, by_epoch=False, epochs=epochs, train=blocks, held_out=held_out, context=context,
+        batch_size=batch,
+    )  # fmt: skip
 
 
 TASKS: Mapping[str, Task] = {
-    "demo": replace(_text(1, 18_400, 64, 8, text.CODE, 1000), model="tiny-prose"),
-    "shakespeare": _text(5, 2400, 128, 8, "", 96),
-    "code": _text(1, 32_000, 128, 8, text.CODE, 300),
-    "prose": _text(5, 800, 256, 4, text.PROSE, 96),
+    "demo": replace(_text(text.CODE, 1000, blocks=18_400, context=64), model="tiny-prose"),
+    "shakespeare": _text("", 96, epochs=5, blocks=2400, context=128),
+    "code": _text(text.CODE, 300, blocks=32_000, context=128),
+    "prose": _text(text.PROSE, 96, epochs=5, blocks=800, context=256, batch=4),
     "slow": Planted(0.5),
     "steep": Planted(1.5),
 }

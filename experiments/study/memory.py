@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cola import ChainOptimizer
+from cola import AdaptedLayer, ChainOptimizer
 
 
 def trained_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -31,4 +31,5 @@ def _kept(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
                     yield value.ortho_matrix
     if isinstance(optimizer, ChainOptimizer):
         for layer in optimizer.live.layers.values():
+            assert isinstance(layer, AdaptedLayer)
             yield from (getattr(layer, name) for name in layer.entries)

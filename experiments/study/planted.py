@@ -24,6 +24,8 @@ HELD_OUT = 2000
 class Student(nn.Module):
     """``y = W x`` with W = 0 at first. An example is a row (x, noise), and the label is ``(U Σ Vᵀ) x + noise``."""
 
+    teacher: torch.Tensor
+
     def __init__(self, teacher: torch.Tensor) -> None:
         super().__init__()
         self.layer = nn.Linear(teacher.shape[1], teacher.shape[0], bias=False)

@@ -1,8 +1,8 @@
 """The tiny models that come with the repository: transformers' own OPT, over bytes.
 
 ``tiny`` has read code: 1.1 M parameters, four layers of width 144. ``tiny-prose`` has read English prose: 120 K
-parameters, two layers of width 64, too few for a LoRA to teach it code. Checkpoints are stored in fp16 and used in fp32;
-`provenance.json` records the loss before and after that rounding.
+parameters, two layers of width 64, so small that a thin LoRA cannot teach it code. Checkpoints are stored in fp16 and
+used in fp32; `provenance.json` records the loss after that rounding.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ class TestGap:
         assert 2 <= opt.policy.knots <= 5
 
     def test_needs_an_optimizer(self):
-        with pytest.raises(RuntimeError, match="GapKnots needs signal.opt"):
+        with pytest.raises(RuntimeError, match=r"GapKnots needs signal\.opt"):
             GapKnots().update(Signal(1))
 
 
