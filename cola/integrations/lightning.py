@@ -28,12 +28,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
 from cola import ChainOptimizer, KnotReport
 from cola.knot.tie import tie_
 from cola.lora.config import LayerPlan
 from cola.lora.kinds import is_quantized, known_kind
+from cola.lora.layer import FACTORS
 from cola.lora.link import used_rank
 
 
@@ -135,7 +137,10 @@ class _MergesLink:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        A, B = state.pop(f"{prefix}lora_A", None), state.pop(f"{prefix}lora_B", None)
+        A, B = (state.pop(f"{prefix}{name}", None) for name in FACTORS)
+        columns = state.pop(f"{prefix}lora_columns", None)
+        if columns is not None and B is not None:
+            A = one_hot(columns, known_kind(module).shape(module)[1]).to(B.dtype)
         if A is None or B is None:
             return
         rank = used_rank(A, B)  # a masked link has zeros beyond its rank

@@ -2,8 +2,8 @@
 
     python -m experiments map --task slow --ranks 2 4 8 16 --steps 375 1500 6000
 
-The rates are tuned as in `frontier`. In a cell of the map the method with the lowest development loss is shown, with its
-test loss minus LoRA's, and the interval of the paired difference over seeds.
+The rates are tuned as in `frontier`. A cell of the map shows the method with the lowest development loss, its test loss
+minus LoRA's, and the interval of the paired difference over seeds.
 """
 
 from __future__ import annotations

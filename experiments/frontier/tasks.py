@@ -1,6 +1,6 @@
 """The tasks, by name: a model, a text and a length of run.
 
-A chain can pay only where rank binds: where full fine-tuning is far below a LoRA, and more rank closes much of that gap.
+A chain can pay only where rank binds: full fine-tuning is far below a LoRA, and more rank closes much of that gap.
 `Gate` measures this. On ``prose`` and ``steep`` it does not hold; they are controls.
 """
 

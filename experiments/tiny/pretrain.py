@@ -130,7 +130,7 @@ def main(arguments: argparse.Namespace) -> int:
     provenance["held_out_bits_per_byte"] = round(stored, 4)
     tiny_opt.write_provenance(arguments.out, provenance)
     print(
-        f"{arguments.out}: {stored:.4f} bits per byte on held-out {arguments.text} ({exact:.4f} before rounding to fp16)"
+        f"{arguments.out}: {stored:.4f} bits per byte on held-out {arguments.text}, {exact:.4f} before rounding to fp16"
     )
     if not stored < 8:
         print(f"pretrain: {stored} bits per byte is no better than guessing; lower --lr", file=sys.stderr)
