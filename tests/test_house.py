@@ -18,7 +18,7 @@ FLOORS = [
     ["cola.common.version", "cola.common.contexts", "cola.common.arguments", "cola.common.interrupts"],
     ["cola.common.distributed", "cola.policies"],
     ["cola.knot.rounding", "cola.knot.tie", "cola.knot.sharded", "cola.knot.transport", "cola.knot.reset"],
-    ["cola.lora.init", "cola.lora.config", "cola.lora.layer", "cola.lora.conv1d"],
+    ["cola.lora.init", "cola.lora.config", "cola.lora.layer", "cola.lora.conv1d", "cola.lora.selected"],
     ["cola.lora.quantized_codes", "cola.lora.stacked", "cola.lora.quantized", "cola.lora.kinds", "cola.lora.peft"],
     ["cola.lora.names", "cola.lora.defaults", "cola.lora.targets", "cola.lora.link"],
     ["cola.lora.trainable", "cola.lora.unsaved", "cola.lora.start", "cola.lora.live"],

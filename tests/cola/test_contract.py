@@ -245,7 +245,7 @@ def test_a_knot_is_one_line_of_logging_and_a_report(caplog):
             opt.step()
             if step == 3:
                 last = loss.item()
-    assert [r.message for r in caplog.records] == [str(reports[0])]
+    assert [r.message for r in caplog.records if r.levelno == logging.INFO] == [str(reports[0])]
     report = reports[0]
     assert (report.index, report.step, report.rank, report.loss) == (0, 4, 2, last)
     link = opt.chain[0]
@@ -254,6 +254,28 @@ def test_a_knot_is_one_line_of_logging_and_a_report(caplog):
     assert 0 < report.lost_norm < 1e-6 * report.delta_norm
     assert report.seconds > 0
     assert link.report is report
+
+
+@pytest.mark.parametrize(("size", "warned"), [(0.049, False), (0.051, True)])
+def test_the_first_knot_warns_of_a_layer_that_moved_far(size, warned, caplog):
+    model, opt = chained(policy=NeverKnots())
+    for layer in opt.live.layers.values():
+        with torch.no_grad():
+            layer.lora_A.zero_()[0, 0] = 1
+            layer.lora_B[0, 0] = (size if layer is model.second else 0.01) * layer.weight.norm() / layer.scaling
+    for _ in range(2):  # the second knot is silent
+        with torch.no_grad():
+            model.second.lora_B[0, 0] = model.second.lora_B[0, 0] or 9.0
+        report = opt.tie()
+    first = opt.chain[0].report
+    # ‖W‖ after the tie is within ‖ΔW‖ of ‖W‖ before
+    assert first.share == first.layers["second"].share == pytest.approx(size, rel=size)
+    assert f"(of a layer's ‖W‖ at most {first.share:.1%})" in str(first)
+    assert report.share > 0.5
+    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == warned
+    if warned:
+        assert told[0].startswith(f"the first link changed layer 'second' by {100 * first.share:.1f} % of ‖W‖")
 
 
 def test_knots_that_a_run_does_not_reach_are_mentioned(caplog):

@@ -20,7 +20,7 @@ class Lit(lightning.LightningModule):
     def __init__(self, policy, r=2):
         super().__init__()
         self.net = Net()
-        link = LinkConfig(r=r, lora_alpha=2, target_modules=BODY)
+        link = LinkConfig(**(r if isinstance(r, dict) else {"r": r}), lora_alpha=2, target_modules=BODY)
         self.chain_optimizer = ChainOptimizer(torch.optim.AdamW, self.net, policy, link=link, lr=0.02)
 
     def configure_optimizers(self):
@@ -117,9 +117,11 @@ class Judged(Lit):
     test_dataloader = predict_dataloader = val_dataloader
 
 
+SELECTS = {"r": 2, "train": "B", "init": "selector"}
+
+
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights"])
-@pytest.mark.parametrize("r", [2, (2, 1)], ids=str)
-@pytest.mark.parametrize("best", [0, 1, 2])
+@pytest.mark.parametrize(("r", "best"), [(2, 0), (2, 1), (2, 2), ((2, 1), 0), ((2, 1), 1), (SELECTS, 1)], ids=str)
 def test_the_best_checkpoint_is_tested_with_its_link(tmp_path, best, r, weights_only):
     """Knots after steps 2 and 5; epochs, and so checkpoints, end with steps 3, 6 and 9."""
     module = Judged(StepKnots(at=[2, 5]), r, best)
