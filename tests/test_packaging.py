@@ -121,7 +121,7 @@ class Model(nn.Module):
 
 model = Model()
 before = {name: value.clone() for name, value in model.state_dict().items()}
-loader = [{"ids": torch.randint(11, (4, 8))} for _ in range(6)]
+loader = [{"ids": torch.randint(11, (4, 8))} for _ in range(16)]
 '''
 AFTER = """
 after = torch.load("merged", weights_only=True)

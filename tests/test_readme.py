@@ -16,13 +16,13 @@ def test_it_is_short_and_has_code():
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
-    """`model` and `loader` stand for the reader's own; here they are a tiny OPT and three batches."""
+    """`model` and `loader` stand for the reader's own; here they are a tiny OPT and 16 batches."""
     pytest.importorskip("transformers")
     from tests.models import tiny_opt
 
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(24).view(2, 12) % 32
-    names = {"make_model": tiny_opt, "model": tiny_opt(), "loader": [{"input_ids": ids, "labels": ids}] * 3}
+    names = {"make_model": tiny_opt, "model": tiny_opt(), "loader": [{"input_ids": ids, "labels": ids}] * 16}
     names["model"].save_pretrained("base")
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)

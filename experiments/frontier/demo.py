@@ -32,10 +32,10 @@ from experiments.study.table import demo_table
 from experiments.sweep import Outcome, Sweep, SweepError
 from experiments.tiny import tiny_opt
 
-RANK = 2
+RANK = 4
 """Of the LoRA whose bytes the chain has."""
 
-RATES = {lora(RANK): 1.6e-2, lora(3 * RANK): 1.6e-2, f"{RECOMMENDED}-{RANK}": 1.6e-2, FULL: 4e-3}
+RATES = {lora(RANK): 3.2e-2, lora(3 * RANK): 1.6e-2, f"{RECOMMENDED}-{RANK}": 1.6e-2, FULL: 8e-3}
 """The recorded best learning rates (RESULTS.md)."""
 
 CHAINED = f"{RECOMMENDED}-{RANK}"

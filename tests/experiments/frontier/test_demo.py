@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 def test_from_end_to_end(folder, capsys):
     written = json.loads((folder / "results.json").read_text())
-    assert [row["arm"] for row in written["rows"]] == ["lora-2", "lora-6", CHAINED, "full"]
+    assert [row["arm"] for row in written["rows"]] == ["lora-4", "lora-12", CHAINED, "full"]
     assert (written["seeds"], written["steps"]) == ([0, 1], 20)
     assert all(check["holds"] for check in written["checks"])
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -34,7 +34,7 @@ def test_it_goes_on_where_it_was_stopped(folder, capsys):
     """A run that is missing is run again, and the others are not."""
     table = (folder / "table.txt").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/outcome.json")}
-    (lost,) = folder.glob("cells/lora-r6*seed1-dev*/outcome.json")
+    (lost,) = folder.glob("cells/lora-r12*seed1-dev*/outcome.json")
     lost.unlink()
     assert main(["demo", "--smoke", "--workers", "1", "--seeds", "2", "--out", str(folder)]) == 0
     shown = capsys.readouterr().out
@@ -67,7 +67,7 @@ def results(folder):
     sweep = Sweep(folder, demo.run, demo.name)
     done = {cell: sweep.read(cell) for cell in plan.wanted({}) + [run.tested for run in plan.wanted({})]}
     done[plan.untouched] = {"test": 9.0}
-    losses = {"lora-2": (2.0, 2.01), "lora-6": (1.7, 1.74), CHAINED: (1.9, 1.911), "full": (1.6, 1.63)}
+    losses = {"lora-4": (2.0, 2.01), "lora-12": (1.7, 1.74), CHAINED: (1.9, 1.911), "full": (1.6, 1.63)}
     for arm, values in losses.items():
         for seed, loss in zip(plan.seeds, values):
             cell = StudyCell(plan.setting, plan.arms[arm].method, plan.arms[arm].start, seed).tested
