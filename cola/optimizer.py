@@ -33,7 +33,7 @@ from cola.wrapper.wrapper import require_base
 
 logger = logging.getLogger("cola")
 
-#: ‖ΔW‖/‖W‖ of a layer above which the first knot warns
+#: ‖ΔW‖/‖W‖ of a layer above which the first knot warns; small models stand more (experiments/RESULTS.md, "Rates")
 LARGE_LINK = 0.05
 
 
@@ -390,13 +390,15 @@ class ChainOptimizer(Resumable):
 
     def _announce(self, report: KnotReport) -> None:
         logger.info("%s", report)
-        if report.index == 0 and report.share > LARGE_LINK:
+        if report.index == 0 and not self.finished and report.share > LARGE_LINK:
             path = max(report.layers, key=lambda path: report.layers[path].share)
             logger.warning(
-                "the first link changed layer %r by %.1f %% of ‖W‖. More than %.0f %% may damage what the model knows: "
-                "compare with a smaller learning rate or lora_alpha, and with more and shorter links",
-                path, 100 * report.share, 100 * LARGE_LINK,
-            )  # fmt: skip
+                "the first link changed layer %r by %.1f %% of ‖W‖. On a large model more than %.0f %% is much: if the "
+                "held-out loss suffers, use a smaller learning rate or lora_alpha, or more and shorter links",
+                path,
+                100 * report.share,
+                100 * LARGE_LINK,
+            )
         self._knotting = True  # a listener cannot tie a knot
         try:
             self.policy.knotted(self.steps)

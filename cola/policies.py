@@ -308,7 +308,7 @@ class _Windows(KnotPolicy):
             self.cooling -= 1
             return False
         left = None if self.total_steps is None else self.total_steps - step
-        return self._judge(result) and (left is None or left >= self.shortest * self.window)
+        return self._judge(result) and (left is None or left >= (self.shortest + self.cooldown) * self.window)
 
     def knotted(self, step: int) -> None:
         """Start judging the next link."""
@@ -342,7 +342,9 @@ class _Windows(KnotPolicy):
         made = type(self)(**{name: state[name] for name in names})
         for name in names:
             if getattr(made, name) != state[name]:  # None may stand for a default
-                raise ValueError(f"{type(self).__name__}({name}={state[name]!r:.80}) must be a value")
+                raise ValueError(
+                    f"{type(self).__name__}({name}={state[name]!r:.80}) does not go with its other options"
+                )
 
     def _require_number(self, state: dict[str, Any], name: str) -> None:
         # a window's mean may overflow, and a loss may be any float
@@ -355,7 +357,8 @@ class PlateauKnots(_Windows):
     """Tie when the loss of the live link improves much more slowly than it did.
 
     The link's progress is the fall of the mean loss over the last three windows. It ties when this is below ``share``
-    of the link's best, so a link has five windows or more.
+    of the link's best, so a link has five windows or more. Where the noise of a window's mean hides its progress, this
+    happens after six windows or so: with ``total_steps`` such a run has about 16 links.
 
     With ``patience`` or ``threshold`` it ties when the loss has stopped improving, in the words of
     `torch.optim.lr_scheduler.ReduceLROnPlateau`: after more than ``patience`` windows without a relative improvement of
@@ -492,21 +495,17 @@ _SPAN = 3
 class GapKnots(_Windows):
     """Tie when the live link's first-order gain has fallen below a share of its best.
 
-    A step of gradient flow on the link lowers the loss by the squared norm of the link's gradient: the part of the
-    weight's gradient that the link can reach, the Frank-Wolfe gap of its directions. A fresh link has fresh directions,
-    and the live link's best window, usually its first, shows what these give. Noise would add to a squared norm, so the
-    policy takes products of the gradients of successive steps, in which it cancels.
+    The gain is the squared norm of the gradient of B (of A, if only A is trained): how fast a gradient step on B lowers
+    the loss. A fresh link has fresh directions, and the live link's best window, usually its first, shows what these
+    give. The noise of batches would add to a squared norm, so the policy takes the product of the gradients of two
+    successive steps, whose mean has no noise in it. Single windows have: choose one long enough.
 
-    It keeps a copy of one factor's gradient, B's unless only A is trained. In a distributed run that shards the factors
-    each process measures its part.
+    It keeps a copy of that gradient, and clipped gradients show it little. Checkpoints leave the copy out, so a resumed
+    run misses one product and may tie later than the run that was not stopped.
 
     Args:
         share: of the link's best window.
-        window: optimizer steps averaged into one observation; None for a hundredth of ``total_steps``, or 20.
-        cooldown: windows to ignore after a knot.
-        max_links: largest length of the chain (``max_links − 1`` knots); None for no limit.
-        total_steps: length of the run, if known; the last link then gets at least as many steps as the shortest one
-            can have.
+        window, cooldown, max_links, total_steps: as for `PlateauKnots`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -535,10 +534,18 @@ class GapKnots(_Windows):
         """True at the end of a window that ends the link."""
         if signal.opt is None:
             raise RuntimeError("GapKnots needs signal.opt, which ChainOptimizer gives: it reads the link's gradients")
-        last, self._last = self._last, [grad.detach().clone() for grad in signal.opt.live.gradients()]
-        same = len(last) == len(self._last) > 0 and all(a.shape == b.shape for a, b in zip(last, self._last))
-        gain = torch.stack([torch.sum(a.float() * b.float()) for a, b in zip(last, self._last)]).sum() if same else None
+        last, self._last = self._last, [grad.clone() for grad in signal.opt.live.gradients()]
+        # every process of a distributed run gives a number, on the device that it trains on
+        gain = torch.full((), math.nan, device=self._last[0].device if self._last else "cpu")
+        if len(last) == len(self._last) > 0 and all(a.shape == b.shape for a, b in zip(last, self._last)):
+            products = [torch.sum(a.double() * b.double()) for a, b in zip(last, self._last)]
+            gain = torch.stack([product.to(products[0].device) for product in products]).sum()
         return self._take(signal.step, gain, signal.mean)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `KnotPolicy.load_state_dict`; the next product is missing."""
+        super().load_state_dict(state)
+        self._last = []
 
     def knotted(self, step: int) -> None:
         """Start judging the next link."""
@@ -552,7 +559,7 @@ class GapKnots(_Windows):
             self.best = mean
             return False
         self.best = max(self.best, mean)
-        return mean < self.share * self.best or mean <= 0
+        return mean < self.share * self.best or mean < 0
 
     def _require_valid(self, state: dict[str, Any]) -> None:
         self._require_options(state, "share", "window", "cooldown", "max_links", "total_steps")

@@ -35,6 +35,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor. All processes that share it must call together."""

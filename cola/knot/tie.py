@@ -134,7 +134,7 @@ def tie_(
     Half-precision weights are summed in fp32 and rounded once. fp32 and fp64 weights are summed in their own precision,
     and the rounding error of this addition is recovered exactly (Knuth's two-sum).
 
-    An R that selects columns changes these alone, if rounding is to nearest; so does an L that selects rows.
+    Rounded to nearest, an R that selects columns, or an L that selects rows, takes the time of these alone.
 
     The same call gives the same bits on the same device, with the same library versions, kernels and number of threads.
     Elsewhere the sum of r products may be taken in another order and round differently.
@@ -173,7 +173,15 @@ def _tie_columns(weight: Tensor, columns: Tensor, left: Tensor, scaling: float) 
     part, unit = weight.index_select(1, columns), torch.eye(len(columns), dtype=left.dtype, device=left.device)
     done = _tie_all(part, left, unit, scaling, "nearest", 0, None, None, (0, 0))
     weight.index_copy_(1, columns, part)
-    return replace(done, weight=torch.linalg.vector_norm(weight, dtype=_compute_dtype(weight)).item())
+    weight += 0.0  # −0 becomes 0, as in a sum
+    return replace(done, weight=_norm(weight))
+
+
+def _norm(weight: Tensor) -> float:
+    rows = weight if weight.is_contiguous() else weight.t().contiguous()
+    height = _height((rows.shape[0], rows.shape[1]), rows.device)
+    blocks = (rows[block].to(_compute_dtype(weight)) for block in _blocks(rows.shape[0], height))
+    return math.sqrt(float(sum(map(_square, blocks))))
 
 
 def _tie_all(

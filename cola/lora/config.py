@@ -32,9 +32,9 @@ class LinkConfig:
         modules_to_save: names of modules to train whole (heads, embeddings).
         init: draws the factor that does not start at zero: ``"kaiming"`` U(−1/√n, 1/√n) for input width n, as PEFT;
             ``"gaussian"`` N(0, 1/r²); ``"orthogonal"`` rows; ``"selector"``, r inputs, shifted by r each link (with
-            ``train="B"`` no A is kept); or ``"two-sided"``, both factors orthonormal times a half. Or a function of a
-            `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero, ``s·B A`` is subtracted from the
-            weight when the link begins, so that the model computes the same.
+            ``train="B"`` and one rank indices are kept instead of A); or ``"two-sided"``, both factors orthonormal
+            times a half. Or a function of a `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero,
+            ``s·B A`` is subtracted from the weight when the link begins, so that the model computes the same.
         train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
         scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
             (``alpha/√r``) recompute it from each link's rank.

@@ -30,7 +30,7 @@ class LayerReport:
 
     @property
     def share(self) -> float:
-        """``‖s·B A‖ / ‖W‖``; 0 where the latter is not known or is zero."""
+        """``‖s·B A‖ / ‖W‖``; 0 if ``weight_norm`` is None or 0."""
         return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
 
 
@@ -60,13 +60,13 @@ class KnotReport:
 
     @property
     def share(self) -> float:
-        """The largest ``‖ΔW‖ / ‖W‖`` of a layer."""
+        """The largest ``‖ΔW‖ / ‖W‖`` of a layer; 0 if none is known, as of quantised layers."""
         return max((layer.share for layer in self.layers.values()), default=0.0)
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         lost = self.lost_norm / self.delta_norm if self.delta_norm else 0.0
-        share = f" (of a layer's ‖W‖ at most {self.share:.1%})" if self.share else ""
+        share = f" (at most {100 * self.share:.2g} % of a layer's ‖W‖)" if self.share else ""
         return (
             f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}{share}, "
             f"{lost:.1e} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cola.common.arguments import choice
 from cola.common.distributed import (
     is_sharded,
+    local,
     release,
     require_supported,
     require_unwrapped,
@@ -155,9 +156,9 @@ class LiveLink:
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the factor that usually starts at zero, of the layers that have one."""
+        """The gradients of the factor that usually starts at zero, by layer; this process's part of sharded ones."""
         factors = (layer.lora_A if self.config.train == "A" else layer.lora_B for layer in self.layers.values())
-        return [factor.grad for factor in factors if factor.grad is not None]
+        return [local(factor.grad.detach()) for factor in factors if factor.grad is not None]
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
         """The Parameters of every layer's link, by path, but for adapters that PEFT has deleted."""

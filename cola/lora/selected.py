@@ -1,6 +1,7 @@
 """Links whose A selects inputs: ``A x`` is a gather, and r indices are kept instead of A.
 
-``LinkConfig(train="B", init="selector")`` makes them. A link of rank 2r then takes the memory of a LoRA of rank r.
+``LinkConfig(train="B", init="selector")`` makes them. On a square layer such a link of rank 2r takes the memory of a
+LoRA of rank r.
 """
 
 from typing import Any
@@ -57,7 +58,9 @@ class Selected(AdaptedLayer):
 
 
 def selecting(adapted: type[AdaptedLayer]) -> type[AdaptedLayer]:
-    """The class of `AdaptedLayer.over`, for layers whose link keeps indices."""
+    """The class of `AdaptedLayer.over`, for layers whose link keeps indices; a kind with a `put` of its own keeps A."""
+    if adapted.put is not AdaptedLayer.put:
+        return adapted
     if adapted not in _CLASSES:
         _CLASSES[adapted] = type(f"Selected{adapted.__name__}", (Selected, adapted), {})
     return _CLASSES[adapted]

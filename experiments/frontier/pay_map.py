@@ -3,7 +3,7 @@
     python -m experiments map --task slow --ranks 2 4 8 16 --steps 375 1500 6000
 
 The rates are tuned as in `frontier`. A cell of the map shows the method with the lowest development loss, its test loss
-minus LoRA's, and the interval of the paired difference over seeds.
+minus LoRA's, and the interval of the paired difference over seeds. The picture has all maps of the folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from experiments.frontier.frontier import add_sweep, add_task, carry_out, plan_o
 from experiments.frontier.tasks import lasting
 from experiments.report import stats, style
 from experiments.report.stats import Interval
-from experiments.study.comparison import Results
+from experiments.study.comparison import Results, inside
 from experiments.sweep import Shard, SweepError
 from experiments.tiny import tiny_opt
 
@@ -64,21 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments map`: 0; 1 if a run failed or is missing; 2 for bad arguments."""
+    """Run `python -m experiments map`: 0; 1 if a run failed, or a cell of the map is missing; 2 for bad arguments."""
     tiny_opt.quiet()
     try:
         chosen = families.arms(arguments.ranks, arguments.methods, gate=False)
         task, shard = task_of(arguments), Shard.parse(arguments.shard)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
-        next(iter(plans.values())).require_possible()
+        for plan in plans.values():
+            plan.require_possible()
     except (ValueError, OSError) as error:
         print(f"map: {error}", file=sys.stderr)
         return 2
     places = []
     try:
-        for steps, plan in plans.items():
+        for plan in plans.values():
             results = carry_out(plan, arguments, shard)
-            places += [place for rank in arguments.ranks if (place := best(results, rank, steps)) is not None]
+            places += [place for rank in arguments.ranks if (place := best(results, rank)) is not None]
     except (OSError, SweepError) as error:
         print(f"map: {error}", file=sys.stderr)
         return 1
@@ -91,25 +92,37 @@ def main(arguments: argparse.Namespace) -> int:
     written = {"command": command, "unit": task.unit, "places": [asdict(place) for place in places]}
     write_atomically(stem.with_suffix(".md"), shown + "\n")
     write_atomically(stem.with_suffix(".json"), json.dumps(written, indent=1) + "\n")
-    draw({arguments.task: places}, stem.with_suffix(".png"))
-    print(f"{shown}\n\n{stem}.md, .json, .png; one folder per run in {arguments.out / 'cells'}")
-    return 0
+    picture = arguments.out / "map.png"
+    draw({path.stem.removeprefix("map-"): read(path) for path in sorted(arguments.out.glob("map-*.json"))}, picture)
+    print(f"{shown}\n\n{stem}.md, .json; {picture}; one folder per run in {arguments.out / 'cells'}")
+    missing = len(plans) * len(arguments.ranks) - len(places)
+    if missing:
+        print(f"map: {missing} cells are missing: runs diverged, or are another shard's", file=sys.stderr)
+    return 1 if missing and not arguments.so_far else 0
 
 
-def best(results: Results, rank: int, steps: int) -> Place | None:
-    """The cell of one rank, or None while LoRA's runs or all others' are missing."""
-    complete = {name: f"{name}-{rank}" for name in FAMILIES if f"{name}-{rank}" in results.plan.arms}
-    complete = {name: arm for name, arm in complete.items() if results.complete(arm)}
-    if "lora" not in complete or len(complete) < 2:
+def read(path: Path) -> list[Place]:
+    """The places of a map that was written."""
+    places = json.loads(path.read_text())["places"]
+    return [Place(**{**place, "difference": Interval(**place["difference"])}) for place in places]
+
+
+def best(results: Results, rank: int) -> Place | None:
+    """The cell of one rank, or None while runs of one of its methods are missing."""
+    arms = {name: f"{name}-{rank}" for name in FAMILIES if f"{name}-{rank}" in results.plan.arms}
+    if len(arms) < 2 or not all(map(results.complete, arms.values())):
         return None
-    dev = {
-        name: math.fsum(out["dev"] for out in results.final(arm)) for name, arm in complete.items() if name != "lora"
-    }
-    name = min(dev, key=lambda name: dev[name])
-    ours, theirs = (results.losses(arm) for arm in (complete[name], lora(rank)))
-    rates = results.chosen(complete[name])[0].lr, results.chosen(lora(rank))[0].lr
-    knots = math.fsum(len(out["knots"]) - 1 for out in results.final(complete[name])) / len(ours)
-    return Place(rank, steps, name, knots, stats.t_interval([a - b for a, b in zip(ours, theirs)]), rates)
+    final = {name: results.final(arm) for name, arm in arms.items() if name != "lora"}
+    name = min(final, key=lambda name: math.fsum(outcome["dev"] for outcome in final[name]))
+    ours, theirs = (results.losses(arm) for arm in (arms[name], lora(rank)))
+    return Place(
+        rank,
+        results.plan.setting.steps(),
+        name,
+        math.fsum(len(inside(outcome)) for outcome in final[name]) / len(ours),
+        stats.t_interval([a - b for a, b in zip(ours, theirs)]),
+        (results.chosen(arms[name])[0].lr, results.chosen(lora(rank))[0].lr),
+    )
 
 
 def table(places: Sequence[Place], unit: str) -> str:
@@ -125,7 +138,7 @@ def table(places: Sequence[Place], unit: str) -> str:
 
 
 def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
-    """Write the maps side by side as a PNG: blue where the best chain is below LoRA, red where it is above.
+    """Write the maps side by side as a PNG: blue where the best method is below LoRA, red where it is above.
 
     The number is the difference with half its interval; it is bold where the interval leaves out zero.
     """
@@ -152,6 +165,6 @@ def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
             axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
             axes.set_xlabel("optimizer steps")
             axes.set_ylabel("rank of the LoRA")
-            axes.set_title(f"{task}: best chain minus LoRA", loc="left", fontsize=10)
+            axes.set_title(f"{task}: best method minus LoRA", loc="left", fontsize=10)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)

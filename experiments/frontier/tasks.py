@@ -6,6 +6,7 @@ A chain can pay only where rank binds: full fine-tuning is far below a LoRA, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -37,11 +38,14 @@ TASKS: Mapping[str, Task] = {
 
 
 def lasting(task: Task, steps: int) -> Task:
-    """The task with runs of another length: text is cut to what they read, or read again from the start."""
+    """The task with runs of another length: more or fewer passes, and then over a longer or shorter part of the text.
+
+    A task of several passes may take a few steps more than asked for.
+    """
     if isinstance(task, Planted):
         return replace(task, steps_per_run=steps)
     epochs = max(1, round(steps / (task.train // task.batch_size))) if task.epochs > 1 else 1
-    return replace(task, epochs=epochs, train=steps * task.batch_size // epochs)
+    return replace(task, epochs=epochs, train=math.ceil(steps / epochs) * task.batch_size)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
         applied (None without a chain); or ``diverged``, as in training.
     """
     tiny_opt.quiet()
-    logging.getLogger("cola").setLevel(logging.ERROR)  # every run of a sweep would warn of the same
+    _without_repeats()
     model = cell.setting.load()
     if cell.split == "test":
         return _test(cell, model, folder)
@@ -85,6 +85,17 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
         return {"diverged": str(error)}
     save_model(model, str(folder / WEIGHTS))
     return outcome
+
+
+def _without_repeats() -> None:
+    """Leave out the warning of large first links, which every run of a sweep would repeat; outcomes have their size."""
+    logger = logging.getLogger("cola")
+    if _is_new not in logger.filters:
+        logger.addFilter(_is_new)
+
+
+def _is_new(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("the first link changed layer")
 
 
 def fine_tune(model: nn.Module, cell: StudyCell, folder: Path | None = None) -> Outcome:

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
     parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
-    parser.add_argument("--control", action="store_true", help="the short run in which rank does not bind")
+    names = ", ".join(control.arms())
+    parser.add_argument("--control", action="store_true", help=f"a short run where rank does not bind; arms: {names}")
     parser.add_argument("--smoke", action="store_true", help="a trial: two arms, two seeds, a few steps")
 
 
@@ -104,13 +105,19 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))
     known = control.arms() if arguments.control else STUDY
     if arguments.control:
+        fixed = ("model", "corpus", "targets", "epochs", "train", "held_out", "length", "batch")
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        given = [name for name in fixed if getattr(arguments, name) != parser.get_default(name)]
+        if given:
+            raise ValueError(f"--control sets the setting: leave out --{' and --'.join(given).replace('_', '-')}")
         setting = control.preset()
     names = arguments.arms or list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--arms {' '.join(unknown)}: choose from {', '.join(known)}")
     if arguments.smoke:
         names, seeds = arguments.arms or ["lora", "cola-2"], seeds[:2]
-        setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2)
+        setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2, train_bytes=None)
     arms = {name: known[name] for name in names}
     rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
     return Plan(arms, rates, seeds[: arguments.search_seeds], seeds, setting, walk=True)

@@ -270,7 +270,7 @@ def test_the_first_knot_warns_of_a_layer_that_moved_far(size, warned, caplog):
     first = opt.chain[0].report
     # ‖W‖ after the tie is within ‖ΔW‖ of ‖W‖ before
     assert first.share == first.layers["second"].share == pytest.approx(size, rel=size)
-    assert f"(of a layer's ‖W‖ at most {first.share:.1%})" in str(first)
+    assert f"(at most {100 * first.share:.2g} % of a layer's ‖W‖)" in str(first)
     assert report.share > 0.5
     told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert len(told) == warned

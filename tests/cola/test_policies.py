@@ -151,6 +151,16 @@ class TestProgress:
         assert fires(PlateauKnots(window=2, patience=0, total_steps=24), flat) == [4, 8, 12, 16, 20]
         assert PlateauKnots(total_steps=3000).window == 30
 
+    def test_under_noise_it_ties_about_every_six_windows(self):
+        noise = torch.randn(1500, generator=torch.Generator().manual_seed(0))
+        ties = fires(PlateauKnots(total_steps=1500), (2 - torch.arange(1500) / 1500 + noise).tolist())
+        assert 10 <= len(ties) <= 19  # links have 75 steps or more
+        assert ties[-1] <= 1500 - 75
+
+    def test_a_cooldown_counts_in_the_shortest_link(self):
+        losses = [2 * 0.97**i for i in range(100)]
+        assert fires(PlateauKnots(window=5, cooldown=4, total_steps=100), losses)[-1] <= 100 - 45
+
     def test_windows_without_a_finite_loss_are_left_out(self):
         assert fires(PlateauKnots(window=1), [1.0, 0.9, math.nan, 0.8, 0.7, 0.6]) == []
 
@@ -174,11 +184,22 @@ class TestGap:
         assert self.knots(GapKnots(window=2, share=0.8), falling) == [4]
         assert self.knots(GapKnots(window=2, total_steps=9), falling) == []
 
-    def test_noise_alone_has_no_gain(self):
-        """Successive gradients that are orthogonal have large norms and the product zero."""
-        assert self.knots(GapKnots(window=2), [[1.0, 0.0], [0.0, 1.0]] * 3) == [4]
+    def test_noise_is_no_gain(self):
+        """Gradients of one norm, first parallel, then orthogonal."""
+        parallel, orthogonal = [[1.0, 0.0]] * 3, [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+        assert self.knots(GapKnots(window=2), parallel + orthogonal) == [6]
 
-    def test_it_ties_in_a_run_and_resumes(self):
+    def test_without_any_gain_it_ties_nothing(self):
+        assert self.knots(GapKnots(window=2), [[0.0]] * 12) == []
+        assert self.knots(GapKnots(window=2), torch.full((12, 3), 1e-20, dtype=torch.float64)) == []
+
+    def test_a_loaded_state_does_not_mix_gradients_of_two_runs(self):
+        policy, other = GapKnots(window=2), GapKnots(window=2)
+        self.knots(policy, [[5.0]])
+        policy.load_state_dict(other.state_dict())
+        assert self.knots(policy, [[1.0], [1.0], [1.0], [0.4], [0.4], [0.4]]) == [6]
+
+    def test_it_ties_in_a_run(self):
         def chained():
             model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False))
             link = LinkConfig(r=2, target_modules="all-linear", train="B", init="selector")

@@ -330,6 +330,7 @@ def test_a_shard_without_rows_is_tied_to_nothing(dtype, rounding):
 def test_a_tie_of_selected_columns_gives_the_bits_and_norms_of_a_tie_of_all(dtype, side):
     draw = torch.Generator().manual_seed(3)
     weight, left = torch.randn(60, 40, generator=draw).to(dtype), torch.randn(60, 5, generator=draw) / 50
+    weight[:, :4] *= -0.0
     right = torch.eye(40)[[7, 39, 0, 8, 20]]
     if side == "rows":
         weight, left, right = weight.t().contiguous(), right.t(), left.t()
@@ -337,8 +338,21 @@ def test_a_tie_of_selected_columns_gives_the_bits_and_norms_of_a_tie_of_all(dtyp
     quick = tie_(one, left, right, 0.7)
     slow = _tie_all(other, left, right, 0.7, "nearest", 0, None, None, (0, 0))
     assert torch.equal(one, other)
+    assert torch.equal(one.signbit(), other.signbit())  # of zeros too
     for name in ("delta", "lost", "deviation", "weight"):  # fp32 sums of at most 2400 squares
         assert getattr(quick, name) == pytest.approx(getattr(slow, name), rel=2400 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_norms_of_selected_columns_beyond_the_range_of_fp32_squares(size):
+    weight = torch.full((8, 6), size)
+    done = tie_(weight, torch.full((8, 2), size), torch.eye(6)[:2], 1.0)
+    assert done.weight == pytest.approx(size * (16 * 4 + 32) ** 0.5, rel=1e-6)
+
+
+def test_the_norm_of_a_large_weight_has_six_digits():
+    weight = torch.full((1500, 1500), 0.1)
+    assert tie_(weight, torch.zeros(1500, 2), torch.eye(1500)[:2], 1.0).weight == pytest.approx(150, rel=1e-6)
 
 
 def test_only_different_unit_vectors_count_as_a_selection():
