@@ -34,7 +34,8 @@ def points(axes: Any, found: Sequence[Row], unit: str) -> None:
             [row.state_bytes / 1024 for row in rows], [row.test.mean for row in rows], yerr=spread, color=color,
             linestyle=line, marker=marker, markersize=6, capsize=3, linewidth=1.4, label=label,
         )  # fmt: skip
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("KiB of trained state (parameters, gradients, optimizer state)")
     axes.set_ylabel(f"held-out {unit}")
     axes.legend(frameon=False, fontsize=8.5)
@@ -54,6 +55,7 @@ def draw_demo(results: Results, found: Sequence[Row], path: Path) -> None:
         width = max(1, len(base) // 20)
         for row in others:
             (color, line, marker), _ = _look(row.arm)
+            line = ":" if family_of(row.arm) == family_of(reference.arm) else line
             curve = smooth(_mean_losses(results, row.arm) - base, width)
             curves.plot(
                 np.arange(width, len(curve) + 1), curve[width - 1 :], color=color, linestyle=line, label=row.label
