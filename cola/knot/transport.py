@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cola.common.distributed import copy_whole, is_sharded, whole
+
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 #: entries of a base's state that are sums of gradients, and those that are sums of their squares
@@ -33,10 +35,10 @@ def transport(base: Optimizer, old: Pairs, new: Pairs) -> None:
     for path, (A, B) in old.items():
         new_A, new_B = new[path]
         if new_B in base.state:
-            _carry(base, new_B, B.shape, *_rotation(A, new_A.detach()))
+            _carry(base, new_B, B.shape, *_rotation(A, whole(new_A.detach())))
             base.state.pop(new_A, None)
         elif new_A in base.state:
-            _carry(base, new_A, A.shape, *_rotation(B.T, new_B.detach().T), transposed=True)
+            _carry(base, new_A, A.shape, *_rotation(B.T, whole(new_B.detach()).T), transposed=True)
 
 
 def _rotation(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,7 @@ def _carry(
     state = base.state[parameter]
     tensors = _moments(state)
     # beyond the old rank a masked Parameter's state is zero
-    moments = {name: _cut(value, shape, transposed).double() for name, value in tensors.items()}
+    moments = {name: _cut(whole(value), shape, transposed).double() for name, value in tensors.items()}
     mean = moments.get("exp_avg")
     for name, value in moments.items():
         turned = value @ rotation
@@ -91,7 +93,12 @@ def _carry(
             turned = ((value - mean**2) @ rotation**2 + (mean @ rotation) ** 2).abs()
             turned += unknown * value.mean(1, keepdim=True)
         turned = turned.T if transposed else turned
-        state[name] = turned.to(tensors[name].dtype).contiguous()
+        turned = turned.to(tensors[name].dtype).contiguous()
+        if is_sharded(parameter):
+            state[name] = torch.zeros_like(parameter.detach(), dtype=turned.dtype)
+            copy_whole(state[name], turned)
+        else:
+            state[name] = turned
 
 
 def _cut(value: Tensor, shape: torch.Size, transposed: bool) -> Tensor:

@@ -197,7 +197,7 @@ class AdaptedLayer(nn.Module):
     quantized: ClassVar[bool] = False
     #: names of buffers that links add to a layer
     added: ClassVar[tuple[str, ...]] = ()
-    #: names of the parameters and buffers that make up the live link
+    #: names of the attributes that make up the live link
     entries: ClassVar[tuple[str, ...]] = FACTORS
     #: the kind, in a class made by `over`
     _made_by: ClassVar[type | None] = None

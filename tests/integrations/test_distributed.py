@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cola import ChainOptimizer, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import ChainOptimizer, GapKnots, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import tie_
-from tests.integrations.torchrun_chain import deltas
+from tests.integrations.torchrun_chain import SELECTED, deltas
 from tests.models import BODY, Net, loss_of, train
 
 # fp32 sums in another order (per shard, then over the processes), carried through 8 steps; asked for by the design
@@ -23,15 +23,15 @@ CLOSE = 1e-6
 PLATEAU = {"patience": 0, "window": 2, "threshold": 0.2}
 
 
-def chained(model, policy, r=(4,)):
-    link = LinkConfig(r=r, lora_alpha=4, target_modules=BODY)
-    return ChainOptimizer(torch.optim.AdamW, model, policy, link=link, lr=0.02)
+def chained(model, policy, r=(4,), reset="state", **own):
+    link = LinkConfig(r=r, lora_alpha=4, target_modules=BODY, **own)
+    return ChainOptimizer(torch.optim.AdamW, model, policy, link=link, reset=reset, lr=0.02)
 
 
-def one_process(policy, r=(4,), steps=8):
+def one_process(policy, r=(4,), steps=8, **options):
     """What the group's processes must see."""
     model = Net()
-    opt = chained(model, policy, r)
+    opt = chained(model, policy, r, **options)
     losses = train(opt, model, steps)
     drawn = {path: [factor.A.tolist(), factor.B.tolist()] for path, factor in opt.live.snapshot().items()}
     opt.finish()
@@ -76,18 +76,22 @@ def require_equal(directory, n, wanted, start=0):
 @pytest.mark.long
 @pytest.mark.parametrize("n", [2, 4])
 def test_whole_runs_equal_one_process(tmp_path, n):
-    """Three knots; a plateau that the processes see in different losses; a link of lower rank, masked."""
+    """Three knots; a plateau that the processes see in different losses; a link of lower rank, masked; B alone by gain."""
     runs = [
         (kind, tmp_path / f"{kind}-{name}", *options)
         for kind in ("ddp", "fsdp2")
-        for name, options in {"plain": (), "plateau": ("--plateau",), "ranks": ("--ranks", "4,2,1")}.items()
-    ]
+        for name, options in {
+            "plain": (), "plateau": ("--plateau",), "ranks": ("--ranks", "4,2,1"), "selected": ("--selected",)
+        }.items()
+    ]  # fmt: skip
     torchrun(n, *runs)
     at = StepKnots(at=[2, 4, 6])
     wanted = {
-        "plain": one_process(at), "plateau": one_process(PlateauKnots(**PLATEAU)), "ranks": one_process(at, (4, 2, 1))
+        "plain": one_process(at), "plateau": one_process(PlateauKnots(**PLATEAU)), "ranks": one_process(at, (4, 2, 1)),
+        "selected": one_process(GapKnots(share=0.9, window=2), reset="transport", **SELECTED),
     }  # fmt: skip
     assert len(wanted["plateau"]["steps"]) > 1
+    assert len(wanted["selected"]["steps"]) > 1
     for kind in ("ddp", "fsdp2"):
         for name, expected in wanted.items():
             require_equal(tmp_path / f"{kind}-{name}", n, expected)

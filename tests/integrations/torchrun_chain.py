@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from cola import ChainOptimizer, LinkConfig, PlateauKnots, StepKnots
+from cola import ChainOptimizer, GapKnots, LinkConfig, PlateauKnots, StepKnots
 from tests.models import BODY, Net, batch
 
 ROWS = 8
+SELECTED = {"train": "B", "init": "selector"}
 
 
 def main():
@@ -48,6 +49,7 @@ def run(words):
     parser.add_argument("--knots", default="2,4,6")
     parser.add_argument("--plateau", action="store_true")
     parser.add_argument("--ranks", default="4")
+    parser.add_argument("--selected", action="store_true", help="train B alone on selected inputs, tie by gain")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--resume", type=Path)
@@ -59,9 +61,13 @@ def run(words):
     policy = StepKnots(at=[int(k) for k in args.knots.split(",")])
     if args.plateau:
         policy = PlateauKnots(patience=0, window=2, threshold=0.2)
+    if args.selected:
+        policy = GapKnots(share=0.9, window=2)
     ranks = tuple(int(r) for r in args.ranks.split(","))
-    link = LinkConfig(r=ranks, lora_alpha=4, target_modules=BODY, dtype=getattr(torch, args.dtype))
-    opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, lr=0.02)
+    own = SELECTED if args.selected else {}
+    link = LinkConfig(r=ranks, lora_alpha=4, target_modules=BODY, dtype=getattr(torch, args.dtype), **own)
+    reset = "transport" if args.selected else "state"
+    opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, reset=reset, lr=0.02)
     called = wrap(args.kind, model)
     start = 0
     if args.resume:

@@ -122,6 +122,20 @@ def test_a_run_is_saved_resumed_and_replayed_to_the_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), replayed.parameters()))
 
 
+def test_a_state_dict_has_the_indices_and_a_later_knot_does_not_change_it():
+    model, opt = made("selector")
+    state = model.state_dict()
+    opt.tie()
+    assert state["0.lora_columns"].tolist() == [0, 1, 2]
+    model.load_state_dict(state)
+    assert model[0].lora_columns.tolist() == [0, 1, 2]
+    del state["0.lora_columns"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0\.lora_columns\""):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == []
+    assert not list(model.buffers())
+
+
 def test_an_A_that_selects_nothing_is_refused():
     model, _ = made("selector")
     with pytest.raises(KnotError, match="this A selects no inputs"):
