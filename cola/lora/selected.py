@@ -18,8 +18,8 @@ from cola.lora.layer import AdaptedLayer
 class Selected(AdaptedLayer):
     """A layer with a link that keeps indices. `selecting` puts this class in front of the layer's kind.
 
-    The indices are in the state dict, and are no buffer: DDP would send them at every forward, and fail when `detach` has
-    removed the model's last one.
+    The indices are in the state dict, and are no buffer: DDP would send them at every forward, and fail once `detach`
+    has removed the model's last one.
 
     Attributes:
         lora_columns: r indices; row i of A is the unit vector of input ``lora_columns[i]``.
