@@ -76,7 +76,7 @@ def require_equal(directory, n, wanted, start=0):
 @pytest.mark.long
 @pytest.mark.parametrize("n", [2, 4])
 def test_whole_runs_equal_one_process(tmp_path, n):
-    """Three knots; a plateau that the processes see in different losses; a masked link of lower rank; B alone by gain."""
+    """Three knots; a plateau that the processes see in different losses; masked ranks; B alone, tied by gain."""
     runs = [
         (kind, tmp_path / f"{kind}-{name}", *options)
         for kind in ("ddp", "fsdp2")
