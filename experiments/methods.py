@@ -21,7 +21,6 @@ from cola import (
     PlateauKnots,
     StepKnots,
 )
-from cola.lora.targets import find_targets
 
 KINDS = ("lora", "cola", "finetune", "galore", "icl", "zero-shot")
 BASES: Mapping[str, type[torch.optim.Optimizer]] = {
@@ -219,7 +218,9 @@ class Method:
         """GaLore's AdamW with its own defaults: a new projection every 200 steps, scale 0.25."""
         from galore_torch import GaLoreAdamW
 
-        weights = [module.weight for module in find_targets(model, targets).values()]
+        adapted = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=1, target_modules=targets))
+        weights = [layer.weight for layer in adapted.live.layers.values()]
+        adapted.finish(merge=False)
         model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)

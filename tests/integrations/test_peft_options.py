@@ -69,7 +69,7 @@ STARTS = {
     "none": ({"init_lora_weights": False}, {}, 1 / math.sqrt(3 * 400)),
     "gaussian": ({"init_lora_weights": "gaussian"}, {}, 1 / 8),
     "Gaussian": ({"init_lora_weights": "Gaussian"}, {}, 1 / 8),
-    "asked for": ({"init_lora_weights": "gaussian"}, {"init": "kaiming"}, 1 / math.sqrt(3 * 400)),
+    "asked for": ({"init_lora_weights": True}, {"init": "gaussian"}, 1 / 8),
     "selected": ({}, {"init": "selector"}, 1 / math.sqrt(400)),
     "eva": ({"init_lora_weights": "eva"}, {}, 1 / math.sqrt(400)),
 }
