@@ -157,7 +157,7 @@ class AdaptedLayer(nn.Module):
     Attributes:
         lora_A: r×in, lora_B: out×r; they stay the same Parameter objects from `attach` to `detach`. An A that selects
             inputs is no Parameter (`cola.lora.selected`).
-        down: what `times` takes for A, usually A itself.
+        lora_down: what `times` takes for A, usually A itself.
         scaling: s.
         lora_dropout: probability that training drops an input of the link (the plain layer's input is never dropped).
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
@@ -306,7 +306,7 @@ class AdaptedLayer(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     @property
-    def down(self) -> Tensor:
+    def lora_down(self) -> Tensor:
         """A."""
         return self.lora_A
 
@@ -331,7 +331,7 @@ class AdaptedLayer(nn.Module):
 
     def link(self, x: Tensor) -> Tensor:
         """``s·B A x`` in x's dtype; dropout, where set, acts on x in training."""
-        A, B = _used(self.down, self.lora_B, x.dtype)
+        A, B = _used(self.lora_down, self.lora_B, x.dtype)
         return self.scaling * F.linear(times(A, F.dropout(x, self.lora_dropout, self.training)), B)
 
     @property
@@ -386,7 +386,7 @@ class LoRALinear(AdaptedLayer):
         plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
         if plain_operations or (dropout and _records(x)):
             return self.reference(x)
-        return LowRankLinear.apply(x, weight, self.bias, self.down, self.lora_B, self.scaling, dropout)
+        return LowRankLinear.apply(x, weight, self.bias, self.lora_down, self.lora_B, self.scaling, dropout)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same function, from ordinary operations."""

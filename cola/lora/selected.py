@@ -31,10 +31,10 @@ class Selected(AdaptedLayer):
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
         """A, r×in, made anew at every call."""
-        return F.one_hot(self.down, self.kind.shape(self.holder)[1]).to(self.lora_B.dtype)
+        return F.one_hot(self.lora_down, self.kind.shape(self.holder)[1]).to(self.lora_B.dtype)
 
     @property
-    def down(self) -> Tensor:
+    def lora_down(self) -> Tensor:
         """The indices, on B's device."""
         if self.lora_columns.device != self.lora_B.device:  # the model has been moved
             self.lora_columns = self.lora_columns.to(self.lora_B.device)
@@ -54,7 +54,7 @@ class Selected(AdaptedLayer):
         columns = A.argmax(1)
         if not torch.equal(F.one_hot(columns, A.shape[1]).to(A.dtype), A):
             raise KnotError('a link with init="selector" and train="B" keeps indices, and this A selects no inputs')
-        self.down.copy_(columns)
+        self.lora_down.copy_(columns)
         copy_whole(self.lora_B, B)
         self.rank, self.scaling = A.shape[0], scaling
 
@@ -67,7 +67,7 @@ class Selected(AdaptedLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         _, strict, missing, *_ = args
         if columns is not None:
-            self.down.copy_(columns)
+            self.lora_down.copy_(columns)
         elif strict:
             missing.append(prefix + "lora_columns")
 
