@@ -134,7 +134,8 @@ def tie_(
     Half-precision weights are summed in fp32 and rounded once. fp32 and fp64 weights are summed in their own precision,
     and the rounding error of this addition is recovered exactly (Knuth's two-sum).
 
-    Rounded to nearest, an R that selects columns, or an L that selects rows, takes the time of these alone.
+    Rounded to nearest, an R that selects columns, or an L that selects rows, takes the time of these alone. The rest
+    keeps its bits, where a sum may change the sign of a zero.
 
     The same call gives the same bits on the same device, with the same library versions, kernels and number of threads.
     Elsewhere the sum of r products may be taken in another order and round differently.
@@ -173,7 +174,6 @@ def _tie_columns(weight: Tensor, columns: Tensor, left: Tensor, scaling: float) 
     part, unit = weight.index_select(1, columns), torch.eye(len(columns), dtype=left.dtype, device=left.device)
     done = _tie_all(part, left, unit, scaling, "nearest", 0, None, None, (0, 0))
     weight.index_copy_(1, columns, part)
-    weight += 0.0  # −0 becomes 0, as in a sum
     return replace(done, weight=_norm(weight))
 
 
