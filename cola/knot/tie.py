@@ -161,7 +161,8 @@ def tie_(
 
 def _selected(right: Tensor) -> Tensor | None:
     """The columns that the rows of R select, if these are different unit vectors."""
-    if not right.numel():  # a shard may have no row
+    # most R are full, which one look shows; a shard may have no row
+    if not right.numel() or torch.count_nonzero(right) != len(right):
         return None
     columns = right.argmax(1)
     units = torch.zeros_like(right).scatter_(1, columns[:, None], 1)
