@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from experiments.files import write_atomically
-from experiments.frontier.families import FAMILIES, FULL, RECOMMENDED, lora
+from experiments.frontier import families
+from experiments.frontier.families import FULL, RECOMMENDED, lora
 from experiments.frontier.frontier import gates, record
 from experiments.frontier.picture import draw_demo
 from experiments.frontier.tasks import TASKS
 from experiments.hardware import cores
-from experiments.methods import Method
-from experiments.study.arms import Arm
 from experiments.study.cells import CHAIN, StudyCell, name, run
 from experiments.study.comparison import Plan, Results, Row, rows
 from experiments.study.setting import Setting
@@ -119,7 +118,8 @@ def make_plan(out: Path, seeds: int, *, smoke: bool = False) -> Plan:
     Raises:
         FileNotFoundError: the model is missing.
     """
-    chosen = {name: _arm(name, rate) for name, rate in RATES.items()}
+    offered = families.arms([RANK], [RECOMMENDED])
+    chosen = {name: replace(offered[name], rates=(rate,), start=rate) for name, rate in RATES.items()}
     setting = TASKS["demo"]
     assert isinstance(setting, Setting)
     setting = replace(setting, keep_chains=True)
@@ -130,13 +130,6 @@ def make_plan(out: Path, seeds: int, *, smoke: bool = False) -> Plan:
                 test_untouched=True)  # fmt: skip
     plan.require_possible()
     return plan
-
-
-def _arm(name: str, rate: float) -> Arm:
-    if name == FULL:
-        return Arm("full fine-tuning", Method("finetune"), (rate,), rate, lora(RANK))
-    family, _, rank = name.rpartition("-")
-    return replace(FAMILIES[family].arm(int(rank)), rates=(rate,), start=rate, reference=lora(RANK))
 
 
 def refuse_divergence(cell: StudyCell, outcome: Outcome) -> None:

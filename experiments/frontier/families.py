@@ -6,11 +6,11 @@ Rank r stands for the bytes of a LoRA of rank r; a method that keeps less per di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.methods import Method
 from experiments.report import style
-from experiments.study.arms import Arm, doubling
+from experiments.study.arms import CEILING, Arm, doubling
 
 ADAPTERS = doubling(5e-4, 9)
 """Learning rates to choose from."""
@@ -74,7 +74,7 @@ def b_alone(
     )
 
 
-FULL = "full"
+FULL = CEILING
 RECOMMENDED = "b-selected"
 
 FAMILIES: Mapping[str, Family] = {
@@ -120,7 +120,7 @@ def arms(ranks: Iterable[int], families: Iterable[str], *, gate: bool = True) ->
             if name in chosen:
                 found[f"{name}-{rank}"] = family.arm(rank)
     for rank in ranks if gate else ():
-        found.setdefault(lora(3 * rank), Arm(f"LoRA, r = {3 * rank}", one_link(3 * rank), ADAPTERS, 8e-3, lora(rank)))
+        found.setdefault(lora(3 * rank), replace(FAMILIES["lora"].arm(3 * rank), start=8e-3, reference=lora(rank)))
     if gate:
         found[FULL] = Arm("full fine-tuning", Method("finetune"), WEIGHTS, 2e-3, lora(ranks[0]))
     return found

@@ -104,15 +104,6 @@ def results(plan):
     return Results(plan, done)
 
 
-def changed(results, **changes):
-    """The results, with other values in the outcomes that have them."""
-    return Results(
-        results.plan,
-        {cell: {key: changes.get(key, lambda c, v: v)(cell, value) for key, value in out.items()}
-         for cell, out in results.done.items()},
-    )  # fmt: skip
-
-
 def test_the_table_compares_with_lora_and_measures_the_gap(results):
     lora, cola, full = found = rows(results)
     assert lora.against is None
