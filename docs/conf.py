@@ -7,7 +7,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # the library, and the extension `from_repository`
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
 
 from cola import __version__  # noqa: E402
 
@@ -21,11 +21,13 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "myst_nb",
+    "repository",
+    "command_help",
+    "folded_tables",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_extensions"]
 html_theme = "furo"
 html_title = f"Chain of LoRA {release}"
-html_static_path = ["_static"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
@@ -40,7 +42,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
-default_role = "code"
+default_role = "py:obj"
 copybutton_exclude = ".linenos, .gp, .go"
 
 
