@@ -1,5 +1,6 @@
 """Sphinx: how `make docs` builds the site. Every code cell is run, and any warning or error fails the build."""
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,8 @@ from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
+
+from nbclient import NotebookClient  # noqa: E402
 
 from cola import __version__  # noqa: E402
 
@@ -28,16 +31,21 @@ extensions = [
 exclude_patterns = ["_build", "_extensions"]
 html_theme = "furo"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"Chain of LoRA {release}"
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_in_temp = True  # pages save chains and checkpoints
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300  # seconds a cell, far above what any needs
 nb_execution_show_tb = True
 nb_merge_streams = True
+NotebookClient.coalesce_streams.default_value = True  # MyST-NB alone puts a line break between two chunks of a line
+# cells print what they do in a script: no note that widgets are missing, and none that DeepSpeed has found no GPU
+os.environ.update(PYTHONWARNINGS="ignore:IProgress not found", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
