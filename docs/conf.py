@@ -10,8 +10,6 @@ from urllib.request import Request, urlopen
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
 
-from nbclient import NotebookClient  # noqa: E402
-
 from cola import __version__  # noqa: E402
 
 project = "Chain of LoRA"
@@ -43,7 +41,6 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell, far above what any needs
 nb_execution_show_tb = True
 nb_merge_streams = True
-NotebookClient.coalesce_streams.default_value = True  # MyST-NB alone puts a line break between two chunks of a line
 # cells print what they do in a script: no note that widgets are missing, and none that DeepSpeed has found no GPU
 os.environ.update(PYTHONWARNINGS="ignore:IProgress not found", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
 
