@@ -27,6 +27,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_extensions"]
 html_theme = "furo"
+html_show_copyright = False
 html_title = f"Chain of LoRA {release}"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -42,6 +43,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 default_role = "py:obj"
 copybutton_exclude = ".linenos, .gp, .go"
 

@@ -17,7 +17,7 @@ def help_of(module: str, *arguments: str) -> str:
     'usage: python -m theory.fw_gap '
     """
     out = io.StringIO()
-    with mock.patch.dict(os.environ, COLUMNS="100"), contextlib.redirect_stdout(out):
+    with mock.patch.dict(os.environ, COLUMNS="92"), contextlib.redirect_stdout(out):
         try:
             importlib.import_module(module).main([*arguments, "--help"])
         except SystemExit as stop:

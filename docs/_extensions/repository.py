@@ -53,18 +53,22 @@ def relink(text: str, folder: Path) -> str:
     return LINK.sub(link, text)
 
 
+def titles(text: str) -> list[str]:
+    """The headings of RESULTS.md in order, without their commands."""
+    return [match[2] for match in HEADING.finditer(text)]
+
+
 def result_page(anchor: str) -> str:
     """The page that includes a section of RESULTS.md.
 
     >>> result_page("rates")
     'results/policies-and-rates'
     """
-    titles = [match[2] for match in HEADING.finditer((ROOT / "experiments" / "RESULTS.md").read_text())]
+    found = titles((ROOT / "experiments" / "RESULTS.md").read_text())
     for page in sorted((DOCS / "results").glob("*.md")):
-        for after, before in re.findall(r':start-after: "## (.*)"\n:end-before: "(?:## )?(.*)"', page.read_text()):
-            first = titles.index(after)
-            last = titles.index(before) if before in titles else len(titles)
-            if anchor in map(make_id, titles[first:last]):
+        for after, before in re.findall(r':start-after: "## (.*)"\n(?::end-before: "## (.*)")?', page.read_text()):
+            sections = found[found.index(after) : found.index(before) if before else None]
+            if anchor in map(make_id, sections):
                 return f"results/{page.stem}"
     raise ValueError(f"no page in docs/results includes the section #{anchor} of experiments/RESULTS.md")
 
@@ -72,7 +76,7 @@ def result_page(anchor: str) -> str:
 def arrange_results(text: str) -> str:
     """RESULTS.md with all its sections on one level: a heading, the section's pictures, its command, the rest.
 
-    >>> print(arrange_results('### The map: `map`\\n\\nText.\\n\\n![Map](map.png)\\n'))
+    >>> print(arrange_results("### The map: `map`\\n\\nText.\\n\\n![Map](map.png)\\n"))
     ## The map
     <BLANKLINE>
     ![Map](map.png)
