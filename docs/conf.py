@@ -1,5 +1,6 @@
 """Sphinx: how `make docs` builds the site. Every code cell is run, and any warning or error fails the build."""
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,11 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_execution_show_tb = True
 nb_merge_streams = True
+# for the kernels: pages show what a chain says, without progress bars, and nothing is looked for on the hub
+os.environ.update(
+    TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error", DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore::UserWarning,ignore::FutureWarning",
+)  # fmt: skip
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
