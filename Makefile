@@ -38,7 +38,8 @@ test-kernels: $(STAMP)
 
 # -W: a warning fails the build, as an error in a code cell does
 docs: $(STAMP)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m sphinx -q -W --keep-going -b html -j $(JOBS) docs docs/_build/html
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/python -m sphinx -q -W --keep-going -b html -j $(JOBS) docs docs/_build/html
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

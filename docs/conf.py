@@ -29,21 +29,28 @@ extensions = [
 exclude_patterns = ["_build", "_extensions"]
 html_theme = "furo"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"Chain of LoRA {release}"
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_in_temp = True  # pages save chains and checkpoints
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300  # seconds a cell, far above what any needs
 nb_execution_show_tb = True
 nb_merge_streams = True
-# for the kernels: pages show what a chain says, without progress bars, and nothing is looked for on the hub
+# cells print what they do in a script, but no progress bars and no notices of other libraries
 os.environ.update(
-    TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1",
-    TRANSFORMERS_VERBOSITY="error", DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore::UserWarning,ignore::FutureWarning",
-)  # fmt: skip
+    TQDM_DISABLE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    DS_ACCELERATOR="cpu",
+    PYTHONWARNINGS="ignore:IProgress not found,ignore::UserWarning,ignore::FutureWarning",
+)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -30,6 +30,13 @@ def test_every_command_is_in_the_reference(capsys):
     assert expected | {"theory.fw_gap", "theory.llm_gap"} <= shown
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_cells_call_commands_so_that_a_failure_is_seen(page):
+    """IPython goes on after a failed ``!command``; ``%%bash`` raises."""
+    for cell in re.findall(r"```\{code-cell\}.*?```", page.read_text(), re.DOTALL):
+        assert not re.search(r"^\s*!", cell, re.MULTILINE), cell
+
+
 @pytest.fixture
 def extension(monkeypatch):
     pytest.importorskip("sphinx")
