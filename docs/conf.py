@@ -41,8 +41,16 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell, far above what any needs
 nb_execution_show_tb = True
 nb_merge_streams = True
-# cells print what they do in a script: no note that widgets are missing, and none that DeepSpeed has found no GPU
-os.environ.update(PYTHONWARNINGS="ignore:IProgress not found", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
+# cells print what they do in a script, but no progress bars and no notices of other libraries
+os.environ.update(
+    TQDM_DISABLE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    DS_ACCELERATOR="cpu",
+    PYTHONWARNINGS="ignore:IProgress not found,ignore::UserWarning,ignore::FutureWarning",
+)
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

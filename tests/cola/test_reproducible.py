@@ -36,7 +36,12 @@ def test_every_promise_names_a_condition_and_a_test_that_exists():
 
 PROMISING = [
     path
-    for path in (*ROOT.glob("*/README.md"), ROOT / "README.md", ROOT / "cola/chain/FORMAT.md", *ROOT.glob("docs/*/*.md"))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "cola/chain/FORMAT.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("docs/*/*.md"),
+    )
     if path.name != "reproducibility.md" and re.search(r"bit for bit|to the bit|same bits", path.read_text())
 ]
 
