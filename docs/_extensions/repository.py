@@ -20,7 +20,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "cola/chain/FORMAT.md": "reference/file-format",
     "cola/integrations/README.md": "how-to/index",
-    "experiments/README.md": "reference/command-line",
+    "experiments/README.md": "reference/experiments",
     "experiments/RESULTS.md": "results/index",
     "theory/README.md": "explanation/theory",
 }
