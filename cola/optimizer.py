@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from cola.checkpoint.state import arguments_of
 from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import agreed_mean
+from cola.knot import merged
 from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
 from cola.knot.transaction import Knot
 from cola.lora.config import LinkConfig
@@ -130,7 +131,7 @@ class ChainOptimizer(Resumable):
         self._bound: list[nn.Parameter] | None = self._all_trained()
         self.steps = 0
         self.finished = False
-        self._knotting = False
+        self._knotting = self._merged = False
         self._held = {}
         self._untrained = Untrained()
         self._probed: list[int] = []  # groups whose state comes from a probe step
@@ -161,8 +162,8 @@ class ChainOptimizer(Resumable):
             KnotError: the link is not finite; the knot has changed nothing, and the step stands.
             RuntimeError: after `finish`, or a loaded state does not belong to the model's weights.
         """
-        if self.finished:
-            if closure is None and rates_are_zero(self.base.param_groups):
+        if self.finished or self._merged:
+            if self.finished and closure is None and rates_are_zero(self.base.param_groups):
                 return None  # distributed checkpointing wants state to be created, and there is nothing left to train
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
@@ -214,6 +215,7 @@ class ChainOptimizer(Resumable):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's; also forgets the losses of the gradients."""
+        self._require_unmerged("zero_grad()")
         self._losses.drop(self.base.param_groups)
         self.base.zero_grad(set_to_none=set_to_none)
 
@@ -258,11 +260,8 @@ class ChainOptimizer(Resumable):
             self._require_trainable()
         else:
             require_removable(self.live)
-        # even if the link is untrained, other parameters may have changed
-        trained = bool(self.live.trained()) and self.steps > self._tied_at()
         self._untrained.end(self.live, self.steps, self._tied_at())
-        given_back = bool(self.live.starts) and self.steps > 0  # only a tie restores the start to the bit
-        if merge and (not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()):
+        if merge and self._has_something_to_tie():
             report = self._knot(extend=False)
         else:
             report = None
@@ -270,10 +269,61 @@ class ChainOptimizer(Resumable):
             if merge:
                 self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
-        plan = self.policy.unreached(self.steps)
-        if plan:
-            logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
+        shortfall = self.policy.shortfall(self.steps, one_link=report is not None and not report.index)
+        if shortfall:
+            logger.warning("%s", shortfall)
         return report
+
+    def __enter__(self) -> Self:
+        self._require_running("with")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """`finish`, unless the block raised: then the model stays chained, for a checkpoint or `finish(merge=False)`."""
+        if kind is None and not self.finished:
+            self.finish()
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """The merged model in mid-run, to evaluate or save: ``with opt.merged() as model:``.
+
+        Inside the block the model is as `finish` would leave it: plain classes, the original state-dict keys and
+        ``requires_grad``, and the live link in the weights. After it training goes on bit for bit, also if the block
+        raises: weights, gradients, buffers, modes (``model.eval()``) and the base's state are as before. Torch's
+        global random states are left to the block. Of a PeftModel ``model.unload()`` is the plain model, as after
+        `finish`. After `finish` the block just gets the model.
+
+        It takes the memory of a copy of the adapted weights and of the model's buffers; of the parameters trained
+        alongside too if the base has modes (schedule-free), and of the residuals of compensated rounding. Call it
+        between steps: a loss that waits for its backward does not survive it.
+
+        Yields:
+            The model that was passed in.
+
+        Raises:
+            KnotError: the link is not finite, or a layer was changed from outside; nothing has changed.
+            RuntimeError: the model is sharded (FSDP2), or inside another such block. In the block, of whatever trains,
+                ties, saves or loads.
+
+        >>> from cola import NeverKnots
+        >>> link = LinkConfig(r=1, target_modules="all-linear")
+        >>> opt = ChainOptimizer(torch.optim.SGD, nn.Sequential(nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> with opt.merged() as model:
+        ...     sorted(model.state_dict())
+        ['0.bias', '0.weight']
+        """
+        if self.finished:
+            yield self.model
+            return
+        self._require_running("merged()")
+        merged.require_mergeable(self)
+        self._require_trainable()
+        with merged.merged(self):
+            self._merged = True
+            try:
+                yield self.model
+            finally:
+                self._merged = False
 
     # everything else that a user calls; saving and loading are in Resumable
 
@@ -421,12 +471,25 @@ class ChainOptimizer(Resumable):
         self._bound, self._held, self.finished = None, {}, True
         self.chain.live = False
 
+    def _has_something_to_tie(self) -> bool:
+        """Whether the live link changes the model, or something else has changed that its knot would record."""
+        trained = bool(self.live.trained()) and self.steps > self._tied_at()
+        given_back = bool(self.live.starts) and self.steps > 0  # only a tie restores the start to the bit
+        return not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()
+
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0
 
     def _require_running(self, call: str) -> None:
         if self.finished:
             raise RuntimeError(f"{call} after finish(): this chain is complete; make a new ChainOptimizer to go on")
+        self._require_unmerged(call)
+
+    def _require_unmerged(self, call: str) -> None:
+        if self._merged:
+            raise RuntimeError(
+                f"{call} inside `with opt.merged()`: the live link is tied for the block only; leave the block first"
+            )
 
     def _require_outside_a_knot(self, call: str) -> None:
         if self._knotting:

@@ -27,7 +27,7 @@ FLOORS = [
     ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk"],
     ["cola.chain.peft_targets", "cola.chain.peft_export", "cola.chain.peft_import", "cola.chain.chain"],
     ["cola.wrapper.real_steps", "cola.wrapper.loss_meter", "cola.wrapper.wrapper", "cola.wrapper.link_groups"],
-    ["cola.knot.transaction"],
+    ["cola.knot.transaction", "cola.knot.merged"],
     ["cola.checkpoint.base_model", "cola.checkpoint.state", "cola.checkpoint.directory", "cola.checkpoint.state_dict"],
     ["cola.checkpoint.restore", "cola.checkpoint.resumable"],
     ["cola.optimizer", "cola.knot.learning_rate", "cola"],

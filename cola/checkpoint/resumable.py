@@ -151,6 +151,7 @@ class Resumable(LinkGroups):
         Raises:
             KnotError: a layer with a link was changed from outside (merged by PEFT, replaced, …); names it.
         """
+        self._require_unmerged("state_dict()")
         for before in list(self._optimizer_state_dict_pre_hooks.values()):
             before(self)
         state = to_state_dict(self._state())
@@ -177,6 +178,7 @@ class Resumable(LinkGroups):
             RuntimeError: in a listener of `on_knot`.
         """
         self._require_outside_a_knot("load_state_dict()")
+        self._require_unmerged("load_state_dict()")
         state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = before(self, state_dict)
@@ -457,3 +459,5 @@ class Resumable(LinkGroups):
         def _require_running(self, call: str) -> None: ...
 
         def _require_outside_a_knot(self, call: str) -> None: ...
+
+        def _require_unmerged(self, call: str) -> None: ...
