@@ -279,7 +279,7 @@ class ChainOptimizer(Resumable):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """`finish`, unless the block raised: then the model stays chained, for a checkpoint or `finish(merge=False)`."""
+        """`finish`, unless the block raised: then nothing is tied, and the model stays chained."""
         if kind is None and not self.finished:
             self.finish()
 

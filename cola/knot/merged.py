@@ -1,4 +1,4 @@
-"""The merged model in the middle of a run: the live link is tied for a while, then everything is put back to the bit."""
+"""The merged model in mid-run: the live link is tied for a while, then everything is put back to the bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""`with opt.merged()`: inside, the model that a twin's `finish` gives; after it, the run of a twin that had no block."""
+"""`with opt.merged()`: inside, the model that a twin's `finish` gives; after it, the run of a twin without it."""
 
 import contextlib
 import copy
@@ -78,15 +78,9 @@ def bits(model):
 
 def same(one, two):
     """Keys in order, and values bit for bit: signs of zeros count."""
-    pairs = zip(one.values(), two.values())
-    return (
-        list(one) == list(two)
-        and all(a.dtype == b.dtype and torch.equal(a.sign(), b.sign()) for a, b in pairs)
-        and all(
-            torch.equal(torch.signbit(a), torch.signbit(b)) and torch.equal(a, b)
-            for a, b in zip(one.values(), two.values())
-        )
-    )
+    pairs = list(zip(one.values(), two.values()))
+    equal = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return list(one) == list(two) and equal and all(torch.equal(a.signbit(), b.signbit()) for a, b in pairs)
 
 
 def about(model):
