@@ -19,7 +19,7 @@ from cola.common.distributed import agreed_mean
 from cola.knot import merged
 from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
 from cola.knot.transaction import Knot
-from cola.lora.config import LinkConfig
+from cola.lora.config import LinkConfig, link_config_of
 from cola.lora.coverage import Coverage, announced, covered
 from cola.lora.integrity import require_removable, warn_of_loaded_link, weights_of
 from cola.lora.link import KnotReport
@@ -50,7 +50,7 @@ class ChainOptimizer(Resumable):
         base: an optimizer class, or any callable ``params -> Optimizer``.
         model: any module; adapted in place, and its other parameters are frozen until `finish`.
         policy: when to tie.
-        link: settings of the links.
+        link: settings of the links; PEFT's LoraConfig is understood, and refused where it says more.
         rounding: how a tie rounds: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest
             for fp32 and fp64 weights and the measured best for half precision.
         quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them next to the weight and
@@ -103,7 +103,7 @@ class ChainOptimizer(Resumable):
         reset: Reset = "state",
         **base_kwargs: Any,
     ) -> None:
-        require_base(base)
+        require_base(base, base_kwargs)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module (not its parameters)")
         if not isinstance(policy, KnotPolicy):
@@ -111,8 +111,7 @@ class ChainOptimizer(Resumable):
                 f"policy={policy!r} must be a KnotPolicy object, e.g. PlateauKnots() or "
                 "EvenKnots(length=3, total_steps=n); for a single link use NeverKnots()"
             )
-        if not isinstance(link, LinkConfig):
-            raise TypeError(f"link={link!r} must be a LinkConfig")
+        link = link_config_of(link)
         require_reset(reset, link.known_ranks())
         self._factory, self._base_kwargs = base, base_kwargs
         self.policy, self.reset = policy, reset

@@ -116,8 +116,8 @@ class Before:
             tensor.copy_(value)
         for path, parts in self.codes.items():
             quantized.put_parts(live.layers[path].holder, parts)
-        for identity, hooks, entries in self.hooks:
-            kept = {key: hook for key, hook in entries.items() if key in hooks or key == identity}
+        for identity, hooks, former in self.hooks:
+            kept = {key: hook for key, hook in former.items() if key in hooks or key == identity}
             later = {key: hook for key, hook in hooks.items() if key not in kept}
             hooks.clear()
             hooks.update({**kept, **later})
