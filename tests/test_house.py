@@ -36,7 +36,7 @@ FLOORS = [
     ["cola.wrapper.real_steps", "cola.wrapper.loss_meter", "cola.wrapper.wrapper", "cola.wrapper.link_groups"],
     ["cola.knot.transaction", "cola.knot.merged"],
     ["cola.checkpoint.base_model", "cola.checkpoint.state", "cola.checkpoint.directory", "cola.checkpoint.state_dict"],
-    ["cola.checkpoint.restore", "cola.checkpoint.resumable"],
+    ["cola.checkpoint.restore", "cola.checkpoint.untied_link", "cola.checkpoint.resumable"],
     ["cola.optimizer", "cola.knot.learning_rate", "cola"],
     ["cola.integrations", "cola.integrations.checkpoints", "cola.integrations.references"],
     ["cola.integrations.settings", "cola.integrations.transformers", "cola.integrations.lightning"],

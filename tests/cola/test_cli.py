@@ -273,7 +273,7 @@ BAD = {
     "no such chain": (["inspect", "{tmp}/nowhere"], "is not a directory"),
     "no such base": (["merge", "{run}/chain", "--base", "{tmp}/nowhere", "--out", "{tmp}/x"], "no such directory"),
     "rank 0": (["export", "{run}/chain", "--out", "{tmp}/x", "--rank", "0"], "r=0 must be a positive integer"),
-    "upto": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{tmp}/x", "--upto", "9"], "upto=9 is outside"),
+    "upto": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{tmp}/x", "--upto", "9"], "--upto 9: the chain has 3 links"),
     "no adapter": (["import", "{run}/chain", "--out", "{tmp}/x"], "adapter_config.json is missing"),
     "the base as out": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{run}/base"], "is the base itself"),
     "a chain as out": (["import", "{run}/adapter", "--out", "{run}/chain"], "holds chain.json: give another directory"),
