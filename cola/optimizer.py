@@ -28,6 +28,7 @@ from cola.lora.names import called
 from cola.lora.trainable import warn_of_half
 from cola.lora.untrained import Untrained
 from cola.policies import KnotPolicy, Signal
+from cola.wrapper.frameworks import warn_of_bare_framework
 from cola.wrapper.loss_meter import LossMeter
 from cola.wrapper.real_steps import moves, rates_are_zero, stateless
 from cola.wrapper.wrapper import require_base
@@ -131,6 +132,7 @@ class ChainOptimizer(Resumable):
         self.steps = 0
         self.finished = False
         self._knotting = self._merged = False
+        self._integrated = False  # whether an integration finishes the chain, or the user was told that none does
         self._held = {}
         self._untrained = Untrained()
         self._probed: list[int] = []  # groups whose state comes from a probe step
@@ -385,6 +387,9 @@ class ChainOptimizer(Resumable):
         self._require_weights()
         if self._bound is not None:
             self._require_trainable()
+        if not self._integrated:
+            self._integrated = True  # once is enough
+            warn_of_bare_framework()
         if not self.steps:
             self._require_given_back()
             warn_of_loaded_link(self.live)

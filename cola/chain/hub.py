@@ -37,13 +37,13 @@ def load_base(
         OSError: transformers cannot find or read it.
         ImportError: transformers is not installed.
     """
+    directory, name = Path(name).expanduser(), os.path.expanduser(name)
+    if not directory.is_dir() and _is_a_path(name):
+        raise ValueError(f"--base {name}: there is no such directory")
     try:
         import transformers
     except ImportError:
         raise ImportError("this command loads models with transformers: pip install transformers") from None
-    directory, name = Path(name).expanduser(), os.path.expanduser(name)
-    if not directory.is_dir() and _is_a_path(name):
-        raise ValueError(f"--base {name}: there is no such directory")
     local = {"trust_remote_code": trust_remote_code, "local_files_only": offline or directory.is_dir()}
     try:
         with _quiet(transformers):

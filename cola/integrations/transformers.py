@@ -106,6 +106,7 @@ class ChainCallback(TrainerCallback):
         self.reports: list[KnotReport] = []
         self.losses: list[Tensor] = []  # of the step's micro-batches
         opt.on_knot(self.reports.append)
+        opt._integrated = True
         step = trainer.training_step
 
         @functools.wraps(step)
