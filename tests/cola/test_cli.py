@@ -352,9 +352,8 @@ def test_help_and_version(capsys, monkeypatch):
             assert all(option in text for option in ("--json", "--out", "--seed"))
             assert "None" not in text
             required = {"--base", "--out"} if arguments != ["export"] else {"--out"}
-            for line in (line.strip() for line in text.splitlines() if line.startswith("  -")):
-                said = "default: " in line or line.split()[0] in {"-h,", *required}
-                assert said, line
+            for option in text[text.index("options:") :].split("\n  -")[1:]:
+                assert "default: " in option or f"-{option.split()[0]}" in {"-h,", *required}, option
     with pytest.raises(SystemExit) as left:
         main(["export"])
     assert left.value.code == 2
@@ -430,11 +429,13 @@ def test_tables_come_without_matplotlib_too(made, tmp_path, capsys, monkeypatch)
 
 
 def test_a_directory_is_looked_for_before_any_hub(made, tmp_path, monkeypatch, capsys):
-    """Whatever asks a hub would call this."""
     from huggingface_hub import file_download
 
+    asked = []
+
     def ask(*args, **kwargs):
-        raise AssertionError("a hub was asked")
+        asked.append(args)
+        raise OSError("there is no network here")
 
     monkeypatch.setattr(file_download, "get_hf_file_metadata", ask)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -451,6 +452,9 @@ def test_a_directory_is_looked_for_before_any_hub(made, tmp_path, monkeypatch, c
         command = ["merge", "chain", "--base", base, "--out", str(tmp_path / "out"), *words]
         assert main(command) == (message is not None), base
         assert (message or "") in capsys.readouterr().err
+    assert not asked
+    assert main(["merge", "chain", "--base", "nowhere", "--out", str(tmp_path / "out")]) == 1
+    assert asked
 
 
 def test_help_is_fast_to_load():
