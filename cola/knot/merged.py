@@ -46,6 +46,7 @@ def merged(opt: Any) -> Iterator[None]:
             else:
                 opt.live.starts.drop()
             opt.live.detach(spent=True)
+            before.remind()
             quantized.hold_layout(unwrap(opt.live.model))  # an evaluation would rearrange the codes
         yield
     finally:
@@ -63,6 +64,7 @@ class Before:
         self.checks = opt._loaded, opt._given_back
         carriers = [layer for layer in live.layers.values() if isinstance(layer, PeftLayer)]
         holders = {id(layer.holder): layer.holder for layer in live.layers.values()}
+        self.peft = bool(carriers)
         handles = [opt._losses.handle, *opt._base_model.handles, *(layer.hook for layer in carriers)]
         self.handles: list[RemovableHandle] = handles
         self.hooks = [(handle.id, hooks, dict(hooks)) for handle in handles for hooks in _dicts(handle)]
@@ -91,6 +93,12 @@ class Before:
         self.live.residuals = {path: residual.clone() for path, residual in self.residuals.items()}
         for handle in self.handles:
             handle.remove()
+
+    def remind(self) -> None:
+        """Let PEFT's ``save_pretrained`` warn in the block too: its layers stay, with nothing in them."""
+        if self.peft:
+            self.live.note.merged, self.live.note.told = True, False
+            self._put_saves_back()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -121,14 +129,17 @@ class Before:
             later = {key: hook for key, hook in hooks.items() if key not in kept}
             hooks.clear()
             hooks.update({**kept, **later})
-        for module, save in self.saves:
-            if save is not None:
-                vars(module)["save_pretrained"] = save
-        live.note.told = self.told
+        self._put_saves_back()
+        live.note.merged, live.note.told = False, self.told
         for parameter, requires_grad, grad, _ in self.parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         self.opt._loaded, self.opt._given_back = self.checks
+
+    def _put_saves_back(self) -> None:
+        for module, save in self.saves:
+            if save is not None:
+                vars(module)["save_pretrained"] = save
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -63,13 +63,17 @@ def peft_steps(opt, numbers):
 @pytest.mark.parametrize(
     "changes", [{}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"v_proj": 2}}], ids=["plain", "head", "pattern"]
 )
-def test_pefts_layers_stay_with_a_link_of_zeros_and_can_be_unloaded(changes, steps, tmp_path):
+def test_pefts_layers_stay_with_a_link_of_zeros_and_can_be_unloaded(changes, steps, tmp_path, caplog):
     opt = peft_run(**changes)
     peft_steps(opt, range(steps))
     twin, finished = copy.deepcopy(opt), copy.deepcopy(opt)
     finished.finish()
     with opt.merged() as model:
         assert same(states(model), states(finished.model))
+        model.save_pretrained(tmp_path / "adapter")
+        model.save_pretrained(tmp_path / "adapter")
+        (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("save_pretrained()")]
+        assert "writes an adapter of zeros here" in said
         plain = model.unload()
         assert same(states(plain), states(finished.model.unload()))
         plain.save_pretrained(tmp_path)
