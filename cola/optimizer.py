@@ -45,7 +45,7 @@ class ChainOptimizer(Resumable):
     Puts a low-rank link ``W x + s·B A x`` on the target layers and gives the factors to the base optimizer. After each
     real `step` the policy decides whether to tie a knot: ``W ← W + s·B A``, a new draw of A, zero for B, and fresh
     state of the base optimizer for the factors. Other trained parameters (biases, ``modules_to_save``) keep their
-    state.
+    state. ``with ChainOptimizer(...) as opt:`` calls `finish` at the end of the block, unless the block raises.
 
     Args:
         base: an optimizer class, or any callable ``params -> Optimizer``.
@@ -247,6 +247,8 @@ class ChainOptimizer(Resumable):
         Args:
             merge: False drops the live link instead of tying it. If it started at a product, the weights take that
                 back, rounded once more, so they equal the chain's within that rounding.
+
+        A warning says so if no knot was tied in the run, though the policy could tie some, or if it had planned more.
 
         Returns:
             The last knot's report; None if the link was dropped, or untrained with nothing else to record.

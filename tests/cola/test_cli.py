@@ -211,8 +211,12 @@ def test_a_base_in_mixed_precision_is_loaded_as_it_was(tmp_path, capsys):
         assert "FAIL" not in capsys.readouterr().out
 
 
-def test_merge_gives_the_trained_model(run, tmp_path):
+def test_merge_gives_the_trained_model(run, tmp_path, capsys):
+    from transformers.utils import logging
+
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
+    assert "%|" not in capsys.readouterr().err  # no progress bars in a pipe
+    assert logging.is_progress_bar_enabled()
     assert same(weights(tmp_path), weights(run / "merged"))
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path), "--upto", "0"]) == 0
     assert same(weights(tmp_path), weights(run / "base"))

@@ -199,6 +199,15 @@ def test_attach_wants_a_trainer():
         attach(tiny_opt(), torch.optim.AdamW, NeverKnots())
 
 
+def test_attach_understands_a_lora_config(tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = trainer_of(tiny_opt(), tmp_path)
+    with pytest.raises(ValueError, match=r"link=LoraConfig\(\.\.\.\): use_dora=True"):
+        attach(trainer, torch.optim.AdamW, NeverKnots(), link=peft.LoraConfig(use_dora=True))
+    opt = attach(trainer, torch.optim.AdamW, NeverKnots(), link=peft.LoraConfig(r=2, lora_alpha=3))
+    assert opt.live.config == LinkConfig(r=2, lora_alpha=3, rank_change="mask")
+
+
 class Bare(transformers.Trainer):
     """A user's own trainer."""
 
