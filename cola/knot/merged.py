@@ -77,14 +77,16 @@ class Before:
         self.parameters = [(p, p.requires_grad, p.grad, None if odd_storage(p) else p.data) for p in held.values()]
         self.starts = dict(live.starts.of), dict(live.starts._untouched)
         self.residuals, self.originals = live.residuals, {path: replace(o) for path, o in live.originals.items()}
-        changed: list[Tensor] = [layer.weight for layer in live.layers.values() if not layer.kind.quantized]
+        dense = [layer.holder for layer in live.layers.values() if not layer.kind.quantized]
+        changed: list[Tensor] = [p for module in dense for p in module._parameters.values() if p is not None]
         changed += [layer.lora_B for layer in carriers]
-        changed += [b for m in model.modules() if id(m) not in holders for b in m._buffers.values() if b is not None]
+        codes = {id(layer.holder) for layer in live.layers.values() if layer.kind.quantized}
+        changed += [b for m in model.modules() if id(m) not in codes for b in m._buffers.values() if b is not None]
         if callable(getattr(opt.base, "eval", None)):  # moves what it trains
             changed += [p for group in opt.param_groups for p in group["params"]]
         self.values = [(tensor, tensor.detach().clone()) for tensor in changed if not tensor.is_meta]
-        codes = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
-        self.codes = {path: {name: part.clone() for name, part in parts.items()} for path, parts in codes.items()}
+        parts = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
+        self.codes = {path: {name: part.clone() for name, part in own.items()} for path, own in parts.items()}
 
     def set_aside(self) -> None:
         """Take gradients, residuals and hooks away from the block."""
