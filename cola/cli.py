@@ -17,6 +17,7 @@ from cola.chain.hub import load_base, save_merged
 from cola.chain.on_disk import CHAIN, CHECKPOINT
 from cola.chain.plot import draw
 from cola.checkpoint.directory import read_run
+from cola.checkpoint.untied_link import UntiedLink, read_untied_link
 from cola.common.version import __version__
 from cola.knot.tie import RECORDED
 
@@ -45,10 +46,11 @@ Answer = tuple[dict[str, Any], str, int]  # machine-readable, readable, exit sta
 
 def inspect(arguments: argparse.Namespace) -> Answer:
     """Show a chain's links, layers, norms, ranks and overlaps, and draw a picture."""
-    chain = Chain.load(arguments.directory)
+    chain, untied = _read(arguments.directory)
     result: dict[str, Any] = {
         "directory": str(arguments.directory),
         "links": [_link(chain, i) for i in range(len(chain))],
+        "live": _live(untied),
         "missing": chain.missing,
         "base": None if chain.base is None else {"name": chain.base.name, "digest": chain.base.digest},
         "layers": _layers(chain),
@@ -60,16 +62,22 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     rows = [[x[key] for key in shown] for x in result["links"]]
     header = ["link", "step", "rank", "‖ΔW‖", "lost", "loss", "overlap out", "in", "seed"]
     lines += ["", _table(header, rows), "", "overlap: share of the link's directions that the link before it used"]
+    if untied is not None:
+        report = untied.link.report
+        lines += ["", f"{untied}, is not included: rank {report.rank}, ‖ΔW‖ {report.delta_norm:.4g}"]
     if result["layers"]:
         header = ["layer", "out×in", "rank of Σ", "‖ΣΔW‖", *(f"‖ΔW_{k}‖" for k in range(min(len(chain), 8)))]
         layers = result["layers"].items()
         lines += ["", _table(header, [[n, x["shape"], x["rank"], x["norm"], *x["norms"][:8]] for n, x in layers])]
     if result["layers"] and not arguments.no_plot:
-        out = arguments.out or arguments.directory
-        write(out / "inspect.png", draw(chain))
+        out, wrote = arguments.out or arguments.directory, "inspect.json"
+        try:
+            write(out / "inspect.png", draw(chain))
+            result["figure"], wrote = str(out / "inspect.png"), "inspect.png and inspect.json"
+        except ImportError as error:  # the tables need no picture
+            lines += ["", f"no picture: {error}"]
         write(out / "inspect.json", json.dumps(_plain(result), indent=1).encode())
-        result["figure"] = str(out / "inspect.png")
-        lines += ["", f"wrote {out / 'inspect.png'} and inspect.json"]
+        lines += ["", f"wrote {wrote} to {out}"]
     return result, "\n".join(lines), 0
 
 
@@ -89,11 +97,13 @@ def verify(arguments: argparse.Namespace) -> Answer:
     chain = check("files are whole and unchanged", lambda: Chain.load(arguments.directory))
     if (arguments.directory / CHECKPOINT[0]).exists():
         check("the run's state is whole", lambda: read_run(arguments.directory))
+    untied: UntiedLink | None = None
     if chain is not None:
         check("all links are there", lambda: chain.complete("verify"))
         check("factors are finite", lambda: _require_finite(chain))
-    if all(problem is None for _, problem in checks):
-        model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
+    if chain is not None and all(problem is None for _, problem in checks):
+        untied = read_untied_link(arguments.directory, chain)
+        model = _base(arguments, chain)
         name = "base is the one that the chain was trained on"
         if chain.base is None:
             name = "layers fit the base (the base that the chain was trained on is not recorded)"
@@ -108,12 +118,15 @@ def verify(arguments: argparse.Namespace) -> Answer:
         "directory": str(arguments.directory),
         "base": arguments.base,
         "ok": not failed,
+        "live": _live(untied),
         "checks": [{"check": name, "ok": problem is None, "problem": problem} for name, problem in checks],
     }
     lines = [
         f"{'ok  ' if problem is None else 'FAIL'}  {name}" + (f": {problem}" if problem else "")
         for name, problem in checks
     ]
+    if untied is not None:
+        lines.append(f"note  {untied}, is not included: it is in the checkpoint alone")
     if arguments.out is not None:
         write(arguments.out / "verify.json", json.dumps(_plain(result), indent=1).encode())
     return result, "\n".join(lines), int(failed)
@@ -125,29 +138,40 @@ def merge(arguments: argparse.Namespace) -> Answer:
         raise ValueError(
             f"--out {arguments.out} is the base itself: the chain needs the untouched base, so save elsewhere"
         )
-    chain = Chain.load(arguments.directory)
+    chain, untied = _read(arguments.directory, live=arguments.live)
+    if arguments.upto is not None:
+        if arguments.live:
+            raise ValueError("--live ties all links and --upto the first ones: give one of them")
+        if not 0 <= arguments.upto <= len(chain):
+            raise ValueError(f"--upto {arguments.upto}: the chain has {len(chain)} links, so give 0 to {len(chain)}")
+    chain.complete("merge")
     if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
         raise ValueError(
             "the chain's links are stacked on quantised weights, where from_pretrained would not look for them: write "
             "an adapter by cola export, and load that on the base"
         )
-    model = load_base(arguments.base, chain, trust_remote_code=arguments.trust_remote_code, seed=arguments.seed)
+    model = _base(arguments, chain)
     chain.apply(model, upto=arguments.upto)
-    save_merged(model, arguments.out, arguments.base, trust_remote_code=arguments.trust_remote_code)
+    options = {"trust_remote_code": arguments.trust_remote_code, "offline": arguments.offline}
+    save_merged(model, arguments.out, arguments.base, **options)
     count = len(chain) if arguments.upto is None else arguments.upto
-    result = {"base": arguments.base, "links": count, "out": str(arguments.out)}
-    return result, f"tied {count} links into {arguments.base}, and saved the model to {arguments.out}", 0
+    result = {"base": arguments.base, "links": count, "live": _live(untied, arguments.live), "out": str(arguments.out)}
+    text = f"tied {count} link{'' if count == 1 else 's'} into {arguments.base}, and saved the model to {arguments.out}"
+    return result, _with_note(text, untied, arguments.live), 0
 
 
 def export(arguments: argparse.Namespace) -> Answer:
     """Write a chain as one PEFT adapter for the original base."""
-    chain = Chain.load(arguments.directory)
+    chain, untied = _read(arguments.directory, live=arguments.live)
+    if untied is not None and not len(chain):
+        raise ValueError(f"no link is tied yet, and {untied}, is not included: --live exports it")
     chain.to_peft(arguments.out, r=arguments.rank, base_model=arguments.base)
     account = json.loads((arguments.out / "export.json").read_text())
     columns = account["ranks"].items(), account["norm"].values(), account["error"].values()
     rows = [[*layer, norm, error, error / norm if norm else 0.0] for layer, norm, error in zip(*columns)]
     table = _table(["layer", "rank", "‖ΔW‖", "error", "relative"], rows)
-    return {"out": str(arguments.out), **account}, f"{table}\n\nwrote the adapter to {arguments.out}", 0
+    text = _with_note(f"{table}\n\nwrote the adapter to {arguments.out}", untied, arguments.live)
+    return {"out": str(arguments.out), "live": _live(untied, arguments.live), **account}, text, 0
 
 
 def import_(arguments: argparse.Namespace) -> Answer:
@@ -162,14 +186,25 @@ def import_(arguments: argparse.Namespace) -> Answer:
     return result, f"{len(chain.layers())} layers of rank {ranks} are link 0 of the chain in {arguments.out}", 0
 
 
+class _Help(argparse.HelpFormatter):
+    """Says every option's default that its help does not say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if not action.option_strings or action.required or action.default == argparse.SUPPRESS or "default" in text:
+            return text
+        return f"{text} (default: {'off' if action.default is False else action.default})"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cola", description="Work with chains of LoRAs on disk.")
+    about = "Work with chains of LoRAs on disk."
+    parser = argparse.ArgumentParser(prog="cola", description=about, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"cola {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], Answer], directory: str) -> argparse.ArgumentParser:
         summary = (run.__doc__ or "").strip()
-        sub = commands.add_parser(name, help=summary, description=summary)
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
         sub.set_defaults(run=run, base=None)
         sub.add_argument("directory", type=Path, metavar="DIR", help=directory)
         sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -177,10 +212,14 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def base(sub: argparse.ArgumentParser) -> None:
-        source = "model directory or hub name of the untouched base"
+        source = "the untouched base: a model directory or, if there is none of this name, a hub name"
         sub.add_argument("--base", required=True, metavar="MODEL", help=source)
-        trust = "run code that comes with the base (default: off)"
-        sub.add_argument("--trust-remote-code", action="store_true", help=trust)
+        sub.add_argument("--offline", action="store_true", help="ask no hub: a directory, or the hub's cache")
+        sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
+
+    def live(sub: argparse.ArgumentParser, does: str) -> None:
+        what = f"{does} a checkpoint's live link too, as opt.finish() would tie it"
+        sub.add_argument("--live", action="store_true", help=what)
 
     chain = "directory of a chain or of a checkpoint"
     sub = command("inspect", inspect, chain)
@@ -192,18 +231,57 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("merge", merge, chain)
     base(sub)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the merged model goes")
-    sub.add_argument("--upto", type=int, metavar="K", help="tie the first K links only")
+    sub.add_argument("--upto", type=int, metavar="K", help="tie the first K links only (default: all)")
+    live(sub, "tie")
     sub = command("export", export, chain)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the adapter goes")
     rank = "truncate to this rank (default: exact, the sum of the ranks)"
     sub.add_argument("--rank", type=int, metavar="R", help=rank)
-    sub.add_argument("--base", metavar="MODEL", help="the base's name, for the adapter to note")
+    sub.add_argument("--base", metavar="MODEL", help="the base's name, for the adapter to note (default: the chain's)")
+    live(sub, "export")
     sub = command("import", import_, "directory of a PEFT LoRA adapter")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the chain goes")
     rounding = "how ties round; for a quantised base 'stack' or 'requantize'"
     sub.add_argument("--rounding", default="nearest", choices=RECORDED, help=rounding)
     sub.add_argument("--force", action="store_true", help="replace a chain that is there already")
     return parser
+
+
+def _read(directory: Path, *, live: bool = False) -> tuple[Chain, UntiedLink | None]:
+    """A chain, and the live link next to it; with ``live`` that link is made the chain's last."""
+    chain = Chain.load(directory)
+    untied = read_untied_link(directory, chain)
+    if live and untied is None and not (directory / CHECKPOINT[0]).is_file():
+        raise ValueError(f"--live: {directory} holds a chain alone; a checkpoint from opt.save has a live link")
+    if live and untied is not None:
+        if untied.obstacle is not None:
+            raise ValueError(f"--live: the {untied}, {untied.obstacle}")
+        chain.append(untied.link)
+    return chain, untied
+
+
+def _live(untied: UntiedLink | None, included: bool = False) -> dict[str, Any] | None:
+    if untied is None:
+        return None
+    report = untied.link.report
+    about = {"index": untied.link.index, "rank": report.rank, "steps": untied.steps, "norm": report.delta_norm}
+    return {**about, "loss": report.loss, "included": included}
+
+
+def _with_note(text: str, untied: UntiedLink | None, included: bool) -> str:
+    if untied is None:
+        return text
+    return f"{text}\n{untied}, is {'included' if included else 'not included (--live includes it)'}"
+
+
+def _base(arguments: argparse.Namespace, chain: Chain) -> Any:
+    return load_base(
+        arguments.base,
+        chain,
+        trust_remote_code=arguments.trust_remote_code,
+        seed=arguments.seed,
+        offline=arguments.offline,
+    )
 
 
 def _link(chain: Chain, i: int) -> dict[str, Any]:

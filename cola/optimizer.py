@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from cola.checkpoint.state import arguments_of
 from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import agreed_mean
+from cola.knot import merged
 from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
 from cola.knot.transaction import Knot
-from cola.lora.config import LinkConfig
+from cola.lora.config import LinkConfig, link_config_of
 from cola.lora.coverage import Coverage, announced, covered
 from cola.lora.integrity import require_removable, warn_of_loaded_link, weights_of
 from cola.lora.link import KnotReport
@@ -27,6 +28,7 @@ from cola.lora.names import called
 from cola.lora.trainable import warn_of_half
 from cola.lora.untrained import Untrained
 from cola.policies import KnotPolicy, Signal
+from cola.wrapper.frameworks import warn_of_bare_framework
 from cola.wrapper.loss_meter import LossMeter
 from cola.wrapper.real_steps import moves, rates_are_zero, stateless
 from cola.wrapper.wrapper import require_base
@@ -43,13 +45,13 @@ class ChainOptimizer(Resumable):
     Puts a low-rank link ``W x + s·B A x`` on the target layers and gives the factors to the base optimizer. After each
     real `step` the policy decides whether to tie a knot: ``W ← W + s·B A``, a new draw of A, zero for B, and fresh
     state of the base optimizer for the factors. Other trained parameters (biases, ``modules_to_save``) keep their
-    state.
+    state. ``with ChainOptimizer(...) as opt:`` calls `finish` at the end of the block, unless the block raises.
 
     Args:
         base: an optimizer class, or any callable ``params -> Optimizer``.
         model: any module; adapted in place, and its other parameters are frozen until `finish`.
         policy: when to tie.
-        link: settings of the links.
+        link: settings of the links; PEFT's LoraConfig is understood, and refused where it says more.
         rounding: how a tie rounds: ``"nearest"``, ``"stochastic"``, ``"compensated"``, or ``"auto"``, which is nearest
             for fp32 and fp64 weights and the measured best for half precision.
         quantized: how links are tied to quantised layers (bitsandbytes): ``"stack"`` keeps them next to the weight and
@@ -102,7 +104,7 @@ class ChainOptimizer(Resumable):
         reset: Reset = "state",
         **base_kwargs: Any,
     ) -> None:
-        require_base(base)
+        require_base(base, base_kwargs)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module (not its parameters)")
         if not isinstance(policy, KnotPolicy):
@@ -110,8 +112,7 @@ class ChainOptimizer(Resumable):
                 f"policy={policy!r} must be a KnotPolicy object, e.g. PlateauKnots() or "
                 "EvenKnots(length=3, total_steps=n); for a single link use NeverKnots()"
             )
-        if not isinstance(link, LinkConfig):
-            raise TypeError(f"link={link!r} must be a LinkConfig")
+        link = link_config_of(link)
         require_reset(reset, link.known_ranks())
         self._factory, self._base_kwargs = base, base_kwargs
         self.policy, self.reset = policy, reset
@@ -130,7 +131,8 @@ class ChainOptimizer(Resumable):
         self._bound: list[nn.Parameter] | None = self._all_trained()
         self.steps = 0
         self.finished = False
-        self._knotting = False
+        self._knotting = self._merged = False
+        self._integrated = False  # whether an integration finishes the chain, or the user was told that none does
         self._held = {}
         self._untrained = Untrained()
         self._probed: list[int] = []  # groups whose state comes from a probe step
@@ -161,8 +163,8 @@ class ChainOptimizer(Resumable):
             KnotError: the link is not finite; the knot has changed nothing, and the step stands.
             RuntimeError: after `finish`, or a loaded state does not belong to the model's weights.
         """
-        if self.finished:
-            if closure is None and rates_are_zero(self.base.param_groups):
+        if self.finished or self._merged:
+            if self.finished and closure is None and rates_are_zero(self.base.param_groups):
                 return None  # distributed checkpointing wants state to be created, and there is nothing left to train
             self._require_running("step()")
         args, kwargs = self._before_step(closure) if self._optimizer_step_pre_hooks else ((closure,), {})
@@ -214,6 +216,7 @@ class ChainOptimizer(Resumable):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's; also forgets the losses of the gradients."""
+        self._require_unmerged("zero_grad()")
         self._losses.drop(self.base.param_groups)
         self.base.zero_grad(set_to_none=set_to_none)
 
@@ -245,6 +248,8 @@ class ChainOptimizer(Resumable):
             merge: False drops the live link instead of tying it. If it started at a product, the weights take that
                 back, rounded once more, so they equal the chain's within that rounding.
 
+        A warning says so if no knot was tied in the run, though the policy could tie some, or if it had planned more.
+
         Returns:
             The last knot's report; None if the link was dropped, or untrained with nothing else to record.
 
@@ -258,11 +263,8 @@ class ChainOptimizer(Resumable):
             self._require_trainable()
         else:
             require_removable(self.live)
-        # even if the link is untrained, other parameters may have changed
-        trained = bool(self.live.trained()) and self.steps > self._tied_at()
         self._untrained.end(self.live, self.steps, self._tied_at())
-        given_back = bool(self.live.starts) and self.steps > 0  # only a tie restores the start to the bit
-        if merge and (not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()):
+        if merge and self._has_something_to_tie():
             report = self._knot(extend=False)
         else:
             report = None
@@ -270,10 +272,61 @@ class ChainOptimizer(Resumable):
             if merge:
                 self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
-        plan = self.policy.unreached(self.steps)
-        if plan:
-            logger.warning("the run ended after %d steps, and %r had still planned %s", self.steps, self.policy, plan)
+        shortfall = self.policy.shortfall(self.steps, one_link=report is not None and not report.index)
+        if shortfall:
+            logger.warning("%s", shortfall)
         return report
+
+    def __enter__(self) -> Self:
+        self._require_running("with")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """`finish`, unless the block raised: then nothing is tied, and the model stays chained."""
+        if kind is None and not self.finished:
+            self.finish()
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """The merged model in mid-run, to evaluate or save: ``with opt.merged() as model:``.
+
+        Inside the block the model is as `finish` would leave it: plain classes, the original state-dict keys and
+        ``requires_grad``, and the live link in the weights. After it training goes on bit for bit, also if the block
+        raises: weights, gradients, buffers, modes (``model.eval()``) and the base's state are as before. Torch's
+        global random states are left to the block. Of a PeftModel ``model.unload()`` is the plain model, as after
+        `finish`. After `finish` the block just gets the model.
+
+        It takes the memory of a copy of the adapted weights and of the model's buffers; of the parameters trained
+        alongside too if the base has modes (schedule-free), and of the residuals of compensated rounding. Call it
+        between steps: a loss that waits for its backward does not survive it.
+
+        Yields:
+            The model that was passed in.
+
+        Raises:
+            KnotError: the link is not finite, or a layer was changed from outside; nothing has changed.
+            RuntimeError: the model is sharded (FSDP2), or inside another such block. In the block, of whatever trains,
+                ties, saves or loads.
+
+        >>> from cola import NeverKnots
+        >>> link = LinkConfig(r=1, target_modules="all-linear")
+        >>> opt = ChainOptimizer(torch.optim.SGD, nn.Sequential(nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> with opt.merged() as model:
+        ...     sorted(model.state_dict())
+        ['0.bias', '0.weight']
+        """
+        if self.finished:
+            yield self.model
+            return
+        self._require_running("merged()")
+        merged.require_mergeable(self)
+        self._require_trainable()
+        with merged.merged(self):
+            self._merged = True
+            try:
+                yield self.model
+            finally:
+                self._merged = False
 
     # everything else that a user calls; saving and loading are in Resumable
 
@@ -336,6 +389,9 @@ class ChainOptimizer(Resumable):
         self._require_weights()
         if self._bound is not None:
             self._require_trainable()
+        if not self._integrated:
+            self._integrated = True  # once is enough
+            warn_of_bare_framework()
         if not self.steps:
             self._require_given_back()
             warn_of_loaded_link(self.live)
@@ -421,12 +477,25 @@ class ChainOptimizer(Resumable):
         self._bound, self._held, self.finished = None, {}, True
         self.chain.live = False
 
+    def _has_something_to_tie(self) -> bool:
+        """Whether the live link changes the model, or something else has changed that its knot would record."""
+        trained = bool(self.live.trained()) and self.steps > self._tied_at()
+        given_back = bool(self.live.starts) and self.steps > 0  # only a tie restores the start to the bit
+        return not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()
+
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0
 
     def _require_running(self, call: str) -> None:
         if self.finished:
             raise RuntimeError(f"{call} after finish(): this chain is complete; make a new ChainOptimizer to go on")
+        self._require_unmerged(call)
+
+    def _require_unmerged(self, call: str) -> None:
+        if self._merged:
+            raise RuntimeError(
+                f"{call} inside `with opt.merged()`: the live link is tied for the block only; leave the block first"
+            )
 
     def _require_outside_a_knot(self, call: str) -> None:
         if self._knotting:

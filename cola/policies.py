@@ -64,6 +64,34 @@ class KnotPolicy(ABC):
         """The knots still planned when a run ends at ``step``, in words; None if there are none."""
         return None
 
+    def shortfall(self, step: int, *, one_link: bool) -> str | None:
+        """What a user should know of a run that ended at ``step``, in words; None if it went as the policy planned.
+
+        Args:
+            step: optimizer steps that the run took.
+            one_link: whether its last link was its first.
+        """
+        plan = self.unreached(step)
+        if not one_link or not step or self._wants_one_link():
+            return f"the run ended after {step} steps, and {self._name()} had still planned {plan}" if plan else None
+        why = f"had still planned {plan}" if plan else f"asked for none{self._why(step)}"
+        return (
+            f"no knot was tied in {step} step{'' if step == 1 else 's'}: this run was one LoRA. {self._name()} {why}. "
+            "For a chain of M links use EvenKnots(length=M, total_steps=n); for one link on purpose, NeverKnots()"
+        )
+
+    def _wants_one_link(self) -> bool:
+        """Whether the policy's arguments rule out any knot."""
+        return False
+
+    def _name(self) -> str:
+        """The policy without its state, for messages."""
+        return type(self).__name__
+
+    def _why(self, step: int) -> str:
+        """Why no knot was asked for, if the policy knows, to follow on "asked for none"."""
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """The policy's state as JSON values.
 
@@ -139,6 +167,9 @@ class NeverKnots(KnotPolicy):
         """Never."""
         return False
 
+    def _wants_one_link(self) -> bool:
+        return True
+
 
 class StepKnots(KnotPolicy):
     """Knots after given optimizer steps, or after every n-th.
@@ -173,6 +204,9 @@ class StepKnots(KnotPolicy):
         """The planned steps after ``step``."""
         left = [at for at in self.at or () if at > step]
         return f"knots after steps {left}" if left else None
+
+    def _why(self, step: int) -> str:
+        return "" if self.every is None else f", the first being due after {self.every} steps"
 
     def _require_valid(self, state: dict[str, Any]) -> None:
         StepKnots(at=state["at"], every=state["every"])
@@ -250,6 +284,9 @@ class EvenKnots(KnotPolicy):
         left = [at for at in map(self._step, range(1, self.length)) if at > step]
         return f"knots after steps {left}" if left else None
 
+    def _wants_one_link(self) -> bool:
+        return self.length == 1
+
     def _step(self, i: int) -> int:
         # round() in integers, half to even, which is exact for any total
         step, rest = divmod(i * self.total_steps, self.length)
@@ -315,6 +352,18 @@ class _Windows(KnotPolicy):
         self.knots += 1
         self.cooling = self.cooldown
         self.values, self.steps_in_window = [], 0
+
+    def _wants_one_link(self) -> bool:
+        return self.max_links == 1
+
+    def _why(self, step: int) -> str:
+        first = self.shortest * self.window
+        if step < first:
+            return f", and could not: with window={self.window} a link has {first} steps or more"
+        least = first + (self.shortest + self.cooldown) * self.window
+        if self.total_steps is not None and self.total_steps < least:
+            return f", and could not: with window={self.window} it needs total_steps={least} or more"
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """As `KnotPolicy.state_dict`; reads the open window's numbers from their device."""
@@ -589,6 +638,15 @@ class _Pair(KnotPolicy):
     def unreached(self, step: int) -> str | None:
         plans = [plan for plan in (self.first.unreached(step), self.second.unreached(step)) if plan]
         return " and ".join(plans) or None
+
+    def _wants_one_link(self) -> bool:
+        return self.decide([not self.first._wants_one_link(), not self.second._wants_one_link()]) is False
+
+    def _name(self) -> str:
+        return f"({self.first._name()} {self.word} {self.second._name()})"
+
+    def _why(self, step: int) -> str:
+        return self.first._why(step) or self.second._why(step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"policy": type(self).__name__, "first": self.first.state_dict(), "second": self.second.state_dict()}

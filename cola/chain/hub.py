@@ -1,6 +1,10 @@
 """Loads and saves base models for the command line, by transformers, which is imported when needed."""
 
+import contextlib
 import functools
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,9 @@ from cola.lora.names import base_tensors
 _TOKENIZER = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "spm", "bpe", "special_tokens", "added_tokens")
 
 
-def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed: int = 0) -> nn.Module:
+def load_base(
+    name: str, chain: Chain, *, trust_remote_code: bool = False, seed: int = 0, offline: bool = False
+) -> nn.Module:
     """Load a model in the class that its config names, with each tensor in the dtype that the chain recorded.
 
     Weights are read from safetensors files only.
@@ -24,22 +30,30 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
         chain: trained on this model.
         trust_remote_code: run code that comes with the model.
         seed: for parts that the model's files lack (a new head), which transformers draws at random.
+        offline: ask no hub.
 
     Raises:
         ValueError: the config does not name a class, or needs the model's own code.
         OSError: transformers cannot find or read it.
         ImportError: transformers is not installed.
     """
+    directory, name = Path(name).expanduser(), os.path.expanduser(name)
+    if not directory.is_dir() and _is_a_path(name):
+        raise ValueError(f"--base {name}: there is no such directory")
     try:
         import transformers
     except ImportError:
         raise ImportError("this command loads models with transformers: pip install transformers") from None
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ValueError(f"--base {name}: there is no such directory")
+    local = {"trust_remote_code": trust_remote_code, "local_files_only": offline or directory.is_dir()}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with _quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(name, **local)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
+        if directory.is_dir() or not (offline or _hub_is_off()):
+            raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"--base {name}: there is no such directory, and the hub's cache has no such model (no hub is asked)"
+        ) from None
     kind = _class_of(config, name, trust_remote_code, transformers)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     prints = chain.base.prints() if chain.base is not None else {}
@@ -47,9 +61,8 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
     dtypes = {name: dtype for name, dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
     widest = functools.reduce(torch.promote_types, dtypes.values()) if dtypes else "auto"
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": widest}
-    if trust_remote_code:
-        options["trust_remote_code"] = True
-    with torch.random.fork_rng(devices=[]):
+    options.update({option: True for option, value in local.items() if value})
+    with torch.random.fork_rng(devices=[]), _quiet(transformers):
         torch.manual_seed(seed)
         model = kind.from_pretrained(name, use_safetensors=True, **options)
     for path, tensor in base_tensors(model).items():
@@ -58,7 +71,9 @@ def load_base(name: str, chain: Chain, *, trust_remote_code: bool = False, seed:
     return model
 
 
-def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bool = False) -> None:
+def save_merged(
+    model: Any, directory: Path, name: str, *, trust_remote_code: bool = False, offline: bool = False
+) -> None:
     """``save_pretrained`` of a plain model, with the base model's tokenizer if there is one.
 
     Raises:
@@ -67,18 +82,21 @@ def save_merged(model: Any, directory: Path, name: str, *, trust_remote_code: bo
     import transformers
 
     try:
-        model.save_pretrained(directory)
+        with _quiet(transformers):
+            model.save_pretrained(directory)
     except NotImplementedError:  # transformers 5.23, for models loaded from quantised files
         raise RuntimeError(
             f"transformers {transformers.__version__} cannot save a {type(model).__name__} that was loaded quantised: "
             "write an adapter by cola export; or, in Python, quantise the base by from_pretrained(..., "
             "quantization_config=...), and call chain.apply(model) and model.save_pretrained"
         ) from None
+    name = os.path.expanduser(name)
     base = Path(name)
     if base.is_dir() and not any(path.name.startswith(_TOKENIZER) for path in base.iterdir()):
         return  # transformers would invent one
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        local = {"trust_remote_code": trust_remote_code, "local_files_only": offline or base.is_dir()}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
         tokenizer.save_pretrained(directory)
     except Exception:  # it needs code or packages; the weights are saved, and they matter
         return
@@ -98,3 +116,29 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
             "trust it, pass --trust-remote-code"
         )
     return kind
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether a name cannot be one on the hub, or begins with a directory that is here."""
+    parts = name.replace("\\", "/").split("/")
+    return name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+
+
+def _hub_is_off() -> bool:
+    import huggingface_hub
+
+    return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bars, unless a person watches them: in a log each is a heap of lines."""
+    logging = transformers.utils.logging
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

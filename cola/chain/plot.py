@@ -24,7 +24,7 @@ def draw(chain: Chain) -> bytes:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing needs matplotlib: pip install matplotlib, or pass --no-plot") from None
+        raise ImportError("matplotlib is missing (pip install matplotlib)") from None
     layers = chain.layers()
     if not layers:
         raise ValueError("an empty chain has nothing to draw")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cola.chain import replay
 from cola.chain.chain import Chain
@@ -106,6 +107,11 @@ class BaseModel:
         """`prints` as JSON values."""
         return {name: asdict(one) for name, one in self.prints.items()}
 
+    @property
+    def handles(self) -> list[RemovableHandle]:
+        """Those of the hooks that watch which buffers are loaded."""
+        return self._loads.handles
+
     def close(self) -> None:
         """Stop watching which buffers are loaded."""
         self._loads.remove()
@@ -131,16 +137,16 @@ class _Loads:
     def __init__(self, model: nn.Module) -> None:
         self.prints: dict[str, TensorPrint] = {}
         self.over = False  # whether training has begun, and loaded values are no longer the base model's
-        self._handles = []
+        self.handles: list[RemovableHandle] = []
         for path, module in base_modules(model).items():
             buffers = tensors_of(path, module, parameters=False)
             if buffers:
                 self.prints.update(prints_of(buffers))
                 hook = functools.partial(self._loaded, path)
-                self._handles.append(module.register_load_state_dict_post_hook(hook))
+                self.handles.append(module.register_load_state_dict_post_hook(hook))
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
     def _loaded(self, path: str, module: nn.Module, _: Any) -> None:

@@ -151,6 +151,7 @@ class Resumable(LinkGroups):
         Raises:
             KnotError: a layer with a link was changed from outside (merged by PEFT, replaced, …); names it.
         """
+        self._require_unmerged("state_dict()")
         for before in list(self._optimizer_state_dict_pre_hooks.values()):
             before(self)
         state = to_state_dict(self._state())
@@ -177,6 +178,7 @@ class Resumable(LinkGroups):
             RuntimeError: in a listener of `on_knot`.
         """
         self._require_outside_a_knot("load_state_dict()")
+        self._require_unmerged("load_state_dict()")
         state_dict = dict(state_dict) if isinstance(state_dict, dict) else state_dict
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = before(self, state_dict)
@@ -368,6 +370,8 @@ class Resumable(LinkGroups):
             loss=None if self._loss is None else float(self._loss),
             A={path: factor.A for path, factor in link.items()},
             B={path: factor.B for path, factor in link.items()},
+            layers={path: (factor.scaling, factor.rounding) for path, factor in link.items()},
+            shared=self.live.trainable.aliases(),
             trained=self.live.trained(),
             buffers=self._base_model.moved(),
             others={str(i): p for i, p in enumerate(restore.others(self.base, self.live))},
@@ -457,3 +461,5 @@ class Resumable(LinkGroups):
         def _require_running(self, call: str) -> None: ...
 
         def _require_outside_a_knot(self, call: str) -> None: ...
+
+        def _require_unmerged(self, call: str) -> None: ...

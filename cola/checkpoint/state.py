@@ -18,6 +18,7 @@ from cola.chain.on_disk import Ledger
 from cola.chain.packing import pack, unpack
 from cola.common.arguments import is_finite
 from cola.common.version import FORMAT
+from cola.knot.tie import RECORDED
 from cola.lora.link import Link
 from cola.lora.live import LiveLink
 from cola.wrapper.link_groups import GROUP_KEY
@@ -167,6 +168,8 @@ class RunState:
         loss: of the last step.
         extras: state dicts of the objects in `ChainOptimizer.register_for_checkpointing`, by name.
         A, B: factors of the live link, by layer.
+        layers: scale of the live link and rounding of its tie, by layer; empty without A and B.
+        shared: further paths of the parameters in ``trained``, with the path that they have there.
         start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
         start_lost: the norm that rounding lost then.
         trained: parameters that are trained alongside the factors, by path.
@@ -183,6 +186,8 @@ class RunState:
     extras: Mapping[str, Any] = field(default_factory=dict)
     A: Mapping[str, Tensor] = field(default_factory=dict)
     B: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
     start_A: Mapping[str, Tensor] = field(default_factory=dict)
     start_B: Mapping[str, Tensor] = field(default_factory=dict)
     start_lost: Mapping[str, Tensor] = field(default_factory=dict)
@@ -199,7 +204,12 @@ _PLAIN = "let state_dict() return numbers, texts, tensors, lists and dicts"
 def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and named tensors for all but the optimizer and the chain, which each form stores in its own way."""
     tensors = {f"{kind}:{name}": t for kind in _TENSORS for name, t in getattr(state, kind).items()}
-    return {"loss": pack(state.loss, "loss", {}), "extras": pack(dict(state.extras), "extra", tensors, _PLAIN)}, tensors
+    live = {"layers": dict(state.layers), "shared": dict(state.shared)}
+    return {
+        "loss": pack(state.loss, "loss", {}),
+        "live": pack(live, "live", {}),
+        "extras": pack(dict(state.extras), "extra", tensors, _PLAIN),
+    }, tensors
 
 
 def decode(
@@ -227,7 +237,16 @@ def decode(
         raise ValueError("a layer's live link lacks one of its factors")
     if any(lost.dim() for lost in starts[2].values()):
         raise ValueError("what rounding lost when a link began is no number")
-    return RunState(counters, optimizer, chain, loss, extras, **named)
+    live = unpack(content["live"], {})
+    layers, shared = live["layers"], live["shared"]
+    if layers.keys() != named["A"].keys() or not all(
+        isinstance(layer, tuple) and len(layer) == 2 and is_finite(layer[0]) and layer[1] in RECORDED
+        for layer in layers.values()
+    ):
+        raise ValueError(f"the scales and roundings of its live link are {layers!r:.80}")
+    if not all(isinstance(path, str) and first in named["trained"] for path, first in shared.items()):
+        raise ValueError(f"its shared parameters are {shared!r:.80}")
+    return RunState(counters, optimizer, chain, loss, extras, layers=layers, shared=shared, **named)
 
 
 _ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")

@@ -67,6 +67,7 @@ class ChainKnots(Callback):
             )
         for opt in _chains(trainer):
             opt.on_knot(self.reports.append)
+            opt._integrated = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss."""

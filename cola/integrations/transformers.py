@@ -27,6 +27,7 @@ from cola.integrations.checkpoints import CHAIN_DIR, watch_checkpoints
 from cola.integrations.references import require_fixed_reference, require_no_averaging
 from cola.integrations.settings import base_arguments, say_what_is_not_used, spare_from_decay
 from cola.lora import quantized
+from cola.lora.config import link_config_of
 from cola.lora.kinds import is_quantized
 from cola.lora.peft import is_peft_model
 from cola.lora.stacked import StackedLinear
@@ -78,7 +79,7 @@ def attach(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer={trainer!r:.80} must be a transformers Trainer")
-    model = _chainable(trainer, finish)
+    model, link = _chainable(trainer, finish), link_config_of(link)
     if link.rank_change == "auto":
         link = replace(link, rank_change="mask")  # a checkpoint is loaded into the first link's shapes
     settings = base_arguments(trainer.args, base, kwargs)
@@ -105,6 +106,7 @@ class ChainCallback(TrainerCallback):
         self.reports: list[KnotReport] = []
         self.losses: list[Tensor] = []  # of the step's micro-batches
         opt.on_knot(self.reports.append)
+        opt._integrated = True
         step = trainer.training_step
 
         @functools.wraps(step)

@@ -1,10 +1,11 @@
 """The configuration of a chain's links: adapted layers, ranks, scales and first values."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,28 @@ from torch import Tensor
 from cola.common.arguments import choice, integer, names
 from cola.knot.tie import TIEABLE
 from cola.lora.init import INITS, PAIRS, Init, LinkStart, Pair, draw, generator
+from cola.lora.peft_options import carried, is_lora_config, require_known
+
+T = TypeVar("T")
 
 SCALINGS = ("constant", "alpha/r", "rslora")
 RANK_CHANGES = ("auto", "resize", "mask")
 
 
+def _helpful(cls: type[T]) -> type[T]:
+    """Refuse unknown options, PEFT's among them, with what to write instead."""
+    init: Any = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **options: Any) -> None:
+        require_known(options, [f.name for f in fields(self)])  # type: ignore[arg-type]
+        init(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[assignment, method-assign]
+    return cls
+
+
+@_helpful
 @dataclass(frozen=True)
 class LinkConfig:
     """Settings of the links of a chain.
@@ -144,6 +162,20 @@ class LinkConfig:
     def dtype_for(self, weight: Tensor) -> torch.dtype:
         """dtype of the factors on ``weight``."""
         return self.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def link_config_of(link: Any) -> LinkConfig:
+    """``link`` itself, or what PEFT's LoraConfig says as a `LinkConfig`.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: an option of the LoraConfig has no place in a LinkConfig.
+    """
+    if isinstance(link, LinkConfig):
+        return link
+    if is_lora_config(link):
+        return LinkConfig(**carried(link))
+    raise TypeError(f"link={link!r:.200} must be a LinkConfig, or PEFT's LoraConfig")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class LiveLink:
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
             parameter.requires_grad_(True)
-        self._saves = warn_on_save(model, self.note)
+        self.saves = warn_on_save(model, self.note)
 
     def _fit_ranks(self, modules: dict[str, nn.Module]) -> None:
         """Refuse layers whose rank is below r; ``"all-linear"`` leaves them out instead, unless none would be left."""
@@ -368,7 +368,7 @@ class LiveLink:
             if isinstance(layer, AdaptedLayer):
                 release(unwrap(self.model), layer, FACTORS)
             layer.detach(spent=spent)
-        restore_save(self._saves)
+        restore_save(self.saves)
         quantized.release_layout(self._held)
         if spent and any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
             logger.info(

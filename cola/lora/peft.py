@@ -170,7 +170,7 @@ class PeftLayer:
         self.module = module
         self.adapter: str = next(iter(module.lora_A.keys()))
         self.allowed_ranks = allowed_ranks
-        self._hook = module.register_load_state_dict_pre_hook(self._make_room)
+        self.hook = module.register_load_state_dict_pre_hook(self._make_room)
         if self.kind.quantized:
             stacked.begin(module.base_layer)
 
@@ -234,7 +234,7 @@ class PeftLayer:
         if spent and not self.gone():
             self.lora_B.zero_()
         stacked.settle(self.module.base_layer)
-        self._hook.remove()
+        self.hook.remove()
 
     def _make_room(self, module: Any, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         """Make room for a link of another permitted rank, before a state dict is loaded."""

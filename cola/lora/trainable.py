@@ -47,6 +47,16 @@ class Trainable:
                     found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
         return dict(found.values())
 
+    def aliases(self) -> dict[str, str]:
+        """Further paths of the parameters, with the path that `parameters` lists them under."""
+        shared, every = shared_weights(self.model), parameters_by_name(self.model)
+        return {
+            other: path
+            for path, parameter in self.parameters().items()
+            for other in shared.get(id(parameter), ())
+            if other != path and every[other] is parameter
+        }
+
     def values(self) -> dict[str, Tensor]:
         """Copies of their values on the CPU, as a link records them.
 

@@ -28,11 +28,13 @@ class SaveStatus:
         tied: number of links tied so far.
         in_checkpoint: a framework is writing a checkpoint, which is to hold the live link.
         told: the warning has been given.
+        merged: the live link is tied for a while (`ChainOptimizer.merged`).
     """
 
     tied: int = 0
     in_checkpoint: bool = False
     told: bool = False
+    merged: bool = False
 
 
 class WarningSave:
@@ -54,7 +56,7 @@ class WarningSave:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``save_pretrained``, after a warning if links will be missing."""
         status = self.status
-        missing = None if status.told or status.in_checkpoint else _left_out(self.module, status.tied)
+        missing = None if status.told or status.in_checkpoint else _left_out(self.module, status)
         if missing is not None:
             status.told = True
             logger.warning("save_pretrained() %s", missing)
@@ -88,8 +90,14 @@ def _carries(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLayer) or peft.is_lora_layer(module)
 
 
-def _left_out(module: nn.Module, tied: int) -> str | None:
+def _left_out(module: nn.Module, status: SaveStatus) -> str | None:
+    tied = status.tied
     if any(map(peft.is_lora_layer, module.modules())):
+        if status.merged:
+            return (
+                "of a PEFT model writes an adapter of zeros here, because the links are in the base's weights: save "
+                "model.unload() instead"
+            )
         if not tied:
             return None
         links = "link that is" if tied == 1 else f"{tied} links that are"

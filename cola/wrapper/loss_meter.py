@@ -41,7 +41,7 @@ class LossMeter:
         # a gradient that the last step with a told loss used, and its version
         self._stepped: tuple[weakref.ref[Tensor], int] | None = None
         self._backward = -1  # autograd's number of the last backward seen
-        self._handle = model.register_forward_hook(self, with_kwargs=True)
+        self.handle = model.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
@@ -128,7 +128,7 @@ class LossMeter:
 
     def remove(self) -> None:
         """Remove the forward hook."""
-        self._handle.remove()
+        self.handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_stepped": None}  # weak references cannot be copied or pickled

@@ -6,7 +6,8 @@ optimizers: GradScaler would set ``grad_scale`` on the wrapper, where the base d
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 
 from cola.knot.reset import GroupWatch, adopt, fresh_instance, groups_with, tensors_of
 from cola.knot.tie import KnotError
+from cola.lora.config import LinkConfig
+from cola.lora.peft_options import require_for_base
 
 
 class OptimizerWrapper(Optimizer):
@@ -143,8 +146,8 @@ class OptimizerWrapper(Optimizer):
         """A hook that runs before the groups are read."""
 
 
-def require_base(base: Any) -> None:
-    """Raise TypeError if ``base`` is neither an optimizer class nor a callable."""
+def require_base(base: Any, options: Mapping[str, Any]) -> None:
+    """Raise TypeError if ``base`` is neither an optimizer class nor a callable, or ``options`` are the links'."""
     if isinstance(base, Optimizer):
         name = type(base).__name__
         raise TypeError(
@@ -153,3 +156,10 @@ def require_base(base: Any) -> None:
         )
     if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
         raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")
+    try:
+        taken = inspect.signature(base).parameters
+    except (TypeError, ValueError):
+        return  # the base decides
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        unknown = {name: value for name, value in options.items() if name not in taken}
+        require_for_base(unknown, [f.name for f in fields(LinkConfig)], getattr(base, "__name__", "the base"))

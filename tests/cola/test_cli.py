@@ -211,8 +211,12 @@ def test_a_base_in_mixed_precision_is_loaded_as_it_was(tmp_path, capsys):
         assert "FAIL" not in capsys.readouterr().out
 
 
-def test_merge_gives_the_trained_model(run, tmp_path):
+def test_merge_gives_the_trained_model(run, tmp_path, capsys):
+    from transformers.utils import logging
+
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
+    assert "%|" not in capsys.readouterr().err  # no progress bars in a pipe
+    assert logging.is_progress_bar_enabled()
     assert same(weights(tmp_path), weights(run / "merged"))
     assert main(["merge", str(run / "chain"), "--base", str(run / "base"), "--out", str(tmp_path), "--upto", "0"]) == 0
     assert same(weights(tmp_path), weights(run / "base"))
@@ -270,10 +274,18 @@ def test_export_then_import_comes_back(run, tmp_path, capsys):
 
 
 BAD = {
+    "live in a chain": (["export", "{run}/chain", "--out", "{tmp}/x", "--live"], "holds a chain alone"),
+    "live and some": (
+        ["merge", "{run}/checkpoint", "--base", "{tmp}/nowhere", "--out", "{tmp}/x", "--live", "--upto", "1"],
+        "--live ties all links and --upto the first ones",
+    ),
     "no such chain": (["inspect", "{tmp}/nowhere"], "is not a directory"),
     "no such base": (["merge", "{run}/chain", "--base", "{tmp}/nowhere", "--out", "{tmp}/x"], "no such directory"),
     "rank 0": (["export", "{run}/chain", "--out", "{tmp}/x", "--rank", "0"], "r=0 must be a positive integer"),
-    "upto": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{tmp}/x", "--upto", "9"], "upto=9 is outside"),
+    "upto": (
+        ["merge", "{run}/chain", "--base", "{run}/base", "--out", "{tmp}/x", "--upto", "9"],
+        "--upto 9: the chain has 3 links",
+    ),
     "no adapter": (["import", "{run}/chain", "--out", "{tmp}/x"], "adapter_config.json is missing"),
     "the base as out": (["merge", "{run}/chain", "--base", "{run}/base", "--out", "{run}/base"], "is the base itself"),
     "a chain as out": (["import", "{run}/adapter", "--out", "{run}/chain"], "holds chain.json: give another directory"),
@@ -333,7 +345,8 @@ def test_code_that_comes_with_a_model_is_not_run(made, tmp_path, capsys):
     assert "trust" in capsys.readouterr().err
 
 
-def test_help_and_version(capsys):
+def test_help_and_version(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # argparse wraps lines
     for arguments in ([], ["inspect"], ["verify"], ["merge"], ["export"], ["import"]):
         with pytest.raises(SystemExit) as left:
             main([*arguments, "--help"])
@@ -341,9 +354,111 @@ def test_help_and_version(capsys):
         text = capsys.readouterr().out
         if arguments:
             assert all(option in text for option in ("--json", "--out", "--seed"))
+            assert "None" not in text
+            required = {"--base", "--out"} if arguments != ["export"] else {"--out"}
+            for option in text[text.index("options:") :].split("\n  -")[1:]:
+                assert "default: " in option or f"-{option.split()[0]}" in {"-h,", *required}, option
     with pytest.raises(SystemExit) as left:
         main(["export"])
     assert left.value.code == 2
+
+
+# a checkpoint whose live link is trained
+
+LIVE = "live link 2, 1 step since its knot, is "
+SAYS = {
+    "inspect": (["inspect", "{ck}", "--no-plot"], f"{LIVE}not included: rank 2, ‖ΔW‖ "),
+    "verify": (["verify", "{ck}", "--base", "{base}"], f"{LIVE}not included: it is in the checkpoint alone"),
+    "merge": (["merge", "{ck}", "--base", "{base}", "--out", "{out}"], f"{LIVE}not included (--live includes it)"),
+    "export": (["export", "{ck}", "--out", "{out}"], f"{LIVE}not included (--live includes it)"),
+    "merge --live": (["merge", "{ck}", "--base", "{base}", "--out", "{out}", "--live"], f"{LIVE}included"),
+    "export --live": (["export", "{ck}", "--out", "{out}", "--live"], f"{LIVE}included"),
+}
+
+
+def called(command, made, tmp_path, kind="checkpoint"):
+    places = {"ck": made / "fp32" / kind, "base": made / "fp32" / "base", "out": tmp_path / "out"}
+    return main([word.format(**places) for word in command])
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_a_command_says_that_the_live_link_of_a_checkpoint_is_left_out(what, made, tmp_path, capsys):
+    command, message = SAYS[what]
+    assert called(command, made, tmp_path) == 0
+    assert capsys.readouterr().out.count(message) == 1
+    assert called([*command, "--json"], made, tmp_path) == 0
+    text = capsys.readouterr().out
+    live = json.loads(text[text.index("{") :])["live"]
+    assert (live["index"], live["rank"], live["steps"], live["included"]) == (2, 2, 1, "--live" in what)
+    whole = Chain.load(made / "fp32" / "chain")[2]
+    assert live["norm"] == pytest.approx(whole.report.delta_norm, rel=1e-6)
+    if "--live" not in what:
+        assert called(command, made, tmp_path, "chain") == 0
+        assert "live link" not in capsys.readouterr().out
+
+
+def test_merged_and_exported_live_links_are_those_of_a_finished_run(run, tmp_path):
+    checkpoint = str(run / "checkpoint")
+    assert main(["merge", checkpoint, "--base", str(run / "base"), "--out", str(tmp_path / "all"), "--live"]) == 0
+    assert same(weights(tmp_path / "all"), weights(run / "merged"))
+    Chain.load(run / "chain").to_peft(tmp_path / "finished")
+    assert main(["export", checkpoint, "--out", str(tmp_path / "adapter"), "--live"]) == 0
+    assert same(weights(tmp_path / "adapter"), weights(tmp_path / "finished"))
+
+
+def test_a_first_link_alone_is_shown_and_tied_on_request(tmp_path, capsys):
+    tiny_opt().save_pretrained(tmp_path / "base")
+    opt = ChainOptimizer(torch.optim.AdamW, tiny_opt(), StepKnots(every=9), link=LinkConfig(r=2), lr=0.02)
+    opt.model(input_ids=IDS, labels=IDS).loss.backward()
+    opt.step()
+    opt.save(tmp_path / "run")
+    note = "live link 0, 1 step since the run began, is "
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert f"{note}not included: rank 2" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "adapter")]) == 1
+    assert f"no link is tied yet, and {note}not included: --live exports it" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--live"]) == 0
+    opt.finish()
+    opt.chain.to_peft(tmp_path / "finished")
+    assert same(weights(tmp_path / "adapter"), weights(tmp_path / "finished"))
+
+
+def test_tables_come_without_matplotlib_too(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["inspect", str(made / "fp32" / "chain"), "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "no picture: matplotlib is missing (pip install matplotlib)" in text
+    assert text.index("overlap out") < text.index("no picture")
+    assert os.listdir(tmp_path) == ["inspect.json"]
+
+
+def test_a_directory_is_looked_for_before_any_hub(made, tmp_path, monkeypatch, capsys):
+    from huggingface_hub import file_download
+
+    asked = []
+
+    def ask(*args, **kwargs):
+        asked.append(args)
+        raise OSError("there is no network here")
+
+    monkeypatch.setattr(file_download, "get_hf_file_metadata", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(made / "fp32")
+    for base, words, message in (
+        ("base", [], None),
+        ("./base", ["--offline"], None),
+        ("./bsae", [], "there is no such directory"),
+        ("base/none", [], "there is no such directory"),
+        ("a/b/c", [], "there is no such directory"),
+        ("nowhere", ["--offline"], "no such directory, and the hub's cache has no such model"),
+        ("some/model", ["--offline"], "no such directory, and the hub's cache has no such model"),
+    ):
+        command = ["merge", "chain", "--base", base, "--out", str(tmp_path / "out"), *words]
+        assert main(command) == (message is not None), base
+        assert (message or "") in capsys.readouterr().err
+    assert not asked
+    assert main(["merge", "chain", "--base", "nowhere", "--out", str(tmp_path / "out")]) == 1
+    assert asked
 
 
 def test_help_is_fast_to_load():

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
+from cola import (
+    ChainOptimizer,
+    EpochKnots,
+    EvenKnots,
+    GapKnots,
+    KnotPolicy,
+    LinkConfig,
+    NeverKnots,
+    PlateauKnots,
+    StepKnots,
+)
 from tests.cola.chain.chained import chained
 from tests.models import BODY, Net, loss_of, train
 
@@ -165,3 +175,82 @@ def test_a_head_made_float_trains_under_the_scaler(caplog):
     assert opt.steps == 1
     assert not torch.equal(before, model.head.weight)
     assert not caplog.records
+
+
+# a run in which no knot was tied
+
+
+class Asks(KnotPolicy):
+    """A user's own rule."""
+
+    def update(self, signal):
+        return False
+
+
+ONE = r"^no knot was tied in 4 steps: this run was one LoRA\. {} EvenKnots\(length=M, total_steps=n\)"
+#: the policy, and the one warning at the end of four steps, if any
+ENDS = {
+    "late steps": (lambda: StepKnots(at=[50]), ONE.format(r"StepKnots had still planned knots after steps \[50\]\..*")),
+    "too rarely": (lambda: StepKnots(every=9), ONE.format(r"StepKnots asked for none, .* due after 9 steps\..*")),
+    "an early end": (lambda: EvenKnots(2, 20), ONE.format(r"EvenKnots had still planned knots after steps \[10\]\..*")),
+    "late epochs": (
+        lambda: EpochKnots([3], 2),
+        ONE.format(r"EpochKnots had still planned knots after epochs \[3\]\..*"),
+    ),
+    "long windows": (lambda: PlateauKnots(), ONE.format(r"PlateauKnots asked for none.* window=20 a link has 100 .*")),
+    "no room": (
+        lambda: GapKnots(window=1, cooldown=1, total_steps=4),
+        ONE.format(r"GapKnots asked for none.* window=1 it needs total_steps=5 or more.*"),
+    ),
+    "no reason known": (lambda: GapKnots(window=1, cooldown=0), ONE.format(r"GapKnots asked for none\..*")),
+    "one's own": (Asks, ONE.format(r"Asks asked for none\..*")),
+    "both of two": (lambda: PlateauKnots() & StepKnots(every=2), ONE.format(r"\(PlateauKnots & StepKnots\) asked.*")),
+    "either of two": (lambda: NeverKnots() | StepKnots(every=9), ONE.format(r"\(NeverKnots \| StepKnots\) asked .*")),
+    "never": (NeverKnots, None),
+    "never, and": (lambda: NeverKnots() & StepKnots(every=2), None),
+    "never, or": (lambda: NeverKnots() | EvenKnots(1, 4), None),
+    "one link": (lambda: EvenKnots(1, 4), None),
+    "at most one link": (lambda: PlateauKnots(max_links=1), None),
+    "a knot": (lambda: StepKnots(every=3), None),
+    "a knot, and plans": (
+        lambda: StepKnots(at=[2, 50]),
+        r"^the run ended after 4 steps, and StepKnots had still planned knots after steps \[50\]$",
+    ),
+}
+
+
+def told(caplog):
+    words = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [message for message in words if "no knot" in message or "still planned" in message]
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_without_a_knot_says_once_that_it_was_one_lora(case, caplog):
+    policy, message = ENDS[case]
+    model, opt = chained(policy=policy())
+    train(opt, model, 4)
+    opt.finish()
+    assert len(told(caplog)) == bool(message), told(caplog)
+    assert not message or re.search(message, told(caplog)[0]), told(caplog)[0]
+
+
+QUIET = {
+    "tied by hand": lambda opt: (train(opt, opt.model, 2), opt.tie(), train(opt, opt.model, 2, start=2), opt.finish()),
+    "no steps": lambda opt: opt.finish(),
+    "dropped": lambda opt: (train(opt, opt.model, 2), opt.finish(merge=False)),
+    "after an earlier chain": lambda opt: (opt.follow(followed()), train(opt, opt.model, 2), opt.finish()),
+}
+
+
+def followed():
+    model, opt = chained(policy=NeverKnots())
+    train(opt, model, 2)
+    opt.finish()
+    return opt.chain
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_nothing_is_said_where_the_user_decided(case, caplog):
+    _, opt = chained(policy=Asks())
+    QUIET[case](opt)
+    assert not told(caplog)

@@ -144,3 +144,12 @@ def test_the_best_checkpoint_is_tested_with_its_link(tmp_path, best, r, weights_
     fit(other, tmp_path / "other", callbacks=[], max_steps=9, num_sanity_val_steps=0)
     other.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
     torch.testing.assert_close(other.net(batch(5)[0]), wanted, rtol=rate, atol=rate)
+
+
+@pytest.mark.parametrize("knots", [False, True])
+def test_lightning_without_the_callback_is_recognised_once(knots, tmp_path, caplog):
+    module = Lit(StepKnots(every=2))
+    fit(module, tmp_path, knots=knots, max_steps=3)
+    told = [record.getMessage() for record in caplog.records if "trains this chain without" in record.getMessage()]
+    assert len(told) == (not knots)
+    assert all("Lightning" in message and "ChainKnots()" in message for message in told)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
+from cola.lora.config import link_config_of
 from tests.models import tiny_opt
 
 peft = pytest.importorskip("peft")
@@ -282,3 +283,138 @@ def test_masked_ranks_beyond_pefts_room_are_refused_before_training(ranks, chang
     else:
         with pytest.raises(ValueError, match=r"needs rank 9, and PEFT's layer 'layer' has room for 8"):
             ChainOptimizer(torch.optim.SGD, wrapped(), StepKnots(every=1), link=link, lr=0.1)
+
+
+# a LoraConfig in place of a LinkConfig
+
+#: options of a LoraConfig, and what they are in a LinkConfig
+CARRIED = {
+    "defaults": ({}, {}),  # PEFT's lora_alpha is 8
+    "rank and scale": ({"r": 4, "lora_alpha": 2}, {"r": 4, "lora_alpha": 2}),
+    "names": ({"target_modules": ["v_proj", "k_proj"]}, {"target_modules": ["k_proj", "v_proj"]}),
+    "a regular expression": ({"target_modules": r".*\.fc1"}, {"target_modules": r".*\.fc1"}),
+    "all linear": ({"target_modules": "all-linear"}, {"target_modules": "all-linear"}),
+    "dropout": ({"lora_dropout": 0.1}, {"lora_dropout": 0.1}),
+    "biases": ({"bias": "lora_only"}, {"bias": "lora_only"}),
+    "a head": ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ("lm_head",)}),
+    "gaussian": ({"init_lora_weights": "gaussian"}, {"init": "gaussian"}),
+    "rslora": ({"use_rslora": True}, {"scaling": "rslora"}),
+    "neutral": ({"task_type": "CAUSAL_LM", "revision": "main", "fan_in_fan_out": True}, {}),
+    "a head that the task trains": (
+        {"task_type": "SEQ_CLS", "modules_to_save": ["score", "lm_head"]},
+        {"modules_to_save": ("score", "lm_head")},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CARRIED)
+def test_a_lora_config_is_taken_for_the_link_config_that_says_the_same(case):
+    theirs, ours = CARRIED[case]
+    expected = LinkConfig(**{"lora_alpha": 8, **ours})
+    assert link_config_of(peft.LoraConfig(**theirs)) == expected
+    if "score" not in str(theirs):
+        assert chained(tiny_opt(), link=peft.LoraConfig(**theirs)).live.config == expected
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_config_has_the_scales_of_pefts_own_layers(rslora):
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj", "v_proj"])
+    opt, model = chained(tiny_opt(), link=config), peft.get_peft_model(tiny_opt(), config)
+    theirs = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")}
+    assert theirs == {layer.scaling for layer in opt.live.layers.values()}
+
+
+#: options that a LinkConfig has no place for, by what the refusal says of each
+NOT_CARRIED = {
+    "bias": ("all", r"bias='all' .*opt\.add_param_group"),
+    "init_lora_weights": ("pissa", r"init_lora_weights='pissa' .*choose init"),
+    "task_type": ("SEQ_CLS", r"task_type='SEQ_CLS' .*modules_to_save"),
+    "inference_mode": (True, r"inference_mode=True .*leave it out"),
+    "exclude_modules": (["k_proj"], r"exclude_modules=\{'k_proj'\} .*target_modules"),
+    "rank_pattern": ({"v_proj": 2}, r"rank_pattern=\{'v_proj': 2\} .*get_peft_model"),
+    "alpha_pattern": ({"v_proj": 2}, r"alpha_pattern=\{'v_proj': 2\} .*get_peft_model"),
+    "layers_to_transform": ([0], r"layers_to_transform=\[0\] .*get_peft_model"),
+}
+#: options that PEFT resets or refuses by themselves
+NEEDS_OTHERS = {"layers_pattern", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+                "use_qalora", "arrow_config"}  # fmt: skip
+NOT_A_SETTING = {"qalora_group_size", "megatron_core", "revision", "runtime_config", "peft_type", "auto_mapping",
+                 "peft_version", "base_model_name_or_path", "fan_in_fan_out"}  # fmt: skip
+for field in VALUES.keys() - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING:
+    NOT_CARRIED[field] = VALUES[field], rf"{field}=.*(leave it out|modules_to_save|larger model first)"
+
+
+def test_every_field_is_carried_over_refused_or_no_setting():
+    taken = {name for name, what in FIELDS.items() if what == TAKEN}
+    names = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert names - taken - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING == set()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("field", NOT_CARRIED)
+def test_what_cannot_be_carried_over_is_refused_by_name_before_anything_changes(field):
+    value, message = NOT_CARRIED[field]
+    model = tiny_opt()
+    names = [*model.state_dict()]
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], field: value() if callable(value) else value})
+    with pytest.raises(ValueError, match=rf"^link=LoraConfig\(\.\.\.\): .*{message}"):
+        chained(model, link=config)
+    assert [*model.state_dict()] == names
+
+
+def test_all_options_that_are_refused_are_named_at_once():
+    config = peft.LoraConfig(use_dora=True, bias="all", rank_pattern={"q_proj": 2})
+    with pytest.raises(ValueError, match=r"bias='all'.*; rank_pattern=.*; use_dora=True .*s·BA"):
+        chained(tiny_opt(), link=config)
+    with pytest.raises(ValueError, match=r"link=AdaLoraConfig\(\.\.\.\) is more than LoRA"):
+        chained(tiny_opt(), link=peft.AdaLoraConfig(total_step=9))
+
+
+# PEFT's words elsewhere
+
+WORDS = {
+    "a rank": (lambda: on_base(r=8), r"^AdamW does not take r: give link=LinkConfig\(r=8\)$"),
+    "two options": (
+        lambda: on_base(r=8, target_modules="all-linear"),
+        r"^AdamW does not take r, target_modules: give link=LinkConfig\(r=8, target_modules='all-linear'\)$",
+    ),
+    "PEFT's word": (lambda: on_base(use_rslora=True), r"does not take use_rslora: .*scaling='rslora'"),
+    "another's word": (lambda: on_base(lora_rank=8), r"does not take lora_rank: .*did you mean r\?"),
+    "an own callable": (
+        lambda: on_base(base=lambda params: torch.optim.AdamW(params), lora_dropout=0.1),
+        r"<lambda> does not take lora_dropout: give link=LinkConfig\(lora_dropout=0\.1\)",
+    ),
+    "neither's": (lambda: on_base(momentum=0.9), r"unexpected keyword argument 'momentum'"),
+    "rslora": (lambda: LinkConfig(use_rslora=True), r"LinkConfig: use_rslora=True .*scaling='rslora'"),
+    "excluded": (lambda: LinkConfig(exclude_modules=["x"]), r"exclude_modules=\['x'\] .*target_modules"),
+    "init": (lambda: LinkConfig(init_lora_weights="gaussian"), r"init_lora_weights='gaussian' .*choose init"),
+    "a typing error": (lambda: LinkConfig(lora_alhpa=2), r"lora_alhpa=2 is unknown .*did you mean lora_alpha\?"),
+    "unknown": (lambda: LinkConfig(zzz=2), r"LinkConfig: zzz=2 is unknown to a LinkConfig: leave it out"),
+}
+
+
+def on_base(base=torch.optim.AdamW, **options):
+    model = Wide()
+    try:
+        ChainOptimizer(base, model, NeverKnots(), link=LinkConfig(target_modules="all-linear"), **options)
+    finally:
+        assert type(model.layer) is nn.Linear
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_options_of_links_in_other_places_or_words_say_where_they_belong(case):
+    call, message = WORDS[case]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_base_that_takes_such_a_word_gets_it():
+    class Ranked(torch.optim.SGD):
+        def __init__(self, params, lr=0.1, r=0, **rest):
+            super().__init__(params, lr=lr)
+            self.taken = r, rest
+
+    link = LinkConfig(target_modules="all-linear")
+    opt = ChainOptimizer(Ranked, Wide(), NeverKnots(), link=link, r=3, lora_alpha=4)
+    assert opt.base.taken == (3, {"lora_alpha": 4})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola import Chain, EpochKnots, LinkConfig, NeverKnots, PlateauKnots, StepKnots
+from cola import Chain, ChainOptimizer, EpochKnots, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from tests.models import tiny_opt
 
 transformers = pytest.importorskip("transformers")
@@ -197,3 +197,42 @@ def test_setups_that_would_break_a_chain_are_refused(tmp_path, changes, prepare,
 def test_attach_wants_a_trainer():
     with pytest.raises(TypeError, match="must be a transformers Trainer"):
         attach(tiny_opt(), torch.optim.AdamW, NeverKnots())
+
+
+def test_attach_understands_a_lora_config(tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = trainer_of(tiny_opt(), tmp_path)
+    with pytest.raises(ValueError, match=r"link=LoraConfig\(\.\.\.\): use_dora=True"):
+        attach(trainer, torch.optim.AdamW, NeverKnots(), link=peft.LoraConfig(use_dora=True))
+    opt = attach(trainer, torch.optim.AdamW, NeverKnots(), link=peft.LoraConfig(r=2, lora_alpha=3))
+    assert opt.live.config == LinkConfig(r=2, lora_alpha=3, rank_change="mask")
+
+
+class Bare(transformers.Trainer):
+    """A user's own trainer."""
+
+
+@pytest.mark.parametrize("how", ["optimizers", "a subclass", "attach", "attach, finished by hand", "an own loop"])
+def test_a_trainer_without_attach_is_recognised_once(how, tmp_path, caplog):
+    model, kwargs = tiny_opt(), {"save_strategy": "no", "max_steps": 3, "logging_strategy": "no"}
+    if how.startswith("attach"):
+        trainer = trainer_of(model, tmp_path, **kwargs)
+        attach(trainer, torch.optim.AdamW, StepKnots(every=2), link=LINK, finish=how == "attach", save_chain=False)
+        trainer.train()
+    else:
+        opt = ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=LINK, lr=0.02)
+        if how == "an own loop":
+            opt.model(**{k: v[None] for k, v in examples(1)[0].items()}).loss.backward()
+            opt.step()
+        else:
+            kind = Bare if how == "a subclass" else transformers.Trainer
+            args = trainer_of(tiny_opt(), tmp_path, **kwargs).args
+            kind(model, args, train_dataset=examples(), optimizers=(opt, None)).train()
+            opt.finish()
+            assert len(opt.chain) == 2
+    told = [record.getMessage() for record in caplog.records if "trains this chain without" in record.getMessage()]
+    assert len(told) == (how in ("optimizers", "a subclass"))
+    for words in (
+        ("a transformers Trainer", "attach(trainer, base, policy)", "call opt.finish() after training") if told else ()
+    ):
+        assert words in told[0]
