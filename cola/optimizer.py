@@ -1,5 +1,6 @@
 """ChainOptimizer, Algorithm 1: train; at a knot tie the link, record it, extend the chain, reset the state."""
 
+import html
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from cola.checkpoint.state import arguments_of
 from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import agreed_mean
+from cola.knot.log import show
 from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
 from cola.knot.transaction import Knot
 from cola.lora.config import LinkConfig
-from cola.lora.coverage import Coverage, announced, covered
+from cola.lora.coverage import Coverage, announced, counted, covered
 from cola.lora.integrity import require_removable, warn_of_loaded_link, weights_of
 from cola.lora.link import KnotReport
 from cola.lora.live import LiveLink
@@ -61,6 +63,7 @@ class ChainOptimizer(Resumable):
             place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's
             Parameters.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
+        verbose: print a line per knot, in a distributed run on process 0 alone.
         **base_kwargs: for ``base``.
 
     Attributes:
@@ -76,7 +79,7 @@ class ChainOptimizer(Resumable):
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> from cola import StepKnots
     >>> opt = ChainOptimizer(
-    ...     torch.optim.AdamW, model, StepKnots(every=2), link=LinkConfig(r=1, target_modules="all-linear")
+    ...     torch.optim.AdamW, model, policy=StepKnots(every=2), link=LinkConfig(r=1, target_modules="all-linear")
     ... )
     >>> for _ in range(5):
     ...     model(torch.ones(3, 4)).square().mean().backward()
@@ -100,6 +103,7 @@ class ChainOptimizer(Resumable):
         seed: int = 0,
         keep_links: bool = True,
         reset: Reset = "state",
+        verbose: bool = False,
         **base_kwargs: Any,
     ) -> None:
         require_base(base)
@@ -112,6 +116,8 @@ class ChainOptimizer(Resumable):
             )
         if not isinstance(link, LinkConfig):
             raise TypeError(f"link={link!r} must be a LinkConfig")
+        if not isinstance(verbose, bool):
+            raise TypeError(f"verbose={verbose!r:.80} must be True or False")
         require_reset(reset, link.known_ranks())
         self._factory, self._base_kwargs = base, base_kwargs
         self.policy, self.reset = policy, reset
@@ -133,9 +139,11 @@ class ChainOptimizer(Resumable):
         self._knotting = False
         self._held = {}
         self._untrained = Untrained()
+        self._numbers: tuple[int, int] | None = None  # of parameters, once the chain is finished
         self._probed: list[int] = []  # groups whose state comes from a probe step
         self._groups = GroupWatch()
         self._losses = LossMeter(called(model))
+        self._verbose = verbose
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
@@ -300,10 +308,28 @@ class ChainOptimizer(Resumable):
         """
         return self._coverage
 
+    @property
+    def reports(self) -> tuple[KnotReport, ...]:
+        """The reports of the knots so far, in order, but for links that the chain lacks (`Chain.missing`)."""
+        return tuple(link.report for link in self.chain)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trained parameters and their share, as PEFT's method of this name does.
+
+        The factors of the live link are among both numbers. After `finish` the last link's numbers are printed.
+        """
+        trained, total = self._numbers or counted(self.live.model, self._all_in_groups())
+        share = 100 * trained / max(total, 1)
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
     def __repr__(self) -> str:
-        link = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
-        where = f"finished with {len(self.chain)} links" if self.finished else link
-        return f"ChainOptimizer({where}, {self.policy!r}, base={self.base!r})"
+        links = self.chain.missing + len(self.chain)
+        live = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
+        where = f"finished with {links} link{'' if links == 1 else 's'}" if self.finished else live
+        return f"ChainOptimizer({where}, {self.policy!r}, {type(self.base).__name__}, {self.steps} steps)"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code><br>{self.chain._repr_html_()}"
 
     # parts of a step
 
@@ -390,6 +416,8 @@ class ChainOptimizer(Resumable):
 
     def _announce(self, report: KnotReport) -> None:
         logger.info("%s", report)
+        if self._verbose:
+            show(report)
         if report.index == 0 and not self.finished and report.share > LARGE_LINK:
             path = max(report.layers, key=lambda path: report.layers[path].share)
             logger.warning(
@@ -409,6 +437,7 @@ class ChainOptimizer(Resumable):
 
     def _leave(self) -> None:
         """Release the model, after the live link has been tied or dropped."""
+        self._numbers = counted(self.live.model, self._all_in_groups())
         spent = {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
         self._base_model.close()
@@ -420,6 +449,10 @@ class ChainOptimizer(Resumable):
             group["params"] = [p for p in group["params"] if id(p) not in spent]
         self._bound, self._held, self.finished = None, {}, True
         self.chain.live = False
+
+    def _all_in_groups(self) -> list[nn.Parameter]:
+        # Accelerate puts placeholders there that are not Parameters
+        return [p for group in self.param_groups for p in group["params"] if isinstance(p, nn.Parameter)]
 
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0

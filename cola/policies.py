@@ -1,10 +1,12 @@
 """Policies decide when to tie a knot: each sees a `Signal` after every real optimizer step and answers yes or no."""
 
 import copy
+import inspect
 import itertools
 import json
 import logging
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from cola.common.arguments import integer, is_finite
 from cola.common.distributed import agreed_mean
 
 logger = logging.getLogger("cola")
+
+_SHORT = reprlib.Repr()  # of lists and texts the beginning
 
 
 @dataclass(slots=True)  # not frozen, because that would make every step slower
@@ -128,7 +132,13 @@ class KnotPolicy(ABC):
         return _Both(self, other)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self._attributes().items())
+        own, parameters = self._attributes(), inspect.signature(type(self).__init__).parameters
+        given = [name for name in parameters if name in own]
+        shown = ", ".join(
+            f"{name}={' '.join(_SHORT.repr(own[name]).split())}"
+            for name in given or own
+            if not (given and _is_default(own[name], parameters[name].default))
+        )
         return f"{type(self).__name__}({shown})"
 
 
@@ -286,7 +296,7 @@ class _Windows(KnotPolicy):
 
     @property
     @abstractmethod
-    def shortest(self) -> int:
+    def _shortest(self) -> int:
         """The fewest windows after which a link can end."""
 
     @abstractmethod
@@ -308,7 +318,7 @@ class _Windows(KnotPolicy):
             self.cooling -= 1
             return False
         left = None if self.total_steps is None else self.total_steps - step
-        return self._judge(result) and (left is None or left >= (self.shortest + self.cooldown) * self.window)
+        return self._judge(result) and (left is None or left >= (self._shortest + self.cooldown) * self.window)
 
     def knotted(self, step: int) -> None:
         """Start judging the next link."""
@@ -422,7 +432,7 @@ class PlateauKnots(_Windows):
         self.deaf_steps = 0  # steps before the first loss; -1 once it has come
 
     @property
-    def shortest(self) -> int:
+    def _shortest(self) -> int:
         """The fewest windows after which a link can end."""
         return _SPAN + 2 if self.patience is None else self.patience + 2
 
@@ -526,7 +536,7 @@ class GapKnots(_Windows):
         self._last: list[Tensor] = []  # a checkpoint leaves it out, and the next product is missing then
 
     @property
-    def shortest(self) -> int:
+    def _shortest(self) -> int:
         """The fewest windows after which a link can end."""
         return 2
 
@@ -642,6 +652,12 @@ def _increasing(policy: str, name: str, values: Sequence[int], total: int | None
             "(the last link is tied by finish(), so knots lie strictly inside)"
         )
     return numbers
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (
+        isinstance(value, (int, float, str)) and type(value) is type(default) and value == default
+    )
 
 
 def _is_json(value: Any) -> bool:

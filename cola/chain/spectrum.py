@@ -32,6 +32,21 @@ def singular_values(factors: Sequence[Factor]) -> Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
 
 
+def of_first(factors: Sequence[Factor], counts: Sequence[int]) -> list[Tensor]:
+    """Singular values of the sum of the first k factors, for each k in ``counts``; of none for k = 0.
+
+    One QR serves all, because the first columns of R are those of the first columns' QR.
+    """
+    if not factors:
+        return [torch.zeros(0, dtype=torch.float64) for _ in counts]
+    left, right = stack(factors)
+    left, right = torch.linalg.qr(left).R, torch.linalg.qr(right.T).R
+    ends = [0]
+    for factor in factors:
+        ends.append(ends[-1] + sum(len(A) for A, _, _ in factor.triples()))
+    return [torch.linalg.svdvals(left[:, : ends[k]] @ right[:, : ends[k]].T) for k in counts]
+
+
 def rank(factors: Sequence[Factor], tolerance: float | None = None) -> int:
     """Number of singular values above ``tolerance`` times the largest; see `Chain.effective_rank`."""
     return _count(singular_values(factors), factors[0], tolerance)

@@ -160,7 +160,7 @@ class ChainCallback(TrainerCallback):
         if self.save_chain and not self.opt.finished and not self.opt.chain.missing:
             directory = Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR
             if self.trainer.is_fsdp_enabled:  # the sharded model's checkpoint has the live link
-                on_disk.save(directory, self.opt.chain.ledger())
+                on_disk.save(directory, self.opt.chain._ledger())
             else:
                 self.opt.save(directory)
 

@@ -26,7 +26,7 @@ class OptimizerWrapper(Optimizer):
     _made: int  # number of groups that the factory made; later ones came by `add_param_group`
 
     #: the wrapper's param-group entries, which a new base does not get
-    own_entries: tuple[str, ...] = ()
+    _own_entries: tuple[str, ...] = ()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ class OptimizerWrapper(Optimizer):
     def _fresh(self, parameters: list[nn.Parameter]) -> Optimizer:
         """A new base over the groups that hold ``parameters``."""
         groups = groups_with(self.param_groups, parameters)
-        return fresh_instance(self._new_base, groups, self._groups.changed, drop=self.own_entries)
+        return fresh_instance(self._new_base, groups, self._groups.changed, drop=self._own_entries)
 
     def _adopt(self, fresh: Optimizer, parameters: list[nn.Parameter]) -> None:
         old = tensors_of(self.base, parameters)
