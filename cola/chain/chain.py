@@ -64,7 +64,7 @@ class Chain:
             ranks = [*ranks[:6], "…", ranks[-1]]
         kept = "" if self.keep else ", factors not kept"
         live = ", and a live one" if self.live else ""
-        return f"Chain({lost}{len(self)} links, ranks [{', '.join(ranks)}]{kept}{live})"
+        return f"Chain({lost}{len(self)} link{'' if len(self) == 1 else 's'}, ranks [{', '.join(ranks)}]{kept}{live})"
 
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()

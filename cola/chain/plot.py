@@ -39,7 +39,7 @@ def figure(links: Iterable[Link]) -> Any:
     chain = list(links)
     if not chain:
         raise ValueError("an empty chain has nothing to draw")
-    kinds = layers_by_kind(dict.fromkeys(path for link in chain for path in (*link.report.layers, *link.factors)))
+    kinds = layers_by_kind(dict.fromkeys(path for link in chain for path in (link.factors or link.report.layers)))
     panels: list[Callable[[Any], None]] = []
     if len(_losses(chain)[1]) > 1:
         panels.append(lambda axes: _loss(axes, chain))
@@ -130,6 +130,7 @@ def _loss(axes: Any, chain: Sequence[Link]) -> None:
         axes.annotate(str(shown[step]), (step, loss), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     _titles(axes, "Training loss at the knots", "each point is the last step of a link, with the link's number")
     axes.set(xlabel="optimizer step", ylabel="training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.15)
 
 
@@ -256,7 +257,6 @@ def _dots(axes: Any, values: dict[str, Any]) -> None:
 
 def _label_ends(axes: Any, labels: Sequence[tuple[float, str, str]]) -> None:
     """Write names to the right of the axes, at the height of their values but apart from each other."""
-    axes.figure.draw_without_rendering()  # settles the limits
     low, high = axes.get_ylim()
     scale = math.log if axes.get_yscale() == "log" else float
     wanted = sorted(((scale(value) - scale(low)) / (scale(high) - scale(low)), text, c) for value, text, c in labels)
@@ -337,8 +337,7 @@ def _ranks(chain: Sequence[Link], path: str, counts: Sequence[int]) -> list[tupl
     """After so many links: the rank of a layer's update, and the number of its large singular values."""
     found = []
     for values in spectrum.of_first(_factors(chain, path), [len(_factors(chain[:k], path)) for k in counts]):
-        largest = float(values[0]) if len(values) else 0.0
-        found.append((int((values > largest * _TRACE).sum()), int((values > largest * _LARGE).sum())))
+        found.append((int((values > values[0] * _TRACE).sum()), int((values > values[0] * _LARGE).sum())))
     return found
 
 

@@ -33,12 +33,10 @@ def singular_values(factors: Sequence[Factor]) -> Tensor:
 
 
 def of_first(factors: Sequence[Factor], counts: Sequence[int]) -> list[Tensor]:
-    """Singular values of the sum of the first k factors, for each k in ``counts``; of none for k = 0.
+    """Singular values of the sum of the first k factors, for each k in ``counts``; zeros for k = 0.
 
     One QR serves all, because the first columns of R are those of the first columns' QR.
     """
-    if not factors:
-        return [torch.zeros(0, dtype=torch.float64) for _ in counts]
     left, right = stack(factors)
     left, right = torch.linalg.qr(left).R, torch.linalg.qr(right.T).R
     ends = [0]

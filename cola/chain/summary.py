@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cola.lora.link import Link, per_cent
+from cola.lora.link import Link, per_cent, small_share
 
 _HTML_ROWS = 20  # of a longer chain a notebook shows the first and last ones
 
@@ -102,7 +102,7 @@ class ChainSummary:
     def texts(self) -> list[list[str]]:
         """The cells of the table, by row and column."""
         found = [{name: getattr(row, name) for name in COLUMNS} for row in self.rows]
-        shown = [{**row, "share": per_cent(row["share"]), "lost": f"{row['lost']:.1e}"} for row in found]
+        shown = [{**row, "share": per_cent(row["share"]), "lost": small_share(row["lost"])} for row in found]
         return [[cell(value) for value in row.values()] for row in shown]
 
 

@@ -27,6 +27,7 @@ def log_to(writer: Any) -> Callable[[KnotReport], None]:
 
     Raises:
         TypeError: ``writer`` is none of these.
+        RuntimeError: it is ``wandb``, and there is no run yet.
 
     >>> from torch import nn, optim, ones
     >>> from cola import ChainOptimizer, LinkConfig, StepKnots
@@ -66,7 +67,7 @@ def _sender(writer: Any) -> Send:
             return lambda numbers, step: writer.log_metrics(numbers, step=step)
         if _takes_step(getattr(writer, "log", None)):
             if getattr(writer, "__name__", None) == "wandb" and getattr(writer, "run", None) is None:
-                raise TypeError("log_to(writer=wandb): there is no run yet: call wandb.init() first")
+                raise RuntimeError("log_to(writer=wandb): there is no run yet: call wandb.init() first")
             return lambda numbers, step: writer.log(numbers, step=step)
         if callable(writer):
             return writer

@@ -96,7 +96,7 @@ class KnotReport:
         share = f" (at most {per_cent(self.share)} of a layer's ‖W‖)" if self.share else ""
         return (
             f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}{share}, "
-            f"{self.lost:.1e} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
+            f"{small_share(self.lost)} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
         )
 
 
@@ -110,6 +110,11 @@ def per_cent(share: float | None) -> str | None:
         return None
     value = 100 * share
     return f"{value:.0f} %" if 10 <= value < 1e4 else f"{value:.2g} %"
+
+
+def small_share(share: float) -> str:
+    """A share that is usually minute: in per cent from a thousandth on."""
+    return f"{per_cent(share)}" if share >= 1e-3 else f"{share:.1e}"
 
 
 def used_rank(A: Tensor, B: Tensor) -> int:

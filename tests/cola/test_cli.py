@@ -80,34 +80,6 @@ def test_inspect_prints_json_and_writes_nothing_on_request(run, capsys):
     assert sorted(os.listdir(run / "checkpoint")) == before
 
 
-def test_the_figure_labels_what_it_shows(run):
-    """Axes, units and layers are named, on a chain with many layers too."""
-    from matplotlib.figure import Figure
-
-    from cola.chain import plot
-
-    seen = []
-    original = Figure.savefig
-    try:
-        Figure.savefig = lambda self, *args, **kwargs: (seen.append(self), original(self, *args, **kwargs))
-        plot.draw(Chain.load(run / "chain"))
-        model = tiny_opt(num_hidden_layers=20)
-        opt = trained(model)
-        plot.draw(opt.chain)
-    finally:
-        Figure.savefig = original
-    for drawn in seen:
-        left, right = drawn.axes[:2]
-        assert left.get_xlabel()
-        assert "singular value" in left.get_ylabel()
-        assert left.get_title()
-        assert right.get_xlabel() == "link k"
-        assert drawn.axes[2].get_ylabel().startswith("‖ΔWₖ‖")
-    labels = [text.get_text() for text in seen[1].axes[1].get_yticklabels()]
-    assert labels[0].startswith("0.self_attn.")
-    assert labels == sorted(labels, key=lambda label: int(label.split(".")[0]))
-
-
 def test_verify_passes_on_the_right_base(run, tmp_path, capsys):
     for kind in ("chain", "checkpoint"):
         assert main(["verify", str(run / kind), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
