@@ -76,7 +76,7 @@ class Resumable(LinkGroups):
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 1))
         >>> def wrap(model):
         ...     link = LinkConfig(r=1, target_modules="all-linear")
-        ...     return ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=link)
+        ...     return ChainOptimizer(torch.optim.AdamW, model, policy=StepKnots(every=2), link=link)
         >>> model = copy.deepcopy(base)
         >>> opt = wrap(model)
         >>> for _ in range(3):
@@ -219,7 +219,8 @@ class Resumable(LinkGroups):
 
         >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
         >>> link = LinkConfig(r=1, target_modules="all-linear")
-        >>> opt = ChainOptimizer(torch.optim.SGD, torch.nn.Sequential(torch.nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=NeverKnots(), link=link)
         >>> opt.register_for_checkpointing("average", torch.nn.Linear(1, 1))
         """
         if not isinstance(name, str):
@@ -245,7 +246,8 @@ class Resumable(LinkGroups):
 
         >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
         >>> link = LinkConfig(r=1, target_modules="all-linear")
-        >>> opt = ChainOptimizer(torch.optim.SGD, torch.nn.Sequential(torch.nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=NeverKnots(), link=link)
         >>> opt.follow(Chain())
         """
         self._require_running("follow()")

@@ -1,7 +1,7 @@
 """Trains a chain in transformers' `Trainer` and its subclasses (TRL's `SFTTrainer`): call `attach` before `train()`.
 
 trainer = Trainer(model, args, train_dataset=data)
-opt = attach(trainer, torch.optim.AdamW, PlateauKnots())
+opt = attach(trainer, torch.optim.AdamW, policy=PlateauKnots())
 trainer.train()
 trainer.save_model("merged")  # the plain model, with the chain in its weights
 opt.chain.save("chain")       # the links alone
@@ -84,7 +84,7 @@ def attach(
     settings = base_arguments(trainer.args, base, kwargs)
     require_fixed_reference(trainer, link)
     say_what_is_not_used(trainer.args, base, {**settings, **kwargs})
-    opt = ChainOptimizer(base, model, policy, link=link, **{"seed": trainer.args.seed, **settings, **kwargs})
+    opt = ChainOptimizer(base, model, policy=policy, link=link, **{"seed": trainer.args.seed, **settings, **kwargs})
     if "weight_decay" in settings:
         spare_from_decay(trainer, opt)
     if is_peft_model(model):

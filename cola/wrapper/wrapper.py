@@ -149,7 +149,7 @@ def require_base(base: Any) -> None:
         name = type(base).__name__
         raise TypeError(
             f"base={name}(...) is an optimizer instance: pass the class and its arguments, "
-            f"ChainOptimizer({name}, model, policy, lr=...)"
+            f"ChainOptimizer({name}, model, policy=policy, lr=...)"
         )
     if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
         raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")

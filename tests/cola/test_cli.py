@@ -64,6 +64,8 @@ def test_inspect_prints_tables_and_draws(run, tmp_path, capsys):
         line = next(line for line in text.splitlines() if line.startswith(layer))
         assert f" {rank} " in line
     assert chain.base.digest in text
+    for line in str(chain.summary()).splitlines()[3:]:
+        assert any(" ".join(shown.split()).startswith(" ".join(line.split())) for shown in text.splitlines())
     assert (tmp_path / "inspect.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert set(json.loads((tmp_path / "inspect.json").read_text())["layers"]) == set(chain.layers())
 
@@ -74,6 +76,9 @@ def test_inspect_prints_json_and_writes_nothing_on_request(run, capsys):
     result = json.loads(capsys.readouterr().out)
     assert [link["index"] for link in result["links"]] == [0, 1]
     chain = Chain.load(run / "checkpoint")
+    for link, row in zip(result["links"], chain.summary().to_dict()["links"], strict=True):
+        assert {name: link[name] for name in row} == row
+        assert link["share"] > 0
     layer = chain.layers()[0]
     assert result["layers"][layer]["norms"] == chain.norms()[layer]
     assert result["layers"][layer]["singular_values"] == chain.singular_values(layer).tolist()
