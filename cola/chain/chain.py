@@ -277,7 +277,8 @@ class Chain:
     def plot(self) -> Any:
         """Draw the loss at the knots, ``‖ΔW‖/‖W‖`` by kind of layer, the spectrum of the update, and its rank.
 
-        Without factors (``keep_links=False``) it draws what the reports hold. The state of pyplot is left alone.
+        Without factors (``keep_links=False``), or without the first links, it draws what the reports hold. The state of
+        pyplot is left alone.
 
         Returns:
             A `matplotlib.figure.Figure`, which notebooks show.

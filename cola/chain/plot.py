@@ -30,7 +30,7 @@ def figure(links: Iterable[Link]) -> Any:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there are no links.
+        ValueError: there are no links, or they hold nothing to draw.
     """
     try:
         from matplotlib.figure import Figure
@@ -45,10 +45,13 @@ def figure(links: Iterable[Link]) -> Any:
         panels.append(lambda axes: _loss(axes, chain))
     if any(link.report.layers for link in chain):
         panels.append(lambda axes: _moves(axes, chain, kinds))
-    if all(link.factors for link in chain):
+    whole = chain[0].index == 0  # a framework may have dropped the first links
+    if whole and all(link.factors for link in chain):
         panels.append(lambda axes: _spectrum(axes, chain, kinds))
-    if len(chain) > 1 or not panels:
+    if whole and len(chain) > 1:
         panels.append(lambda axes: _rank(axes, chain, kinds))
+    if not panels:
+        raise ValueError("the chain has nothing to draw: its links have neither factors nor norms of layers")
     columns = len(panels) if len(panels) < 4 else 2
     rows = math.ceil(len(panels) / columns)
     drawn: Any = Figure(figsize=(6.4 * columns, 4.2 * rows), layout="constrained")
@@ -183,20 +186,17 @@ def _spectrum(axes: Any, chain: Sequence[Link], kinds: Layers) -> None:
 
 def _rank(axes: Any, chain: Sequence[Link], kinds: Layers) -> None:
     """Reachable rank against the rank of the update, after some of the links."""
-    first = chain[0].index
-    counts = [first + k for k in range(1, len(chain) + 1)]
     reachable = np.cumsum([_reach(link) for link in chain])
-    axes.plot(counts, reachable, color="0.85", linewidth=8, solid_capstyle="butt")
+    axes.plot(np.arange(1, len(chain) + 1), reachable, color="0.85", linewidth=8, solid_capstyle="butt")
     labels = [(float(reachable[-1]), "reachable: Σr", _GREY)]
     text, key = "what the links' ranks allow", list[str]()
     if all(link.factors for link in chain):
         some = _some(len(chain))
         layers = [path for paths in kinds.values() for path in paths]
         found = np.array([_ranks(chain, path, some) for path in layers], dtype=float)  # layer × point × 2
-        at = np.array(some) + first
         names = "reached", f"σ above {100 * _LARGE:g} % of the largest"
         for i, name in enumerate(names):
-            middle = _band(axes, at, found[:, :, i], _COLOURS[i], "os"[i], width=2.4 - i)
+            middle = _band(axes, np.array(some), found[:, :, i], _COLOURS[i], "os"[i], width=2.4 - i)
             labels.append((float(middle[-1]), name, _COLOURS[i]))
         text, key = f"{text}, and the update has", _key(kinds)
     _titles(axes, "Rank of the whole update", text, *key)
@@ -295,9 +295,12 @@ def _titles(axes: Any, title: str, *texts: str) -> None:
 def _title(chain: Sequence[Link]) -> str:
     ranks = [link.rank for link in chain]
     same = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    count = chain[-1].index + 1
+    count, lost = chain[-1].index + 1, chain[0].index
+    without = f" without the first {lost}, which are lost" if lost else ""
     layers = len(chain[-1].report.layers)
-    return f"Chain of {count} link{'s' if count > 1 else ''}, {same}, {layers} layer{'s' if layers != 1 else ''}"
+    return (
+        f"Chain of {count} link{'s' if count > 1 else ''}{without}, {same}, {layers} layer{'s' if layers != 1 else ''}"
+    )
 
 
 def _key(kinds: Layers, text: str = "line: median layer, band: range") -> list[str]:
@@ -333,11 +336,11 @@ def _factors(chain: Sequence[Link], path: str) -> list[Any]:
     return [link.factors[path] for link in chain if path in link.factors]
 
 
-def _ranks(chain: Sequence[Link], path: str, counts: Sequence[int]) -> list[tuple[int, int]]:
+def _ranks(chain: Sequence[Link], path: str, counts: Sequence[int]) -> list[tuple[int, ...]]:
     """After so many links: the rank of a layer's update, and the number of its large singular values."""
-    found = []
-    for values in spectrum.of_first(_factors(chain, path), [len(_factors(chain[:k], path)) for k in counts]):
-        found.append((int((values > values[0] * _TRACE).sum()), int((values > values[0] * _LARGE).sum())))
+    found, factors = [], _factors(chain, path)
+    for values in spectrum.of_first(factors, [len(_factors(chain[:k], path)) for k in counts]):
+        found.append(tuple(spectrum.count(values, factors[0], least) for least in (None, _LARGE)))
     return found
 
 

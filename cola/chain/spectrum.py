@@ -47,10 +47,11 @@ def of_first(factors: Sequence[Factor], counts: Sequence[int]) -> list[Tensor]:
 
 def rank(factors: Sequence[Factor], tolerance: float | None = None) -> int:
     """Number of singular values above ``tolerance`` times the largest; see `Chain.effective_rank`."""
-    return _count(singular_values(factors), factors[0], tolerance)
+    return count(singular_values(factors), factors[0], tolerance)
 
 
-def _count(values: Tensor, factor: Factor, tolerance: float | None = None) -> int:
+def count(values: Tensor, factor: Factor, tolerance: float | None = None) -> int:
+    """Number of singular values above ``tolerance`` times the largest; None for the precision of ``factor``."""
     if tolerance is None:
         tolerance = torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
     return int((values > tolerance * values[0]).sum()) if values[0] > 0 else 0
@@ -90,5 +91,5 @@ def cosines(one: Factor, two: Factor, side: str) -> Tensor:
 def _basis(factor: Factor, side: str) -> Tensor:
     """Orthonormal columns that span the space; fewer than r if the update has a smaller rank."""
     u, values, v = svd([factor])
-    count = _count(values, factor)
-    return u[:, :count] if side == "out" else v[:count].T
+    kept = count(values, factor)
+    return u[:, :kept] if side == "out" else v[:kept].T

@@ -64,7 +64,7 @@ SHAPES = {
     "losses that nobody saw": (made([2, 2], BLOCKS, loss=False), [MOVES, SPECTRUM, RANK]),
     "weights of unknown norm": (made([2, 2], BLOCKS, norm=None), ALL),
     "links that changed nothing": (made([2, 2], ["fc"], size=6), ALL),
-    "first links that are lost": (Chain(list(made([2, 2, 1], BLOCKS))[1:]), ALL),
+    "first links that are lost": (Chain(list(made([2, 2, 1], BLOCKS))[1:]), [LOSS, MOVES]),
     "ranks beyond the width": (made([4, 4, 4], ["fc"]), ALL),
 }
 for link in SHAPES["links that changed nothing"][0]:
@@ -105,6 +105,7 @@ def test_the_numbers_are_the_chains():
     assert reachable == [2, 4, 5]
     assert reached == [2, 4, 5]
     assert large == [2, 4, 5]
+    assert reached[-1] == np.median(list(chain.effective_rank().values()))
     assert {"reachable: Σr", "reached"} < texts(found[RANK])
 
 
@@ -166,6 +167,8 @@ def test_names_keep_apart_and_inside(heights):
 def test_an_empty_chain_and_a_missing_library_are_named(monkeypatch):
     with pytest.raises(ValueError, match="an empty chain has nothing to draw"):
         Chain().plot()
+    with pytest.raises(ValueError, match="nothing to draw: its links have neither factors nor norms of layers"):
+        Chain([Link(0, 0, {}, {}, KnotReport(0, 1, 1, 1.0, 0.0, None, 0.0))], keep=False).plot()
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
