@@ -11,8 +11,8 @@ import numpy as np
 from cola.chain import spectrum
 from cola.lora.link import Link
 
-#: dark enough for text on white, and told apart by all forms of colour vision (Okabe and Ito, without yellow)
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B07F00", "#000000")
+#: told apart by all forms of colour vision (Okabe and Ito), and darkened for text on white
+_COLOURS = ("#0072B2", "#C65000", "#00805C", "#B0508C", "#946C00", "#000000", "#3B9BD4")
 _GREY = "0.45"
 _POINTS = 12  # numbers of links after which the rank is measured, and labels that an axis can take
 _LARGE = 0.01  # of the largest singular value: directions above it do most of an update
