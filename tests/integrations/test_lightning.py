@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from cola import ChainOptimizer, EpochKnots, LinkConfig, PlateauKnots, StepKnots
+from cola import ChainOptimizer, EpochKnots, LinkConfig, PlateauKnots, StepKnots, log_to
 from tests.models import BODY, Net, batch
 
 lightning = pytest.importorskip("lightning")
@@ -144,3 +144,20 @@ def test_the_best_checkpoint_is_tested_with_its_link(tmp_path, best, r, weights_
     fit(other, tmp_path / "other", callbacks=[], max_steps=9, num_sanity_val_steps=0)
     other.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
     torch.testing.assert_close(other.net(batch(5)[0]), wanted, rtol=rate, atol=rate)
+
+
+def test_knots_reach_a_logger_of_lightning(tmp_path):
+    pytest.importorskip("pandas")
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    model = Net()
+    link = LinkConfig(r=1, target_modules=BODY)
+    opt = ChainOptimizer(torch.optim.SGD, model, policy=StepKnots(every=1), link=link, lr=0.1)
+    opt.on_knot(log_to(logger))
+    x, y = batch(0)
+    for _ in range(2):
+        (model(x) - y).square().mean().backward()
+        opt.step()
+    logger.save()
+    heading, *lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert {"step", "knot/share", "knot/delta_norm"} <= set(heading.split(","))
+    assert len(lines) == 2
