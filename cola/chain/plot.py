@@ -35,7 +35,7 @@ def figure(links: Iterable[Link]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib") from None
+        raise ImportError("matplotlib is missing (pip install matplotlib)") from None
     chain = list(links)
     if not chain:
         raise ValueError("an empty chain has nothing to draw")

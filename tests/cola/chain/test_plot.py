@@ -177,7 +177,7 @@ def test_an_empty_chain_and_a_missing_library_are_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="a picture needs matplotlib: pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"matplotlib is missing \(pip install matplotlib\)"):
         made([1], ["fc"]).plot()
 
 
