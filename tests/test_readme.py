@@ -26,3 +26,12 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     names["model"].save_pretrained("base")
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
+
+
+def test_examples_name_the_policy():
+    """Everywhere a reader copies from, the policy is the keyword argument ``policy``."""
+    root = Path(__file__).parent.parent
+    places = "README.md", "docs/**/*.md", "cola/**/*.md", "cola/**/*.py", "theory/**/*.md", "experiments/examples/*.py"
+    made = re.compile(r"(?:ChainOptimizer\(\s*[\w.]+|attach\(trainer),\s*[\w.()]+,\s*(?!policy=|\*)\w[^\n]*")
+    found = {str(p): made.findall(p.read_text()) for place in places for p in root.glob(place)}
+    assert {path: calls for path, calls in found.items() if calls} == {}
