@@ -231,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     _copt()  # or refuse before anything runs
-    cases = [(*size, kind) for size in (DENSE[:1] if options.quick else DENSE) for kind in ("plain", "blocked")]
+    cases: list[tuple[int, int, int, str | int]] = [
+        (*size, kind) for size in (DENSE[:1] if options.quick else DENSE) for kind in ("plain", "blocked")
+    ]
     cases += [] if options.quick else [(m, n, T, entries) for m, n, entries, T in OBSERVED]
     rows = [
         compare(*made(m, n, kind, options.seed), T, options.rounds)

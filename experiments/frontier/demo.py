@@ -98,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
     write_atomically(arguments.out / "table.txt", demo_table(found) + "\n")
     _keep_chain(results, sweep, arguments.out / "chain")
     print(f"\nuntouched model: {results.untouched:.4f} bits per byte on held-out files\n\n{demo_table(found)}\n")
-    print(sentence(found, plan.setting.per_nat))
+    print("A trial: the figures mean nothing." if arguments.smoke else sentence(found, plan.setting.per_nat))
     print("\nChecks:")
     for check in verdicts:
         print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")

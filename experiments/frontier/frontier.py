@@ -90,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
         task = task if arguments.steps is None else lasting(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
         plan, shard = plan_of(task, chosen, arguments.seeds), Shard.parse(arguments.shard)
-        plan.require_possible()
+        plan.require_possible("--ranks or --methods")
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2

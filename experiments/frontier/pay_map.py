@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
         task, shard = task_of(arguments), Shard.parse(arguments.shard)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
         for plan in plans.values():
-            plan.require_possible()
+            plan.require_possible("--ranks, --steps or --methods")
     except (ValueError, OSError) as error:
         print(f"map: {error}", file=sys.stderr)
         return 2

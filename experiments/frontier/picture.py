@@ -69,6 +69,7 @@ def draw_demo(results: Results, found: Sequence[Row], path: Path) -> None:
             ties = [knot["step"] for knot in inside(results.final(row.arm)[0]) if knot["step"] >= width]
             curves.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=4)
         curves.set_xlabel("optimizer step")
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.set_ylabel(f"{results.plan.setting.unit}, minus those of {reference.label}")
         curves.set_title(f"Training loss, compared with {reference.label}: lower is better", loc="left", fontsize=10)
         curves.legend(frameon=False, fontsize=8.5)

@@ -134,6 +134,7 @@ def test_the_map_from_end_to_end(quick, tmp_path, capsys):
         (["frontier", "--task", "slow", "--seeds", "0"], "argument --seeds: 0"),
         (["frontier", "--task", "slow", "--ranks", "0"], "argument --ranks: 0"),
         (["frontier", "--task", "slow", "--ranks", "50"], "r=150 is above the rank of layer"),
+        (["frontier", "--task", "slow", "--ranks", "50"], "choose other --ranks or --methods\n"),
         (["frontier", "--task", "code", "--model", "no/such"], "offline the hub is not asked, and no copy is cached"),
         (["map", "--task", "slow", "--ranks", "0"], "argument --ranks: 0"),
         (["map", "--task", "slow", "--steps", "5"], "a link needs at least one step"),
