@@ -15,7 +15,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if not action.option_strings or default in (None, True, False, argparse.SUPPRESS, []):
+        if not action.option_strings or isinstance(default, bool) or default in (None, argparse.SUPPRESS, []):
             return action.help
         values = default if isinstance(default, (list, tuple)) else [default]
         shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -18,7 +18,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Help that adds "(default: …)" to options whose default is a value; other defaults are in the help's words."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if not action.option_strings or action.default in (None, False, argparse.SUPPRESS):
+        default = action.default
+        if not action.option_strings or isinstance(default, bool) or default in (None, argparse.SUPPRESS):
             return action.help
         return f"{action.help} (default: %(default)s)"
 

@@ -108,6 +108,7 @@ def test_every_command_has_help_with_seed_and_out_and_each_default_once(name, ca
     shown = " ".join(capsys.readouterr().out.split())
     assert "--seed" in shown
     assert "--out DIR folder to write (default: runs/" in shown
+    assert "--seed N" not in shown or re.search(r"--seed N [\w ]+ \(default: 0\)", shown)
     assert not re.search(r"default: (None|False|True|\[)", shown)
     assert not re.search(r"\(default: [^()]*\) \(default", shown)
 

@@ -203,6 +203,7 @@ def test_help_names_each_default_once(capsys):
         assert stopped.value.code == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert "(default: runs/" in shown
+        assert re.search(r"--seed N [\w, ]+ \(default: 0\)", shown)
         assert not re.search(r"default: (None|False|True)", shown)
         assert not re.search(r"\(default:? [^()]*\) \(default", shown)
 
