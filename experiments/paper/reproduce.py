@@ -143,6 +143,8 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         sweep = _sweep(arguments.out)
         board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
         mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
+        if any(sweep.read(cell) is None for search in mine.values() for cell in search.wanted({})):
+            models.require(setting.model or table.model)  # before processes are started
         if first:
             print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
         done = sweep.carry_out(

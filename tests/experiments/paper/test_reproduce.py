@@ -146,6 +146,7 @@ def test_flops_that_cannot_be_counted_are_missing_and_the_scores_are_not(tmp_pat
         ("table 7 --workers 0", "argument --workers: 0"),
         ("table 7 --shard 2/2", "--shard 2/2"),
         ("table 7 --data-dir /nonexistent --seeds 1 --rates 1", "/nonexistent"),
+        ("table 7 --model ./none", "model='./none': there is no such folder"),
         ("figure 2 --rates 0", "argument --rates: 0"),
     ],
 )
