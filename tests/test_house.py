@@ -88,7 +88,18 @@ def test_theory_stands_alone(name, path):
 
 
 #: the rooms of theory, lowest first; each imports from itself and from those before it
-ROOMS = ["arguments", "seeds", "style", "theorem", "iterates", "oracles", "problems", "torch_backend", "step_sizes"]
+ROOMS = [
+    "arguments",
+    "command_line",
+    "seeds",
+    "style",
+    "theorem",
+    "iterates",
+    "oracles",
+    "problems",
+    "torch_backend",
+    "step_sizes",
+]
 ROOMS += ["gradient_estimators", "frank_wolfe", "checks", "suite", "bench", "fw_gap"]
 
 
