@@ -187,6 +187,13 @@ def half_of_it(state, path):
     raise Killed
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A cell of four epochs with a knot, and its outcome."""
+    of = cell(folder, Method.cola(2, ranks=(4, 2)), epochs=4)
+    return of, finetune.run(of, tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize(
     ("where", "what", "does"),
     [
@@ -199,9 +206,8 @@ def half_of_it(state, path):
     ],
     ids=["weights alone", "no state", "half a state", "no chain", "before the scores", "after the scores"],
 )
-def test_what_was_not_written_whole_is_not_gone_on_from(folder, tmp_path, monkeypatch, where, what, does):
-    of = cell(folder, Method.cola(2, ranks=(4, 2)), epochs=4)
-    undisturbed = finetune.run(of, tmp_path / "whole")
+def test_what_was_not_written_whole_is_not_gone_on_from(folder, whole, tmp_path, monkeypatch, where, what, does):
+    of, undisturbed = whole
     original, calls = getattr(where, what), []
 
     def third(*args, **kwargs):
@@ -247,8 +253,9 @@ def test_a_kill_around_the_outcome_repeats_no_step(folder, tmp_path, monkeypatch
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", [Method.cola(2, ranks=(2,)), Method("finetune")], ids=["cola", "finetune"])
+@pytest.mark.parametrize(
+    ("method", "fsdp"), [(Method.cola(2, ranks=(2,)), True), (Method("finetune"), False)], ids=["cola", "finetune"]
+)
 def test_processes_share_a_cell(folder, tmp_path, method, fsdp):
     """Two processes, each with half of every batch, under DDP and FSDP2, take the steps of one."""
     alone = finetune.run(cell(folder, method), tmp_path / "alone")
