@@ -4,6 +4,7 @@ from cola.chain.chain import Chain, Factor, KnotReport, LayerReport, Link
 from cola.chain.files import StoreError
 from cola.common.version import __version__
 from cola.knot.learning_rate import restart, rewarm
+from cola.knot.log import log_to
 from cola.knot.tie import KnotError
 from cola.lora.config import LinkConfig
 from cola.lora.init import LinkStart
@@ -33,6 +34,7 @@ __all__ = [
     "StepKnots",
     "StoreError",
     "__version__",
+    "log_to",
     "register_kind",
     "restart",
     "rewarm",

@@ -16,6 +16,8 @@ from cola.chain.files import write
 from cola.chain.hub import load_base, save_merged
 from cola.chain.on_disk import CHAIN, CHECKPOINT
 from cola.chain.plot import draw
+from cola.chain.summary import COLUMNS
+from cola.chain.summary import table as _table
 from cola.checkpoint.directory import read_run
 from cola.checkpoint.untied_link import UntiedLink, read_untied_link
 from cola.common.version import __version__
@@ -49,7 +51,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     chain, untied = _read(arguments.directory)
     result: dict[str, Any] = {
         "directory": str(arguments.directory),
-        "links": [_link(chain, i) for i in range(len(chain))],
+        "links": [_link(chain, i, numbers) for i, numbers in enumerate(chain.summary().to_dict()["links"])],
         "live": _live(untied),
         "missing": chain.missing,
         "base": None if chain.base is None else {"name": chain.base.name, "digest": chain.base.digest},
@@ -58,10 +60,8 @@ def inspect(arguments: argparse.Namespace) -> Answer:
     lines = [f"{arguments.directory}: {chain!r}"]
     if chain.base is not None:
         lines.append(f"base {chain.base.name or '(unnamed)'}, fingerprint {chain.base.digest}")
-    shown = "index", "step", "rank", "norm", "lost", "loss", "overlap_out", "overlap_in", "seed"
-    rows = [[x[key] for key in shown] for x in result["links"]]
-    header = ["link", "step", "rank", "‖ΔW‖", "lost", "loss", "overlap out", "in", "seed"]
-    lines += ["", _table(header, rows), "", "overlap: share of the link's directions that the link before it used"]
+    lines += ["", _table([*COLUMNS.values(), "overlap out", "in", "seed"], _rows(chain, result["links"]))]
+    lines += ["", "overlap: share of the link's directions that the link before it used"]
     if untied is not None:
         report = untied.link.report
         lines += ["", f"{untied}, is not included: rank {report.rank}, ‖ΔW‖ {report.delta_norm:.4g}"]
@@ -99,7 +99,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
         check("the run's state is whole", lambda: read_run(arguments.directory))
     untied: UntiedLink | None = None
     if chain is not None:
-        check("all links are there", lambda: chain.complete("verify"))
+        check("all links are there", lambda: chain._complete("verify"))
         check("factors are finite", lambda: _require_finite(chain))
     if chain is not None and all(problem is None for _, problem in checks):
         untied = read_untied_link(arguments.directory, chain)
@@ -144,7 +144,7 @@ def merge(arguments: argparse.Namespace) -> Answer:
             raise ValueError("--live ties all links and --upto the first ones: give one of them")
         if not 0 <= arguments.upto <= len(chain):
             raise ValueError(f"--upto {arguments.upto}: the chain has {len(chain)} links, so give 0 to {len(chain)}")
-    chain.complete("merge")
+    chain._complete("merge")
     if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
         raise ValueError(
             "the chain's links are stacked on quantised weights, where from_pretrained would not look for them: write "
@@ -256,7 +256,7 @@ def _read(directory: Path, *, live: bool = False) -> tuple[Chain, UntiedLink | N
     if live and untied is not None:
         if untied.obstacle is not None:
             raise ValueError(f"--live: the {untied}, {untied.obstacle}")
-        chain.append(untied.link)
+        chain._append(untied.link)
     return chain, untied
 
 
@@ -284,18 +284,18 @@ def _base(arguments: argparse.Namespace, chain: Chain) -> Any:
     )
 
 
-def _link(chain: Chain, i: int) -> dict[str, Any]:
-    link, report = chain[i], chain[i].report
-    found: dict[str, Any] = {
-        "index": link.index, "step": link.step, "rank": link.rank, "norm": report.delta_norm,
-        "lost": report.lost_norm / report.delta_norm if report.delta_norm else 0.0, "loss": report.loss,
-        "seed": link.seed,
-    }  # fmt: skip
+def _link(chain: Chain, i: int, numbers: dict[str, Any]) -> dict[str, Any]:
+    found = {**numbers, "seed": chain[i].seed}
     for side in ("out", "in"):
         angles = list(chain.overlap(i - 1, i, side).values()) if i and chain.keep else []
         shares = [float(c.square().mean()) for c in angles if c.numel()]
         found[f"overlap_{side}"] = sum(shares) / len(shares) if shares else None
     return found
+
+
+def _rows(chain: Chain, links: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    rows = chain.summary().texts()
+    return [[*row, link["overlap_out"], link["overlap_in"], link["seed"]] for row, link in zip(rows, links)]
 
 
 def _layers(chain: Chain) -> dict[str, Any]:
@@ -339,21 +339,6 @@ def _require_as_reported(model: Any, chain: Chain) -> None:
                     f"link {link.index} on layer {layer!r} adds {tie.delta:.6g} and loses {tie.lost:.6g} to rounding; "
                     f"its knot reported {report.delta_norm:.6g} and {report.lost_norm:.6g}"
                 )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(header))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:

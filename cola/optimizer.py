@@ -1,5 +1,6 @@
 """ChainOptimizer, Algorithm 1: train; at a knot tie the link, record it, extend the chain, reset the state."""
 
+import html
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from cola.common import interrupts
 from cola.common.contexts import unaffected
 from cola.common.distributed import agreed_mean
 from cola.knot import merged
+from cola.knot.log import show
 from cola.knot.reset import GroupWatch, Reset, require_keepable, require_reset, reset_name
 from cola.knot.transaction import Knot
 from cola.lora.config import LinkConfig, link_config_of
-from cola.lora.coverage import Coverage, announced, covered
+from cola.lora.coverage import Coverage, announced, counted, covered
 from cola.lora.integrity import require_removable, warn_of_loaded_link, weights_of
 from cola.lora.link import KnotReport
 from cola.lora.live import LiveLink
@@ -63,6 +65,7 @@ class ChainOptimizer(Resumable):
             place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's
             Parameters.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
+        verbose: print a line per knot, in a distributed run on process 0 alone.
         **base_kwargs: for ``base``.
 
     Attributes:
@@ -78,7 +81,7 @@ class ChainOptimizer(Resumable):
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> from cola import StepKnots
     >>> opt = ChainOptimizer(
-    ...     torch.optim.AdamW, model, StepKnots(every=2), link=LinkConfig(r=1, target_modules="all-linear")
+    ...     torch.optim.AdamW, model, policy=StepKnots(every=2), link=LinkConfig(r=1, target_modules="all-linear")
     ... )
     >>> for _ in range(5):
     ...     model(torch.ones(3, 4)).square().mean().backward()
@@ -102,6 +105,7 @@ class ChainOptimizer(Resumable):
         seed: int = 0,
         keep_links: bool = True,
         reset: Reset = "state",
+        verbose: bool = False,
         **base_kwargs: Any,
     ) -> None:
         require_base(base, base_kwargs)
@@ -113,6 +117,8 @@ class ChainOptimizer(Resumable):
                 "EvenKnots(length=3, total_steps=n); for a single link use NeverKnots()"
             )
         link = link_config_of(link)
+        if not isinstance(verbose, bool):
+            raise TypeError(f"verbose={verbose!r:.80} must be True or False")
         require_reset(reset, link.known_ranks())
         self._factory, self._base_kwargs = base, base_kwargs
         self.policy, self.reset = policy, reset
@@ -135,9 +141,11 @@ class ChainOptimizer(Resumable):
         self._integrated = False  # whether an integration finishes the chain, or the user was told that none does
         self._held = {}
         self._untrained = Untrained()
+        self._numbers: tuple[int, int] | None = None  # of parameters, while no link is live
         self._probed: list[int] = []  # groups whose state comes from a probe step
         self._groups = GroupWatch()
         self._losses = LossMeter(called(model))
+        self._verbose = verbose
         self._listeners: list[Callable[[KnotReport], None]] = []
         self._loss: Tensor | None = None
         self._epoch: float | None = None
@@ -272,7 +280,7 @@ class ChainOptimizer(Resumable):
             if merge:
                 self._untrained.look(self.live, self.base, self.steps - self._tied_at())
             self._leave()
-        shortfall = self.policy.shortfall(self.steps, one_link=report is not None and not report.index)
+        shortfall = self.policy._shortfall(self.steps, one_link=report is not None and not report.index)
         if shortfall:
             logger.warning("%s", shortfall)
         return report
@@ -309,8 +317,8 @@ class ChainOptimizer(Resumable):
                 ties, saves or loads.
 
         >>> from cola import NeverKnots
-        >>> link = LinkConfig(r=1, target_modules="all-linear")
-        >>> opt = ChainOptimizer(torch.optim.SGD, nn.Sequential(nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> model, link = nn.Sequential(nn.Linear(2, 2)), LinkConfig(r=1, target_modules="all-linear")
+        >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=NeverKnots(), link=link)
         >>> with opt.merged() as model:
         ...     sorted(model.state_dict())
         ['0.bias', '0.weight']
@@ -321,12 +329,13 @@ class ChainOptimizer(Resumable):
         self._require_running("merged()")
         merged.require_mergeable(self)
         self._require_trainable()
+        numbers = counted(self.live.model, self._all_in_groups())
         with merged.merged(self):
-            self._merged = True
+            self._merged, self._numbers = True, numbers
             try:
                 yield self.model
             finally:
-                self._merged = False
+                self._merged, self._numbers = False, None
 
     # everything else that a user calls; saving and loading are in Resumable
 
@@ -353,10 +362,28 @@ class ChainOptimizer(Resumable):
         """
         return self._coverage
 
+    @property
+    def reports(self) -> tuple[KnotReport, ...]:
+        """The reports of the knots so far, in order, but for links that the chain lacks (`Chain.missing`)."""
+        return tuple(link.report for link in self.chain)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trained parameters and their share, as PEFT's method of this name does.
+
+        The factors of the live link are among both numbers. After `finish` the last link's numbers are printed.
+        """
+        trained, total = self._numbers or counted(self.live.model, self._all_in_groups())
+        share = 100 * trained / max(total, 1)
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
     def __repr__(self) -> str:
-        link = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
-        where = f"finished with {len(self.chain)} links" if self.finished else link
-        return f"ChainOptimizer({where}, {self.policy!r}, base={self.base!r})"
+        links = self.chain.missing + len(self.chain)
+        live = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
+        where = f"finished with {links} link{'' if links == 1 else 's'}" if self.finished else live
+        return f"ChainOptimizer({where}, {self.policy!r}, {type(self.base).__name__}, {self.steps} steps)"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code><br>{self.chain._repr_html_()}"
 
     # parts of a step
 
@@ -446,6 +473,8 @@ class ChainOptimizer(Resumable):
 
     def _announce(self, report: KnotReport) -> None:
         logger.info("%s", report)
+        if self._verbose:
+            show(report)
         if report.index == 0 and not self.finished and report.share > LARGE_LINK:
             path = max(report.layers, key=lambda path: report.layers[path].share)
             logger.warning(
@@ -465,6 +494,7 @@ class ChainOptimizer(Resumable):
 
     def _leave(self) -> None:
         """Release the model, after the live link has been tied or dropped."""
+        self._numbers = counted(self.live.model, self._all_in_groups())
         spent = {id(p) for p in self.live.factors_by_name().values()}
         self._losses.remove()
         self._base_model.close()
@@ -482,6 +512,10 @@ class ChainOptimizer(Resumable):
         trained = bool(self.live.trained()) and self.steps > self._tied_at()
         given_back = bool(self.live.starts) and self.steps > 0  # only a tie restores the start to the bit
         return not self.live.is_zero() or trained or given_back or self._base_model.has_unrecorded()
+
+    def _all_in_groups(self) -> list[nn.Parameter]:
+        # Accelerate puts placeholders there that are not Parameters
+        return [p for group in self.param_groups for p in group["params"] if isinstance(p, nn.Parameter)]
 
     def _tied_at(self) -> int:
         return self.chain[-1].step if len(self.chain) else 0

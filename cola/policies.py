@@ -1,10 +1,12 @@
 """Policies decide when to tie a knot: each sees a `Signal` after every real optimizer step and answers yes or no."""
 
 import copy
+import inspect
 import itertools
 import json
 import logging
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from cola.common.arguments import integer, is_finite
 from cola.common.distributed import agreed_mean
 
 logger = logging.getLogger("cola")
+
+_SHORT = reprlib.Repr()  # of lists and texts the beginning
 
 
 @dataclass(slots=True)  # not frozen, because that would make every step slower
@@ -64,7 +68,7 @@ class KnotPolicy(ABC):
         """The knots still planned when a run ends at ``step``, in words; None if there are none."""
         return None
 
-    def shortfall(self, step: int, *, one_link: bool) -> str | None:
+    def _shortfall(self, step: int, *, one_link: bool) -> str | None:
         """What a user should know of a run that ended at ``step``, in words; None if it went as the policy planned.
 
         Args:
@@ -156,7 +160,13 @@ class KnotPolicy(ABC):
         return _Both(self, other)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self._attributes().items())
+        own, parameters = self._attributes(), inspect.signature(type(self).__init__).parameters
+        given = [name for name in parameters if name in own]
+        shown = ", ".join(
+            f"{name}={' '.join(_SHORT.repr(own[name]).split())}"
+            for name in given or own
+            if not (given and _is_default(own[name], parameters[name].default))
+        )
         return f"{type(self).__name__}({shown})"
 
 
@@ -323,7 +333,7 @@ class _Windows(KnotPolicy):
 
     @property
     @abstractmethod
-    def shortest(self) -> int:
+    def _shortest(self) -> int:
         """The fewest windows after which a link can end."""
 
     @abstractmethod
@@ -345,7 +355,7 @@ class _Windows(KnotPolicy):
             self.cooling -= 1
             return False
         left = None if self.total_steps is None else self.total_steps - step
-        return self._judge(result) and (left is None or left >= (self.shortest + self.cooldown) * self.window)
+        return self._judge(result) and (left is None or left >= (self._shortest + self.cooldown) * self.window)
 
     def knotted(self, step: int) -> None:
         """Start judging the next link."""
@@ -357,10 +367,10 @@ class _Windows(KnotPolicy):
         return self.max_links == 1
 
     def _why(self, step: int) -> str:
-        first = self.shortest * self.window
+        first = self._shortest * self.window
         if step < first:
             return f", and could not: with window={self.window} a link has {first} steps or more"
-        least = first + (self.shortest + self.cooldown) * self.window
+        least = first + (self._shortest + self.cooldown) * self.window
         if self.total_steps is not None and self.total_steps < least:
             return f", and could not: with window={self.window} it needs total_steps={least} or more"
         return ""
@@ -471,7 +481,7 @@ class PlateauKnots(_Windows):
         self.deaf_steps = 0  # steps before the first loss; -1 once it has come
 
     @property
-    def shortest(self) -> int:
+    def _shortest(self) -> int:
         """The fewest windows after which a link can end."""
         return _SPAN + 2 if self.patience is None else self.patience + 2
 
@@ -575,7 +585,7 @@ class GapKnots(_Windows):
         self._last: list[Tensor] = []  # a checkpoint leaves it out, and the next product is missing then
 
     @property
-    def shortest(self) -> int:
+    def _shortest(self) -> int:
         """The fewest windows after which a link can end."""
         return 2
 
@@ -700,6 +710,12 @@ def _increasing(policy: str, name: str, values: Sequence[int], total: int | None
             "(the last link is tied by finish(), so knots lie strictly inside)"
         )
     return numbers
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (
+        isinstance(value, (int, float, str)) and type(value) is type(default) and value == default
+    )
 
 
 def _is_json(value: Any) -> bool:

@@ -7,10 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from experiments import hub
+from experiments.command_line import Help, unwritable
+from experiments.report.progress import without_noise
+
 COMMANDS = {
-    "demo": ("frontier.demo", "show on real text, offline and in minutes, that a chain beats a LoRA of its bytes"),
+    "demo": ("frontier.demo", "show on real text, offline, that a chain beats a LoRA of its bytes"),
     "run": ("paper.run", "run one cell of the paper's experiments: a model, a task, a method, a learning rate, a seed"),
-    "pretrain": ("tiny.pretrain", "make the tiny model that the demo fine-tunes"),
+    "pretrain": ("tiny.pretrain", "make the tiny models that the demo and the study fine-tune"),
     "study": (
         "study.study",
         "compare methods, ranks and base optimizers on a small model and text, with tuned rates and five seeds",
@@ -32,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        Its exit status; 2 if none is named or a library is missing, 130 if it was interrupted.
+        Its exit status; 2 for a wrong argument or none, or if a library is missing, 130 if it was interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
@@ -42,20 +46,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
+            allow_abbrev=False,  # --seed would be taken for --seeds
         )
         # import only the command that runs
         if name in argv[:1]:
+            without_noise()
             try:
                 module = importlib.import_module(f"experiments.{module_name}")
             except ModuleNotFoundError as error:
                 return _not_installed(name, error)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.main)
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stopped:  # help, or a wrong argument that argparse has named
+        return int(stopped.code or 0)
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
+    if refused := unwritable(arguments.out):
+        print(f"{arguments.command}: --out {arguments.out} cannot be written: {refused}", file=sys.stderr)
+        return 2
+    if getattr(arguments, "offline", False):
+        hub.go_offline()
     try:
         return int(arguments.run(arguments))
     except ModuleNotFoundError as error:

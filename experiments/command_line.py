@@ -1,17 +1,78 @@
-"""The command line that repeats a run, for the files that the run writes."""
+"""The command line: help that names each default once, checked numbers, and the command that repeats a run."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shlex
 from collections.abc import Callable, Container
+from pathlib import Path
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that adds "(default: …)" to options whose default is a value; other defaults are in the help's words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if not action.option_strings or isinstance(default, bool) or default in (None, argparse.SUPPRESS, []):
+            return action.help
+        values = default if isinstance(default, (list, tuple)) else [default]
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{action.help} (default: {shown.replace('%', '%%')})"
+
+
+def count(text: str) -> int:
+    """The type of an option that takes a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """The type of an option that takes a positive number, such as a learning rate."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
+
+
+def add_whereabouts(parser: argparse.ArgumentParser) -> None:
+    """The options of every sweep: where its runs happen, and whether a hub may be asked."""
+    parser.add_argument(
+        "--workers", type=count, metavar="N", help="processes (default: as many as cores and memory allow)"
+    )
+    parser.add_argument(
+        "--shard", default="0/1", metavar="i/n", help="this machine's part of a sweep in a shared folder"
+    )
+    add_offline(parser)
+
+
+def add_offline(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that may ask a hub for a model or for data."""
+    parser.add_argument("--offline", action="store_true", help="never ask the hub: folders and cached copies only")
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a folder cannot be written or made, or None; nothing is made."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        return f"{there} is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"no permission to write in {there}"
+    return None
 
 
 def repeated(
     command: str,
     add_arguments: Callable[[argparse.ArgumentParser], object],
     arguments: argparse.Namespace,
-    without: Container[str] = ("workers",),
+    without: Container[str] = ("workers", "offline"),
 ) -> str:
     """The command with the options that are not at their default.
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from experiments import hub
 from experiments.tiny import tiny_opt
 from experiments.tiny.corpus import BOS, VOCABULARY
 
@@ -103,6 +104,7 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError(f"device={str(device)!r} and device_map={device_map!r}: give one of the two")
     tiny_opt.quiet()
+    require(name)
     model: Any
     tokenizer: Tokenizer
     if over_bytes(name):
@@ -122,6 +124,16 @@ def _checkpoint_layers(model: Any) -> None:
     # called activation checkpointing since transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+def require(name: str) -> None:
+    """Refuse a model that does not exist, at once: a folder is looked for first, then the hub is asked briefly.
+
+    Raises:
+        OSError: there is no such folder, and the hub has no such model, or does not answer and no copy is cached.
+    """
+    if name not in tiny_opt.NAMED:
+        hub.require_model(name, known=tiny_opt.NAMED)
 
 
 def over_bytes(name: str) -> bool:
@@ -150,11 +162,7 @@ def _pretrained(
             raise OSError(
                 f"model={name!r} is a directory, but not of a causal language model and its tokenizer: {error}"
             ) from error
-        raise OSError(
-            f"model={name!r} is not a directory here, and could not be loaded from the hub: {error}\n"
-            f"Download it once where there is a network (`hf download {name}`; a gated model needs `hf auth login` "
-            "and its licence accepted), or pass a directory, or 'tiny' for the model that comes with the repository."
-        ) from error
+        raise OSError(f"model={name!r} could not be loaded from the hub or its cache: {error}") from error
     _as_in_the_protocol(model.config.model_type, tokenizer)
     return model, tokenizer
 

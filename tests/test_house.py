@@ -31,6 +31,7 @@ FLOORS = [
     ["cola.lora.trainable", "cola.lora.unsaved", "cola.lora.start", "cola.lora.live"],
     ["cola.lora.coverage", "cola.lora.integrity", "cola.lora.untrained"],
     ["cola.chain.architecture", "cola.chain.fingerprint", "cola.chain.replay", "cola.chain.spectrum"],
+    ["cola.chain.plot", "cola.chain.summary"],
     ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk"],
     ["cola.chain.peft_targets", "cola.chain.peft_export", "cola.chain.peft_import", "cola.chain.chain"],
     [
@@ -40,13 +41,13 @@ FLOORS = [
         "cola.wrapper.wrapper",
         "cola.wrapper.link_groups",
     ],
-    ["cola.knot.transaction", "cola.knot.merged"],
+    ["cola.knot.transaction", "cola.knot.merged", "cola.knot.log"],
     ["cola.checkpoint.base_model", "cola.checkpoint.state", "cola.checkpoint.directory", "cola.checkpoint.state_dict"],
     ["cola.checkpoint.restore", "cola.checkpoint.untied_link", "cola.checkpoint.resumable"],
     ["cola.optimizer", "cola.knot.learning_rate", "cola"],
     ["cola.integrations", "cola.integrations.checkpoints", "cola.integrations.references"],
     ["cola.integrations.settings", "cola.integrations.transformers", "cola.integrations.lightning"],
-    ["cola.chain.hub", "cola.chain.plot", "cola.cli"],
+    ["cola.chain.hub", "cola.cli"],
 ]
 ORDER = {name: i for i, name in enumerate(name for floor in FLOORS for name in floor)}
 
@@ -87,7 +88,18 @@ def test_theory_stands_alone(name, path):
 
 
 #: the rooms of theory, lowest first; each imports from itself and from those before it
-ROOMS = ["arguments", "seeds", "style", "theorem", "iterates", "oracles", "problems", "torch_backend", "step_sizes"]
+ROOMS = [
+    "arguments",
+    "command_line",
+    "seeds",
+    "style",
+    "theorem",
+    "iterates",
+    "oracles",
+    "problems",
+    "torch_backend",
+    "step_sizes",
+]
 ROOMS += ["gradient_estimators", "frank_wolfe", "checks", "suite", "bench", "fw_gap"]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from theory import theorem
+from theory.command_line import Help, progress, writable
 from theory.frank_wolfe import frank_wolfe
 from theory.iterates import ObservedMatrix
 from theory.oracles.lanczos import top_singular
@@ -144,7 +145,6 @@ def compare(
     loss: Loss,
     T: int,
     rounds: int,
-    progress: Callable[[], None] = lambda: None,
 ) -> Row:
     """Run both programs in turn for some rounds, then certify both final points."""
     delta, shape = float(p.oracle.circumradius), (p.oracle.shape[0], p.oracle.shape[1])
@@ -157,7 +157,6 @@ def compare(
         W, average = run_copt(loss, shape, delta, eta, T)
         ours.append((middle - started) / T * 1e3)
         theirs.append((time.perf_counter() - middle) / T * 1e3)
-        progress()
     ratios = np.array(theirs) / np.array(ours)
     G, copt_G = p.gradient(run.final), loss(W)[1]
     return Row(
@@ -174,6 +173,25 @@ def compare(
         certified_gap(G, run.final.inner(G), delta),
         certified_gap(copt_G, float(np.sum(copt_G * W)), delta),
     )
+
+
+def made(m: int, n: int, kind: str | int, seed: int) -> tuple[str, DenseCompletion | ObservedCompletion, Loss]:
+    """The name, the problem and copt's loss of one comparison.
+
+    Args:
+        m: rows.
+        n: columns.
+        kind: ``"plain"`` or ``"blocked"``, the loss that copt gets on the dense problem, or the number of observed
+            entries.
+        seed: of the data.
+    """
+    if isinstance(kind, int):
+        q = observed_completion(m, n, kind, seed)
+        return f"observed {m}x{n}, {kind} entries", q, observed_loss(q)
+    p = problem(m, n, seed)
+    if kind == "plain":
+        return f"dense {m}x{n}, plain loss", p, plain_loss(p.Y)
+    return f"dense {m}x{n}, our loss in both", p, blocked_loss(p)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -196,30 +214,31 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; returns 1 if the two runs have different average gaps."""
     parser = argparse.ArgumentParser(
-        prog="python -m theory.bench", description="Compare with copt on the same problems in one run."
+        prog="python -m theory.bench",
+        description="Compare with copt on the same problems in one run.",
+        formatter_class=Help,
+        allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds (default 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the data (default 0)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the data")
     parser.add_argument("--quick", action="store_true", help="the smallest dense problem only")
-    parser.add_argument("--out", type=Path, default=Path("runs/fw_bench"), metavar="DIR", help="where results go")
+    parser.add_argument("--out", type=Path, default=Path("runs/fw_bench"), metavar="DIR", help="folder of the results")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}: give the number of interleaved rounds")
-    from tqdm import tqdm
-
-    rows = []
-    cases = [("dense", *size) for size in (DENSE[:1] if options.quick else DENSE)]
-    total = options.rounds * (2 * len(cases) + (0 if options.quick else len(OBSERVED)))
-    with tqdm(total=total, unit="round", file=sys.stderr, disable=None) as bar:
-        for _, m, n, T in cases:
-            p = problem(m, n, options.seed)
-            for kind, loss in (("plain loss", plain_loss(p.Y)), ("our loss in both", blocked_loss(p))):
-                name = f"dense {m}x{n}, {kind}"
-                rows.append(compare(name, p, loss, T, options.rounds, lambda: bar.update() and None))
-        for m, n, entries, T in () if options.quick else OBSERVED:
-            q = observed_completion(m, n, entries, options.seed)
-            name = f"observed {m}x{n}, {entries} entries"
-            rows.append(compare(name, q, observed_loss(q), T, options.rounds, lambda: bar.update() and None))
+    try:
+        writable(options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    _copt()  # or refuse before anything runs
+    cases: list[tuple[int, int, int, str | int]] = [
+        (*size, kind) for size in (DENSE[:1] if options.quick else DENSE) for kind in ("plain", "blocked")
+    ]
+    cases += [] if options.quick else [(m, n, T, entries) for m, n, entries, T in OBSERVED]
+    rows = [
+        compare(*made(m, n, kind, options.seed), T, options.rounds)
+        for m, n, T, kind in progress(cases, "comparison", lambda case: f"{case[0]}x{case[1]}")
+    ]
     print(table(rows))
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:

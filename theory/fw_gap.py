@@ -17,6 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from theory.command_line import Help, drawn, progress, require, writable
+
+if __name__ == "__main__":
+    require("numpy", "scipy")  # before the modules that import them
+
 from theory.checks import FAIL, PASS, VACUOUS, Check, significance
 from theory.checks.record import STRUCTURAL
 from theory.gradient_estimators import Minibatch
@@ -34,20 +39,29 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m theory.fw_gap",
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         epilog="The exit status is 0 if no check fails, 1 if one does, 2 for a bad argument.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
-    out.add_argument("--instance", nargs="+", metavar="NAME", help="instances to run; see --list")
-    out.add_argument("--step", nargs="+", metavar="RULE", help=f"step rules: {', '.join(STEPS)}")
     out.add_argument(
-        "--oracle", choices=ORACLES, help="oracle: the set's own, by Lanczos, or erring by --epsilon/--rho"
+        "--instance", nargs="+", metavar="NAME", help="instances to run; see --list (default: the standard suite)"
     )
-    out.add_argument("--T", nargs="+", type=int, metavar="T", help="horizons, each a separate run")
+    out.add_argument("--step", nargs="+", metavar="RULE", help=f"step rules: {', '.join(STEPS)} (default: theorem)")
+    out.add_argument(
+        "--oracle", choices=ORACLES, help="the set's own, by Lanczos, or erring by --epsilon or --rho (default: own)"
+    )
+    out.add_argument(
+        "--T", nargs="+", type=int, metavar="T", help="horizons, each a separate run (default: the instance's)"
+    )
     out.add_argument("--seeds", type=int, metavar="N", help="runs per rung of a ladder (default: 8)")
     out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed, any whole number")
-    out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive oracle errors")
+    out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive errors of the oracle")
     out.add_argument("--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps")
-    out.add_argument("--batch", nargs="+", type=int, metavar="B", help="batch sizes of the gradient")
-    out.add_argument("--sigma", type=float, help="noise for --batch where a problem draws no batches (default: 2)")
+    out.add_argument(
+        "--batch", nargs="+", type=int, metavar="B", help="batch sizes of the gradient (default: the exact gradient)"
+    )
+    out.add_argument(
+        "--sigma", type=float, metavar="S", help="noise for --batch where a problem draws no batches (default: 2)"
+    )
     out.add_argument("--out", type=Path, default=Path("runs/fw_gap"), metavar="DIR", help="results and pictures")
     out.add_argument("--list", action="store_true", help="list instances and step rules, and stop")
     out.add_argument("--no-plots", action="store_true", help="write no pictures (matplotlib is then not needed)")
@@ -189,19 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print(listing())
         return 0
-    from tqdm import tqdm
-
     started = time.perf_counter()
     records: list[Record] = []
     try:
         tasks = chosen(options)
+        writable(options.out)
         options.out.mkdir(parents=True, exist_ok=True)
-        with (
-            (options.out / "results.jsonl").open("w", encoding="utf-8") as lines,
-            tqdm(tasks, unit="task", file=sys.stderr, disable=None) as progress,
-        ):
-            for task in progress:
-                progress.set_description(task.name)
+        with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
+            for task in progress(tasks, "task", lambda task: task.name):
                 for record in task.run():
                     records.append(record)
                     lines.write(record.as_json() + "\n")
@@ -221,8 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(levels)} of them are statistical: a false alarm among them in {chance}")
     print(f"results: {options.out / 'results.jsonl'}")
     if not options.no_plots:
-        for path in plots.pictures(records, options.out):
-            print(f"picture: {path}")
+        print(drawn(lambda: plots.pictures(records, options.out)))
     print(f"{time.perf_counter() - started:.1f} s")
     return 1 if failed else 0
 

@@ -15,10 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from theory.command_line import Help, drawn, require, writable
+
+if __name__ == "__main__":
+    require("numpy", "scipy", "torch")  # before the modules that import them
+
 import numpy as np
 
 from theory.arguments import count, positive
-from theory.real_run import chains
+from theory.real_run import chains, plots
 from theory.real_run.decomposition import Decomposition, LayerGap, Probe
 from theory.real_run.probe import GapProbe
 
@@ -29,17 +34,20 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(
         prog="python -m theory.llm_gap",
-        description="Train the demo's chain and show the Frank-Wolfe gap of every link with its exact decomposition.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a chain, and split the Frank-Wolfe gap of every link into its terms.",
+        formatter_class=Help,
+        allow_abbrev=False,
     )
     out.add_argument(
         "--model", choices=("demo", "random"), default="demo", help="tiny OPT on prose, or a random network"
     )
-    out.add_argument("--arm", help="arm of the demo: its policy, rank and learning rate (default: cola-3)")
+    out.add_argument("--arm", help="arm of the study's control: its policy, rank and learning rate (default: cola-3)")
     out.add_argument("--epochs", type=int, default=3, metavar="N", help="passes over the training text")
-    out.add_argument("--lr", type=float, help="peak learning rate (default: the arm's recorded one)")
-    out.add_argument("--eta", type=float, help="step that scales a link to a vertex (default: 1/T)")
-    out.add_argument("--delta", type=float, help="radius of K per layer (default: the smallest that holds the run)")
+    out.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate (default: the arm's recorded one)")
+    out.add_argument("--eta", type=float, metavar="STEP", help="step that scales a link to a vertex (default: 1/T)")
+    out.add_argument(
+        "--delta", type=float, metavar="D", help="radius of K per layer (default: the smallest that holds the run)"
+    )
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")
@@ -52,21 +60,22 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if the decomposition holds up to rounding, 1 if not, 2 for a bad argument."""
     options = parser().parse_args(arguments)
-    from theory.real_run import plots  # matplotlib is slow to import, and --help does without
-
     try:
         count("--epochs", options.epochs, "passes over the training text")
         count("--probe-batches", options.probe_batches, "microbatches of the fixed loss")
+        count("--rank", options.rank, "the rank of the atoms of K")
+        count("--sketch", options.sketch, "columns of the gradient sketch")
         count("--seed", options.seed, "the seed of training, data and sketches", least=0)
         for name in ("lr", "eta", "delta"):
             if getattr(options, name) is not None:
                 positive(f"--{name}", getattr(options, name), "a positive number, or leave it out")
         if options.model == "random" and options.arm is not None:
             raise ValueError("--arm names an arm of the demo: leave it out with --model random")
+        writable(options.out)
         options.arm = "cola-3" if options.arm is None else options.arm
         run = chains.train(options)
         result = run.probe.decompose(eta=options.eta, delta=options.delta)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(result.table())
@@ -77,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     lines.append(json.dumps({"kind": "chain", "model": options.model, "seed": options.seed, **result.as_dict()}))
     (options.out / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    picture = plots.chain_gap(result, run.probe.probes, options.out / "chain_gap.png")
-    print(f"results: {options.out / 'results.jsonl'}\npicture: {picture}")
+    print(f"results: {options.out / 'results.jsonl'}")
+    print(drawn(lambda: [plots.chain_gap(result, options.out / "chain_gap.png")]))
     # the identity is float64 arithmetic: a few units in the last place
     tolerance = 1e-12 * max(1.0, float(np.abs(result.loss).max()) / (result.eta * len(result.low)))
     if result.identity_error() > tolerance:

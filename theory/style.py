@@ -19,6 +19,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
+GREY = "#7F7F7F"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -47,6 +48,16 @@ def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, l
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
+
+
+def mosaic(layout: list[list[str]], width: float, height: float) -> tuple[Any, dict[str, Any]]:
+    """A figure with its axes by name, laid out as matplotlib's `subplot_mosaic`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplot_mosaic(layout)
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,18 +5,21 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cola.chain import on_disk, peft_export, peft_import, replay, spectrum
+from cola.chain import on_disk, peft_export, peft_import, plot, replay, spectrum
 from cola.chain.fingerprint import Fingerprint
+from cola.chain.summary import ChainSummary, summary_of
 from cola.common import interrupts
 from cola.common.version import FORMAT
 from cola.lora.link import Factor, KnotReport, LayerReport, Link
 
 logger = logging.getLogger("cola")
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Chain:
@@ -56,57 +59,19 @@ class Chain:
 
     def __repr__(self) -> str:
         lost = f"{self.missing} lost links, then " if self.missing else ""
-        return f"Chain({lost}{len(self)} links, ranks {[link.rank for link in self]})"
+        ranks = [str(link.rank) for link in self]
+        if len(ranks) > 12:
+            ranks = [*ranks[:6], "…", ranks[-1]]
+        kept = "" if self.keep else ", factors not kept"
+        live = ", and a live one" if self.live else ""
+        return f"Chain({lost}{len(self)} link{'' if len(self) == 1 else 's'}, ranks [{', '.join(ranks)}]{kept}{live})"
 
-    def append(self, link: Link) -> None:
-        """Record a link. Its index must be the next one."""
-        self.require_next(link.index)
-        self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
-        self.live = False
-
-    def require_next(self, index: int) -> None:
-        """Raise ValueError if ``index`` is not that of the next link."""
-        if index != self.missing + len(self):
-            raise ValueError(
-                f"link {index} cannot follow a chain of {self.missing + len(self)} links: links go in order. (To take "
-                "a link off a running chain, use opt.undo.)"
-            )
-
-    def resume(self, index: int) -> None:
-        """Continue as the chain before link ``index``: drop later links, and count absent ones as missing."""
-        if self.missing <= index <= self.missing + len(self):
-            del self._links[index - self.missing :]
-        else:
-            self._links.clear()
-        self.missing = index - len(self._links)
-
-    def restore(self, ledger: on_disk.Ledger) -> None:
-        """Take over the content of a checkpoint, in place."""
-        self._links, self.missing = list(ledger.links), ledger.missing
-        self.keep, self.base = ledger.keep, ledger.base
-
-    def ledger(self) -> on_disk.Ledger:
-        """The chain as plain data."""
-        return on_disk.Ledger(tuple(self._links), self.missing, self.keep, self.base)
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def layers(self) -> list[str]:
         """Paths of the layers that any link changes."""
         return replay.paths(self)
-
-    def complete(self, call: str = "this") -> tuple[Link, ...]:
-        """All links.
-
-        Raises:
-            RuntimeError: links were not kept, or the first ones are missing; the message names ``call``.
-        """
-        self._require_kept(call)
-        if self.missing:
-            raise RuntimeError(
-                f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
-                "was resumed from had dropped them. The model's own weights are complete: save those, or load the "
-                "links too (save opt.chain along with the optimizer's state: it has state_dict and load_state_dict)"
-            )
-        return tuple(self._links)
 
     # in a framework's checkpoint
 
@@ -121,7 +86,7 @@ class Chain:
         Returns:
             ``about``, a JSON text, and ``links``, a list with the bytes of one safetensors file per link.
         """
-        ledger = self.ledger()
+        ledger = self._ledger()
         about = json.dumps({"version": FORMAT, **on_disk.ledger_to_json(ledger)})
         return {"about": about, "links": [on_disk.link_to_bytes(link) for link in ledger.links]}
 
@@ -146,7 +111,7 @@ class Chain:
             ledger = on_disk.ledger_of(about, links)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"this is not the state of a chain, or it is damaged: {error}") from None
-        self.restore(ledger)
+        self._restore(ledger)
 
     # on disk
 
@@ -170,7 +135,7 @@ class Chain:
         Chain(0 links, ranks [])
         """
         self._warn_of_live_link("save()")
-        on_disk.save(Path(directory), self.ledger())
+        on_disk.save(Path(directory), self._ledger())
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Chain":
@@ -180,7 +145,7 @@ class Chain:
             ValueError: a file is missing, truncated, edited, foreign or of another format version; names the file.
         """
         chain = cls()
-        chain.restore(on_disk.load(Path(directory)))
+        chain._restore(on_disk.load(Path(directory)))
         return chain
 
     def to_peft(
@@ -214,7 +179,7 @@ class Chain:
                 model's own tensors, or a layer that the model has at several places. Nothing is written then.
             RuntimeError: links were not kept, or were lost.
         """
-        self.complete("to_peft()")
+        self._complete("to_peft()")
         errors = peft_export.to_peft(self._links, Path(directory), r, self.base, base_model)
         self._warn_of_live_link("to_peft()")
         return errors
@@ -235,7 +200,7 @@ class Chain:
 
     # on a model
 
-    def apply(self, model: nn.Module, upto: int | None = None, *, check: bool = True) -> None:
+    def apply(self, model: Model, upto: int | None = None, *, check: bool = True) -> Model:
         """Tie the links into a fresh base model as the run did: same order, same rounding.
 
         The bits are the same on the same device, library versions, kernels and number of threads. Elsewhere the weights
@@ -248,12 +213,15 @@ class Chain:
                 were trained on, in one pass over them. A tensor that the links replace as a whole (a trained head) may
                 have other values: a warning names it.
 
+        Returns:
+            ``model``.
+
         Raises:
             ValueError: wrong base: a tensor is missing or has another shape, dtype or value, or a layer cannot be tied.
                 Nothing is changed then.
             RuntimeError: links were not kept, or were lost.
         """
-        self.complete("apply()")
+        self._complete("apply()")
         if upto is not None and not 0 <= upto <= len(self):
             raise ValueError(f"upto={upto} is outside a chain of {len(self)} links")
         links = self._links[:upto]
@@ -262,6 +230,7 @@ class Chain:
         self._warn_of_live_link("apply()")
         with interrupts.deferred():
             replay.tie_links(model, links)
+        return model
 
     def undo(self, model: nn.Module | None = None, base: replay.Base | None = None) -> Link:
         """Take the last link off and return it. With ``model`` and ``base``, take it off the model's weights as well.
@@ -282,7 +251,7 @@ class Chain:
         if (model is None) != (base is None):
             raise ValueError("undo(model, base) needs both: the model to change, and the base to rebuild it from")
         if model is not None and base is not None:
-            self.complete("undo(model, base)")
+            self._complete("undo(model, base)")
             if base is model:
                 raise ValueError("undo(model, base): base is the model itself; give the untouched one")
             replaced = [name for link in self._links[:-1] for name in link.trained]
@@ -294,6 +263,31 @@ class Chain:
         return self._links.pop()
 
     # diagnostics
+
+    def summary(self) -> ChainSummary:
+        """One row per link: step, rank, ``‖ΔW‖``, ``‖ΔW‖/‖W‖``, what rounding lost, loss. It needs no factors.
+
+        `print` shows it as a table; ``to_dict()`` gives JSON values, ``to_frame()`` a `pandas.DataFrame`.
+
+        >>> print(Chain().summary())
+        Chain(0 links, ranks [])
+        """
+        return summary_of(self, repr(self))
+
+    def plot(self) -> Any:
+        """Draw the loss at the knots, ``‖ΔW‖/‖W‖`` by kind of layer, the spectrum of the update, and its rank.
+
+        Without factors (``keep_links=False``), or without the first links, it draws what the reports hold. The state of
+        pyplot is left alone.
+
+        Returns:
+            A `matplotlib.figure.Figure`, which notebooks show.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the chain is empty.
+        """
+        return plot.figure(self)
 
     def delta(self, layer: str) -> Tensor:
         """``Σ s B A`` of one layer in float64, out×in."""
@@ -318,7 +312,7 @@ class Chain:
             tolerance: singular values up to this share of the largest count as zero; None for the factors' precision,
                 ``eps·max(out, in)`` as in `torch.linalg.matrix_rank`.
         """
-        self.complete("effective_rank()")
+        self._complete("effective_rank()")
         return {layer: spectrum.rank(self._factors(layer), tolerance) for layer in self.layers()}
 
     def overlap(self, first: int, second: int, side: str = "out") -> dict[str, Tensor]:
@@ -341,8 +335,54 @@ class Chain:
 
     # inside
 
+    def _append(self, link: Link) -> None:
+        """Record a link. Its index must be the next one."""
+        self._require_next(link.index)
+        self._links.append(link if self.keep else Link(link.index, link.seed, {}, {}, link.report))
+        self.live = False
+
+    def _require_next(self, index: int) -> None:
+        """Raise ValueError if ``index`` is not that of the next link."""
+        if index != self.missing + len(self):
+            raise ValueError(
+                f"link {index} cannot follow a chain of {self.missing + len(self)} links: links go in order. (To take "
+                "a link off a running chain, use opt.undo.)"
+            )
+
+    def _resume(self, index: int) -> None:
+        """Continue as the chain before link ``index``: drop later links, and count absent ones as missing."""
+        if self.missing <= index <= self.missing + len(self):
+            del self._links[index - self.missing :]
+        else:
+            self._links.clear()
+        self.missing = index - len(self._links)
+
+    def _restore(self, ledger: on_disk.Ledger) -> None:
+        """Take over the content of a checkpoint, in place."""
+        self._links, self.missing = list(ledger.links), ledger.missing
+        self.keep, self.base = ledger.keep, ledger.base
+
+    def _ledger(self) -> on_disk.Ledger:
+        """The chain as plain data."""
+        return on_disk.Ledger(tuple(self._links), self.missing, self.keep, self.base)
+
+    def _complete(self, call: str = "this") -> tuple[Link, ...]:
+        """All links.
+
+        Raises:
+            RuntimeError: links were not kept, or the first ones are missing; the message names ``call``.
+        """
+        self._require_kept(call)
+        if self.missing:
+            raise RuntimeError(
+                f"{call} needs all links, and the chain lacks its first {self.missing}: the checkpoint that the run "
+                "was resumed from had dropped them. The model's own weights are complete: save those, or load the "
+                "links too (save opt.chain along with the optimizer's state: it has state_dict and load_state_dict)"
+            )
+        return tuple(self._links)
+
     def _factors(self, layer: str) -> list[Factor]:
-        self.complete("this")
+        self._complete("this")
         found = [link.factors[layer] for link in self if layer in link.factors]
         if not found:
             raise ValueError(f"layer {layer!r} is not in the chain; it has {', '.join(self.layers()) or 'none'}")

@@ -32,12 +32,26 @@ def singular_values(factors: Sequence[Factor]) -> Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
 
 
+def of_first(factors: Sequence[Factor], counts: Sequence[int]) -> list[Tensor]:
+    """Singular values of the sum of the first k factors, for each k in ``counts``; zeros for k = 0.
+
+    One QR serves all, because the first columns of R are those of the first columns' QR.
+    """
+    left, right = stack(factors)
+    left, right = torch.linalg.qr(left).R, torch.linalg.qr(right.T).R
+    ends = [0]
+    for factor in factors:
+        ends.append(ends[-1] + sum(len(A) for A, _, _ in factor.triples()))
+    return [torch.linalg.svdvals(left[:, : ends[k]] @ right[:, : ends[k]].T) for k in counts]
+
+
 def rank(factors: Sequence[Factor], tolerance: float | None = None) -> int:
     """Number of singular values above ``tolerance`` times the largest; see `Chain.effective_rank`."""
-    return _count(singular_values(factors), factors[0], tolerance)
+    return count(singular_values(factors), factors[0], tolerance)
 
 
-def _count(values: Tensor, factor: Factor, tolerance: float | None = None) -> int:
+def count(values: Tensor, factor: Factor, tolerance: float | None = None) -> int:
+    """Number of singular values above ``tolerance`` times the largest; None for the precision of ``factor``."""
     if tolerance is None:
         tolerance = torch.finfo(factor.A.dtype).eps * max(factor.A.shape[1], factor.B.shape[0])
     return int((values > tolerance * values[0]).sum()) if values[0] > 0 else 0
@@ -77,5 +91,5 @@ def cosines(one: Factor, two: Factor, side: str) -> Tensor:
 def _basis(factor: Factor, side: str) -> Tensor:
     """Orthonormal columns that span the space; fewer than r if the update has a smaller rank."""
     u, values, v = svd([factor])
-    count = _count(values, factor)
-    return u[:, :count] if side == "out" else v[:count].T
+    kept = count(values, factor)
+    return u[:, :kept] if side == "out" else v[:kept].T

@@ -76,7 +76,7 @@ class Resumable(LinkGroups):
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 1))
         >>> def wrap(model):
         ...     link = LinkConfig(r=1, target_modules="all-linear")
-        ...     return ChainOptimizer(torch.optim.AdamW, model, StepKnots(every=2), link=link)
+        ...     return ChainOptimizer(torch.optim.AdamW, model, policy=StepKnots(every=2), link=link)
         >>> model = copy.deepcopy(base)
         >>> opt = wrap(model)
         >>> for _ in range(3):
@@ -93,7 +93,7 @@ class Resumable(LinkGroups):
         self._require_running("save()")
         self._require_in_one_piece("save()")
         self._require_weights()
-        restore.require_links(self.chain.ledger())
+        restore.require_links(self.chain._ledger())
         write_run(Path(directory), self._whole_state())
 
     @unaffected()
@@ -221,7 +221,8 @@ class Resumable(LinkGroups):
 
         >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
         >>> link = LinkConfig(r=1, target_modules="all-linear")
-        >>> opt = ChainOptimizer(torch.optim.SGD, torch.nn.Sequential(torch.nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=NeverKnots(), link=link)
         >>> opt.register_for_checkpointing("average", torch.nn.Linear(1, 1))
         """
         if not isinstance(name, str):
@@ -247,7 +248,8 @@ class Resumable(LinkGroups):
 
         >>> from cola import ChainOptimizer, LinkConfig, NeverKnots
         >>> link = LinkConfig(r=1, target_modules="all-linear")
-        >>> opt = ChainOptimizer(torch.optim.SGD, torch.nn.Sequential(torch.nn.Linear(2, 2)), NeverKnots(), link=link)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=NeverKnots(), link=link)
         >>> opt.follow(Chain())
         """
         self._require_running("follow()")
@@ -257,14 +259,14 @@ class Resumable(LinkGroups):
             raise RuntimeError(f"follow() after {self.steps} steps: call it before the first one")
         if not isinstance(chain, Chain):
             raise TypeError(f"follow(chain={chain!r:.80}) needs a Chain, e.g. Chain.load(directory)")
-        links = chain.complete("follow()")
+        links = chain._complete("follow()")
         with self.live.starts.untouched():
             replay.check(self.live.model, links, chain.base, live=True)
             base = self._base_model.fingerprint(chain.layers())
             self._base_model.settle()
             with self._restarted(len(links)):
                 restore.replay_links(self.live, links)
-        self.chain.restore(Ledger(links, base=base))
+        self.chain._restore(Ledger(links, base=base))
 
     @unaffected()
     def undo(self, base: replay.Base) -> Link:
@@ -286,7 +288,7 @@ class Resumable(LinkGroups):
         """
         self._require_running("undo()")
         self._require_outside_a_knot("undo()")
-        links = self.chain.complete("undo()")
+        links = self.chain._complete("undo()")
         if not links:
             raise ValueError("undo(): no knot has been tied yet")
         if not isinstance(base, (nn.Module, Mapping)):
@@ -353,7 +355,7 @@ class Resumable(LinkGroups):
         return RunState(
             counters,
             self.base.state_dict(),
-            chain.ledger(),
+            chain._ledger(),
             extras={name: thing.state_dict() for name, thing in self._extras.items()},
             start_A={path: start.A for path, start in starts.items()},
             start_B={path: start.B for path, start in starts.items()},
@@ -363,7 +365,7 @@ class Resumable(LinkGroups):
 
     def _whole_state(self) -> RunState:
         """The run, with everything that a new process needs in addition to the untouched base model."""
-        state, ledger, link = self._state(), self.chain.ledger(), self.live.snapshot()
+        state, ledger, link = self._state(), self.chain._ledger(), self.live.snapshot()
         return replace(
             state,
             chain=ledger if ledger.base is not None else replace(ledger, base=self._base_model.fingerprint()),
@@ -426,9 +428,9 @@ class Resumable(LinkGroups):
         self._probed, self._groups.changed = list(counters.probed), set(counters.stepped)
         self._ready, self._held, self._given_back = False, {}, None
         if saved.chain is None:
-            self.chain.resume(counters.index)
+            self.chain._resume(counters.index)
         else:
-            self.chain.restore(saved.chain)
+            self.chain._restore(saved.chain)
         last_knot = max((step for _, step, *_ in counters.knots), default=0)
         self.chain.live = not self.finished and self.steps > last_knot
         self._loaded = None if self.finished else counters

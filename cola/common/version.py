@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 #: the format of chains, checkpoints and state dicts; readers refuse any other
-FORMAT = 4
+FORMAT = 5

@@ -94,7 +94,7 @@ def _replacement(trainer: Any, directory: str) -> Path | None:
 def _bring_the_links(opt: ChainOptimizer, links: Path) -> None:
     """Load the links, which FSDP drops from the optimizer's state, from their own directory."""
     if opt.chain.missing and links.is_dir():
-        opt.chain.restore(Chain.load(links).ledger())
+        opt.chain._restore(Chain.load(links)._ledger())
 
 
 def _forward(scheduler: Any, opt: ChainOptimizer, saved: Path) -> None:

@@ -11,7 +11,7 @@ live link.
 ...         super().__init__()
 ...         self.net = torch.nn.Linear(4, 1)
 ...         link = LinkConfig(r=1, target_modules="all-linear")
-...         self.chain_optimizer = ChainOptimizer(torch.optim.AdamW, self.net, EpochKnots(at=[1]), link=link)
+...         self.chain_optimizer = ChainOptimizer(torch.optim.AdamW, self.net, policy=EpochKnots(at=[1]), link=link)
 ...
 ...     def configure_optimizers(self):
 ...         return self.chain_optimizer

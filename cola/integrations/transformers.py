@@ -1,7 +1,7 @@
 """Trains a chain in transformers' `Trainer` and its subclasses (TRL's `SFTTrainer`): call `attach` before `train()`.
 
 trainer = Trainer(model, args, train_dataset=data)
-opt = attach(trainer, torch.optim.AdamW, PlateauKnots())
+opt = attach(trainer, torch.optim.AdamW, policy=PlateauKnots())
 trainer.train()
 trainer.save_model("merged")  # the plain model, with the chain in its weights
 opt.chain.save("chain")       # the links alone
@@ -85,7 +85,7 @@ def attach(
     settings = base_arguments(trainer.args, base, kwargs)
     require_fixed_reference(trainer, link)
     say_what_is_not_used(trainer.args, base, {**settings, **kwargs})
-    opt = ChainOptimizer(base, model, policy, link=link, **{"seed": trainer.args.seed, **settings, **kwargs})
+    opt = ChainOptimizer(base, model, policy=policy, link=link, **{"seed": trainer.args.seed, **settings, **kwargs})
     if "weight_decay" in settings:
         spare_from_decay(trainer, opt)
     if is_peft_model(model):
@@ -162,7 +162,7 @@ class ChainCallback(TrainerCallback):
         if self.save_chain and not self.opt.finished and not self.opt.chain.missing:
             directory = Path(self.trainer._get_output_dir(None)) / f"checkpoint-{state.global_step}" / CHAIN_DIR
             if self.trainer.is_fsdp_enabled:  # the sharded model's checkpoint has the live link
-                on_disk.save(directory, self.opt.chain.ledger())
+                on_disk.save(directory, self.opt.chain._ledger())
             else:
                 self.opt.save(directory)
 

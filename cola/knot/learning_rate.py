@@ -29,7 +29,7 @@ def rewarm(opt: ChainOptimizer, steps: int) -> None:
     >>> from cola import LinkConfig, StepKnots
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     >>> link = LinkConfig(r=1, target_modules="all-linear")
-    >>> opt = ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.1)
+    >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=StepKnots(every=2), link=link, lr=0.1)
     >>> rewarm(opt, steps=1)
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -86,7 +86,7 @@ def restart(opt: ChainOptimizer, scheduler: Any) -> None:
     >>> from cola import LinkConfig, StepKnots
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     >>> link = LinkConfig(r=1, target_modules="all-linear")
-    >>> opt = ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.1)
+    >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=StepKnots(every=2), link=link, lr=0.1)
     >>> restart(opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.5))
     """
     if getattr(scheduler, "optimizer", opt) is not opt:

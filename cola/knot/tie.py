@@ -40,7 +40,7 @@ class Tie:
         lost: norm of the part of the update that is neither in the weight nor in the residual buffer.
         deviation: ``‖W' − (W + s·L R)‖``, the error of the stored weight, where W includes the old residual. Equals
             ``lost`` unless rounding is compensated.
-        weight: ``‖W'‖``; None where the weight is stored as codes.
+        weight: ``‖W'‖``; None where it was not measured.
     """
 
     delta: float

@@ -80,7 +80,7 @@ class Knot:
         self._started = time.perf_counter()
         self.opt, self.live, self.chain = opt, opt.live, opt.chain
         self.index, keep, base_model = self.live.index, self.chain.keep, opt._base_model
-        self.chain.require_next(self.index)
+        self.chain._require_next(self.index)
         self.live.check()
         opt._untrained.look(self.live, opt.base, opt.steps - opt._tied_at())
         self.link = self.live.snapshot()
@@ -110,7 +110,7 @@ class Knot:
             layers={path: self.live.report(path, tie) for path, tie in ties.items()},
         )
         self.chain.base = self.base
-        self.chain.append(Link(self.index, self.live.seed, self.factors, self.trained, report))
+        self.chain._append(Link(self.index, self.live.seed, self.factors, self.trained, report))
         return report
 
     def extend(self) -> None:

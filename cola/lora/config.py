@@ -127,12 +127,12 @@ class LinkConfig:
         return self.lora_alpha / self.rank_of(link if self.scaling == "alpha/r" else 0)
 
     @property
-    def draws_pairs(self) -> bool:
+    def _draws_pairs(self) -> bool:
         """Whether a link may start at a product B A that is not zero."""
         return callable(self.init) or self.init in PAIRS
 
     @property
-    def selects(self) -> bool:
+    def _selects(self) -> bool:
         """Whether links keep indices instead of A: a frozen A selects inputs, and all links have one rank."""
         ranks = self.known_ranks()
         return self.train == "B" and self.init == "selector" and ranks is not None and len(set(ranks)) == 1
@@ -143,7 +143,7 @@ class LinkConfig:
             return None
         return tuple(map(_rank, self.r)) if isinstance(self.r, Sequence) else (_rank(self.r),)
 
-    def describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         """The arguments as JSON values, for a checkpoint to compare; functions are all described as ``"callable"``."""
         known, targets = self.known_ranks(), self.target_modules
         return {
@@ -159,7 +159,7 @@ class LinkConfig:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
 
-    def dtype_for(self, weight: Tensor) -> torch.dtype:
+    def _dtype_for(self, weight: Tensor) -> torch.dtype:
         """dtype of the factors on ``weight``."""
         return self.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
 

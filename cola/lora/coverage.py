@@ -101,6 +101,9 @@ class Coverage:
         rest = ", ".join(f"{one.group} {self._share(one.parameters)}" for one in self.left_out[:3])
         return self._head() + (f"; left out: {rest}" if rest else "")
 
+    def __repr__(self) -> str:
+        return f"Coverage({self._head()})"
+
     def __str__(self) -> str:
         lines = [self._head()]
         for row in self.rows:
@@ -164,6 +167,21 @@ def covered(live: LiveLink) -> Coverage:
     """The coverage of a live link."""
     layers = {path: live.layers[path].holder for path in live.layers}
     return coverage(live.model, layers, live.trained().values(), live.config.target_modules)
+
+
+def counted(model: nn.Module, others: Iterable[nn.Parameter] = ()) -> tuple[int, int]:
+    """The number of trained parameters, and of all, links included; each counts once, and a sharded one as a whole.
+
+    Args:
+        model: a model with or without links.
+        others: trained parameters that may lie outside of it.
+    """
+    sizes = {id(p): (p.requires_grad, p.numel()) for p in others}
+    for module in unwrap(model).modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                sizes[id(p)] = p.requires_grad, _size(module, name, p)
+    return sum(size for trained, size in sizes.values() if trained), sum(size for _, size in sizes.values())
 
 
 def announced(live: LiveLink) -> Coverage:

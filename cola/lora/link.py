@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class LayerReport:
         delta_norm: ``‖s·B A‖``.
         lost_norm: norm of the part lost to rounding; of a re-quantised layer the error of its codes for ``W₀ + ΣΔ``.
         rounding: how the sum was rounded; of a quantised layer ``"stack"`` or ``"requantize"``.
-        weight_norm: ``‖W‖`` after the tie; None of quantised layers, and in chains of older versions.
+        weight_norm: ``‖W‖`` after the tie; None if it is not known, as in a chain made of an adapter.
     """
 
     delta_norm: float
@@ -60,17 +61,60 @@ class KnotReport:
 
     @property
     def share(self) -> float:
-        """The largest ``‖ΔW‖ / ‖W‖`` of a layer; 0 if none is known, as of quantised layers."""
+        """The largest ``‖ΔW‖ / ‖W‖`` of a layer; 0 if none is known."""
         return max((layer.share for layer in self.layers.values()), default=0.0)
+
+    @property
+    def lost(self) -> float:
+        """``lost_norm / delta_norm``; 0 if the link changed nothing."""
+        return self.lost_norm / self.delta_norm if self.delta_norm else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers by name, without the layers; None for a ``loss`` or ``share`` that is not known.
+
+        >>> KnotReport(0, 100, 8, 2.0, 0.5, loss=None, seconds=0.1).to_dict()["lost"]
+        0.25
+        """
+        known = any(layer.weight_norm for layer in self.layers.values())
+        return {
+            "index": self.index,
+            "step": self.step,
+            "rank": self.rank,
+            "delta_norm": self.delta_norm,
+            "share": self.share if known else None,
+            "lost": self.lost,
+            "loss": self.loss,
+            "seconds": self.seconds,
+        }
+
+    def __repr__(self) -> str:
+        numbers = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.to_dict().items())
+        return f"KnotReport({', '.join(numbers)}, layers={len(self.layers)})"
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        lost = self.lost_norm / self.delta_norm if self.delta_norm else 0.0
-        share = f" (at most {100 * self.share:.2g} % of a layer's ‖W‖)" if self.share else ""
+        share = f" (at most {per_cent(self.share)} of a layer's ‖W‖)" if self.share else ""
         return (
             f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}{share}, "
-            f"{lost:.1e} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
+            f"{small_share(self.lost)} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
         )
+
+
+def per_cent(share: float | None) -> str | None:
+    """A share in per cent, as text; None stays None.
+
+    >>> per_cent(0.01234), per_cent(1.234)
+    ('1.2 %', '123 %')
+    """
+    if share is None:
+        return None
+    value = 100 * share
+    return f"{value:.0f} %" if 10 <= value < 1e4 else f"{value:.2g} %"
+
+
+def small_share(share: float) -> str:
+    """A share that is usually minute: in per cent from a thousandth on."""
+    return f"{per_cent(share)}" if share >= 1e-3 else f"{share:.1e}"
 
 
 def used_rank(A: Tensor, B: Tensor) -> int:
@@ -97,6 +141,11 @@ class Factor:
     scaling: float
     rounding: str
     start: Pair | None = None
+
+    def __repr__(self) -> str:
+        out, inner = self.B.shape[0], self.A.shape[1]
+        start = "" if self.start is None else ", with a start"
+        return f"Factor({out}×{inner}, rank {self.rank}, s={self.scaling:g}, {self.rounding}{start})"
 
     @property
     def rank(self) -> int:
@@ -152,6 +201,13 @@ class Link:
     factors: Mapping[str, Factor]
     trained: Mapping[str, Tensor]
     report: KnotReport
+
+    def __repr__(self) -> str:
+        count = len(self.report.layers)
+        kept = "" if self.factors else ", factors not kept"
+        layers = f"{count} layer{'' if count == 1 else 's'}"
+        norm = f"‖ΔW‖ {self.report.delta_norm:.4g}"
+        return f"Link({self.index}, step {self.step}, rank {self.rank} on {layers}, {norm}{kept})"
 
     @property
     def rank(self) -> int:

@@ -96,7 +96,7 @@ class LiveLink:
                 known_kind(module).shape(module),
                 seed=seed,
                 link=0,
-                dtype=config.dtype_for(module.weight),  # type: ignore[arg-type]
+                dtype=config._dtype_for(module.weight),  # type: ignore[arg-type]
             )
             for path, module in ({} if tuned else modules).items()
         }
@@ -147,6 +147,10 @@ class LiveLink:
             logger.warning(
                 "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), rank, whose
             )
+
+    def __repr__(self) -> str:
+        count = len(self.layers)
+        return f"LiveLink(link {self.index}, r={self.rank_of(self.index)}, {count} layer{'' if count == 1 else 's'})"
 
     # contents
 
@@ -208,7 +212,7 @@ class LiveLink:
         layer, factor = self.layers[path], self.factor(path)
         if factor.start is not None:
             return all(map(torch.equal, (factor.A, factor.B), factor.start))
-        if self.config.draws_pairs:  # the init has chosen which factor starts at zero
+        if self.config._draws_pairs:  # the init has chosen which factor starts at zero
             return not (factor.A.any() and factor.B.any())
         zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
         return not whole(zero_first.detach()).any().item()
@@ -350,7 +354,7 @@ class LiveLink:
     def require_extended(self, old: Mapping[str, Factor]) -> None:
         """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""
         zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
-        for path in () if self.config.draws_pairs else self.layers:
+        for path in () if self.config._draws_pairs else self.layers:
             new, before = getattr(self.factor(path), drawn), getattr(old[path], drawn)
             # a selector rightly repeats once it has gone round all coordinates
             again = new.shape == before.shape and torch.equal(new, before) and self.config.init != "selector"
@@ -420,10 +424,10 @@ class LiveLink:
 
     def _attach(self, path: str, module: nn.Module, A: Tensor, B: Tensor) -> None:
         weight: Tensor = module.weight  # type: ignore[assignment]
-        dtype = self.config.dtype_for(weight)
+        dtype = self.config._dtype_for(weight)
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
         adapted = known_kind(module).over(type(module))
-        module.__class__ = selecting(adapted) if self.config.selects else adapted
+        module.__class__ = selecting(adapted) if self.config._selects else adapted
         assert isinstance(module, AdaptedLayer)
         known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
         room = max(known or (len(A),)) if self._masks(weight) else len(A)

@@ -210,8 +210,9 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | Non
         origin: None to stack; else the weight to re-quantise from, which takes the links up.
 
     Returns:
-        Per link its norm and the norm lost. A stacked link loses the rounding of ``s·B``. The last re-quantised one
-        reports the layer's quantisation error, ``‖Q(W₀ + ΣΔ) − (W₀ + ΣΔ)‖``; those before it are not measured (NaN).
+        Per link its norm and the norm lost; with the last one the weight's norm. A stacked link loses the rounding of
+        ``s·B``. The last re-quantised one reports the layer's quantisation error, ``‖Q(W₀ + ΣΔ) − (W₀ + ΣΔ)‖``; those
+        before it are not measured (NaN).
     """
     if not links:
         return []
@@ -220,30 +221,45 @@ def tie(module: nn.Module, links: Sequence[Triple], origin: OriginalWeight | Non
         stored = [scaled(B, s) for _, B, s in links]
         module.chain_A, module.chain_B = joined(module.chain_A, module.chain_B, links)  # type: ignore[arg-type]
         lost = [delta_norm(b.double() - B.double() * s, A, 1.0) for b, (A, B, s) in zip(stored, links)]
+        norm = weight_norm(module)
     else:
         after = origin.extended(links)
-        new, error = requantized(codes_of(module), after)
+        new, error, norm = requantized(codes_of(module), after)
         codes_of(module).write(new)
         origin.A, origin.B = after.A, after.B
         lost = [math.nan] * (len(links) - 1) + [error]
-    return [Tie(delta_norm(B, A, s), loss, loss, None) for (A, B, s), loss in zip(links, lost)]
+    norms = [*[None] * (len(links) - 1), norm]
+    return [Tie(delta_norm(B, A, s), loss, loss, norm) for (A, B, s), loss, norm in zip(links, lost, norms)]
+
+
+@torch.no_grad()
+def weight_norm(module: Any) -> float:
+    """``‖Q(W) + B̄ Ā‖`` of a layer with stacked links, block by block."""
+    codes = codes_of(module)
+    decode, A, B = codes.decoder(codes.stored()), module.chain_A.float(), module.chain_B.float()
+    squares = torch.zeros((), dtype=torch.float64, device=codes.device)
+    for rows in codes.blocks():
+        squares += torch.linalg.vector_norm(torch.addmm(decode(rows), B[rows], A), dtype=torch.float64) ** 2
+    return squares.sqrt().item()
 
 
 @torch.no_grad()
 @without_autocast()
-def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float]:
-    """The codes of ``W₀ + ΣΔ`` and their error in Frobenius norm. Changes nothing.
+def requantized(codes: Codes, origin: OriginalWeight) -> tuple[dict[str, Tensor], float, float]:
+    """The codes of ``W₀ + ΣΔ``, their error in Frobenius norm, and their norm. Changes nothing.
 
     Works on blocks of rows in fp32, so that the new codes are the only matrix of the weight's size.
     """
     decode = codes.decoder(origin.stored)
     A, B = origin.A.to(codes.device).float(), origin.B.to(codes.device).float()
     new = codes.join([codes.encode(torch.addmm(decode(rows), B[rows], A)) for rows in codes.blocks()])
-    again, squares = codes.decoder(new), torch.zeros((), dtype=torch.float64, device=codes.device)
+    again, squares = codes.decoder(new), torch.zeros(2, dtype=torch.float64, device=codes.device)
     for rows in codes.blocks():  # a second pass: quantised scales are only known after the first
-        error = torch.addmm(decode(rows), B[rows], A).sub_(again(rows))
-        squares += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
-    return new, squares.sqrt().item()
+        stored = again(rows)
+        error = torch.addmm(decode(rows), B[rows], A).sub_(stored)
+        squares += torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in (error, stored)])
+    error_norm, norm = squares.sqrt().tolist()
+    return new, error_norm, norm
 
 
 def parts(module: nn.Module) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Starts:
 
         It gives it back after the live link's tie, unless ``link`` is the live one itself.
         """
-        for path, factor in link.items() if self.live.config.draws_pairs else ():
+        for path, factor in link.items() if self.live.config._draws_pairs else ():
             layer, now = self.live.layers[path], self.live.factor(path)
             links = [(factor.A, factor.B, -factor.scaling)]
             if index != self.live.index:
@@ -67,7 +67,7 @@ class Starts:
 
     def are_drawn(self) -> bool:
         """Whether the init has just drawn a first link that changes the model's function."""
-        if not self.live.config.draws_pairs or any(isinstance(x, PeftLayer) for x in self.live.layers.values()):
+        if not self.live.config._draws_pairs or any(isinstance(x, PeftLayer) for x in self.live.layers.values()):
             return False
         return any(f.A.any() and f.B.any() for f in map(self.live.factor, self.live.layers))
 
@@ -78,7 +78,7 @@ class Starts:
             starts: first A and B of each layer, None for the present ones; layers with a zero product may be missing.
         """
         if starts is None:
-            link = self.live.snapshot() if self.live.config.draws_pairs else {}
+            link = self.live.snapshot() if self.live.config._draws_pairs else {}
             starts = {path: (factor.A, factor.B) for path, factor in link.items()}
         self.of = {}
         for path, (A, B) in starts.items():

@@ -7,7 +7,10 @@ logger = logging.getLogger("cola")
 
 #: by the first part of a loop's module: the framework, and its integration
 _LOOPS = {
-    "transformers.trainer": ("a transformers Trainer", "cola.integrations.transformers.attach(trainer, base, policy)"),
+    "transformers.trainer": (
+        "a transformers Trainer",
+        "cola.integrations.transformers.attach(trainer, base, policy=policy)",
+    ),
     "lightning.pytorch": ("Lightning", "the callback cola.integrations.lightning.ChainKnots()"),
     "pytorch_lightning": ("Lightning", "the callback cola.integrations.lightning.ChainKnots()"),
 }

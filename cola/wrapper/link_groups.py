@@ -20,7 +20,7 @@ GROUP_KEY = "cola"
 class LinkGroups(OptimizerWrapper):
     """An optimizer around a base that trains a live link."""
 
-    own_entries = (GROUP_KEY,)
+    _own_entries = (GROUP_KEY,)
 
     live: LiveLink
     _bound: list[nn.Parameter] | None  # the trained Parameters, until the first step: fully_shard replaces them

@@ -29,7 +29,7 @@ class OptimizerWrapper(Optimizer):
     _made: int  # number of groups that the factory made; later ones came by `add_param_group`
 
     #: the wrapper's param-group entries, which a new base does not get
-    own_entries: tuple[str, ...] = ()
+    _own_entries: tuple[str, ...] = ()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class OptimizerWrapper(Optimizer):
     def _fresh(self, parameters: list[nn.Parameter]) -> Optimizer:
         """A new base over the groups that hold ``parameters``."""
         groups = groups_with(self.param_groups, parameters)
-        return fresh_instance(self._new_base, groups, self._groups.changed, drop=self.own_entries)
+        return fresh_instance(self._new_base, groups, self._groups.changed, drop=self._own_entries)
 
     def _adopt(self, fresh: Optimizer, parameters: list[nn.Parameter]) -> None:
         old = tensors_of(self.base, parameters)
@@ -152,7 +152,7 @@ def require_base(base: Any, options: Mapping[str, Any]) -> None:
         name = type(base).__name__
         raise TypeError(
             f"base={name}(...) is an optimizer instance: pass the class and its arguments, "
-            f"ChainOptimizer({name}, model, policy, lr=...)"
+            f"ChainOptimizer({name}, model, policy=policy, lr=...)"
         )
     if not callable(base) or (inspect.isclass(base) and not issubclass(base, Optimizer)):
         raise TypeError(f"base={base!r} must be a torch.optim.Optimizer class or a callable params -> Optimizer")

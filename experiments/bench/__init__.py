@@ -14,7 +14,6 @@ are still measured and written) or, with --strict, if a target is missed; 2 for 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 import traceback
@@ -23,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from experiments.bench import compiled, export, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
+from experiments.command_line import count, positive
+from experiments.report.progress import Progress
 from experiments.tiny import tiny_opt
 
 GROUPS = (layer, step, tie, compiled, knot, export, scaling)
@@ -35,13 +35,17 @@ GROUPS = (layer, step, tie, compiled, knot, export, scaling)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments bench`."""
     parser.epilog = __doc__
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data and of the order of runs (default: %(default)s)")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to measure, by the start of their names")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per comparison (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's own)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and of the order of runs")
+    parser.add_argument("--rows", nargs="+", metavar="NAME",
+                        help="rows to measure, by the start of their names (default: all)")  # fmt: skip
+    parser.add_argument("--seconds", type=positive, default=3.0, metavar="S", help="to spend on a comparison")
+    parser.add_argument("--threads", type=count, metavar="N", help="of torch (default: torch's own)")
     parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: process time, for one thread on a machine with other work"
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu is the process's own time, for one thread on a machine with other work",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 also if a target is missed")
     parser.add_argument("--smoke", action="store_true", help="a trial with tiny sizes; the figures mean nothing")
@@ -63,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     failed: list[str] = []
     try:
-        for name, measure in (bar := tqdm(chosen.items(), unit="group")):
+        for name, measure in (bar := Progress(chosen.items(), unit="group", total=len(chosen))):
             bar.set_description(name)
             try:
                 rows += measure(settings)
@@ -91,10 +95,6 @@ def obstacle(arguments: argparse.Namespace) -> str | None:
     if unknown:
         names = ", ".join(name for name, _ in cases(None))
         return f"--rows {' '.join(map(repr, unknown))} names no row: choose from {names}, or the start of some"
-    if arguments.threads is not None and arguments.threads < 1:
-        return f"--threads {arguments.threads}: at least 1"
-    if not (math.isfinite(arguments.seconds) and arguments.seconds > 0):
-        return f"--seconds {arguments.seconds}: a positive number"
     if arguments.clock == "cpu" and (arguments.threads or torch.get_num_threads()) != 1:
         return "--clock cpu adds up the time of all threads: use it with --threads 1"
     try:

@@ -130,24 +130,34 @@ def _curve(name: str, x: Sequence[int], points: list[tuple[float, float]], expec
 
 
 def draw(found: Sequence[Curve], path: Path) -> None:
-    """Four log-log panels with the expected slopes dashed."""
+    """The time of one knot against each quantity on one logarithmic scale, with the growth that is expected."""
     pyplot = style.pyplot()
     with pyplot.rc_context({**style.SETTINGS, "font.size": 9}):
-        figure, panels = pyplot.subplots(1, len(found), figsize=(3.1 * len(found), 3.0), layout="constrained")
-        for axes, curve in zip(np.atleast_1d(panels), found):
+        figure, panels = pyplot.subplots(
+            1, len(found), figsize=(3.0 * len(found) + 0.4, 3.5), layout="constrained", sharey=True, squeeze=False
+        )
+        figure.suptitle("Time of one knot against layers, width, rank and links", x=0.01, ha="left", fontsize=11)
+        for axes, curve in zip(panels[0], found):
             x, knots = np.array(curve.x, dtype=float), np.array(curve.knot)
             guide = knots[-1] * (x / x[-1]) ** curve.expected
-            axes.loglog(x, guide, "--", color="#999999", label=f"slope {curve.expected:g}")
+            power = {0.0: "the same for all", 1.0: f"in proportion to {curve.name}"}
+            label = power.get(curve.expected, f"in proportion to {curve.name}²")
+            axes.loglog(x, guide, "--", color="#999999", label=label)
             if not any(math.isnan(value) for value in curve.add):
-                axes.loglog(x, curve.add, ":s", color=style.ORANGE, markersize=4, label="W.add_")
-            axes.loglog(x, knots, "-o", color=style.BLUE, markersize=5, label=f"knot, slope {curve.slope:.2f}")
-            low = min(np.min(knots), np.nanmin(np.array(curve.add)) if not math.isnan(curve.add[0]) else np.min(knots))
-            axes.set_ylim(low / 2, 3 * knots.max())
+                axes.loglog(x, curve.add, ":s", color=style.ORANGE, markersize=4, label="adding a matrix to W alone")
+            axes.loglog(x, knots, "-o", color=style.BLUE, markersize=5, label="one knot")
             axes.set_xscale("log", base=2)
+            shown = x[:: 1 if len(x) <= 5 else 2]
+            axes.set_xticks(shown, [f"{value:g}" for value in shown])
             axes.minorticks_off()
-            axes.set_xlabel(curve.name)
-            axes.set_title(curve.why, fontsize=8)
-            axes.legend(frameon=False, fontsize=7.5)
-        np.atleast_1d(panels)[0].set_ylabel("milliseconds")
-        figure.savefig(path, dpi=100)
+            axes.set_xlabel("links before it" if curve.name == "chain length" else curve.name)
+            axes.set_title(f"{curve.name}: {curve.why}", loc="left", fontsize=8)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+            handles, labels = axes.get_legend_handles_labels()
+            axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=7.5, loc="upper left")
+        everything = [value for curve in found for value in (*curve.knot, *curve.add) if not math.isnan(value)]
+        panels[0][0].set_ylim(min(everything) / 1.5, 12 * max(everything))
+        panels[0][0].set_ylabel("milliseconds")
+        panels[0][0].yaxis.set_major_formatter("{x:g}")
+        figure.savefig(path, dpi=130)
         pyplot.close(figure)

@@ -18,7 +18,7 @@ model = OPTForCausalLM(tiny) if name == "tiny" else AutoModelForCausalLM.from_pr
 batches = torch.randint(3, 60, (int(steps), 4, 16))  # your data
 
 policy = EvenKnots(length=3, total_steps=len(batches))
-opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=LinkConfig(r=4), lr=1e-3)
+opt = ChainOptimizer(torch.optim.AdamW, model, policy=policy, link=LinkConfig(r=4), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, len(batches))
 opt.on_knot(print)
 model.train()

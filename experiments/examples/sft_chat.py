@@ -52,7 +52,7 @@ args = SFTConfig(
     bf16=torch.cuda.is_available(),
 )
 trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-opt = attach(trainer, torch.optim.AdamW, PlateauKnots(window=5, patience=1), link=LinkConfig(r=4))
+opt = attach(trainer, torch.optim.AdamW, policy=PlateauKnots(window=5, patience=1), link=LinkConfig(r=4))
 trainer.train()
 trainer.save_model("merged")
 print(opt.chain)

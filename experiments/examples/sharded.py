@@ -31,7 +31,7 @@ model = OPTForCausalLM(config)
 batches = torch.randint(3, 60, (int(steps), dist.get_world_size(), 4, 16))  # your data, a share for each process
 
 policy = EvenKnots(length=3, total_steps=len(batches))
-opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=LinkConfig(r=4), lr=1e-3)
+opt = ChainOptimizer(torch.optim.AdamW, model, policy=policy, link=LinkConfig(r=4), lr=1e-3)
 if kind == "ddp":
     called = torch.nn.parallel.DistributedDataParallel(model)
 else:

@@ -22,7 +22,7 @@ args = TrainingArguments(
     "out", max_steps=int(steps), learning_rate=1e-3, per_device_train_batch_size=4, save_steps=10, logging_steps=10
 )
 trainer = Trainer(model, args, train_dataset=data)
-opt = attach(trainer, torch.optim.AdamW, EvenKnots(length=3, total_steps=args.max_steps), link=LinkConfig(r=4))
+opt = attach(trainer, torch.optim.AdamW, policy=EvenKnots(length=3, total_steps=args.max_steps), link=LinkConfig(r=4))
 trainer.train()
 trainer.save_model("merged")
 print(opt.chain)

@@ -1,4 +1,4 @@
-"""The demo: where rank binds and a run is long, a chain beats a LoRA of its bytes. Offline, in minutes.
+"""The demo: where rank binds and a run is long, a chain beats a LoRA of its bytes. Offline.
 
 A tiny OPT that has read English prose is fine-tuned to the source of Python's standard library. The demo is one rank of
 the frontier, at recorded learning rates. It can be stopped, and goes on when it is started again.
@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from experiments.command_line import count
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FULL, RECOMMENDED, lora
@@ -24,6 +25,8 @@ from experiments.frontier.frontier import gates, record
 from experiments.frontier.picture import draw_demo
 from experiments.frontier.tasks import TASKS
 from experiments.hardware import cores
+from experiments.report import style
+from experiments.report.progress import Progress
 from experiments.study.cells import CHAIN, StudyCell, name, run
 from experiments.study.comparison import Plan, Results, Row, rows
 from experiments.study.setting import Setting
@@ -51,11 +54,11 @@ class Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments demo`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write")
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="number of seeds")
     parser.add_argument(
-        "--workers", type=int, default=min(8, cores()),
-        help="processes of one thread each (default: one per core, %(default)s)",
+        "--workers", type=count, default=min(8, cores()), metavar="N",
+        help="processes of one thread each, usually one per core",
     )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a trial: a few steps of a random, smaller model")
 
@@ -64,10 +67,6 @@ def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments demo`: 0 if every check holds, else 1; 2 for bad arguments."""
     started = time.perf_counter()
     tiny_opt.quiet()
-    for option in ("seeds", "workers"):
-        if getattr(arguments, option) < 1:
-            print(f"demo: --{option}={getattr(arguments, option)}: at least 1 is needed", file=sys.stderr)
-            return 2
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         plan = make_plan(arguments.out, arguments.seeds, smoke=arguments.smoke)
@@ -75,11 +74,15 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     sweep = Sweep(arguments.out, run, name)
-    kept = sum(sweep.read(cell) is not None for cell in plan.wanted({}))
-    print(_announcement(plan, arguments.workers, kept))
     try:
+        kept = sum(sweep.read(cell) is not None for cell in plan.wanted({}))
+        print(_announcement(plan, arguments.workers, kept), flush=True)
         done = sweep.carry_out(
-            plan.wanted, workers=arguments.workers, threads=1, expected=plan.cells(), finished=refuse_divergence
+            plan.wanted,
+            workers=arguments.workers,
+            threads=1,
+            expected=plan.cells(),
+            finished=Finished(plan.size() - kept, kept, arguments.workers),
         )
     except (FloatingPointError, OSError, SweepError) as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -94,15 +97,13 @@ def main(arguments: argparse.Namespace) -> int:
     write_atomically(arguments.out / "results.json", json.dumps(written, indent=1) + "\n")
     write_atomically(arguments.out / "table.txt", demo_table(found) + "\n")
     _keep_chain(results, sweep, arguments.out / "chain")
-    draw_demo(results, found, arguments.out / "demo.png")
     print(f"\nuntouched model: {results.untouched:.4f} bits per byte on held-out files\n\n{demo_table(found)}\n")
-    print(sentence(found, plan.setting.per_nat))
+    print("A trial: the figures mean nothing." if arguments.smoke else sentence(found, plan.setting.per_nat))
     print("\nChecks:")
     for check in verdicts:
         print(f"  {'ok  ' if check.holds else 'FAIL'} {check.what} ({check.found})")
-    print(
-        f"\n{arguments.out}/: demo.png, results.json, table.txt, chain/; cells/ holds the runs: delete it to run anew"
-    )
+    print(f"\n{arguments.out}/: results.json, table.txt, chain/; cells/ holds the runs: delete it to run anew")
+    print(style.picture(arguments.out / "demo.png", lambda path: draw_demo(results, found, path)))
     print(f"{minutes:.1f} minutes{f', with {kept} runs from before' if kept else ''}")
     return 0 if all(check.holds for check in verdicts) else 1
 
@@ -132,26 +133,62 @@ def make_plan(out: Path, seeds: int, *, smoke: bool = False) -> Plan:
     return plan
 
 
-def refuse_divergence(cell: StudyCell, outcome: Outcome) -> None:
-    """Stop the demo at a run that diverged.
+class Finished:
+    """Told of every finished run: it stops the demo at one that diverged, and says after the first how long all take.
 
-    Raises:
-        FloatingPointError: the message names the run.
+    Args:
+        runs: training runs to do.
+        kept: training runs that were done before; they are reported first.
+        workers: processes.
     """
-    if "diverged" in outcome:
-        raise FloatingPointError(f"{cell.method.name}, lr={cell.lr:g}, seed={cell.seed}: {outcome['diverged']}")
+
+    def __init__(self, runs: int, kept: int, workers: int) -> None:
+        self.runs, self.kept, self.workers = runs, kept, workers
+        self.started, self.seen = time.perf_counter(), 0
+
+    def __call__(self, cell: StudyCell, outcome: Outcome) -> None:
+        """Take note of a run.
+
+        Raises:
+            FloatingPointError: it diverged; the message names the run.
+        """
+        if "diverged" in outcome:
+            raise FloatingPointError(f"{cell.method.name}, lr={cell.lr:g}, seed={cell.seed}: {outcome['diverged']}")
+        self.seen += 1
+        if self.seen == self.kept + 1 and self.runs > 1:
+            took = time.perf_counter() - self.started
+            # as many runs at a time as there are processes
+            left = took * (math.ceil(self.runs / self.workers) - 1)
+            Progress.write(
+                f"The first run took {in_words(took)} on this machine; the others need about {in_words(left)}."
+            )
+
+
+def in_words(seconds: float) -> str:
+    """A duration to one unit.
+
+    >>> in_words(42.3), in_words(100), in_words(3 * 3600)
+    ('42 seconds', '2 minutes', '3 hours')
+    """
+    for size, unit in ((3600, "hour"), (60, "minute"), (1, "second")):
+        if seconds >= 1.5 * size or size == 1:
+            number = round(seconds / size)
+            return f"{number} {unit}{'' if number == 1 else 's'}"
+    raise AssertionError
 
 
 def sentence(found: list[Row], per_nat: float) -> str:
     """What the results show, and where they would differ."""
     row = next(row for row in found if row.arm == CHAINED)
-    assert row.against is not None
-    difference = row.against.difference.mean
-    sure = f"p = {row.against.p:.2g}" if math.isfinite(row.against.p) else "one seed, no test"
+    lora_row = next(row for row in found if row.arm == lora(RANK))
+    differences = [chain - alone for chain, alone in zip(row.tests, lora_row.tests)]
+    difference = math.fsum(differences) / len(differences)
+    agree = sum(value * difference > 0 for value in differences)
     gate = "".join(f"Here {said.partition(': ')[2]}.\n" for said in gates(found, [RANK], per_nat))
     return (
         f"{gate}At the bytes of LoRA r = {RANK} the chain's loss is {abs(difference):.4f} bits per byte "
-        f"{'lower' if difference < 0 else 'higher'} ({sure}), {row.gap:.0%} of the gap to full fine-tuning.\n"
+        f"{'lower' if difference < 0 else 'higher'} (so with {agree} of {len(differences)} seeds), "
+        f"{row.gap:.0%} of the gap to full fine-tuning.\n"
         "Where rank does not bind, or a run is short, a chain costs: experiments/RESULTS.md has the map."
     )
 
@@ -193,7 +230,7 @@ def _announcement(plan: Plan, workers: int, kept: int) -> str:
     done = f", of which {kept} are done" if kept else ""
     return (
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds, {plan.setting.steps()} steps of "
-        f"{plan.setting.batch_size} blocks, recorded learning rates; {plan.size()} runs in {workers} processes{done}."
+        f"{plan.setting.batch_size} blocks, recorded learning rates; {plan.size()} runs, {workers} at a time{done}."
     )
 
 

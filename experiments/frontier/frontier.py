@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hardware
-from experiments.command_line import repeated
+from experiments.command_line import add_whereabouts, count, repeated
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
 from experiments.frontier.picture import draw_frontier
 from experiments.frontier.tasks import TASKS, Gate, Task, lasting
+from experiments.report import style
 from experiments.study.cells import name, run
 from experiments.study.comparison import Plan, Results, Row, rows
 from experiments.study.setting import Setting
@@ -33,33 +34,36 @@ from experiments.tiny import tiny_opt
 
 USUAL = ("lora", "chain-10", families.RECOMMENDED)
 """The families that are compared if none are named."""
+UNTOLD = ("workers", "out", "so_far", "shard", "offline")
+"""The options that a recorded command leaves out, because results do not depend on them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments frontier`."""
     add_task(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="folder to write (%(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="of the LoRAs (2 4 8 16)")
-    parser.add_argument("--steps", type=int, help="of a run (default: the task's)")
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), metavar="DIR", help="folder to write")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[2, 4, 8, 16], metavar="R", help="of the LoRAs")
+    parser.add_argument("--steps", type=count, metavar="N", help="optimizer steps of a run (default: the task's)")
     parser.add_argument("--no-gate", action="store_true", help="leave out full fine-tuning and LoRA of rank 3r")
     add_sweep(parser)
 
 
 def add_task(parser: argparse.ArgumentParser) -> None:
     """The options that name a task."""
-    parser.add_argument("--task", choices=list(TASKS), default="demo", help=f"of {', '.join(TASKS)} (%(default)s)")
-    parser.add_argument("--model", help="a folder or hub name, for shakespeare and code")
-    parser.add_argument("--corpus", help="a text file, for shakespeare")
+    parser.add_argument(
+        "--task", choices=list(TASKS), default="demo", help="the model, the data and the length of a run"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="a folder or hub name; shakespeare and code need one")
+    parser.add_argument("--corpus", metavar="FILE", help="a text file; shakespeare needs one")
     parser.add_argument("--methods", nargs="+", choices=list(FAMILIES), default=list(USUAL), metavar="METHOD",
-                        help=f"of {', '.join(FAMILIES)} (default: {' '.join(USUAL)})")  # fmt: skip
+                        help=f"of {', '.join(FAMILIES)}")  # fmt: skip
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     """The options that say how many runs there are and where."""
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
-    parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="number of seeds")
     parser.add_argument("--so-far", action="store_true", help="run nothing, and show what is complete")
+    add_whereabouts(parser)
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
@@ -86,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
         task = task if arguments.steps is None else lasting(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
         plan, shard = plan_of(task, chosen, arguments.seeds), Shard.parse(arguments.shard)
-        plan.require_possible()
+        plan.require_possible("--ranks or --methods")
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
@@ -99,22 +103,20 @@ def main(arguments: argparse.Namespace) -> int:
     shown = [frontier_table(found, task.unit), *gates(found, arguments.ranks, task.per_nat)]
     stem = arguments.out / f"frontier-{arguments.task}-{task.steps()}"
     write_atomically(stem.with_suffix(".md"), "\n\n".join(shown) + "\n")
-    command = repeated("frontier", add_arguments, arguments, without=("workers", "out", "so_far", "shard"))
+    command = repeated("frontier", add_arguments, arguments, without=UNTOLD)
     write_atomically(stem.with_suffix(".json"), json.dumps(record(plan, found, command), indent=1) + "\n")
     print("\n\n".join(shown))
     missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
-    if found:
-        draw_frontier(found, task.unit, stem.with_suffix(".png"))
     if missing:
         print(f"not complete yet (other shards?) or diverged: {', '.join(missing)}", file=sys.stderr)
-    print(f"\n{stem}.md, .json, .png; one folder per run in {arguments.out / 'cells'}")
+    print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
+    if found:
+        print(style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path)))
     return 1 if missing and not arguments.so_far else 0
 
 
 def plan_of(task: Task, chosen: Mapping[str, Any], seeds: int) -> Plan:
     """Arms on a task, each with a rate tuned on the first seed."""
-    if seeds < 1:
-        raise ValueError(f"--seeds={seeds}: at least 1 is needed")
     rates = {name: arm.rates for name, arm in chosen.items()}
     return Plan(chosen, rates, (0,), tuple(range(seeds)), task, walk=True)
 

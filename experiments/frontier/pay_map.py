@@ -16,17 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments.command_line import repeated
+from experiments.command_line import count, repeated
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, lora
-from experiments.frontier.frontier import add_sweep, add_task, carry_out, plan_of, task_of
+from experiments.frontier.frontier import UNTOLD, add_sweep, add_task, carry_out, plan_of, task_of
 from experiments.frontier.tasks import lasting
 from experiments.report import stats, style
 from experiments.report.stats import Interval
 from experiments.study.comparison import Results, inside
 from experiments.sweep import Shard, SweepError
 from experiments.tiny import tiny_opt
+
+TITLES = {"slow": "spectrum that falls slowly, $i^{-1/2}$", "steep": "spectrum that falls steeply, $i^{-3/2}$"}
+"""The planted tasks, in words."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class Place:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments map`."""
     add_task(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/map"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], help="of the LoRAs (2 4 8 16)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[375, 1500, 6000], help="of a run (375 1500 6000)")
+    parser.add_argument("--out", type=Path, default=Path("runs/map"), metavar="DIR", help="folder to write")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[2, 4, 8, 16], metavar="R", help="of the LoRAs")
+    parser.add_argument("--steps", type=count, nargs="+", default=[375, 1500, 6000], metavar="N", help="of a run")
     add_sweep(parser)
 
 
@@ -71,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
         task, shard = task_of(arguments), Shard.parse(arguments.shard)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
         for plan in plans.values():
-            plan.require_possible()
+            plan.require_possible("--ranks, --steps or --methods")
     except (ValueError, OSError) as error:
         print(f"map: {error}", file=sys.stderr)
         return 2
@@ -88,13 +91,13 @@ def main(arguments: argparse.Namespace) -> int:
         return 1
     stem = arguments.out / f"map-{arguments.task}"
     shown = table(places, task.unit)
-    command = repeated("map", add_arguments, arguments, without=("workers", "out", "so_far", "shard"))
+    command = repeated("map", add_arguments, arguments, without=UNTOLD)
     written = {"command": command, "unit": task.unit, "places": [asdict(place) for place in places]}
     write_atomically(stem.with_suffix(".md"), shown + "\n")
     write_atomically(stem.with_suffix(".json"), json.dumps(written, indent=1) + "\n")
-    picture = arguments.out / "map.png"
-    draw({path.stem.removeprefix("map-"): read(path) for path in sorted(arguments.out.glob("map-*.json"))}, picture)
-    print(f"{shown}\n\n{stem}.md, .json; {picture}; one folder per run in {arguments.out / 'cells'}")
+    print(f"{shown}\n\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
+    maps = {path.stem.removeprefix("map-"): read(path) for path in sorted(arguments.out.glob("map-*.json"))}
+    print(style.picture(arguments.out / "map.png", lambda path: draw(maps, path)))
     missing = len(plans) * len(arguments.ranks) - len(places)
     if missing:
         print(f"map: {missing} cells are missing: runs diverged, or are another shard's", file=sys.stderr)
@@ -137,16 +140,25 @@ def table(places: Sequence[Place], unit: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _short(family: str) -> str:
+    """The family without its ranks, such as ``10 links`` or ``B alone``."""
+    return FAMILIES[family].label.partition(",")[0]
+
+
 def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
-    """Write the maps side by side as a PNG: blue where the best method is below LoRA, red where it is above.
+    """Write the maps side by side as a PNG: blue where the best chain is below LoRA, red where it is above.
 
     The number is the difference with half its interval; it is bold where the interval leaves out zero.
     """
     pyplot = style.pyplot()
     with pyplot.rc_context(style.SETTINGS):
         figure, panels = pyplot.subplots(
-            1, len(maps), figsize=(1 + 4.6 * len(maps), 3.8), layout="constrained", squeeze=False
+            1, len(maps), figsize=(1 + 4.6 * len(maps), 4.2), layout="constrained", squeeze=False
         )
+        figure.suptitle(
+            "Does a chain beat LoRA of the same memory? Blue: its loss is lower; red: higher; bold: sure (95 %)",
+            x=0.01, ha="left", fontsize=11,
+        )  # fmt: skip
         for axes, (task, places) in zip(panels[0], maps.items()):
             ranks, lengths = (sorted({getattr(place, name) for place in places}) for name in ("rank", "steps"))
             largest = max(abs(place.difference.mean) for place in places) or 1.0
@@ -156,8 +168,9 @@ def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
                 grid[y][x] = limits.mean
                 sure = limits.low > 0 or limits.high < 0
                 axes.annotate(
-                    f"{limits.mean:+.3f}" + ("" if math.isnan(limits.low) else f"\n± {limits.half_width:.3f}")
-                    + f"\n{place.family}", (x, y), ha="center", va="center", fontsize=8,
+                    f"{limits.mean:+.3f}".replace("-", "−")
+                    + ("" if math.isnan(limits.low) else f" ± {limits.half_width:.3f}")
+                    + f"\n{_short(place.family)}", (x, y), ha="center", va="center", fontsize=8,
                     weight="bold" if sure else "normal",
                 )  # fmt: skip
             axes.imshow(grid, cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest, aspect="auto", origin="lower")
@@ -165,6 +178,6 @@ def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
             axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
             axes.set_xlabel("optimizer steps")
             axes.set_ylabel("rank of the LoRA")
-            axes.set_title(f"{task}: best method minus LoRA", loc="left", fontsize=10)
+            axes.set_title(f"{TITLES.get(task, task)}: best chain minus LoRA", loc="left", fontsize=10)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)

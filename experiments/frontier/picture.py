@@ -20,6 +20,7 @@ def draw_frontier(found: Sequence[Row], unit: str, path: Path) -> None:
     with pyplot.rc_context(style.SETTINGS):
         figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
         points(axes, found, unit)
+        axes.set_title("Held-out loss against memory: lower and further left is better", loc="left", fontsize=10)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
@@ -34,6 +35,11 @@ def points(axes: Any, found: Sequence[Row], unit: str) -> None:
             [row.state_bytes / 1024 for row in rows], [row.test.mean for row in rows], yerr=spread, color=color,
             linestyle=line, marker=marker, markersize=6, capsize=3, linewidth=1.4, label=label,
         )  # fmt: skip
+        for row in rows if name == "lora" else ():
+            axes.annotate(
+                f"r = {row.arm.rpartition('-')[2]}", (row.state_bytes / 1024, row.test.mean), xytext=(7, 5),
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("KiB of trained state (parameters, gradients, optimizer state)")
@@ -53,22 +59,22 @@ def draw_demo(results: Results, found: Sequence[Row], path: Path) -> None:
         reference, *others = found
         base = _mean_losses(results, reference.arm)
         width = max(1, len(base) // 20)
+        curves.axhline(0, color=style.BLACK, linewidth=1.2, label=reference.label)
         for row in others:
-            (color, line, marker), _ = _look(row.arm)
+            (color, line, marker), label = _look(row.arm)
+            label = f"{label} (markers: knots)" if row.knots else row.label
             line = ":" if family_of(row.arm) == family_of(reference.arm) else line
             curve = smooth(_mean_losses(results, row.arm) - base, width)
-            curves.plot(
-                np.arange(width, len(curve) + 1), curve[width - 1 :], color=color, linestyle=line, label=row.label
-            )
+            curves.plot(np.arange(width, len(curve) + 1), curve[width - 1 :], color=color, linestyle=line, label=label)
             ties = [knot["step"] for knot in inside(results.final(row.arm)[0]) if knot["step"] >= width]
             curves.plot(ties, curve[[tie - 1 for tie in ties]], marker, color=color, markersize=4)
-        curves.axhline(0, color=style.BLACK, linewidth=1.2, label=reference.label)
         curves.set_xlabel("optimizer step")
-        curves.set_ylabel("bits per byte")
-        curves.set_title(f"Training loss minus that of {reference.label} (markers: knots)", loc="left", fontsize=10)
+        curves.xaxis.get_major_locator().set_params(integer=True)
+        curves.set_ylabel(f"{results.plan.setting.unit}, minus those of {reference.label}")
+        curves.set_title(f"Training loss, compared with {reference.label}: lower is better", loc="left", fontsize=10)
         curves.legend(frameon=False, fontsize=8.5)
         points(plane, found, results.plan.setting.unit)
-        plane.set_title("Held-out loss against memory (95 % intervals)", loc="left", fontsize=10)
+        plane.set_title("Held-out loss against memory: lower and further left is better", loc="left", fontsize=10)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
@@ -90,4 +96,5 @@ def _look(arm: str) -> tuple[tuple[str, str, str], str]:
     family = family_of(arm)
     if family == FULL:
         return (style.GREY, "--", "X"), "full fine-tuning"
-    return FAMILIES[family].look, FAMILIES[family].label.partition(", r")[0].removesuffix(", 2·{r}")
+    label = FAMILIES[family].label.partition(", r")[0].removesuffix(", 2·{r}")
+    return FAMILIES[family].look, f"chain: {label}" if FAMILIES[family].method(2).kind == "cola" else label

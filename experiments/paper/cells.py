@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from experiments.command_line import count
 from experiments.methods import Method
 from experiments.sweep import Outcome, RateSearch
 
@@ -85,6 +86,8 @@ class Cell(Circumstances):
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.dev is not None and self.dev < 1:
             raise ValueError(f"dev={self.dev}: at least 1 is needed")
+        if self.method.kind == "galore":
+            raise ValueError("method='galore' does not go through the Trainer: it is a method of the frontier")
         if self.method.trains and not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: a method that trains needs a positive, finite learning rate")
 
@@ -92,12 +95,18 @@ class Cell(Circumstances):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that set `Circumstances`, for every command that runs cells."""
     how = parser.add_argument_group("how")
-    how.add_argument("--data-dir", help="folder of <task>/train.jsonl and validation.jsonl (default: the hub)")
-    how.add_argument("--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (query and value)")
-    how.add_argument("--max-length", type=int, help=f"tokens of a prompt with its answer ({Circumstances.max_length})")
-    how.add_argument("--dtype", choices=DTYPES, help="float16 (mixed, as in the protocol) on a GPU, else float32")
+    how.add_argument(
+        "--data-dir", metavar="DIR", help="folder of <task>/train.jsonl and validation.jsonl (default: the hub)"
+    )
+    how.add_argument(
+        "--targets", nargs="+", default=[], metavar="NAME", help="adapted layers (default: query and value)"
+    )
+    how.add_argument("--max-length", type=count, metavar="N",
+                     help=f"tokens of a prompt with its answer (default: {Circumstances.max_length})")  # fmt: skip
+    how.add_argument("--dtype", choices=DTYPES,
+                     help="of the weights (default: mixed float16 on a GPU, else float32)")  # fmt: skip
     how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
-    how.add_argument("--device-map", help="as for transformers, such as auto")
+    how.add_argument("--device-map", metavar="MAP", help="as for transformers, such as auto (default: one device)")
     how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
 
 

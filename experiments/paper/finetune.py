@@ -54,6 +54,7 @@ def run(cell: Cell, folder: Path) -> Outcome:
         FileNotFoundError, OSError, ValueError: the model or the data cannot be loaded, or do not fit the cell.
     """
     task = tasks.task(cell.task)
+    models.require(cell.model)  # before the data is loaded
     # without training only the test pool is needed
     sizes = (cell.train, cell.dev) if cell.method.trains else (0, 0)
     splits = split(task, cell.seed, *sizes, cell.test, cell.data_dir)

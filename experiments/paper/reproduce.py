@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import hardware
-from experiments.command_line import repeated
+from experiments import hardware, models
+from experiments.command_line import add_whereabouts, count, repeated
 from experiments.methods import QUERY_AND_VALUE
 from experiments.paper import cells, flops, score_table, tables
 from experiments.paper.cells import Cell
@@ -46,12 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that tables and figures share."""
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--model", help="a folder, a hub name, or tiny (default: the paper's)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="number of seeds (default: 5; 2 with --smoke)")
-    parser.add_argument("--workers", type=int, help="cells at a time (default: as many as cores and memory allow)")
-    parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a table in a shared folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder to write")
+    parser.add_argument("--model", metavar="MODEL", help="a folder, a hub name, or tiny (default: the paper's)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seeds", type=count, metavar="N", help="number of seeds (default: 5; 2 with --smoke)")
+    add_whereabouts(parser)
     parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard")
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model, made-up data unless --data-dir, few samples"
@@ -60,15 +59,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     part = parser.add_argument_group("a part of the table", "all but --tasks and --lines make other cells")
     part.add_argument("--tasks", nargs="+", metavar="TASK", help="such as cb wsc (default: the table's)")
     part.add_argument("--lines", nargs="+", metavar="LINE", help="labels of lines, such as LoRA COLA (default: all)")
-    part.add_argument("--rates", type=int, help="how many of a line's learning rates to try, the largest (all)")
-    part.add_argument("--search-seeds", type=int, help="seeds over which a rate is judged (default: all)")
+    part.add_argument("--rates", type=count, metavar="N",
+                      help="how many of a line's learning rates to try, from the largest (default: all)")  # fmt: skip
+    part.add_argument(
+        "--search-seeds", type=count, metavar="N", help="seeds over which a rate is judged (default: all)"
+    )
     for size, what in (("train", "training"), ("dev", "development"), ("test", "test")):
-        part.add_argument(f"--{size}", type=int, help=f"at most so many {what} examples")
-    part.add_argument("--epochs", type=int, help="passes over the training examples (default: the paper's 5)")
+        part.add_argument(
+            f"--{size}", type=count, metavar="N", help=f"at most so many {what} examples (default: the paper's)"
+        )
+    part.add_argument(
+        "--epochs", type=count, metavar="N", help="passes over the training examples (default: the paper's 5)"
+    )
 
     cells.add_arguments(parser)
     parser.add_argument(
-        "--bias", action=argparse.BooleanOptionalAction, help="train the adapted layers' biases (as the paper does)"
+        "--bias",
+        action=argparse.BooleanOptionalAction,
+        help="train the adapted layers' biases (default: as the paper does)",
     )
 
 
@@ -128,13 +136,15 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
     tiny_opt.quiet()
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        setting = make_setting(table, arguments)
         shard = Shard.parse(arguments.shard)
+        setting = make_setting(table, arguments)
         found = tables.searches(table, setting)
         per_token = _flops_per_token(table, setting)
         sweep = _sweep(arguments.out)
         board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
         mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
+        if any(sweep.read(cell) is None for search in mine.values() for cell in search.wanted({})):
+            models.require(setting.model or table.model)  # before processes are started
         if first:
             print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
         done = sweep.carry_out(
@@ -170,10 +180,6 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
     Raises:
         ValueError: a number below one.
     """
-    for option in ("seeds", "search_seeds", "rates", "train", "dev", "test", "epochs", "max_length", "workers"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')}={value}: at least 1 is needed")
     base = SMOKE if arguments.smoke else Setting()
     seeds = tuple(range(arguments.seed, arguments.seed + (arguments.seeds or len(base.seeds))))
     search = arguments.search_seeds or (base.search_seeds and len(base.search_seeds))
@@ -241,7 +247,8 @@ def _flops_per_token(table: PaperTable, setting: Setting) -> int | None:
     from transformers import AutoConfig
 
     model = setting.model or table.model
-    config = AutoConfig.from_pretrained(tiny_opt.COMMITTED if model == "tiny" else model)
+    models.require(model)
+    config = AutoConfig.from_pretrained(models.folder(model))
     try:
         return flops.per_token_and_rank(config, setting.targets or QUERY_AND_VALUE)
     except ValueError as error:

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 from experiments import tasks
-from experiments.methods import BASES, KINDS, Method
+from experiments.command_line import add_offline, count, positive
+from experiments.methods import BASES, KINDS, NAMED_KNOTS, Method
 from experiments.paper import cells, tables
 from experiments.paper.cells import Cell
 from experiments.paper.published import protocol
@@ -26,19 +27,27 @@ from experiments.sweep import Sweep, SweepError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments run`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--model", default="facebook/opt-1.3b", help="a folder, a hub name, or tiny (%(default)s)")
-    parser.add_argument("--task", required=True, help=f"one of {', '.join(tasks.TASKS)}")
-    parser.add_argument("--seed", type=int, default=0, help="of data and draws (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder to write")
+    parser.add_argument("--model", default="facebook/opt-1.3b", metavar="MODEL", help="a folder, a hub name, or tiny")
+    parser.add_argument("--task", required=True, metavar="TASK", help=f"one of {', '.join(tasks.TASKS)}")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and draws")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", required=True, choices=KINDS, help="how the model is trained or prompted")
-    method.add_argument("--base", choices=list(BASES), default="AdamW", help="base optimizer (default: %(default)s)")
-    method.add_argument("--lr", type=float, default=0.0, help="peak learning rate; needed if the method trains")
-    method.add_argument("--ranks", type=int, nargs="+", default=[8], help="of the links; the last repeats (8)")
-    method.add_argument("--links", type=int, help="length of the chain (default: 3; 1 for lora)")
-    method.add_argument("--knots", default="epochs", help="epochs, even, plateau, at=STEP,… or every=STEPS (epochs)")
-    method.add_argument("--alpha", type=float, default=16.0, help="scale = alpha / first rank (default: %(default)s)")
+    method.add_argument(
+        "--method",
+        required=True,
+        choices=[kind for kind in KINDS if kind != "galore"],
+        help="how the model is trained or prompted",
+    )
+    method.add_argument("--base", choices=list(BASES), default="AdamW", help="base optimizer")
+    method.add_argument("--lr", type=positive, metavar="RATE", help="peak learning rate; needed if the method trains")
+    method.add_argument(
+        "--ranks", type=count, nargs="+", default=[8], metavar="R", help="of the links; the last repeats"
+    )
+    method.add_argument("--links", type=count, metavar="N", help="length of the chain (default: 3; 1 for lora)")
+    method.add_argument("--knots", default="epochs", metavar="POLICY",
+                        help=f"{', '.join(NAMED_KNOTS)}, at=STEP,… or every=STEPS")  # fmt: skip
+    method.add_argument("--alpha", type=positive, default=16.0, metavar="A", help="scale = alpha / first rank")
     method.add_argument(
         "--bias",
         action=argparse.BooleanOptionalAction,
@@ -46,20 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     sizes = parser.add_argument_group("sizes", "the defaults are the paper's")
-    sizes.add_argument("--train", type=int, default=1000, help="training examples (default: %(default)s)")
-    sizes.add_argument("--dev", type=int, help="development examples (default: the task's)")
-    sizes.add_argument("--test", type=int, default=1000, help="test examples (default: %(default)s)")
-    sizes.add_argument("--epochs", type=int, default=5, help="passes (default: %(default)s)")
-    sizes.add_argument("--batch", type=int, help="examples per optimizer step (default: 8, for the paper's Llama 4)")
+    sizes.add_argument("--train", type=count, default=1000, metavar="N", help="training examples")
+    sizes.add_argument("--dev", type=count, metavar="N", help="development examples (default: the task's)")
+    sizes.add_argument("--test", type=count, default=1000, metavar="N", help="test examples")
+    sizes.add_argument("--epochs", type=count, default=5, metavar="N", help="passes")
+    sizes.add_argument("--batch", type=count, metavar="N",
+                       help="examples per optimizer step (default: 8; 4 for the paper's Llama)")  # fmt: skip
     cells.add_arguments(parser)
+    add_offline(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments run`: 0; 1 if the run diverged; 2 for bad arguments."""
-    from experiments.paper.finetune import run
-
     try:
         cell = make_cell(arguments)
+        from experiments.paper.finetune import run  # slow, so after the arguments have been looked at
+
         sweep = Sweep(arguments.out, run, cells.name)
         outcome = sweep.carry_out(lambda done: [cell], workers=1, progress=False)[cell]
     except (OSError, ValueError) as error:
@@ -84,6 +95,8 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
     kind, links = arguments.method, arguments.links
     if links is None:
         links = 3 if kind == "cola" else 1
+    if arguments.lr is None and kind not in ("icl", "zero-shot"):
+        raise ValueError(f"--method {kind} trains: give its peak learning rate, such as --lr 1e-3")
     method = Method(kind, arguments.base, tuple(arguments.ranks), links, arguments.knots, arguments.alpha)
     facts = protocol()
     of_the_paper = next((name for name, hub in tables.HUB.items() if hub == arguments.model), None)
@@ -96,7 +109,7 @@ def make_cell(arguments: argparse.Namespace) -> Cell:
         model=arguments.model,
         task=tasks.task(arguments.task).name,
         method=method,
-        lr=arguments.lr if method.trains else 0.0,
+        lr=(arguments.lr or 0.0) if method.trains else 0.0,
         seed=arguments.seed,
         train=arguments.train,
         dev=arguments.dev,

@@ -75,13 +75,19 @@ CEILING = "full"
 """The arm whose distance from `REFERENCE` is the gap to close."""
 
 
-def require_possible(arms: Mapping[str, Arm], model: nn.Module, set_up: Callable[[Arm, nn.Module], object]) -> None:
+def require_possible(
+    arms: Mapping[str, Arm],
+    model: nn.Module,
+    set_up: Callable[[Arm, nn.Module], object],
+    options: str = "--arms",
+) -> None:
     """Set every arm up once, before anything is run or written.
 
     Args:
         arms: name -> arm.
         model: untouched, and left so.
         set_up: arm, a copy of the model -> its optimizer; raises a ValueError if the arm is impossible.
+        options: of the command, by which its user chooses arms.
 
     Raises:
         ValueError: the message names the impossible arms, why (rank, layer, shape), and the arms that are left.
@@ -95,5 +101,6 @@ def require_possible(arms: Mapping[str, Arm], model: nn.Module, set_up: Callable
     if refused:
         reasons = "".join(f"\n  arm {name} ({arms[name].label}): {error}" for name, error in refused.items())
         left = " ".join(name for name in arms if name not in refused)
-        advice = f"leave out these arms: --arms {left}" if left else "choose other --arms"
+        named = left and options == "--arms"
+        advice = f"leave out these arms: --arms {left}" if named else f"choose other {options}"
         raise ValueError(f"nothing was run, because of{reasons}\n{advice}")

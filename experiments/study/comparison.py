@@ -91,8 +91,11 @@ class Plan:
         """The plan of some arms."""
         return replace(self, arms={name: self.arms[name] for name in names})
 
-    def require_possible(self) -> None:
+    def require_possible(self, options: str = "--arms") -> None:
         """Refuse arms that the model cannot carry, before anything is run.
+
+        Args:
+            options: of the command, by which its user chooses arms.
 
         Raises:
             ValueError: as `arms.require_possible`.
@@ -101,6 +104,7 @@ class Plan:
             self.arms,
             self.setting.load(),
             lambda arm, model: StudyCell(self.setting, arm.method, arm.start, 0).optimizer(model),
+            options,
         )
 
 

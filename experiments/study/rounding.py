@@ -14,15 +14,17 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from cola import ChainOptimizer, EvenKnots, LinkConfig
+from experiments.command_line import count, positive
 from experiments.hardware import describe_processor
 from experiments.report import stats
+from experiments.report.progress import Progress
 from experiments.study.training import train
 from experiments.tiny import corpus, tiny_opt
 from experiments.tiny.loss import bits_per_byte
@@ -63,19 +65,35 @@ class Measured:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments rounding`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/rounding"), help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs per cell (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/rounding"), metavar="DIR", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs per cell")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="storage of the weights")
-    parser.add_argument("--links", nargs="+", type=int, default=[3, 24], help="chain lengths (default: %(default)s)")
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-4, 2e-3], help="learning rates (%(default)s)")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps per run (default: %(default)s)")
-    parser.add_argument("--model", type=Path, default=tiny_opt.COMMITTED, help="folder of the model")
+    parser.add_argument("--links", nargs="+", type=count, default=[3, 24], metavar="N", help="chain lengths")
+    parser.add_argument("--lr", nargs="+", type=positive, default=[1e-4, 2e-3], metavar="RATE",
+                        help="learning rates")  # fmt: skip
+    parser.add_argument("--steps", type=count, default=120, metavar="N", help="optimizer steps per run")
+    parser.add_argument("--model", type=Path, metavar="DIR",
+                        help="folder of a model over bytes (default: the committed tiny OPT)")  # fmt: skip
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments rounding`: 0; 1 if the exact chain lost anything, which would void the comparison."""
+    """Run `python -m experiments rounding`.
+
+    Returns:
+        0; 1 if the exact chain lost anything, which voids the comparison; 2 for bad arguments.
+    """
     tiny_opt.quiet()
+    folder = arguments.model or tiny_opt.COMMITTED
+    try:
+        tiny_opt.load(folder)
+        if max(arguments.links) > arguments.steps:
+            raise ValueError(
+                f"--links {max(arguments.links)} in --steps {arguments.steps}: a link needs at least one step"
+            )
+    except (OSError, ValueError) as error:
+        print(f"rounding: {error}", file=sys.stderr)
+        return 2
     cells = [
         Cell(dtype, rounding, links, lr, seed)
         for dtype in arguments.dtypes
@@ -85,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
         for rounding in ROUNDINGS  # innermost: the roundings of a seed run in a row
     ]
     prose = corpus.prose()
-    results = {cell: run(cell, arguments.steps, prose, arguments.model) for cell in tqdm(cells, unit="run")}
+    results = {cell: run(cell, arguments.steps, prose, folder) for cell in Progress(cells, unit="run")}
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "rounding.jsonl").open("w") as lines:
         for cell, measured in results.items():

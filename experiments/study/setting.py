@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,12 +86,19 @@ class Setting:
         """The untouched model, in fp32 on the CPU.
 
         Raises:
-            OSError: there is no such model.
+            OSError: there is no such text or model.
+            ValueError: a block is longer than the model reads.
         """
+        text.require(self.corpus)
+        models.require(self.model)
         if self.over_bytes:
-            return tiny_opt.load(models.folder(self.model))
-        model, _ = models.load(self.model, device="cpu")
-        model.config.use_cache = False
+            model: Any = tiny_opt.load(models.folder(self.model))
+        else:
+            model, _ = models.load(self.model, device="cpu")
+            model.config.use_cache = False
+        longest = getattr(model.config, "max_position_embeddings", math.inf) - self.over_bytes  # BOS opens a block
+        if self.context > longest:
+            raise ValueError(f"--length={self.context}: the model reads at most {longest} tokens per block")
         return model
 
     def blocks(self) -> text.Blocks:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.command_line import add_whereabouts, count
 from experiments.files import write_atomically
 from experiments.methods import QUERY_AND_VALUE
 from experiments.study import control
@@ -34,24 +35,27 @@ TARGETS = {"qv": QUERY_AND_VALUE, "all-linear": ("all-linear",)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments study`."""
     default = Setting()
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--model", default=default.model, help="a folder or hub name (default: the committed tiny OPT)")
-    parser.add_argument("--corpus", default=default.corpus, help="a text file (default: the prose that Python carries)")
-    parser.add_argument("--targets", default="qv", choices=list(TARGETS), help="layers with adapters")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(STUDY)}; all")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--search-seeds", type=int, default=1, help="seeds per rate tried (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=default.epochs, help="passes (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=default.train, help="training blocks (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=default.held_out, help="blocks per split (%(default)s)")
-    parser.add_argument("--length", type=int, default=default.context, help="tokens per block (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=default.batch_size, help="blocks per step (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: as many as cores and memory allow)")
-    parser.add_argument("--shard", default="0/1", help="i/n: this machine's part of a sweep in a shared folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), metavar="DIR", help="folder to write")
+    parser.add_argument("--model", default=default.model, metavar="MODEL",
+                        help="a folder, a hub name, or tiny, the committed tiny OPT")  # fmt: skip
+    parser.add_argument("--corpus", default=default.corpus, metavar="FILE",
+                        help="a text file, or the prose or code that Python carries")  # fmt: skip
+    parser.add_argument("--targets", default="qv", choices=list(TARGETS),
+                        help="layers with adapters: query and value, or all linear ones")  # fmt: skip
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(STUDY)} (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="number of seeds")
+    parser.add_argument("--search-seeds", type=count, default=1, metavar="N", help="seeds per rate tried")
+    parser.add_argument("--epochs", type=count, default=default.epochs, metavar="N", help="passes")
+    parser.add_argument("--train", type=count, default=default.train, metavar="N", help="training blocks")
+    parser.add_argument("--held-out", type=count, default=default.held_out, metavar="N",
+                        help="blocks per held-out split")  # fmt: skip
+    parser.add_argument("--length", type=count, default=default.context, metavar="N", help="tokens per block")
+    parser.add_argument("--batch", type=count, default=default.batch_size, metavar="N", help="blocks per step")
     names = ", ".join(control.arms())
     parser.add_argument("--control", action="store_true", help=f"a short run where rank does not bind; arms: {names}")
     parser.add_argument("--smoke", action="store_true", help="a trial: two arms, two seeds, a few steps")
+    add_whereabouts(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -97,9 +101,6 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     Raises:
         ValueError: a number out of range.
     """
-    for option in ("seeds", "search_seeds"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')}={getattr(arguments, option)}: at least 1 is needed")
     sizes = (arguments.epochs, arguments.train, arguments.held_out, arguments.length, arguments.batch)
     setting = Setting(arguments.model, arguments.corpus, TARGETS[arguments.targets], *sizes)
     seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))

@@ -88,7 +88,6 @@ DEMO_COLUMNS: Mapping[str, Column] = {
     "KiB": lambda row: f"{row.state_bytes / 1024:,.0f}",
     "held-out bits/byte": lambda row: _mean(row),
     "minus LoRA (95 %)": lambda row: _difference(row) or MISSING,
-    "p": lambda row: _number(row.against.p if row.against else math.nan, ".2g"),
     "gap closed": lambda row: _number(100 * row.gap, ".0f", " %") if row.against else MISSING,
     "knots": lambda row: f"{row.knots:.3g}",
     "lr": lambda row: f"{row.lr:g}",

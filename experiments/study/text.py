@@ -80,6 +80,16 @@ def blocks(source: str, tokenizer_of: str | None, length: int, train: int, held_
     return Blocks(**cut)
 
 
+def require(source: str) -> None:
+    """Refuse a corpus that is not there, before anything is loaded.
+
+    Raises:
+        FileNotFoundError: it is not `PROSE`, `CODE` or the path of a file.
+    """
+    if source not in (PROSE, CODE) and not Path(source).is_file():
+        raise FileNotFoundError(f"corpus={source!r}: there is no such file; give a text file in UTF-8, prose or code")
+
+
 def interleaved(text: str) -> dict[str, str]:
     """A text in three splits, each spread over the whole of it.
 

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from experiments.report.progress import without_noise
+
 
 def processes() -> int:
     """How many processes `torchrun` has started; 1 without it."""
@@ -64,6 +66,7 @@ def start(threads: int, gpus: Any) -> None:
 
     torch.set_num_threads(threads)
     settle()
+    without_noise()
 
 
 def _end_with_the_sweep() -> None:

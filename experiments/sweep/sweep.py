@@ -30,10 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tqdm.auto import tqdm
-
 from experiments import hardware
 from experiments.files import locked, write_atomically
+from experiments.report.progress import Progress
 from experiments.sweep.processes import settle, start, together, unsettle
 from experiments.sweep.rate_search import Outcome
 
@@ -150,7 +149,7 @@ class Sweep(Generic[C]):
         first, told = together()
         with (
             _Pool(self, workers, threads) as pool,
-            tqdm(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
+            Progress(total=expected or 0, unit="cell", disable=not progress, smoothing=0.1) as bar,
         ):
             while True:
                 wanted = list(dict.fromkeys(plan(done)))
@@ -162,8 +161,9 @@ class Sweep(Generic[C]):
                         if first:
                             _clear(self.place(cell))  # a kill may have left it after the outcome
                         if not bar.disable:
-                            bar.initial += 1  # not run now, so it must not count in the rate
-                            bar.update()
+                            # not run now, so it must not count in the rate
+                            bar.initial += 1
+                            bar.n += 1
                         finished(cell, found)
                 open_ = [cell for cell in wanted if cell not in done]
                 if not open_:

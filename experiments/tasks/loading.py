@@ -20,6 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from experiments import hub
 from experiments.tasks import Sample, Task, key
 
 logger = logging.getLogger(__name__)
@@ -130,9 +131,11 @@ def _folder(task: Task, data_dir: Path) -> dict[str, Sequence[Sample]]:
 
 
 def _hub(task: Task) -> dict[str, Sequence[Sample]]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
     path, config = task.hub
+    disable_progress_bars()
+    hub.prefer_cache(path)
     try:
         try:
             splits = load_dataset(path, config)

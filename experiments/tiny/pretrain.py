@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import OPTConfig, OPTForCausalLM
 
+from experiments.command_line import count, positive
 from experiments.hardware import describe_processor
+from experiments.report.progress import Progress
 from experiments.tiny import corpus, tiny_opt
 from experiments.tiny.loss import bits_per_byte
 
@@ -81,16 +82,12 @@ MODELS: Mapping[str, Pretrained] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments pretrain`."""
     recipe = Recipe()
-    parser.add_argument("--text", choices=list(MODELS), default="code", help="what it reads (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/tiny-opt"), help="folder to write (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=recipe.seed, help="initialisation and order (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=recipe.steps, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=recipe.lr, help="Muon's peak learning rate (default: %(default)s)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
-    )
+    parser.add_argument("--text", choices=list(MODELS), default="code", help="what it reads")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-opt"), metavar="DIR", help="folder to write")
+    parser.add_argument("--seed", type=int, default=recipe.seed, metavar="N", help="of initialisation and order")
+    parser.add_argument("--steps", type=count, default=recipe.steps, metavar="N", help="optimizer steps")
+    parser.add_argument("--lr", type=positive, default=recipe.lr, metavar="RATE", help="Muon's peak learning rate")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="CPU threads")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -156,7 +153,7 @@ def pretrain(text: bytes, recipe: Recipe, model: OPTForCausalLM) -> OPTForCausal
     ]
     batches = corpus.forever(text, context, recipe.batch_size, torch.Generator().manual_seed(recipe.seed))
     model.train()
-    with tqdm(range(recipe.steps), desc="pretrain", unit="step", mininterval=1.0) as progress:
+    with Progress(range(recipe.steps), desc="pretrain", unit="step") as progress:
         smooth = math.nan
         for step in progress:
             ids = next(batches)

@@ -232,7 +232,7 @@ def distributed_checkpointing(model, opt, tmp_path):
 
 def chain(model, opt, tmp_path):
     opt.chain.save(tmp_path / "chain")
-    assert repr(Chain.load(tmp_path / "chain")) == repr(opt.chain)
+    assert repr(Chain.load(tmp_path / "chain")) == repr(opt.chain).replace(", and a live one", "")
     opt.chain.load_state_dict(opt.chain.state_dict())
 
 

@@ -45,9 +45,9 @@ def test_from_end_to_end(tmp_path, capsys):
         (["--rows", "nonsense"], "names no row: choose from layer/fp32"),
         (["--rows", "chain", "nonsense"], "--rows 'nonsense' names no row"),
         (["--rows", ""], "--rows '' names no row"),
-        (["--threads", "0"], "--threads 0: at least 1"),
-        (["--seconds", "0"], "--seconds 0.0: a positive number"),
-        (["--seconds", "nan"], "a positive number"),
+        (["--threads", "0"], "argument --threads: 0: give"),
+        (["--seconds", "0"], "argument --seconds: 0: give a number above 0"),
+        (["--seconds", "nan"], "nan: give a number above 0"),
         (["--clock", "cpu", "--threads", "2"], "use it"),
     ],
 )

@@ -1,9 +1,17 @@
 """The commands, as typed."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
 from experiments.__main__ import COMMANDS, main
+from experiments.command_line import unwritable
 from experiments.frontier import demo
+from experiments.report import style
+from experiments.report.progress import Progress
 
 
 def test_without_a_command_there_is_help(capsys):
@@ -12,12 +20,65 @@ def test_without_a_command_there_is_help(capsys):
     assert all(name in shown for name in COMMANDS)
 
 
-@pytest.mark.parametrize("argv", [["dmeo"], ["frontier", "--methods", "nonsense"], ["pretrain", "--steps", "many"]])
-def test_wrong_arguments_are_refused_with_the_choices(argv, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    assert "invalid" in capsys.readouterr().err
+WRONG = [
+    ("dmeo", "invalid choice: 'dmeo' (choose from"),
+    ("frontier --methods nonsense", "invalid choice: 'nonsense' (choose from"),
+    ("pretrain --steps many", "argument --steps: many: give a whole number of at least 1"),
+    ("pretrain --lr nan", "argument --lr: nan: give a number above 0"),
+    ("frontier --seed 3", "unrecognized arguments: --seed 3"),
+    ("demo --workers 0", "argument --workers: 0: give a whole number of at least 1"),
+    ("map --task slow --workers -1", "argument --workers: -1: give a whole number of at least 1"),
+    ("study --workers 0", "argument --workers: 0: give"),
+    ("rounding --links 0", "argument --links: 0: give"),
+    ("rounding --links 9 --steps 8", "--links 9 in --steps 8: a link needs at least one step"),
+    ("rounding --model ./none", "model='none' has no model.safetensors; make one with"),
+    ("bench --threads 0", "argument --threads: 0: give"),
+    ("run --task CB --method galore --model tiny --lr 1e-3", "invalid choice: 'galore'"),
+    (
+        "run --task CB --method lora --model tiny",
+        "--method lora trains: give its peak learning rate, such as --lr 1e-3",
+    ),
+    ("run --task CX --method icl --model tiny", "task='CX' is none of SST-2"),
+    ("run --task CB --method cola --lr 1 --knots often", "knots='often': use epochs, even"),
+    ("study --model ./none --offline", "model='./none': there is no such folder"),
+    ("study --corpus none.txt", "corpus='none.txt': there is no such file; give a text file in UTF-8, prose or code"),
+    ("study --length 257", "--length=257: the model reads at most 256 tokens per block"),
+    ("frontier --task code --model ./none --offline", "model='./none': there is no such folder"),
+    ("frontier --task shakespeare --model tiny --corpus none.txt", "corpus='none.txt': there is no such file"),
+]
+
+
+@pytest.mark.parametrize("line, message", WRONG, ids=[line for line, _ in WRONG])
+def test_wrong_arguments_are_refused_in_words(line, message, tmp_path, capsys, offline_again):
+    """Before anything runs, so nothing is written."""
+    out = [] if line == "dmeo" else ["--out", str(tmp_path / "out")]
+    assert main([*line.split(), *out]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "out").glob("**/outcome.json"))
+
+
+@pytest.fixture
+def offline_again(monkeypatch):
+    """What `--offline` sets for the process is undone after the test."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_folder_that_cannot_be_written_is_refused_first(name, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    needed = {"run": ["--task", "CB", "--method", "icl"], "table": ["1"], "figure": ["2"]}.get(name, [])
+    assert main([name, *needed, "--out", str(tmp_path / "file" / "below")]) == 2
+    assert f"{name}: --out {tmp_path / 'file' / 'below'} cannot be written: {tmp_path / 'file'} is a file" in (
+        capsys.readouterr().err
+    )
+    assert unwritable(tmp_path / "new" / "folder") is None
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_interrupt_is_said_and_no_traceback(monkeypatch, capsys):
@@ -42,10 +103,70 @@ def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_every_command_has_help_with_seed_and_out(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
+def test_every_command_has_help_with_seed_and_out_and_each_default_once(name, capsys):
+    assert main([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
     assert "--seed" in shown
-    assert "--out" in shown
+    assert "--out DIR folder to write (default: runs/" in shown
+    assert "--seed N" not in shown or re.search(r"--seed N [\w ]+ \(default: 0\)", shown)
+    assert not re.search(r"default: (None|False|True|\[)", shown)
+    assert not re.search(r"\(default: [^()]*\) \(default", shown)
+
+
+#: what may ask a hub
+ASKING = ("run", "study", "frontier", "map", "table", "figure")
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_command_that_may_ask_a_hub_can_be_kept_offline(name, capsys):
+    main([name, "--help"])
+    assert ("--offline" in capsys.readouterr().out) == (name in ASKING)
+
+
+def test_a_picture_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = style.picture(tmp_path / "x.png", lambda path: style.pyplot())
+    assert said == "no picture: matplotlib is missing (pip install matplotlib)"
+
+    def other(path):
+        raise ModuleNotFoundError("No module named 'experiments.none'", name="experiments.none")
+
+    with pytest.raises(ModuleNotFoundError):
+        style.picture(tmp_path / "x.png", other)
+
+
+def test_progress_in_a_pipe_is_a_line_for_every_tenth(capsys):
+    for _ in Progress(range(200), desc="pretrain", unit="step"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("pretrain: 20 of 200 steps, 00:00 so far, about 00:00 to go")
+    assert lines[-1].startswith("pretrain: 200 of 200 steps, 00:00 so far")
+
+
+def test_progress_counts_what_was_done_before(capsys):
+    with Progress(total=0, unit="cell") as bar:
+        bar.initial, bar.n, bar.total = 7, 7, 10
+        bar.refresh()
+        bar.write("a message", file=sys.stderr)
+        bar.set_postfix_str("one", refresh=False)
+        bar.update(3)
+    assert [re.sub(r"\d\d:\d\d", "t", line) for line in capsys.readouterr().err.splitlines()] == [
+        "7 of 10 cells, t so far",
+        "a message",
+        "10 of 10 cells, t so far, one",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    """A pseudo-terminal gets tqdm's bar, redrawn in place."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    code = "from experiments.report.progress import Progress; list(Progress(range(3), unit='step'))"
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "\r" in shown
+    assert "3/3" in shown

@@ -115,9 +115,7 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
         models.load("tiny", "int8")
     with pytest.raises(ValueError, match="device='cpu' and device_map='auto': give one of the two"):
         models.load("tiny", device="cpu", device_map="auto")
-    with pytest.raises(
-        OSError, match=r"(?s)model='no-one/nothing' is not a directory here, .*hf download no-one/nothing"
-    ):
+    with pytest.raises(OSError, match=r"(?s)model='no-one/nothing' is no folder here; .*hf download no-one/nothing"):
         models.load("no-one/nothing")
     with pytest.raises(OSError, match="is a directory, but not of a causal language model"):
         models.load(str(tmp_path))

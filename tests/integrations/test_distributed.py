@@ -15,7 +15,7 @@ from torch import nn
 from cola import ChainOptimizer, GapKnots, KnotError, LinkConfig, NeverKnots, PlateauKnots, StepKnots
 from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import tie_
-from tests.integrations.torchrun_chain import SELECTED, deltas
+from tests.integrations.torchrun_chain import SELECTED, deltas, trained_parameters
 from tests.models import BODY, Net, loss_of, train
 
 # fp32 sums in another order (per shard, then over the processes), carried through 8 steps; asked for by the design
@@ -32,6 +32,7 @@ def one_process(policy, r=(4,), steps=8, **options):
     """What the group's processes must see."""
     model = Net()
     opt = chained(model, policy, r, **options)
+    parameters = trained_parameters(opt)
     losses = train(opt, model, steps)
     drawn = {path: [factor.A.tolist(), factor.B.tolist()] for path, factor in opt.live.snapshot().items()}
     opt.finish()
@@ -39,7 +40,7 @@ def one_process(policy, r=(4,), steps=8, **options):
     return {
         "losses": losses, "weights": weights, "drawn": drawn, "steps": [link.step for link in opt.chain],
         "links": [link.rank for link in opt.chain], "deltas": deltas(opt.chain),
-        "base": opt.chain.base.to_json(),
+        "base": opt.chain.base.to_json(), "parameters": parameters, "shares": [report.share for report in opt.reports],
     }  # fmt: skip
 
 
@@ -63,6 +64,9 @@ def require_equal(directory, n, wanted, start=0):
         assert seen["links"][-1] == wanted["links"][-1]
         assert seen["steps"] == wanted["steps"][-len(seen["steps"]) :]
         if not start:  # every process knows the whole base, of which it holds a part
+            assert seen["shares"] == pytest.approx(wanted["shares"], rel=1e-4)  # of weights and links as CLOSE as below
+            assert seen["parameters"] == wanted["parameters"]
+            assert seen["told"] == (len(wanted["steps"]) if rank == 0 else 0)  # by log_to, on process 0 alone
             assert Fingerprint.from_json(seen["base"]) == Fingerprint.from_json(wanted["base"])
         assert seen["losses"] == pytest.approx(wanted["losses"][start:], abs=CLOSE)
         assert seen["weights"].keys() == wanted["weights"].keys()
@@ -198,10 +202,12 @@ def test_fsdp2_over_a_chain_follows_the_new_parameters(group, base):
     opt, other = (ChainOptimizer(base, m, StepKnots(every=2), link=link, lr=0.02) for m in (model, plain))
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
     sharded(model)
+    assert trained_parameters(opt) == trained_parameters(other)
     # the second link is masked on one side and resized on the other: fp32 sums in another order
     assert train(opt, model, 5) == pytest.approx(train(other, plain, 5), abs=CLOSE)
     assert scheduler.get_last_lr() == [0.02]
     opt.finish(), other.finish()
+    assert [report.share for report in opt.reports] == pytest.approx([r.share for r in other.reports], rel=1e-4)
     weights = [p.full_tensor().clone() for p in model.parameters()]
     assert all(torch.allclose(p, q, atol=CLOSE) for p, q in zip(weights, plain.parameters()))
     loss_of(model, 0).backward()  # a pass after the links are gone

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from cola import ChainOptimizer, EpochKnots, LinkConfig, PlateauKnots, StepKnots
+from cola import ChainOptimizer, EpochKnots, LinkConfig, PlateauKnots, StepKnots, log_to
 from tests.models import BODY, Net, batch
 
 lightning = pytest.importorskip("lightning")
@@ -153,3 +153,20 @@ def test_lightning_without_the_callback_is_recognised_once(knots, tmp_path, capl
     told = [record.getMessage() for record in caplog.records if "trains this chain without" in record.getMessage()]
     assert len(told) == (not knots)
     assert all("Lightning" in message and "ChainKnots()" in message for message in told)
+
+
+def test_knots_reach_a_logger_of_lightning(tmp_path):
+    pytest.importorskip("pandas")
+    logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    model = Net()
+    link = LinkConfig(r=1, target_modules=BODY)
+    opt = ChainOptimizer(torch.optim.SGD, model, policy=StepKnots(every=1), link=link, lr=0.1)
+    opt.on_knot(log_to(logger))
+    x, y = batch(0)
+    for _ in range(2):
+        (model(x) - y).square().mean().backward()
+        opt.step()
+    logger.save()
+    heading, *lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert {"step", "knot/share", "knot/delta_norm"} <= set(heading.split(","))
+    assert len(lines) == 2

@@ -94,6 +94,21 @@ def lora_layers(model):
     return [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
 
 
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["fc2"]}, {"bias": "lora_only"}], ids=str)
+def test_trained_parameters_are_counted_as_peft_counts_them(changes, capsys):
+    model = wrapped(**changes)
+    model.print_trainable_parameters()
+    opt = chained(model)
+    opt.print_trainable_parameters()
+    theirs, ours = capsys.readouterr().out.splitlines()
+    assert ours == theirs
+    train(model, opt, 4)
+    opt.finish()
+    assert [report.share > 0 for report in opt.reports] == [True, True]
+    opt.print_trainable_parameters()
+    assert capsys.readouterr().out.splitlines() == [theirs]
+
+
 def test_unloading_after_finish_gives_the_original_class_with_the_chain_in_its_weights(tmp_path):
     base = tiny_opt()
     model = wrapped(copy.deepcopy(base))

@@ -11,6 +11,8 @@ from torch import nn
 from cola import Chain, LinkConfig, NeverKnots, StepKnots
 from cola.knot.tie import KnotError
 from cola.lora import quantized
+from cola.lora.link import per_cent
+from cola.lora.quantized_codes import codes_of
 from cola.lora.stacked import StackedLinear
 from tests.integrations.quantized_nets import (
     BODY,
@@ -114,9 +116,16 @@ def test_what_each_way_loses_is_reported():
     reports = {}
     for how in quantized.QUANTIZED:
         model = net()
-        reports[how] = chained(model, quantized=how)
-        train(reports[how], model, 2)
-        reports[how] = reports[how].finish()
+        opt = chained(model, quantized=how)
+        train(opt, model, 2)
+        reports[how] = opt.finish()
+        for path, layer in reports[how].layers.items():
+            module = getattr(model, path)
+            weight = codes_of(module).values()
+            if how == "stack":
+                weight = weight + module.chain_B @ module.chain_A
+            assert layer.share == pytest.approx(layer.delta_norm / weight.norm().item(), rel=1e-5)  # fp32 sums
+        assert f"at most {per_cent(reports[how].share)} of a layer's ‖W‖" in str(reports[how])
     assert reports["stack"].delta_norm == reports["requantize"].delta_norm
     assert reports["stack"].lost_norm < 1e-7 * reports["stack"].delta_norm
     # nf4's steps are wider than a small update: here the codes lose more than a tenth of a large one

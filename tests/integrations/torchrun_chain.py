@@ -4,6 +4,8 @@ Usage: torchrun --nproc-per-node N -m tests.integrations.torchrun_chain KIND OUT
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -21,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from cola import ChainOptimizer, GapKnots, LinkConfig, PlateauKnots, StepKnots
+from cola import ChainOptimizer, GapKnots, LinkConfig, PlateauKnots, StepKnots, log_to
 from tests.models import BODY, Net, batch
 
 ROWS = 8
@@ -68,7 +70,10 @@ def run(words):
     link = LinkConfig(r=ranks, lora_alpha=4, target_modules=BODY, dtype=getattr(torch, args.dtype), **own)
     reset = "transport" if args.selected else "state"
     opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, reset=reset, lr=0.02)
+    told = []
+    opt.on_knot(log_to(lambda numbers, step: told.append(step)))
     called = wrap(args.kind, model)
+    parameters = trained_parameters(opt)
     start = 0
     if args.resume:
         start = load(args.resume, model, opt) if args.dcp is None else load_shards(args.resume, model, opt, args.dcp)
@@ -104,10 +109,18 @@ def run(words):
         "links": [entry.rank for entry in opt.chain], "drawn": drawn, "after": after.tolist(),
         "base": opt.chain.base and opt.chain.base.to_json(),
         "weights": {name: value.float().tolist() for name, value in weights.items()},
+        "shares": [report.share for report in opt.reports], "told": len(told), "parameters": parameters,
         "missing": opt.chain.missing, "deltas": {} if opt.chain.missing else deltas(opt.chain),
     }  # fmt: skip
     args.out.mkdir(exist_ok=True, parents=True)
     (args.out / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def trained_parameters(opt):
+    """What is printed about them."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        opt.print_trainable_parameters()
+    return printed.getvalue()
 
 
 def deltas(chain):

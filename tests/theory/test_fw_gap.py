@@ -1,6 +1,7 @@
 """The command ``python -m theory.fw_gap``: its options, exit status and files, also for a failing check."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from theory import fw_gap
 from theory.checks import audit
 from theory.frank_wolfe import frank_wolfe
 from theory.problems.instances import INSTANCES
-from theory.suite import tasks
+from theory.suite import plots, tasks
 from theory.suite.tasks import Task
 
 pytestmark = pytest.mark.numerics
@@ -163,3 +164,63 @@ def test_standard_suite_passes(tmp_path):
     rows = lines(tmp_path)
     assert len(rows) > 100
     assert len(list(tmp_path.glob("*.png"))) == 5
+
+
+def without(*names):
+    """A command that starts Python as if packages were not installed, and runs a module with the arguments after it."""
+    code = (
+        "import runpy, sys, importlib.util as u; find = u.find_spec; names = " + repr(names) + "\n"
+        "for name in names: sys.modules[name] = None\n"
+        "u.find_spec = lambda name, *rest: None if name in names else find(name, *rest)\n"
+        "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize("module", ["theory.fw_gap", "theory.llm_gap"])
+def test_without_scipy_it_says_what_to_install(module):
+    done = subprocess.run([*without("scipy"), module, "--help"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: scipy not installed: pip install scipy, or in the clone pip install -e '.[theory]'\n"
+
+
+def test_without_matplotlib_there_is_the_table_and_no_picture(tmp_path):
+    """And without tqdm; the table comes first, and the status is that of the checks."""
+    options = ["theory.fw_gap", "--instance", "A", "--T", "50", "--out", str(tmp_path)]
+    done = subprocess.run([*without("matplotlib", "tqdm"), *options], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-2] == "no picture: matplotlib is missing (pip install matplotlib)"
+    assert "0 FAIL" in done.stdout
+    assert done.stderr == "1 of 1 tasks, 0 s\n"
+
+
+def test_help_names_each_default_once(capsys):
+    from theory import bench, llm_gap
+
+    for module in (fw_gap, llm_gap, bench):
+        with pytest.raises(SystemExit) as stopped:
+            module.main(["--help"])
+        assert stopped.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "(default: runs/" in shown
+        assert re.search(r"--seed N [\w, ]+ \(default: 0\)", shown)
+        assert not re.search(r"default: (None|False|True)", shown)
+        assert not re.search(r"\(default:? [^()]*\) \(default", shown)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "below")
+    assert fw_gap.main(["--instance", "A", "--T", "50", "--out", out]) == 2
+    assert f"--out must be a folder to write, got '{out}': {tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
+def test_several_horizons_are_drawn_against_T(monkeypatch, tmp_path):
+    """One step rule with several T; several rules share one T."""
+    drawn = []
+    monkeypatch.setattr(plots, "along_a_run", lambda runs, path: drawn.append(runs) or path)
+    options = ["--out", str(tmp_path), "--instance", "A", "F"]
+    assert fw_gap.main([*options, "--T", "20", "40", "80"]) == 0
+    assert [(run.problem.name[0], run.T) for run in drawn.pop()] == [("F", 20), ("F", 40), ("F", 80)]
+    assert fw_gap.main([*options, "--T", "20", "--step", "short", "theorem"]) == 0
+    assert [(run.problem.name[0], run.step.name) for run in drawn.pop()] == [("F", "short"), ("F", "theorem")]

@@ -69,7 +69,7 @@ DECADES = (100, 316, 1000, 3162, 10_000)
 
 INSTANCES: dict[str, Instance] = {
     "A": Instance(lambda T, s: cosine(), DECADES, "cosine on an interval, non-convex; nearly attains 1.125 s"),
-    "A-ray": Instance(lambda T, s: cosine_ray(seed=s), (100, 316, 1000, 3162), "the same along a trace-ball ray"),
+    "A-ray": Instance(lambda T, s: cosine_ray(seed=s), (100, 316, 1000, 3162), "a cosine along a trace-ball ray"),
     "B": Instance(lambda T, s: simplex_quadratic(), DECADES, "quadratic on the simplex; nearly attains 1.25 s"),
     "B2": Instance(lambda T, s: simplex_well(), DECADES[1:], "Gaussian well on the simplex, non-convex"),
     "F": Instance(lambda T, s: trace_quadratic(), DECADES[:-1], "boundary optimum on the trace ball, 1.126 s"),

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cola import ChainOptimizer, EvenKnots, LinkConfig
+from theory.command_line import progress
 from theory.real_run.probe import GapProbe
-
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -61,7 +59,8 @@ def _demo(options: argparse.Namespace) -> Trained:
     batches = [{"input_ids": ids, "labels": ids} for ids in spread[::2].split(setting.batch_size)]
     fresh = [{"input_ids": ids, "labels": ids} for ids in spread[1::2].split(setting.batch_size)]
     probe = GapProbe(model, optimizer, batches, **_probe_options(options, fresh))
-    steps = _progress(itertools.chain.from_iterable(setting.read(options.seed)), setting.steps())
+    batches_read = itertools.chain.from_iterable(setting.read(options.seed))
+    steps = (batch for _, batch in zip(progress(range(setting.steps()), "step"), batches_read))
     try:
         return Trained(probe, fine_tune(model, optimizer, [steps], setting.schedule()).losses)
     except FloatingPointError as error:
@@ -89,7 +88,7 @@ def _random(options: argparse.Namespace) -> Trained:
     halves = list(zip(x.split(32), y.split(32)))
     probe = GapProbe(model, optimizer, halves[:4], loss_of, **_probe_options(options, halves[4:]))
     losses: list[float] = []
-    for step in _progress(range(total), total):
+    for step in progress(range(total), "step"):
         loss = loss_of(model, halves[step % len(halves)])
         losses.append(_finite(loss, step))
         loss.backward()
@@ -102,12 +101,6 @@ def _random(options: argparse.Namespace) -> Trained:
 def _probe_options(options: argparse.Namespace, fresh: Sequence[Any]) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in ("sketch", "rank", "seed")}
     return {**chosen, "fresh": fresh if options.fresh else None}
-
-
-def _progress(items: Iterable[Item], total: int) -> Iterable[Item]:
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, unit="step", file=sys.stderr, disable=None)
 
 
 def _finite(loss: Tensor, step: int) -> float:

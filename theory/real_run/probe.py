@@ -55,7 +55,7 @@ class GapProbe:
         >>> from cola import LinkConfig, StepKnots
         >>> model = nn.Sequential(nn.Linear(4, 3))
         >>> link = LinkConfig(r=1, lora_alpha=1, target_modules="all-linear")
-        >>> opt = ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.01)
+        >>> opt = ChainOptimizer(torch.optim.SGD, model, policy=StepKnots(every=2), link=link, lr=0.01)
         >>> probe = GapProbe(model, opt, [torch.ones(2, 4)], loss=lambda m, x: m(x).square().mean())
         >>> for _ in range(4):
         ...     opt.zero_grad()

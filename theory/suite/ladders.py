@@ -208,6 +208,7 @@ def batch_ladder(problem: NoisyProblem, T: int, batches: Sequence[int], seeds: S
             at_most(f"two-batch gap unbiased (b = {b})", abs(off), half, detail=f"off by {off:.3g}", level=LEVEL),
         ]
         extra = {"reported": interval(reported), "two batches": interval(unbiased), "bound": Interval(bound, 0.0)}
+        extra["gap minus error"] = interval([float((run.gap - run.error).mean()) for run in runs])
         rungs.append(Rung(b, runs, checks, extra))
     return rungs
 

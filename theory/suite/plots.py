@@ -12,8 +12,9 @@ import numpy as np
 from theory import theorem
 from theory.checks.rates import fitted_slope
 from theory.frank_wolfe import Run
+from theory.problems.instances import INSTANCES
 from theory.step_sizes import TheoremStep
-from theory.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, canvas, styled
+from theory.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, canvas, styled
 from theory.suite.ladders import Rung
 from theory.suite.tasks import Record
 
@@ -41,14 +42,8 @@ def pictures(records: Sequence[Record], out: Path) -> list[Path]:
     if rates:
         paths.append(average_gap(rates, out / "average_gap.png"))
     plain = [r for r in records if r.kind == "run" and _is_plain(r.runs[0])]
-    by_instance: dict[tuple[str, int], list[Run]] = {}
-    for r in plain:
-        by_instance.setdefault((r.runs[0].problem.name, r.T), []).append(r.runs[0])
-    several = {key: runs for key, runs in by_instance.items() if len(runs) > 1}
-    longest = [runs for key, runs in several.items() if key[0].startswith("F:")] or list(several.values())
-    if by_instance:
-        runs = max(longest, key=len) if longest else list(by_instance.values())[-1]
-        paths.append(along_a_run(runs, out / "gap_along_a_run.png"))
+    if plain:
+        paths.append(along_a_run(_comparable([r.runs[0] for r in plain]), out / "gap_along_a_run.png"))
     ladders: dict[str, dict[str, list[Rung]]] = {"epsilon": {}, "rho": {}, "batch": {}}
     for r in records:
         if r.kind in ladders:
@@ -58,16 +53,24 @@ def pictures(records: Sequence[Record], out: Path) -> list[Path]:
     if ladders["batch"]:
         paths.append(batch_ladder(ladders["batch"]["batch"], out / "batch_ladder.png"))
     # of several horizons, the largest
-    last = {
-        r.label: r.runs[0]
-        for r in plain
-        if not r.label.startswith(("|L|", "one step")) and isinstance(r.runs[0].step, TheoremStep)
-    }
-    rows = [(label, r.average / r.scale, r.smallest / r.scale, _sharp(r) / r.scale) for label, r in last.items()]
-    if rows:
-        rows.sort(key=lambda row: -row[1])
-        paths.append(tightness(rows[:40], out / "tightness.png"))
+    last = {r.label: r for r in plain if r.label in INSTANCES and r.runs[0].step == TheoremStep()}
+    told = {label: r for label, r in last.items() if not label.startswith("quadratic-")} or last
+    if told:
+        paths.append(tightness([(label, r.runs[0]) for label, r in told.items()], out / "tightness.png"))
     return paths
+
+
+def _comparable(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one problem that show most: the most step rules, on F if possible; else the most horizons."""
+    by_problem: dict[str, list[Run]] = {}
+    for run in runs:
+        by_problem.setdefault(run.problem.name, []).append(run)
+
+    def worth(group: list[Run]) -> tuple[int, bool, int]:
+        rules = max(len({run.step.name for run in group if run.T == T}) for T in {run.T for run in group})
+        return rules, group[0].problem.name.startswith("F:"), len(group)
+
+    return max(by_problem.values(), key=worth)
 
 
 def _is_plain(run: Run) -> bool:
@@ -123,31 +126,58 @@ def average_gap(rates: dict[str, Sequence[Run]], path: Path) -> Path:
 
 @styled
 def along_a_run(runs: Sequence[Run], path: Path) -> Path:
-    """The gap of each step and its running average, for several step rules on one instance."""
-    figure, (left, right) = canvas(1, 2, 8.2, 3.5)
-    for i, run in enumerate(runs):
+    """The gap of each step, and its average: against T where one rule ran for several T, else along the run.
+
+    Args:
+        runs: of one problem, with several step rules for one T, or with one rule for several T.
+        path: of the PNG file.
+    """
+    horizons = sorted({run.T for run in runs})
+    rules = {T: [run for run in runs if run.T == T] for T in horizons}
+    T = max(horizons, key=lambda T: (len(rules[T]), T))
+    figure, (left, right) = canvas(1, 2, 9.4, 3.9)
+    along = len(rules[T]) > 1
+    shown = rules[T] if along else [rules[T][0] for T in horizons]
+    for i, run in enumerate(shown):
         t = np.arange(1, run.T + 1)
         keep = np.unique(np.geomspace(1, run.T, 150).astype(int)) - 1
-        options = {
+        options: dict[str, Any] = {
             "color": PALETTE[i % len(PALETTE)],
             "linestyle": DASHES[i % len(DASHES)],
             "linewidth": 2.4 if run.step.name == "short" else 1.3,  # backtracking often lies on top of it
             "marker": MARKERS[i % len(MARKERS)],
             "markevery": (i / 60, 0.2),
-            "label": STEP_LABELS.get(run.step.name, run.step.name),
+            "label": STEP_LABELS.get(run.step.name, run.step.name) if along else f"T = {run.T:,}",
         }
         left.loglog(t[keep], np.maximum(run.gap, np.finfo(float).tiny)[keep], **options)
-        right.loglog(t[keep], (np.cumsum(run.gap) / t)[keep], **options)
-    first = runs[0]
-    bound = right.axhline(1.5 * first.scale, color=BLACK, linestyle=":", linewidth=1.3)
-    left.set_title(f"{first.problem.name}, T = {first.T}: gap of step t", loc="left")
-    right.set_title("average gap up to step t", loc="left")
-    for ax in (left, right):
-        ax.set_xlabel("step t")
-        ax.minorticks_off()
+        if along:
+            right.loglog(t[keep], (np.cumsum(run.gap) / t)[keep], **options)
+        else:
+            right.loglog([run.T], [run.average], **{**options, "markersize": 7, "markevery": 1})
+    name = shown[0].problem.name
+    if along:
+        bound = right.axhline(1.5 * shown[0].scale, color=BLACK, linestyle=":", linewidth=1.3)
+        right.set_title("average gap of the steps so far", loc="left")
+        right.set_xlabel("step t")
+        right.legend([bound], ["proved for the theorem's η: at most this at the last step"], loc="lower left")
+    else:
+        right.loglog(horizons, [run.average for run in shown], "-", color=GREY, zorder=0, label="average gap of a run")
+        right.loglog(horizons, [1.5 * run.scale for run in shown], ":", color=BLACK, label="proved bound, $1.5s$")
+        right.set_title("average gap of a whole run, against its length", loc="left")
+        right.set_xlabel("steps of the run, T")
+        right.set_xticks(horizons, [f"{T:,}" for T in horizons])
+        right.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        right.yaxis.set_major_formatter("{x:g}")
+        lines = right.get_lines()[-2:]
+        right.legend(lines, [line.get_label() for line in lines], loc="lower left")
+    left.set_title(f"{name}: gap at each step" + (f", T = {T:,}" if along else ""), loc="left")
+    left.set_xlabel("step t")
     left.set_ylabel("Frank-Wolfe gap")
-    left.legend(loc="lower left", handlelength=2.4)
-    right.legend([bound], [r"$1.5s$, proved at t = T for the theorem's $\eta$"], loc="lower left")
+    for ax in (left, right):
+        ax.minorticks_off()
+    if len(shown) > 1:
+        title = "step rule" if along else "length of the run"
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", handlelength=2.4, title=title)
     figure.savefig(path)
     return path
 
@@ -200,67 +230,72 @@ def oracle_ladders(epsilon: dict[str, Sequence[Rung]], rho: dict[str, Sequence[R
 
 @styled
 def batch_ladder(rungs: Sequence[Rung], path: Path) -> Path:
-    """True, reported and two-batch gap against the batch size; the reported gap is biased upward."""
-    figure, (ax,) = canvas(1, 1, 5.2, 3.5)
+    """The gap with its estimate from the training batch, and the progress g − ε with its two-batch estimate."""
+    figure, (left, right) = canvas(1, 2, 9.4, 3.7)
     b = [rung.setting for rung in rungs]
-    ax.plot(b, [rung.extra["bound"].mean for rung in rungs], "--", color=BLACK, label=r"bound $1.5s$ + noise term")
-    _whiskers(ax, rungs, RED, "s", "gap of the minibatch gradient (biased)", "reported")
-    _whiskers(ax, rungs, GREEN, "D", r"two-batch estimate of $g-\varepsilon$", "two batches")
-    _whiskers(ax, rungs, BLUE, "o", "true gap")
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xlabel("batch size b")
-    ax.set_ylabel("average over the run")
+    left.plot(b, [rung.extra["bound"].mean for rung in rungs], "--", color=BLACK, label="proved bound, $1.5s$ + noise")
+    _whiskers(left, rungs, RED, "s", "as the batch that chose the vertex shows it", "reported")
+    _whiskers(left, rungs, BLUE, "o", "true gap")
+    left.set_title("gap g: its own batch exaggerates it", loc="left")
+    left.set_ylabel("average over the run")
+    left.set_yscale("log")
+    _whiskers(right, rungs, GREEN, "D", "as a second, independent batch shows it", "two batches")
+    _whiskers(right, rungs, BLUE, "o", "true value", "gap minus error")
+    right.set_title("gap minus oracle error: a second batch is unbiased", loc="left")
+    right.set_ylim(bottom=0)
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(b, [f"{size:g}" for size in b])
+        ax.minorticks_off()
+        ax.set_xlabel("batch size")
+        ax.legend(loc="best")
     run = rungs[0].runs[0]
-    ax.set_title(f"{run.problem.name}, T = {run.T}", loc="left")
-    ax.legend(loc="best")
+    figure.suptitle(f"{run.problem.name}, T = {run.T:,}: noisy gradients (bars: 99.9 % intervals)", x=0.01, ha="left")
     figure.savefig(path)
     return path
 
 
 @styled
-def tightness(rows: Sequence[tuple[str, float, float, float]], path: Path) -> Path:
-    """``avg/s`` per instance and step, with its sharp bound and the constants.
+def tightness(runs: Sequence[tuple[str, Run]], path: Path) -> Path:
+    """The share of the proved bound that each instance uses, the tightest first.
 
     Args:
-        rows: (label, avg/s, min/s, sharp bound over s); infinite bounds are left out.
+        runs: label and run, all with the theorem's step; the label is a key of `INSTANCES`.
+        path: of the PNG file.
     """
-    figure, (ax,) = canvas(1, 1, 6.4, 1.3 + 0.19 * len(rows))
-    y = np.arange(len(rows))[::-1]
-    ax.barh(y, [row[1] for row in rows], height=0.62, color=SKY, label="average gap / s")
-    ax.plot(
-        [row[2] for row in rows],
-        y,
-        "v",
-        color=RED,
-        markersize=3.5,
-        label="smallest gap / s",
-        linestyle="none",
+    rows = sorted(
+        ((label, run.average / (1.5 * run.scale), _sharp(run) / (1.5 * run.scale)) for label, run in runs),
+        key=lambda row: row[1],
     )
-    finite = [(row[3], i) for row, i in zip(rows, y) if math.isfinite(row[3])]
+    figure, (ax,) = canvas(1, 1, 7.6, 1.1 + 0.3 * len(rows))
+    y = np.arange(len(rows))
+    ax.barh(y, [100 * used for _, used, _ in rows], height=0.6, color=SKY, label="average gap")
+    for (_, used, _), i in zip(rows, y):
+        inside = used > 0.08
+        ax.text(100 * used + (-1 if inside else 1), i, f"{100 * used:.0f} %", va="center",
+                ha="right" if inside else "left", fontsize=7.5)  # fmt: skip
+    finite = [(100 * sharp, i) for i, (_, _, sharp) in enumerate(rows) if math.isfinite(sharp)]
     ax.plot(
-        [v for v, _ in finite],
+        [sharp for sharp, _ in finite],
         [i for _, i in finite],
         "|",
         color=BLUE,
-        markersize=10,
+        markersize=11,
         markeredgewidth=2,
-        label="sharp bound / s",
-        linestyle="none",
+        label="bound that knows the run's own loss drop",
     )
-    for value, style, label in ((1.5, "--", "proved, 1.5"), (2.0, ":", "paper, 2")):
-        ax.axvline(value, color=BLACK, linestyle=style, linewidth=1, label=label)
-    ax.set_yticks(y, [row[0] for row in rows])
-    ax.set_xlim(-0.03, 2.15)
+    ax.axvline(100, color=BLACK, linestyle="--", linewidth=1, label="proved bound, $1.5s$")
+    ax.set_yticks(y, [f"{INSTANCES[label].about.split(',')[0].split(';')[0]}  ({label})" for label, _, _ in rows])
+    ax.set_xlim(0, 112)
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.grid(False, axis="y")
-    ax.set_xlabel("in units of $s = \\sqrt{M\\beta}\\,D/\\sqrt{T}$")
+    ax.set_xlabel("% of the proved bound")
+    figure.suptitle("Share of the proved bound that the average gap uses", x=0.01, ha="left")
     figure.legend(
         *ax.get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=5,
-        columnspacing=1,
-        handlelength=1.5,
+        loc="outside lower center",
+        ncols=3,
+        columnspacing=1.2,
     )
     figure.savefig(path)
     return path

@@ -70,7 +70,7 @@ def test_the_live_link_of_a_checkpoint_is_the_one_that_finish_ties(case, tmp_pat
     assert (untied is None) == (since is None)
     if untied is not None:
         assert (untied.steps, untied.obstacle) == (since, None)
-        chain.append(untied.link)
+        chain._append(untied.link)
     assert len(chain) == len(opt.chain)
     for ours, theirs in zip(chain, opt.chain):
         assert (ours.index, ours.step, ours.rank, ours.seed) == (theirs.index, theirs.step, theirs.rank, theirs.seed)

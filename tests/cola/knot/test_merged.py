@@ -335,3 +335,12 @@ def test_with_of_no_steps_gives_the_model_back():
     with ChainOptimizer(torch.optim.SGD, Net(), NeverKnots(), link=LinkConfig(r=1, target_modules=BODY)) as opt:
         pass
     assert same(bits(opt.model), before)
+
+
+def test_numbers_of_parameters_inside_are_those_of_the_run(capsys):
+    opt, *_ = running("biases and a head")
+    opt.print_trainable_parameters()
+    with opt.merged():
+        opt.print_trainable_parameters()
+    opt.print_trainable_parameters()
+    assert len(set(capsys.readouterr().out.splitlines())) == 1

@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
 
 import pytest
 
 from cola import Chain
 from experiments.__main__ import main
 from experiments.frontier import demo
-from experiments.frontier.demo import CHAINED, Check, checks, sentence
+from experiments.frontier.demo import CHAINED, Check, Finished, checks, in_words, sentence
 from experiments.study.cells import StudyCell
 from experiments.study.comparison import Results, rows
 from experiments.sweep import Sweep
@@ -39,6 +45,7 @@ def test_it_goes_on_where_it_was_stopped(folder, capsys):
     assert main(["demo", "--smoke", "--workers", "1", "--seeds", "2", "--out", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "of which 7 are done" in shown
+    assert "The first run took" not in shown  # one run is left, so no others
     assert "with 7 runs from before" in shown
     changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
     assert changed == {lost}
@@ -48,10 +55,12 @@ def test_it_goes_on_where_it_was_stopped(folder, capsys):
 
 def test_wrong_arguments_are_refused(tmp_path, capsys):
     assert main(["demo", "--smoke", "--seeds", "0", "--out", str(tmp_path)]) == 2
-    assert "--seeds=0" in capsys.readouterr().err
+    assert "argument --seeds: 0: give a whole number of at least 1" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
-    assert f"demo: [Errno 17] File exists: '{tmp_path / 'file'}'" in capsys.readouterr().err
+    assert (
+        f"demo: --out {tmp_path / 'file'} cannot be written: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    )
 
 
 def test_a_check_that_fails_is_the_exit_status(folder, capsys, monkeypatch):
@@ -87,11 +96,11 @@ def changed(results, **changes):
 def test_the_sentence_says_what_was_shown(results):
     said = sentence(rows(results), 1.0)
     assert said.startswith("Here the gap to full fine-tuning is 0.390, of which three times the rank closes 73%: rank")
-    assert "the chain's loss is 0.0995 bits per byte lower (p = 0.0032), 26% of the gap" in said
+    assert "the chain's loss is 0.0995 bits per byte lower (so with 2 of 2 seeds), 26% of the gap" in said
     worse = changed(results, test=lambda cell, loss: loss + (cell.method.kind == "cola"))
     assert "0.9005 bits per byte higher" in sentence(rows(worse), 1.0)
     alone = Results(dataclasses.replace(results.plan, seeds=(0,)), results.done)
-    assert "(one seed, no test)" in sentence(rows(alone), 1.0)
+    assert "(so with 1 of 1 seeds)" in sentence(rows(alone), 1.0)
 
 
 def test_checks_fail_when_there_is_nothing_to_learn_from_the_results(results):
@@ -109,3 +118,41 @@ def test_checks_fail_when_there_is_nothing_to_learn_from_the_results(results):
     assert failed(short) == ["every run took the same steps"]
     infinite = changed(results, losses=lambda cell, losses: [float("nan"), *losses[1:]])
     assert failed(infinite) == ["every loss is finite"]
+
+
+@pytest.mark.long
+def test_a_demo_that_is_killed_goes_on(folder, tmp_path):
+    """kill -9 in mid-run, of the whole group: what was done is kept, and the results are those of an unbroken run."""
+    options = ["demo", "--smoke", "--workers", "1", "--seeds", "2", "--out", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "experiments", *options], start_new_session=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("cells/*/outcome.json")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/outcome.json")}
+    assert 0 < len(done) < 17  # eight runs, their tests, and the untouched model's
+    assert main(options) == 0
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/outcome.json")}.items()
+    cut, whole = (json.loads((place / "results.json").read_text()) for place in (tmp_path, folder))
+    assert [row["tests"] for row in cut["rows"]] == [row["tests"] for row in whole["rows"]]
+
+
+def test_after_the_first_run_it_says_how_long_the_others_take(capsys, monkeypatch):
+    """Only then: nothing is promised before, because machines differ."""
+    clock = iter([0.0, 40.0])
+    monkeypatch.setattr(demo, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    finished = Finished(runs=9, kept=3, workers=2)
+    for _ in range(3):
+        finished(None, {})
+    assert not capsys.readouterr().out
+    for _ in range(9):
+        finished(None, {})
+    assert (
+        capsys.readouterr().out == "The first run took 40 seconds on this machine; the others need about 3 minutes.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.4, "0 seconds"), (1, "1 second"), (89, "89 seconds"), (90, "2 minutes"), (5400, "2 hours")]
+)
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words

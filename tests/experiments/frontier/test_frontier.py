@@ -131,11 +131,12 @@ def test_the_map_from_end_to_end(quick, tmp_path, capsys):
     [
         (["frontier", "--task", "shakespeare"], "--task shakespeare needs --corpus and --model"),
         (["frontier", "--task", "slow", "--model", "x"], "makes its own model and data: leave out --model"),
-        (["frontier", "--task", "slow", "--seeds", "0"], "--seeds=0"),
-        (["frontier", "--task", "slow", "--ranks", "0"], "r=0 must be a positive integer"),
+        (["frontier", "--task", "slow", "--seeds", "0"], "argument --seeds: 0"),
+        (["frontier", "--task", "slow", "--ranks", "0"], "argument --ranks: 0"),
         (["frontier", "--task", "slow", "--ranks", "50"], "r=150 is above the rank of layer"),
-        (["frontier", "--task", "code", "--model", "no/such"], "could not be loaded from the hub"),
-        (["map", "--task", "slow", "--ranks", "0"], "r=0 must be a positive integer"),
+        (["frontier", "--task", "slow", "--ranks", "50"], "choose other --ranks or --methods\n"),
+        (["frontier", "--task", "code", "--model", "no/such"], "offline the hub is not asked, and no copy is cached"),
+        (["map", "--task", "slow", "--ranks", "0"], "argument --ranks: 0"),
         (["map", "--task", "slow", "--steps", "5"], "a link needs at least one step"),
     ],
 )

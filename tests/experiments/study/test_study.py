@@ -162,9 +162,9 @@ def test_shards_together_make_the_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "0"], "epochs=0"),
-        (["--seeds", "0"], "--seeds=0"),
-        (["--search-seeds", "0"], "--search-seeds=0"),
+        (["--epochs", "0"], "argument --epochs: 0"),
+        (["--seeds", "0"], "argument --seeds: 0"),
+        (["--search-seeds", "0"], "argument --search-seeds: 0"),
         (["--shard", "2/2"], "--shard 2/2"),
         (["--corpus", "no-such-file", "--model", "no-such-folder"], "no-such"),
         (["--smoke", "--workers", "1", "--out", "/dev/null/folder"], "/dev/null"),

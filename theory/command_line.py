@@ -1,0 +1,81 @@
+"""What the three commands share: help that names each default once, missing packages in words, and progress."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that adds "(default: …)" to options whose default is a value; other defaults are in the help's words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if not action.option_strings or isinstance(default, bool) or default in (None, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def require(*packages: str) -> None:
+    """End the process with status 2 if a package is missing, and say what to install."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        print(f"error: {names} not installed: pip install {names}, or in the clone pip install -e '.[theory]'",
+              file=sys.stderr)  # fmt: skip
+        raise SystemExit(2)
+
+
+def writable(out: Path) -> None:
+    """Refuse a folder that cannot be written; nothing is made.
+
+    Raises:
+        ValueError: it is a file, or under one, or protected.
+    """
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        raise ValueError(f"--out must be a folder to write, got {str(out)!r}: {there} {why}")
+
+
+def drawn(draw: Callable[[], Sequence[Path]]) -> str:
+    """Draw, and return a line per picture; without matplotlib the line says so."""
+    try:
+        return "\n".join(f"picture: {path}" for path in draw())
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return "no picture: matplotlib is missing (pip install matplotlib)"
+
+
+def progress(items: Sequence[Item], unit: str, name: Callable[[Item], str] = lambda item: "") -> Iterator[Item]:
+    """The items, with tqdm's bar on a terminal, and elsewhere with a plain line for every tenth of them.
+
+    Args:
+        items: to go through.
+        unit: of an item, in the singular.
+        name: what is shown while an item is worked on.
+    """
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        with tqdm(items, unit=unit, file=sys.stderr) as bar:
+            for item in bar:
+                bar.set_description_str(name(item))
+                yield item
+        return
+    started = time.perf_counter()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if 10 * done // len(items) > 10 * (done - 1) // len(items):
+            print(f"{done:,} of {len(items):,} {unit}s, {time.perf_counter() - started:.0f} s", file=sys.stderr)
