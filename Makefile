@@ -36,10 +36,10 @@ test-all: $(STAMP)
 test-kernels: $(STAMP)
 	PYTHON=$(BIN)/python JOBS=$(JOBS) .ci/kernels
 
-# -W: a warning fails the build, as an error in a code cell does
+# -W: a warning fails the build, as an error in a code cell does; -E: all cells are run, on unchanged pages too
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) PATH="$(abspath $(BIN)):$$PATH" \
-		$(BIN)/python -m sphinx -q -W --keep-going -b html -j $(JOBS) docs docs/_build/html
+		$(BIN)/python -m sphinx -q -E -W --keep-going -b html -j $(JOBS) docs docs/_build/html
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
