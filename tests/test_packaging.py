@@ -24,6 +24,7 @@ def name(requirement):
 def test_requirements_are_what_the_library_imports():
     """Whatever else `cola` imports, it imports when it meets it, and an extra brings it."""
     found = {i.split(".")[0] for _, path in modules("cola") for i in imports(path)} - set(sys.stdlib_module_names)
+    found = {name(module) for module in found}
     required = {name(r) for r in PROJECT["dependencies"]}
     assert required <= found
     extras = {name(r) for extra in PROJECT["optional-dependencies"].values() for r in extra}
