@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # two test processes with one BLAS thread each beat one process with two
 JOBS   ?= 2
 
-.PHONY: demo test test-long test-all test-kernels lint format theory install clean
+.PHONY: demo docs test test-long test-all test-kernels lint format theory install clean
 install: $(STAMP)
 
 # torch first and pinned: an open range would resolve to a build with gigabytes of CUDA packages
@@ -36,6 +36,11 @@ test-all: $(STAMP)
 test-kernels: $(STAMP)
 	PYTHON=$(BIN)/python JOBS=$(JOBS) .ci/kernels
 
+# -W: a warning fails the build, as an error in a code cell does; -E: all cells are run, on unchanged pages too
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/python -m sphinx -q -E -W --keep-going -b html -j $(JOBS) docs docs/_build/html
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +51,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,8 @@ class Run:
         support: (T,) the term ``max_V <-grad, V>`` of the gap.
         descent: (T,) ``<grad L(W_t), W_t - V_t>`` with the true gradient.
         error: (T,) ``eps_t``, by which ``V_t`` misses the minimum under the true gradient.
-        distance2: (T,) ``|V_t - W_t|_F^2``. eta: (T,) the steps.
+        distance2: (T,) ``|V_t - W_t|_F^2``.
+        eta: (T,) the steps.
         noise: (T,) ``|G_t - grad L(W_t)|_F``; zero for the full gradient.
         slack: (T,) width of the oracle's interval for the support of ``-G_t``.
         snapshots: a few ``(t, W_t)``, for the checks that recompute.

@@ -29,8 +29,8 @@ class LinkStart:
     Attributes:
         path: the layer's path.
         shape: (out, in) of its weight.
-        rank: r.
-        scaling: s.
+        rank: the rank r.
+        scaling: the scale s.
         link: index of the link, from 0.
         generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
         opt: the `ChainOptimizer`, which still carries the previous link; None for the first link. At a knot its factors

@@ -155,10 +155,11 @@ class AdaptedLayer(nn.Module):
     out×in; override those for which this is wrong.
 
     Attributes:
-        lora_A: r×in, lora_B: out×r; they stay the same Parameter objects from `attach` to `detach`. An A that selects
-            inputs is no Parameter (`cola.lora.selected`).
+        lora_A: r×in; the same Parameter from `attach` to `detach`. An A that selects inputs is no Parameter
+            (`cola.lora.selected`).
+        lora_B: out×r; the same Parameter from `attach` to `detach`.
         lora_down: what `times` takes for A, usually A itself.
-        scaling: s.
+        scaling: the scale s.
         lora_dropout: probability that training drops an input of the link (the plain layer's input is never dropped).
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
         allowed_ranks: ranks that a loaded state may have; None for any.
@@ -315,7 +316,7 @@ class AdaptedLayer(nn.Module):
 
         Args:
             A, B: r×in and out×r, of any rank.
-            scaling: s.
+            scaling: the scale s.
             mask: fill the Parameters with zeros beyond the rank instead of resizing them. Training keeps these zeros:
                 the gradient of a row of A is a multiple of the matching column of B, and vice versa.
         """

@@ -128,7 +128,7 @@ def test_a_link_that_adds_nothing_gives_the_same_codes():
     ],
 )
 def test_codes_keep_all_of_a_large_update_and_nothing_of_a_small_one(kind, share, kept, error):
-    """The table in integrations/README.md; a mean over 256² weights, of which a tenth is slack."""
+    """The table in docs/how-to/quantised.md; a mean over 256² weights, of which a tenth is slack."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -53,7 +53,8 @@ class TraceBall(_SingularOracle):
     is an interval: ``attained <= delta sigma_1(G) <= certified``.
 
     Args:
-        delta: the trace-norm (nuclear-norm) radius. shape: (m, n).
+        delta: the trace-norm (nuclear-norm) radius.
+        shape: (m, n).
         method, tol, certify_steps: how to find the singular pair; see `theory.oracles.lanczos`.
 
     Example:
