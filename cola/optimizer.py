@@ -499,6 +499,7 @@ class ChainOptimizer(Resumable):
         self._losses.remove()
         self._base_model.close()
         self.live.detach(spent=True)
+        self.live.warn_of_empty_layers()
         for group in self.base.param_groups:  # schedulers need the groups, but not the factors in them
             for p in group["params"]:
                 if id(p) in spent:

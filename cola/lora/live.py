@@ -374,14 +374,17 @@ class LiveLink:
             layer.detach(spent=spent)
         restore_save(self.saves)
         quantized.release_layout(self._held)
-        if spent and any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
-            logger.info(
-                "PEFT's layers stay on the model with B = 0, so its save_pretrained() writes an adapter of zeros: call "
-                "unload() for the plain model, or opt.chain.to_peft(directory) for an adapter with all links"
-            )
         for name, parameter in unwrap(self.model).named_parameters():
             if parameter.is_floating_point():  # the user may have quantised it since
                 parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+
+    def warn_of_empty_layers(self) -> None:
+        """Say that a PEFT model's own ``save_pretrained`` would lose the chain, once it is finished."""
+        if any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
+            logger.warning(
+                "PEFT's layers stay on the model with B = 0, so its save_pretrained() writes an adapter of zeros: call "
+                "unload() for the plain model, or opt.chain.to_peft(directory) for an adapter with all links"
+            )
 
     def factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""

@@ -68,7 +68,10 @@ def test_pefts_layers_stay_with_a_link_of_zeros_and_can_be_unloaded(changes, ste
     peft_steps(opt, range(steps))
     twin, finished = copy.deepcopy(opt), copy.deepcopy(opt)
     finished.finish()
+    assert [r.levelname for r in caplog.records if "PEFT's layers stay" in r.getMessage()] == ["WARNING"]
+    caplog.clear()
     with opt.merged() as model:
+        assert "PEFT's layers stay" not in caplog.text
         assert same(states(model), states(finished.model))
         model.save_pretrained(tmp_path / "adapter")
         model.save_pretrained(tmp_path / "adapter")
