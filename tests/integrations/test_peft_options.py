@@ -341,7 +341,7 @@ NEEDS_OTHERS = {"layers_pattern", "megatron_config", "loftq_config", "eva_config
                 "use_qalora", "arrow_config"}  # fmt: skip
 NOT_A_SETTING = {"qalora_group_size", "megatron_core", "revision", "runtime_config", "peft_type", "auto_mapping",
                  "peft_version", "base_model_name_or_path", "fan_in_fan_out"}  # fmt: skip
-for field in VALUES.keys() - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING:
+for field in sorted(VALUES.keys() - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING):
     NOT_CARRIED[field] = VALUES[field], rf"{field}=.*(leave it out|modules_to_save|larger model first)"
 
 

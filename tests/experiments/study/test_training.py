@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_model
 
 from cola import Chain
-from experiments.frontier.demo import refuse_divergence
+from experiments.frontier.demo import Finished
 from experiments.methods import Method
 from experiments.study import cells, control, text
 from experiments.study.arms import require_possible
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_names_the_run(setting, tmp_path):
     outcome = run(of, tmp_path)
     assert outcome == {"diverged": "the loss is nan at step 1"}
     with pytest.raises(FloatingPointError, match=r"finetune, lr=0.01, seed=5: the loss is nan at step 1"):
-        refuse_divergence(of, outcome)
+        Finished(runs=1, kept=0, workers=1)(of, outcome)
 
 
 def test_bits_per_byte_of_a_uniform_model_are_the_vocabularys(model):
