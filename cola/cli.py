@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cola.checkpoint.directory import read_run
 from cola.checkpoint.untied_link import UntiedLink, read_untied_link
 from cola.common.version import __version__
 from cola.knot.tie import RECORDED
+from cola.lora.link import Link
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,12 +70,12 @@ def inspect(arguments: argparse.Namespace) -> Answer:
         header = ["layer", "out×in", "rank of Σ", "‖ΣΔW‖", *(f"‖ΔW_{k}‖" for k in range(min(len(chain), 8)))]
         layers = result["layers"].items()
         lines += ["", _table(header, [[n, x["shape"], x["rank"], x["norm"], *x["norms"][:8]] for n, x in layers])]
-    if result["layers"] and not arguments.no_plot:
+    if (result["layers"] or arguments.out) and not arguments.no_plot:
         out, wrote = arguments.out or arguments.directory, "inspect.json"
         try:
             write(out / "inspect.png", draw(chain))
             result["figure"], wrote = str(out / "inspect.png"), "inspect.png and inspect.json"
-        except ImportError as error:  # the tables need no picture
+        except (ImportError, ValueError) as error:  # the tables need no picture
             lines += ["", f"no picture: {error}"]
         write(out / "inspect.json", json.dumps(_plain(result), indent=1).encode())
         lines += ["", f"wrote {wrote} to {out}"]
@@ -103,6 +104,9 @@ def verify(arguments: argparse.Namespace) -> Answer:
         check("factors are finite", lambda: _require_finite(chain))
     if chain is not None and all(problem is None for _, problem in checks):
         untied = read_untied_link(arguments.directory, chain)
+        if untied is not None:
+            check("the live link is finite", lambda: _require_finite([untied.link]))
+    if chain is not None and all(problem is None for _, problem in checks):
         model = _base(arguments, chain)
         name = "base is the one that the chain was trained on"
         if chain.base is None:
@@ -134,6 +138,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
 
 def merge(arguments: argparse.Namespace) -> Answer:
     """Tie a chain into its base and save the model, ready for from_pretrained."""
+    _require_elsewhere(arguments)
     if arguments.out.exists() and Path(arguments.base).exists() and arguments.out.samefile(arguments.base):
         raise ValueError(
             f"--out {arguments.out} is the base itself: the chain needs the untouched base, so save elsewhere"
@@ -143,7 +148,8 @@ def merge(arguments: argparse.Namespace) -> Answer:
         if arguments.live:
             raise ValueError("--live ties all links and --upto the first ones: give one of them")
         if not 0 <= arguments.upto <= len(chain):
-            raise ValueError(f"--upto {arguments.upto}: the chain has {len(chain)} links, so give 0 to {len(chain)}")
+            raise ValueError(f"--upto {arguments.upto}: the chain has {_links(len(chain))}, so give 0 to {len(chain)}")
+    _require_links(chain, untied)
     chain._complete("merge")
     if any(factor.rounding == "stack" for link in chain for factor in link.factors.values()):
         raise ValueError(
@@ -156,15 +162,15 @@ def merge(arguments: argparse.Namespace) -> Answer:
     save_merged(model, arguments.out, arguments.base, **options)
     count = len(chain) if arguments.upto is None else arguments.upto
     result = {"base": arguments.base, "links": count, "live": _live(untied, arguments.live), "out": str(arguments.out)}
-    text = f"tied {count} link{'' if count == 1 else 's'} into {arguments.base}, and saved the model to {arguments.out}"
+    text = f"tied {_links(count)} into {arguments.base}, and saved the model to {arguments.out}"
     return result, _with_note(text, untied, arguments.live), 0
 
 
 def export(arguments: argparse.Namespace) -> Answer:
     """Write a chain as one PEFT adapter for the original base."""
+    _require_elsewhere(arguments)
     chain, untied = _read(arguments.directory, live=arguments.live)
-    if untied is not None and not len(chain):
-        raise ValueError(f"no link is tied yet, and {untied}, is not included: --live exports it")
+    _require_links(chain, untied)
     chain.to_peft(arguments.out, r=arguments.rank, base_model=arguments.base)
     account = json.loads((arguments.out / "export.json").read_text())
     columns = account["ranks"].items(), account["norm"].values(), account["error"].values()
@@ -257,7 +263,23 @@ def _read(directory: Path, *, live: bool = False) -> tuple[Chain, UntiedLink | N
         if untied.obstacle is not None:
             raise ValueError(f"--live: the {untied}, {untied.obstacle}")
         chain._append(untied.link)
+        _require_finite([untied.link])
     return chain, untied
+
+
+def _links(count: int) -> str:
+    return f"{count} link{'' if count == 1 else 's'}"
+
+
+def _require_elsewhere(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists() and arguments.directory.exists() and arguments.out.samefile(arguments.directory):
+        raise ValueError(f"--out {arguments.out} is the chain's own directory: give another one")
+
+
+def _require_links(chain: Chain, untied: UntiedLink | None) -> None:
+    if not len(chain) and not chain.missing:
+        live = "" if untied is None else f", and {untied}, is not included: --live includes it"
+        raise ValueError(f"no link is tied yet{live}")
 
 
 def _live(untied: UntiedLink | None, included: bool = False) -> dict[str, Any] | None:
@@ -270,7 +292,7 @@ def _live(untied: UntiedLink | None, included: bool = False) -> dict[str, Any] |
 
 def _with_note(text: str, untied: UntiedLink | None, included: bool) -> str:
     if untied is None:
-        return text
+        return f"{text}\nthere is no live link: nothing has been trained since the last knot" if included else text
     return f"{text}\n{untied}, is {'included' if included else 'not included (--live includes it)'}"
 
 
@@ -316,11 +338,13 @@ def _layers(chain: Chain) -> dict[str, Any]:
     return found
 
 
-def _require_finite(chain: Chain) -> None:
-    for link in chain:
+def _require_finite(links: Iterable[Link]) -> None:
+    for link in links:
         for layer, factor in link.factors.items():
             if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on layer {layer!r}")
+            if not factor.norm() <= torch.finfo(torch.float32).max:
+                raise ValueError(f"link {link.index} overflows on layer {layer!r}: ‖ΔW‖ is {factor.norm():.3g}")
 
 
 def _require_as_reported(model: Any, chain: Chain) -> None:

@@ -1,6 +1,7 @@
 """ChainOptimizer, Algorithm 1: train; at a knot tie the link, record it, extend the chain, reset the state."""
 
 import html
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ class ChainOptimizer(Resumable):
         verbose: bool = False,
         **base_kwargs: Any,
     ) -> None:
-        require_base(base, base_kwargs)
+        require_base(base, base_kwargs, inspect.signature(ChainOptimizer).parameters)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module (not its parameters)")
         if not isinstance(policy, KnotPolicy):
@@ -377,6 +378,8 @@ class ChainOptimizer(Resumable):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def __repr__(self) -> str:
+        if "finished" not in vars(self):  # a debugger shows it while the constructor fails
+            return "ChainOptimizer(being made)"
         links = self.chain.missing + len(self.chain)
         live = f"link {self.live.index}, r={self.live.rank_of(self.live.index)}"
         where = f"finished with {links} link{'' if links == 1 else 's'}" if self.finished else live

@@ -38,17 +38,26 @@ def load_base(
         ImportError: transformers is not installed.
     """
     directory, name = Path(name).expanduser(), os.path.expanduser(name)
+    if not name:
+        raise ValueError("--base is empty: give a model directory or a hub name")
     if not directory.is_dir() and _is_a_path(name):
         raise ValueError(f"--base {name}: there is no such directory")
+    # a mistyped path, or a model of the hub whose owner's name a directory here has
+    unclear = not directory.is_dir() and "/" in name and directory.parent.is_dir()
     try:
         import transformers
     except ImportError:
         raise ImportError("this command loads models with transformers: pip install transformers") from None
-    local = {"trust_remote_code": trust_remote_code, "local_files_only": offline or directory.is_dir()}
+    local = {"trust_remote_code": trust_remote_code, "local_files_only": offline or unclear or directory.is_dir()}
     try:
         with _quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(name, **local)
     except (OSError, ValueError) as error:
+        if unclear:
+            raise ValueError(
+                f"--base {name}: the directory {directory.parent} has no {directory.name}, and the hub's cache has no "
+                "such model; to download one of this name, call the command in another directory"
+            ) from None
         if directory.is_dir() or not (offline or _hub_is_off()):
             raise ValueError(f"--base {name}: {' '.join(str(error).split())}") from None
         raise ValueError(
@@ -119,9 +128,8 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
 
 
 def _is_a_path(name: str) -> bool:
-    """Whether a name cannot be one on the hub, or begins with a directory that is here."""
-    parts = name.replace("\\", "/").split("/")
-    return name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+    """Whether a name cannot be one on the hub."""
+    return name.startswith((".", "/", "~")) or len(name.replace("\\", "/").split("/")) > 2
 
 
 def _hub_is_off() -> bool:

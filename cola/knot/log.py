@@ -1,9 +1,12 @@
 """Shows knots as they are tied: in an experiment tracker, or as lines of text."""
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from cola.common.distributed import writes
 from cola.lora.link import KnotReport
@@ -55,7 +58,8 @@ def show(report: KnotReport) -> None:
     """Print a knot as one line, in a distributed run on process 0 alone."""
     if writes():
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a terminal may lack ‖ and Δ
-        print(str(report).encode(encoding, "replace").decode(encoding), flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a closed stdout must not end a run
+            print(str(report).encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _sender(writer: Any) -> Send:
@@ -63,13 +67,13 @@ def _sender(writer: Any) -> Send:
     if not isinstance(writer, type):
         if callable(getattr(writer, "add_scalar", None)):
             return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
-        if _takes_step(getattr(writer, "log_metrics", None)):
+        if _takes(getattr(writer, "log_metrics", None), {}, step=0):
             return lambda numbers, step: writer.log_metrics(numbers, step=step)
-        if _takes_step(getattr(writer, "log", None)):
+        if _takes(getattr(writer, "log", None), {}, step=0):
             if getattr(writer, "__name__", None) == "wandb" and getattr(writer, "run", None) is None:
                 raise RuntimeError("log_to(writer=wandb): there is no run yet: call wandb.init() first")
             return lambda numbers, step: writer.log(numbers, step=step)
-        if callable(writer):
+        if _takes(writer, {}, 0) and not isinstance(writer, nn.Module):
             return writer
     raise TypeError(
         f"log_to(writer={writer!r:.80}) needs an object with add_scalar (TensorBoard's SummaryWriter), log_metrics "
@@ -77,10 +81,10 @@ def _sender(writer: Any) -> Send:
     )
 
 
-def _takes_step(method: Any) -> bool:
-    """Whether ``method`` can be called as ``method({}, step=0)``; `math.log` and a `logging.Logger` cannot."""
+def _takes(method: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether ``method`` takes these arguments; `math.log` and the ``log`` of a `logging.Logger` do not."""
     try:
-        inspect.signature(method).bind({}, step=0)
+        inspect.signature(method).bind(*args, **kwargs)
     except (TypeError, ValueError):
         return False
     return True

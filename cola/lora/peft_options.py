@@ -64,13 +64,13 @@ def carried(config: Any) -> dict[str, Any]:
     default = type(config)()
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     given = {name: value for name, value in values.items() if value != getattr(default, name)}
-    targets = values["target_modules"]
+    targets, whole = values["target_modules"], values["modules_to_save"] or ()
     found = {
         "r": values["r"],
         "lora_alpha": values["lora_alpha"],
         "target_modules": sorted(targets) if isinstance(targets, (set, list, tuple)) else targets,
         "lora_dropout": values["lora_dropout"],
-        "modules_to_save": tuple(values["modules_to_save"] or ()),
+        "modules_to_save": whole if isinstance(whole, str) else tuple(whole),
     }
     for name in (*found, *_NEUTRAL):
         given.pop(name, None)
@@ -111,18 +111,23 @@ def require_known(options: Mapping[str, Any], known: Collection[str]) -> None:
         raise TypeError(f"LinkConfig: {'; '.join(way_out(name, value, known) for name, value in unknown.items())}")
 
 
-def require_for_base(options: Mapping[str, Any], known: Collection[str], base: str) -> None:
-    """Raise TypeError if a base optimizer would be given options of the links.
+def require_for_base(options: Mapping[str, Any], known: Collection[str], base: str, taken: Collection[str]) -> None:
+    """Raise TypeError for options that a base optimizer does not have: those of the links, and mistyped ones.
 
     Args:
         options: keyword arguments that the base's signature does not have.
         known: names of a LinkConfig's options.
         base: the base's name.
+        taken: names that the base and the ChainOptimizer take.
     """
     mine = {name: value for name, value in options.items() if name in known}
     theirs = {name: value for name, value in options.items() if name in _WAYS_OUT or name in _CALLED}
     advice = [way_out(name, value) for name, value in theirs.items() if name not in mine]
     if mine:
         advice.insert(0, f"give link=LinkConfig({', '.join(f'{name}={value!r:.60}' for name, value in mine.items())})")
+    others = {name: value for name, value in options.items() if name not in mine and name not in theirs}
+    for name, value in others.items():
+        near = difflib.get_close_matches(name, taken, n=1)
+        advice.append(f"did you mean {near[0]}?" if near else f"leave {name}={value!r:.60} out")
     if advice:
-        raise TypeError(f"{base} does not take {', '.join({**mine, **theirs})}: {'; '.join(advice)}")
+        raise TypeError(f"{base} does not take {', '.join({**mine, **theirs, **others})}: {'; '.join(advice)}")

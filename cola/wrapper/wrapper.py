@@ -6,7 +6,7 @@ optimizers: GradScaler would set ``grad_scale`` on the wrapper, where the base d
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -146,8 +146,18 @@ class OptimizerWrapper(Optimizer):
         """A hook that runs before the groups are read."""
 
 
-def require_base(base: Any, options: Mapping[str, Any]) -> None:
-    """Raise TypeError if ``base`` is neither an optimizer class nor a callable, or ``options`` are the links'."""
+#: options of links that no base optimizer has
+_OF_LINKS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save")
+
+
+def require_base(base: Any, options: Mapping[str, Any], names: Collection[str] = ()) -> None:
+    """Raise TypeError if ``base`` is neither an optimizer class nor a callable, or does not take ``options``.
+
+    Args:
+        base: the argument.
+        options: for the base.
+        names: of the ChainOptimizer's own keyword arguments, which may be mistyped among the options.
+    """
     if isinstance(base, Optimizer):
         name = type(base).__name__
         raise TypeError(
@@ -160,6 +170,8 @@ def require_base(base: Any, options: Mapping[str, Any]) -> None:
         taken = inspect.signature(base).parameters
     except (TypeError, ValueError):
         return  # the base decides
-    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        unknown = {name: value for name, value in options.items() if name not in taken}
-        require_for_base(unknown, [f.name for f in fields(LinkConfig)], getattr(base, "__name__", "the base"))
+    unknown = {name: value for name, value in options.items() if name not in taken}
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        unknown = {name: value for name, value in unknown.items() if name in _OF_LINKS}
+    known = [f.name for f in fields(LinkConfig)]
+    require_for_base(unknown, known, getattr(base, "__name__", "the base"), [*taken, *names])

@@ -90,7 +90,7 @@ def test_verify_passes_on_the_right_base(run, tmp_path, capsys):
         assert main(["verify", str(run / kind), "--base", str(run / "base"), "--out", str(tmp_path)]) == 0
         text = capsys.readouterr().out
         assert "FAIL" not in text
-        assert text.count("ok ") == (6 if kind == "checkpoint" else 5)
+        assert text.count("ok ") == (7 if kind == "checkpoint" else 5)
     assert json.loads((tmp_path / "verify.json").read_text())["ok"]
 
 
@@ -383,6 +383,36 @@ def test_merged_and_exported_live_links_are_those_of_a_finished_run(run, tmp_pat
     assert same(weights(tmp_path / "adapter"), weights(tmp_path / "finished"))
 
 
+@pytest.mark.parametrize(("value", "problem"), [(float("nan"), "has non-finite factors"), (1e30, "overflows")])
+def test_a_live_link_that_finish_would_refuse_is_refused(value, problem, tmp_path, capsys):
+    tiny_opt().save_pretrained(tmp_path / "base")
+    opt = ChainOptimizer(torch.optim.AdamW, tiny_opt(), StepKnots(at=[1]), link=LinkConfig(r=2), lr=0.02)
+    for _ in range(2):
+        opt.model(input_ids=IDS, labels=IDS).loss.backward()
+        opt.step()
+    for factor in opt.live.adapters():
+        factor.data.fill_(value)
+    opt.save(tmp_path / "run")
+    base, out = ["--base", str(tmp_path / "base")], ["--out", str(tmp_path / "out"), "--live"]
+    for command in (["merge", str(tmp_path / "run"), *base, *out], ["export", str(tmp_path / "run"), *out]):
+        assert main(command) == 1
+        assert f"link 1 {problem} on layer" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "run"), *base]) == 1
+    assert f"FAIL  the live link is finite: link 1 {problem}" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_asked_of_a_live_link_that_is_not_there(made, tmp_path, capsys):
+    opt = ChainOptimizer(torch.optim.AdamW, tiny_opt(), StepKnots(at=[1]), link=LinkConfig(r=2), lr=0.02)
+    opt.model(input_ids=IDS, labels=IDS).loss.backward()
+    opt.step()
+    opt.save(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--live"]) == 0
+    assert "there is no live link: nothing has been trained since the last knot" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "run")]) == 1
+    assert "is the chain's own directory" in capsys.readouterr().err
+
+
 def test_a_first_link_alone_is_shown_and_tied_on_request(tmp_path, capsys):
     tiny_opt().save_pretrained(tmp_path / "base")
     opt = ChainOptimizer(torch.optim.AdamW, tiny_opt(), StepKnots(every=9), link=LinkConfig(r=2), lr=0.02)
@@ -393,7 +423,12 @@ def test_a_first_link_alone_is_shown_and_tied_on_request(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "run")]) == 0
     assert f"{note}not included: rank 2" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "adapter")]) == 1
-    assert f"no link is tied yet, and {note}not included: --live exports it" in capsys.readouterr().err
+    assert f"no link is tied yet, and {note}not included: --live includes it" in capsys.readouterr().err
+    command = ["merge", str(tmp_path / "run"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "merged")]
+    assert main(command) == 1
+    assert "no link is tied yet" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "run"), "--out", str(tmp_path / "shown")]) == 0
+    assert os.listdir(tmp_path / "shown") == ["inspect.json"]
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--live"]) == 0
     opt.finish()
     opt.chain.to_peft(tmp_path / "finished")
@@ -426,7 +461,8 @@ def test_a_directory_is_looked_for_before_any_hub(made, tmp_path, monkeypatch, c
         ("base", [], None),
         ("./base", ["--offline"], None),
         ("./bsae", [], "there is no such directory"),
-        ("base/none", [], "there is no such directory"),
+        ("base/none", [], "the directory base has no none, and the hub's cache has no such model"),
+        ("", [], "--base is empty"),
         ("a/b/c", [], "there is no such directory"),
         ("nowhere", ["--offline"], "no such directory, and the hub's cache has no such model"),
         ("some/model", ["--offline"], "no such directory, and the hub's cache has no such model"),

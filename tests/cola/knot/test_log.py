@@ -109,8 +109,20 @@ def test_what_is_not_known_is_left_out():
 
 @pytest.mark.parametrize(
     "writer",
-    [None, "runs/1", {}, Run, logging.getLogger("x"), math, types.SimpleNamespace(log=lambda message: None)],
-    ids=["None", "path", "dict", "class", "logger", "math", "other log"],
+    [
+        None,
+        "runs/1",
+        {},
+        Run,
+        logging.getLogger("x"),
+        math,
+        types.SimpleNamespace(log=lambda message: None),
+        lambda numbers: None,
+        [].append,
+        math.log,
+        torch.nn.Linear(2, 2),
+    ],
+    ids=["None", "path", "dict", "class", "logger", "math", "other log", "one argument", "list", "built in", "module"],
 )
 def test_anything_else_is_refused_in_words(writer):
     with pytest.raises(TypeError, match=r"log_to\(writer=.*needs an object with add_scalar .* or a function"):
@@ -124,6 +136,15 @@ def test_a_verbose_run_prints_a_line_per_knot(capsys):
     assert lines[0].startswith("knot 0 after step 2: rank 2, ‖ΔW‖ ")
     run()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_verbose_run_goes_on_without_an_output(monkeypatch, closed):
+    stream = io.StringIO() if closed else None
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(verbose=True).reports
 
 
 def test_a_verbose_run_goes_on_where_the_terminal_lacks_the_letters(monkeypatch):
