@@ -146,10 +146,6 @@ class OptimizerWrapper(Optimizer):
         """A hook that runs before the groups are read."""
 
 
-#: options of links that no base optimizer has
-_OF_LINKS = ("lora_alpha", "target_modules", "lora_dropout", "modules_to_save")
-
-
 def require_base(base: Any, options: Mapping[str, Any], names: Collection[str] = ()) -> None:
     """Raise TypeError if ``base`` is neither an optimizer class nor a callable, or does not take ``options``.
 
@@ -170,8 +166,7 @@ def require_base(base: Any, options: Mapping[str, Any], names: Collection[str] =
         taken = inspect.signature(base).parameters
     except (TypeError, ValueError):
         return  # the base decides
-    unknown = {name: value for name, value in options.items() if name not in taken}
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        unknown = {name: value for name, value in unknown.items() if name in _OF_LINKS}
-    known = [f.name for f in fields(LinkConfig)]
-    require_for_base(unknown, known, getattr(base, "__name__", "the base"), [*taken, *names])
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        unknown = {name: value for name, value in options.items() if name not in taken}
+        known = [f.name for f in fields(LinkConfig)]
+        require_for_base(unknown, known, getattr(base, "__name__", "the base"), [*taken, *names])

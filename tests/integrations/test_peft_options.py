@@ -385,10 +385,6 @@ WORDS = {
         lambda: on_base(base=lambda params: torch.optim.AdamW(params), lora_dropout=0.1),
         r"<lambda> does not take lora_dropout: give link=LinkConfig\(lora_dropout=0\.1\)",
     ),
-    "a callable that takes anything": (
-        lambda: on_base(base=lambda params, **options: torch.optim.AdamW(params, **options), lora_alpha=8),
-        r"<lambda> does not take lora_alpha: give link=LinkConfig\(lora_alpha=8\)",
-    ),
     "neither's": (lambda: on_base(momentum=0.9), r"AdamW does not take momentum: leave momentum=0\.9 out"),
     "mistyped": (lambda: on_base(verbos=True), r"AdamW does not take verbos: did you mean verbose\?"),
     "the base's, mistyped": (lambda: on_base(weigth_decay=0.1), r"did you mean weight_decay\?"),
