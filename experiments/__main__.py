@@ -6,9 +6,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from experiments import hub
-from experiments.command_line import Help, unwritable
+from experiments.command_line import Help, make_folder
 from experiments.report.progress import without_noise
 
 COMMANDS = {
@@ -65,18 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if refused := unwritable(arguments.out):
-        print(f"{arguments.command}: --out {arguments.out} cannot be written: {refused}", file=sys.stderr)
+    try:
+        made = make_folder(arguments.out)
+    except OSError as error:
+        print(f"{arguments.command}: --out {arguments.out} cannot be written: {error}", file=sys.stderr)
         return 2
     if getattr(arguments, "offline", False):
         hub.go_offline()
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
     except ModuleNotFoundError as error:
-        return _not_installed(arguments.command, error)
+        status = _not_installed(arguments.command, error)
     except KeyboardInterrupt:
         print(f"\n{arguments.command}: interrupted", file=sys.stderr)
-        return 130
+        status = 130
+    for folder in made if status == 2 else ():
+        with suppress(OSError):  # it is not empty, or another process has removed it
+            folder.rmdir()
+    return status
 
 
 def _not_installed(command: str, error: ModuleNotFoundError) -> int:

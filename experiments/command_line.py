@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import itertools
 import math
-import os
 import shlex
+import tempfile
 from collections.abc import Callable, Container
 from pathlib import Path
 
@@ -56,16 +58,29 @@ def add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="never ask the hub: folders and cached copies only")
 
 
-def unwritable(folder: Path) -> str | None:
-    """Why a folder cannot be written or made, or None; nothing is made."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        return f"{there} is a file"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"no permission to write in {there}"
-    return None
+def make_folder(folder: Path) -> list[Path]:
+    """Make the folder of a command's results, and write a file in it that is gone at once.
+
+    Permissions are tried, not asked for: root has them all, also where nothing can be written.
+
+    Returns:
+        The folders that did not exist, the innermost first.
+
+    Raises:
+        OSError: the folder cannot be made or written; the message says why.
+    """
+    path = folder.absolute()
+    try:
+        missing = list(itertools.takewhile(lambda place: not place.exists(), (path, *path.parents)))
+        there = missing[-1].parent if missing else path
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"{error.strerror}; give another folder") from error
+    return missing
 
 
 def repeated(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from theory import theorem
-from theory.command_line import Help, progress, writable
+from theory.command_line import Help, make_folder, progress
 from theory.frank_wolfe import frank_wolfe
 from theory.iterates import ObservedMatrix
 from theory.oracles.lanczos import top_singular
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}: give the number of interleaved rounds")
     try:
-        writable(options.out)
+        make_folder(options.out)
     except ValueError as error:
         parser.error(str(error))
     _copt()  # or refuse before anything runs
@@ -240,7 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for m, n, T, kind in progress(cases, "comparison", lambda case: f"{case[0]}x{case[1]}")
     ]
     print(table(rows))
-    options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     print(f"results: {options.out / 'results.jsonl'}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,18 +35,24 @@ def require(*packages: str) -> None:
         raise SystemExit(2)
 
 
-def writable(out: Path) -> None:
-    """Refuse a folder that cannot be written; nothing is made.
+def make_folder(out: Path) -> None:
+    """Make the folder of a command's results, and write a file in it that is gone at once.
+
+    Permissions are tried, not asked for: root has them all, also where nothing can be written.
 
     Raises:
-        ValueError: it is a file, or under one, or protected.
+        ValueError: the folder cannot be made or written; the message says why.
     """
-    there = out.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written" if there.is_dir() else "is a file"
-        raise ValueError(f"--out must be a folder to write, got {str(out)!r}: {there} {why}")
+    path = out.absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out must be a folder to write, got {str(out)!r}: {error.strerror}") from error
 
 
 def drawn(draw: Callable[[], Sequence[Path]]) -> str:

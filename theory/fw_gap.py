@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from theory.command_line import Help, drawn, progress, require, writable
+from theory.command_line import Help, drawn, make_folder, progress, require
 
 if __name__ == "__main__":
     require("numpy", "scipy")  # before the modules that import them
@@ -207,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records: list[Record] = []
     try:
         tasks = chosen(options)
-        writable(options.out)
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
             for task in progress(tasks, "task", lambda task: task.name):
                 for record in task.run():

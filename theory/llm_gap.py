@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from theory.command_line import Help, drawn, require, writable
+from theory.command_line import Help, drawn, make_folder, require
 
 if __name__ == "__main__":
     require("numpy", "scipy", "torch")  # before the modules that import them
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 positive(f"--{name}", getattr(options, name), "a positive number, or leave it out")
         if options.model == "random" and options.arm is not None:
             raise ValueError("--arm names an arm of the demo: leave it out with --model random")
-        writable(options.out)
+        make_folder(options.out)
         options.arm = "cola-3" if options.arm is None else options.arm
         run = chains.train(options)
         result = run.probe.decompose(eta=options.eta, delta=options.delta)
@@ -79,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(result.table())
-    options.out.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"kind": "link", "link": t, "loss": probe.loss, "layers": _layers_as_dict(probe)})
         for t, probe in sorted(run.probe.probes.items())

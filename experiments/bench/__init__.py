@@ -90,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def obstacle(arguments: argparse.Namespace) -> str | None:
-    """The reason why a run with these arguments is impossible, or None; makes the folder."""
+    """The reason why a run with these arguments is impossible, or None; makes the files."""
     unknown = [wanted for wanted in arguments.rows or () if not wanted or not any(cases([wanted]))]
     if unknown:
         names = ", ".join(name for name, _ in cases(None))
@@ -98,7 +98,6 @@ def obstacle(arguments: argparse.Namespace) -> str | None:
     if arguments.clock == "cpu" and (arguments.threads or torch.get_num_threads()) != 1:
         return "--clock cpu adds up the time of all threads: use it with --threads 1"
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         for name in report.FILES:
             (arguments.out / name).open("a").close()
     except OSError as error:

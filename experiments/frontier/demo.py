@@ -68,7 +68,6 @@ def main(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     tiny_opt.quiet()
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         plan = make_plan(arguments.out, arguments.seeds, smoke=arguments.smoke)
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -230,7 +229,8 @@ def _announcement(plan: Plan, workers: int, kept: int) -> str:
     done = f", of which {kept} are done" if kept else ""
     return (
         f"{len(plan.arms)} arms, {len(plan.seeds)} seeds, {plan.setting.steps()} steps of "
-        f"{plan.setting.batch_size} blocks, recorded learning rates; {plan.size()} runs, {workers} at a time{done}."
+        f"{plan.setting.batch_size} blocks, recorded learning rates; {plan.size()} runs, {workers} at a time{done}. "
+        f"Progress counts {plan.cells()} cells: these runs, their scores and the untouched model's."
     )
 
 

@@ -104,7 +104,6 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     prose = corpus.prose()
     results = {cell: run(cell, arguments.steps, prose, folder) for cell in Progress(cells, unit="run")}
-    arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "rounding.jsonl").open("w") as lines:
         for cell, measured in results.items():
             lines.write(json.dumps({**asdict(cell), **asdict(measured)}) + "\n")

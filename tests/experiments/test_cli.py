@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from experiments.__main__ import COMMANDS, main
-from experiments.command_line import unwritable
 from experiments.frontier import demo
 from experiments.report import style
 from experiments.report.progress import Progress
@@ -56,7 +55,7 @@ def test_wrong_arguments_are_refused_in_words(line, message, tmp_path, capsys, o
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
-    assert not list((tmp_path / "out").glob("**/outcome.json"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -69,16 +68,33 @@ def offline_again(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
 
 
+NOT_TO_WRITE = {
+    "below a file": ("{tmp}/file/below", "{tmp}/file is a file"),
+    "too long": ("{tmp}/" + 300 * "x", "File name too long"),
+    # root passes os.access there
+    "not for root": pytest.param("/proc/new", "", marks=pytest.mark.skipif(sys.platform != "linux", reason="no /proc")),
+}
+
+
+@pytest.mark.parametrize("out, why", NOT_TO_WRITE.values(), ids=NOT_TO_WRITE)
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_a_folder_that_cannot_be_written_is_refused_first(name, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_first(name, out, why, tmp_path, capsys):
     (tmp_path / "file").touch()
+    out, why = out.format(tmp=tmp_path), why.format(tmp=tmp_path)
     needed = {"run": ["--task", "CB", "--method", "icl"], "table": ["1"], "figure": ["2"]}.get(name, [])
-    assert main([name, *needed, "--out", str(tmp_path / "file" / "below")]) == 2
-    assert f"{name}: --out {tmp_path / 'file' / 'below'} cannot be written: {tmp_path / 'file'} is a file" in (
-        capsys.readouterr().err
-    )
-    assert unwritable(tmp_path / "new" / "folder") is None
+    assert main([name, *needed, "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}: --out {out} cannot be written: {why}")
+    assert said.endswith("; give another folder\n")
+
+
+def test_only_a_folder_that_the_command_made_and_left_empty_is_removed(tmp_path):
+    refused = ["rounding", "--links", "9", "--steps", "8", "--out"]
+    assert main([*refused, str(tmp_path / "new" / "below")]) == 2
     assert not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()
+    assert main([*refused, str(tmp_path / "there")]) == 2
+    assert (tmp_path / "there").exists()
 
 
 def test_an_interrupt_is_said_and_no_traceback(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The command ``python -m theory.fw_gap``: its options, exit status and files, also for a failing check."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -208,11 +209,23 @@ def test_help_names_each_default_once(capsys):
         assert not re.search(r"\(default:? [^()]*\) \(default", shown)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["fw_gap", "llm_gap", "bench"])
+@pytest.mark.parametrize(
+    "out, why",
+    [("file/below", "{tmp}/file is a file"), (300 * "x", "File name too long")],
+    ids=["below a file", "long"],
+)
+def test_a_folder_that_cannot_be_written_is_refused_first(command, out, why, tmp_path, capsys):
     (tmp_path / "file").touch()
-    out = str(tmp_path / "file" / "below")
-    assert fw_gap.main(["--instance", "A", "--T", "50", "--out", out]) == 2
-    assert f"--out must be a folder to write, got '{out}': {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    module, out = importlib.import_module(f"theory.{command}"), str(tmp_path / out)
+    try:
+        status = module.main(["--out", out])
+    except SystemExit as stopped:  # argparse
+        status = stopped.code
+    assert status == 2
+    said = capsys.readouterr()
+    assert f"--out must be a folder to write, got '{out}': {why.format(tmp=tmp_path)}\n" in said.err
+    assert not said.out
 
 
 def test_several_horizons_are_drawn_against_T(monkeypatch, tmp_path):

@@ -25,6 +25,15 @@ def test_command_fails_where_the_decomposition_does(tmp_path, capsys, monkeypatc
     assert "FAIL the decomposition is off by 0.1" in capsys.readouterr().out
 
 
+def test_the_folder_is_made_before_the_training(tmp_path, capsys, monkeypatch):
+    def train(options):
+        raise ValueError(f"{options.out} is there: {options.out.is_dir()}")
+
+    monkeypatch.setattr(llm_gap.chains, "train", train)
+    assert llm_gap.main(["--out", str(tmp_path / "new" / "folder")]) == 2
+    assert "folder is there: True" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

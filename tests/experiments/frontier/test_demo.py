@@ -44,7 +44,8 @@ def test_it_goes_on_where_it_was_stopped(folder, capsys):
     lost.unlink()
     assert main(["demo", "--smoke", "--workers", "1", "--seeds", "2", "--out", str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert "of which 7 are done" in shown
+    assert "8 runs, 1 at a time, of which 7 are done" in shown
+    assert "Progress counts 17 cells: these runs, their scores" in shown
     assert "The first run took" not in shown  # one run is left, so no others
     assert "with 7 runs from before" in shown
     changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
