@@ -3,7 +3,7 @@
 import html
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
@@ -137,7 +137,8 @@ class ChainOptimizer(Resumable):
         self._bound: list[nn.Parameter] | None = self._all_trained()
         self.steps = 0
         self.finished = False
-        self._knotting = self._merged = False
+        self._knotting = self._tying = False
+        self._merged: merged.Block | None = None  # the open one
         self._integrated = False  # whether an integration finishes the chain, or the user was told that none does
         self._held = {}
         self._untrained = Untrained()
@@ -294,8 +295,7 @@ class ChainOptimizer(Resumable):
         if kind is None and not self.finished:
             self.finish()
 
-    @contextmanager
-    def merged(self) -> Iterator[nn.Module]:
+    def merged(self) -> AbstractContextManager[nn.Module]:
         """The merged model in mid-run, to evaluate or save: ``with opt.merged() as model:``.
 
         Inside the block the model is as `finish` would leave it: plain classes, the original state-dict keys and
@@ -323,19 +323,11 @@ class ChainOptimizer(Resumable):
         ...     sorted(model.state_dict())
         ['0.bias', '0.weight']
         """
-        if self.finished:
-            yield self.model
-            return
-        self._require_running("merged()")
-        merged.require_mergeable(self)
-        self._require_trainable()
-        numbers = counted(self.live.model, self._all_in_groups())
-        with merged.merged(self):
-            self._merged, self._numbers = True, numbers
-            try:
-                yield self.model
-            finally:
-                self._merged, self._numbers = False, None
+        return merged.Block(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_unmerged("copying or pickling the optimizer")
+        return super().__getstate__()
 
     # everything else that a user calls; saving and loading are in Resumable
 
@@ -451,7 +443,7 @@ class ChainOptimizer(Resumable):
         self._require_outside_a_knot("tie()")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
-        self._knotting = True
+        self._knotting = self._tying = True
         try:
             self._require_trainable()
             self._require_weights()
@@ -469,7 +461,7 @@ class ChainOptimizer(Resumable):
                     self._mode(mode)
                     self._held = weights_of(self.live)
         finally:
-            self._knotting = False
+            self._knotting = self._tying = False
 
     def _announce(self, report: KnotReport) -> None:
         logger.info("%s", report)

@@ -1,7 +1,6 @@
 """The merged model in mid-run: the live link is tied for a while, then everything is put back to the bit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from cola.common import interrupts
 from cola.common.distributed import is_sharded
 from cola.lora import quantized
+from cola.lora.coverage import counted
 from cola.lora.layer import rebind
 from cola.lora.names import odd_storage, unwrap
 from cola.lora.peft import PeftLayer
@@ -29,29 +29,56 @@ def require_mergeable(opt: Any) -> None:
         )
 
 
-@contextmanager
-def merged(opt: Any) -> Iterator[None]:
+class Block(AbstractContextManager[nn.Module]):
     """Inside the block the model of a `ChainOptimizer` is as `finish` would leave it; see `ChainOptimizer.merged`."""
-    before = Before(opt)
-    try:
-        with interrupts.deferred():
-            opt._require_weights()
-            opt._require_given_back()
-            before.set_aside()
-            tied = opt._has_something_to_tie()
-            before.mode = opt._leave_training_mode()
-            if tied:
-                opt.live.check()
-                opt.live.tie(opt.live.index, opt.live.snapshot())
-            else:
-                opt.live.starts.drop()
-            opt.live.detach(spent=True)
-            before.remind()
-            quantized.hold_layout(unwrap(opt.live.model))  # an evaluation would rearrange the codes
-        yield
-    finally:
+
+    def __init__(self, opt: Any) -> None:
+        self.opt = opt
+        self.before: Before | None = None
+
+    def __enter__(self) -> nn.Module:
+        opt = self.opt
+        if opt.finished:
+            return opt.model
+        opt._require_running("merged()")
+        if opt._tying:
+            raise RuntimeError(
+                "merged() during a knot, in reset= or init=: call it in a listener of on_knot, or after step()"
+            )
+        require_mergeable(opt)
+        opt._require_trainable()
+        numbers = counted(opt.live.model, opt._all_in_groups())
+        before = Before(opt)
+        try:
+            with interrupts.deferred():
+                opt._require_weights()
+                opt._require_given_back()
+                before.set_aside()
+                tied = opt._has_something_to_tie()
+                before.mode = opt._leave_training_mode()
+                if tied:
+                    opt.live.check()
+                    opt.live.tie(opt.live.index, opt.live.snapshot())
+                else:
+                    opt.live.starts.drop()
+                opt.live.detach(spent=True)
+                before.remind()
+                quantized.hold_layout(unwrap(opt.live.model))  # an evaluation would rearrange the codes
+                # the optimizer holds the block, so that one which nobody else holds stays open
+                self.before, opt._merged, opt._numbers = before, self, numbers
+        except BaseException:
+            self._leave(before)
+            raise
+        return opt.model
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            self._leave(self.before)
+
+    def _leave(self, before: "Before") -> None:
         with interrupts.deferred():
             before.restore()
+            self.before = self.opt._merged = self.opt._numbers = None
 
 
 class Before:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import pickle
 
 import pytest
@@ -171,6 +172,8 @@ CALLS = {
     "add_param_group": lambda opt, path: opt.add_param_group({"params": [opt.model.head.weight]}),
     "merged": lambda opt, path: opt.merged().__enter__(),
     "with": lambda opt, path: opt.__enter__(),
+    "copying": lambda opt, path: copy.deepcopy(opt),
+    "pickling": lambda opt, path: pickle.dumps(opt),
 }
 
 
@@ -186,6 +189,45 @@ def test_what_trains_ties_saves_or_loads_is_refused_in_the_block(call, tmp_path)
     assert same(bits(opt.model), before)
     train(opt, opt.model, 2)
     assert opt.steps == 6
+
+
+def test_the_model_alone_can_be_copied_in_the_block():
+    opt = made()
+    train(opt, opt.model, 4)
+    with opt.merged() as model:
+        copied, inside = copy.deepcopy(model), bits(model)
+    assert same(bits(copied), inside)
+    train(opt, copy.deepcopy(opt).model, 1)  # after it the optimizer can be copied again
+
+
+def test_a_block_stays_open_that_nobody_else_holds():
+    opt, twin = made(), made()
+    for one in (opt, twin):
+        train(one, one.model, 4)
+    twin.finish()
+    opt.merged().__enter__()
+    gc.collect()
+    assert same(bits(opt.model), bits(twin.model))
+    opt._merged.__exit__(None, None, None)
+    train(opt, opt.model, 2)
+
+
+@pytest.mark.parametrize("where", ["reset", "init"])
+def test_in_the_middle_of_a_knot_it_is_refused_by_name(where):
+    def reset(base, old, new):
+        with opt.merged():
+            pass
+
+    def init(start):
+        if start.opt is not None:
+            reset(None, None, None)
+        return torch.ones(start.rank, start.shape[1])
+
+    opt = made(**{where: reset if where == "reset" else init})
+    with pytest.raises(RuntimeError, match=r"merged\(\) during a knot"):
+        train(opt, opt.model, 3)
+    with opt.merged():
+        pass
 
 
 def test_a_listener_and_a_policy_may_look_at_the_merged_model():
