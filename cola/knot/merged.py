@@ -1,5 +1,6 @@
 """The merged model in mid-run: the live link is tied for a while, then everything is put back to the bit."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -101,17 +102,21 @@ class Before:
         self.modules = [(m, m.training, [dict(table) for table in _tables(m)]) for m in model.modules()]
         held = {id(p): p for p in model.parameters()}
         held.update((id(p), p) for group in opt.param_groups for p in group["params"])
-        self.parameters = [(p, p.requires_grad, p.grad, None if odd_storage(p) else p.data) for p in held.values()]
+        self.parameters = [(p, p.requires_grad, p.grad, p.data if _is_plain(p) else None) for p in held.values()]
         self.starts = dict(live.starts.of), dict(live.starts._untouched)
         self.residuals, self.originals = live.residuals, {path: replace(o) for path, o in live.originals.items()}
         dense = [layer.holder for layer in live.layers.values() if not layer.kind.quantized]
         changed: list[Tensor] = [p for module in dense for p in module._parameters.values() if p is not None]
         changed += [layer.lora_B for layer in carriers]
+        changed += [p for group in opt.param_groups for p in group["params"]]
         codes = {id(layer.holder) for layer in live.layers.values() if layer.kind.quantized}
-        changed += [b for m in model.modules() if id(m) not in codes for b in m._buffers.values() if b is not None]
-        if callable(getattr(opt.base, "eval", None)):  # moves what it trains
-            changed += [p for group in opt.param_groups for p in group["params"]]
-        self.values = [(tensor, tensor.detach().clone()) for tensor in changed if not tensor.is_meta]
+        buffers = [b for m in model.modules() if id(m) not in codes for b in m._buffers.values() if b is not None]
+        present = {id(t): t for t in (*held.values(), *changed, *buffers)}.values()
+        memories = {_memory(t) for t in (*changed, *buffers) if _is_plain(t)}
+        self.moved = [(t, t.data) for t in present if _is_plain(t) and _memory(t) in memories]
+        self.trained = [(t, t.data) for group in opt.param_groups for t in group["params"] if _is_plain(t)]
+        odd = [t for t in (*changed, *buffers) if not _is_plain(t) and not t.is_meta]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in odd]
         parts = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
         self.codes = {path: {name: part.clone() for name, part in own.items()} for path, own in parts.items()}
 
@@ -120,6 +125,9 @@ class Before:
         for parameter, *_ in self.parameters:
             parameter.grad = None
         self.live.residuals = {path: residual.clone() for path, residual in self.residuals.items()}
+        # other memory, so that a state dict taken in the block keeps the merged values after it
+        for tensor, data in _apart(self.moved):
+            tensor.data = data
         for handle in self.handles:
             handle.remove()
 
@@ -142,13 +150,17 @@ class Before:
             for table, entries in zip(_tables(module), tables):
                 table.clear()
                 table.update(entries)
+        if self.mode is not None:
+            for tensor, data in self.trained:  # something for the base to move, whatever the block did to it
+                tensor.data = data.clone()
+            self.opt._mode(self.mode)
+        for tensor, data in self.moved:
+            tensor.data = data
         for parameter, _, _, data in self.parameters:  # model.half() in the block gives them other memory
             if data is not None and parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
         live.starts.of, live.starts._untouched = self.starts
         live.residuals, live.originals = self.residuals, self.originals
-        if self.mode is not None:
-            self.opt._mode(self.mode)
         for tensor, value in self.values:
             tensor.copy_(value)
         for path, parts in self.codes.items():
@@ -173,6 +185,31 @@ class Before:
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory can be exchanged."""
+    return not (tensor.is_meta or odd_storage(tensor) or hasattr(tensor, "full_tensor"))
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same number for tensors that share memory."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _apart(tensors: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor with a copy of its data; copies share memory as the data do."""
+    sharing: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for tensor, data in tensors:
+        sharing.setdefault(_memory(data), []).append((tensor, data))
+    for group in sharing.values():
+        if len(group) == 1:
+            ((tensor, data),) = group
+            yield tensor, data.clone()
+            continue
+        memory = group[0][1].untyped_storage().clone()
+        for tensor, data in group:
+            yield tensor, data.new_empty(0).set_(memory, data.storage_offset(), data.shape, data.stride())
 
 
 def _dicts(handle: RemovableHandle) -> list[dict[int, Any]]:

@@ -107,6 +107,7 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
     finished.finish()
     before, state, random = about(opt.model), copy.deepcopy(opt.state_dict()), torch.get_rng_state()
     identities = [id(p) for p in opt.model.parameters()]
+    memory = [p.data_ptr() for p in opt.model.parameters()]
     with opt.merged() as model:
         assert model is opt.model
         inside = about(model)
@@ -114,12 +115,16 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
         assert inside["trained"] == about(finished.model)["trained"]
         assert inside["attributes"] == about(finished.model)["attributes"]
         assert inside["hooks"] == about(finished.model)["hooks"]
-        assert same(bits(model), bits(finished.model))
+        kept = model.state_dict()
+        assert same(kept, bits(finished.model))
         x, _ = batch(0, dtype=dtype)
         assert torch.equal(model.eval()(x), finished.model.eval()(x))
         assert pickle.dumps(model).count(b"cola") == pickle.dumps(finished.model).count(b"cola")
         loss_of(model.train(), 51, dtype).backward()  # none of this is the run's
+        inside = bits(model)
+    assert same(kept, inside)  # what was read in the block stays, without a copy of it
     assert torch.equal(random, torch.get_rng_state())
+    assert memory == [p.data_ptr() for p in opt.model.parameters()]
     assert [id(p) for p in opt.model.parameters()] == identities
     assert about(opt.model) == before == about(twin.model)
     assert same(bits(opt.model), bits(twin.model))
@@ -189,6 +194,26 @@ def test_what_trains_ties_saves_or_loads_is_refused_in_the_block(call, tmp_path)
     assert same(bits(opt.model), before)
     train(opt, opt.model, 2)
     assert opt.steps == 6
+
+
+def test_tensors_that_share_memory_share_it_in_the_block_and_after_it():
+    """A trained head, another Parameter over it, and a buffer that is a row of it."""
+    net = Net()
+    net.frozen = nn.Parameter(net.head.weight.data.t())
+    net.register_buffer("row", net.head.weight.data[1])
+    link = LinkConfig(r=2, target_modules=BODY, modules_to_save=["head"])
+    opt = ChainOptimizer(torch.optim.AdamW, net, NeverKnots(), link=link, lr=0.02)
+    train(opt, net, 2)
+    before = bits(net)
+    with opt.merged() as model:
+        kept, inside = model.state_dict(), bits(model)
+        model.head.weight.data.zero_()
+        assert not model.frozen.any() and not model.row.any()
+    assert not kept["head.weight"].any()
+    assert torch.equal(kept["first.weight"], inside["first.weight"])
+    assert same(bits(net), before)
+    assert net.frozen.data_ptr() == net.head.weight.data_ptr()
+    assert net.row.data_ptr() == net.head.weight[1].data_ptr()
 
 
 def test_the_model_alone_can_be_copied_in_the_block():
