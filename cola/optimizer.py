@@ -299,22 +299,26 @@ class ChainOptimizer(Resumable):
         """The merged model in mid-run, to evaluate or save: ``with opt.merged() as model:``.
 
         Inside the block the model is as `finish` would leave it: plain classes, the original state-dict keys and
-        ``requires_grad``, and the live link in the weights. After it training goes on bit for bit, also if the block
-        raises: weights, gradients, buffers, modes (``model.eval()``) and the base's state are as before. Torch's
-        global random states are left to the block. Of a PeftModel ``model.unload()`` is the plain model, as after
-        `finish`. After `finish` the block just gets the model.
+        ``requires_grad``, and the live link in the weights. A state dict taken inside keeps these values after it; the
+        model itself, and the one that PEFT's ``unload()`` returns, become the run's again.
 
-        It takes the memory of a copy of the adapted weights and of the model's buffers; of the parameters trained
-        alongside too if the base has modes (schedule-free), and of the residuals of compensated rounding. Call it
-        between steps: a loss that waits for its backward does not survive it.
+        After the block training goes on bit for bit, also if the block raises. The adapted layers, the parameters
+        trained alongside, buffers, gradients, modes (``model.eval()``), PEFT's settings and the base's state are as
+        before, whatever the block wrote to them. Frozen parameters are not copied: a warning names those that the
+        block wrote to (not through ``.data``, which leaves no trace). Torch's global random states are left to the
+        block. Do not change the model's structure in the block. After `finish` the block just gets the model.
+
+        It takes the memory of a copy of the adapted weights, of the parameters trained alongside, of the model's
+        buffers, and of the residuals of compensated rounding. Call it between steps: a loss that waits for its
+        backward does not survive it.
 
         Yields:
             The model that was passed in.
 
         Raises:
-            KnotError: the link is not finite, or a layer was changed from outside; nothing has changed.
-            RuntimeError: the model is sharded (FSDP2), or inside another such block. In the block, of whatever trains,
-                ties, saves or loads.
+            KnotError: the link is not finite, or others have replaced a layer or its weight; nothing has changed.
+            RuntimeError: the model is sharded (FSDP2), or during a knot (in ``reset`` or ``init``), or inside another
+                such block. In the block, of whatever trains, ties, saves, loads, copies or pickles the optimizer.
 
         >>> from cola import NeverKnots
         >>> model, link = nn.Sequential(nn.Linear(2, 2)), LinkConfig(r=1, target_modules="all-linear")

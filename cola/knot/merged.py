@@ -1,5 +1,6 @@
 """The merged model in mid-run: the live link is tied for a while, then everything is put back to the bit."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,8 +15,10 @@ from cola.common.distributed import is_sharded
 from cola.lora import quantized
 from cola.lora.coverage import counted
 from cola.lora.layer import rebind
-from cola.lora.names import odd_storage, unwrap
-from cola.lora.peft import PeftLayer
+from cola.lora.names import listed, odd_storage, unwrap
+from cola.lora.peft import PeftLayer, is_of_peft
+
+logger = logging.getLogger("cola")
 
 
 def require_mergeable(opt: Any) -> None:
@@ -65,6 +68,7 @@ class Block(AbstractContextManager[nn.Module]):
                 opt.live.detach(spent=True)
                 before.remind()
                 quantized.hold_layout(unwrap(opt.live.model))  # an evaluation would rearrange the codes
+                before.watch()
                 # the optimizer holds the block, so that one which nobody else holds stays open
                 self.before, opt._merged, opt._numbers = before, self, numbers
         except BaseException:
@@ -88,6 +92,7 @@ class Before:
     def __init__(self, opt: Any) -> None:
         live, model = opt.live, opt.live.model
         self.opt, self.live = opt, live
+        self.watched: list[tuple[str, Tensor, int]] = []
         self.mode: str | None = None  # of a base with modes, once it has left it
         self.checks = opt._loaded, opt._given_back
         carriers = [layer for layer in live.layers.values() if isinstance(layer, PeftLayer)]
@@ -100,21 +105,22 @@ class Before:
         self.told = live.note.told
         self.adapted = [(module, type(module), dict(vars(module))) for module in holders.values()]
         self.modules = [(m, m.training, [dict(table) for table in _tables(m)]) for m in model.modules()]
+        self.settings = [(vars(module), _settings(module)) for module in model.modules()]
         held = {id(p): p for p in model.parameters()}
-        held.update((id(p), p) for group in opt.param_groups for p in group["params"])
+        trained = opt._all_in_groups()
+        held.update((id(p), p) for p in trained)
         self.parameters = [(p, p.requires_grad, p.grad, p.data if _is_plain(p) else None) for p in held.values()]
         self.starts = dict(live.starts.of), dict(live.starts._untouched)
         self.residuals, self.originals = live.residuals, {path: replace(o) for path, o in live.originals.items()}
         dense = [layer.holder for layer in live.layers.values() if not layer.kind.quantized]
         changed: list[Tensor] = [p for module in dense for p in module._parameters.values() if p is not None]
-        changed += [layer.lora_B for layer in carriers]
-        changed += [p for group in opt.param_groups for p in group["params"]]
+        changed += [*(layer.lora_B for layer in carriers), *trained]
         codes = {id(layer.holder) for layer in live.layers.values() if layer.kind.quantized}
         buffers = [b for m in model.modules() if id(m) not in codes for b in m._buffers.values() if b is not None]
         present = {id(t): t for t in (*held.values(), *changed, *buffers)}.values()
         memories = {_memory(t) for t in (*changed, *buffers) if _is_plain(t)}
         self.moved = [(t, t.data) for t in present if _is_plain(t) and _memory(t) in memories]
-        self.trained = [(t, t.data) for group in opt.param_groups for t in group["params"] if _is_plain(t)]
+        self.trained = [(p, p.data) for p in trained if _is_plain(p)]
         odd = [t for t in (*changed, *buffers) if not _is_plain(t) and not t.is_meta]
         self.values = [(tensor, tensor.detach().clone()) for tensor in odd]
         parts = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
@@ -131,6 +137,26 @@ class Before:
         for handle in self.handles:
             handle.remove()
 
+    def watch(self) -> None:
+        """Note the state of the parameters that are not put back, at the beginning of the block."""
+        put_back = {id(t) for t, _ in self.moved} | {id(t) for t, _ in self.values}
+        put_back |= {id(self.live.layers[path].weight) for path in self.codes}
+        names = {id(p): name for name, p in self.live.model.named_parameters()}
+        for p, *_ in self.parameters:
+            if id(p) in names and id(p) not in put_back and not p.is_inference():
+                self.watched.append((names[id(p)], p, p._version))
+
+    def _warn_of_changed(self) -> None:
+        """Name the parameters that keep what the block wrote into them."""
+        changed = [name for name, p, version in self.watched if p._version != version]
+        if changed:
+            logger.warning(
+                "%s: written to inside `with opt.merged()`, and not put back, because the links and the optimizer do "
+                "not change it. The run goes on with the new values, which the chain does not record: load the former "
+                "values again, or evaluate other weights in a copy of the model",
+                listed(changed),
+            )
+
     def remind(self) -> None:
         """Let PEFT's ``save_pretrained`` warn in the block too: its layers stay, with nothing in them."""
         if self.peft:
@@ -141,10 +167,15 @@ class Before:
     def restore(self) -> None:
         """Put everything back."""
         live = self.live
+        self._warn_of_changed()
         for module, kind, attributes in self.adapted:
             module.__class__ = kind
             vars(module).update(attributes)
             rebind(module)
+        for own, settings in self.settings:  # PEFT notes in them what it has merged, disabled and activated
+            for name, (value, former) in settings.items():
+                _refill(value, former)
+                own[name] = value
         for module, training, tables in self.modules:
             module.training = training
             for table, entries in zip(_tables(module), tables):
@@ -164,6 +195,7 @@ class Before:
         for tensor, value in self.values:
             tensor.copy_(value)
         for path, parts in self.codes.items():
+            quantized.renew(live.layers[path].holder)
             quantized.put_parts(live.layers[path].holder, parts)
         for identity, hooks, former in self.hooks:
             kept = {key: hook for key, hook in former.items() if key in hooks or key == identity}
@@ -185,6 +217,29 @@ class Before:
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._parameters, module._buffers, module._modules
+
+
+def _settings(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """PEFT's notes on a module, with copies: all attributes of its own modules, its configuration on the user's."""
+    own, kinds = vars(module), (bool, int, float, str, list, dict, set, tuple, type(None))
+    names = own.keys() - _MODULE if is_of_peft(module) else own.keys() & {"peft_config"}
+    return {name: (own[name], _copied(own[name])) for name in names if isinstance(own[name], kinds)}
+
+
+_MODULE = vars(nn.Module()).keys()  # hooks and tables
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (list, dict, set)) else value
+
+
+def _refill(value: Any, former: Any) -> None:
+    """Give a list, dictionary or set its former contents."""
+    if isinstance(value, list):
+        value[:] = former
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(former)
 
 
 def _is_plain(tensor: Tensor) -> bool:

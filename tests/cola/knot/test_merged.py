@@ -122,7 +122,6 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
         assert pickle.dumps(model).count(b"cola") == pickle.dumps(finished.model).count(b"cola")
         loss_of(model.train(), 51, dtype).backward()  # none of this is the run's
         inside = bits(model)
-    assert same(kept, inside)  # what was read in the block stays, without a copy of it
     assert torch.equal(random, torch.get_rng_state())
     assert memory == [p.data_ptr() for p in opt.model.parameters()]
     assert [id(p) for p in opt.model.parameters()] == identities
@@ -136,6 +135,7 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
     assert same(bits(opt.model), bits(twin.model))
     assert [link.report.delta_norm for link in opt.chain] == [link.report.delta_norm for link in twin.chain]
     assert [link.report.loss for link in opt.chain] == [link.report.loss for link in twin.chain]
+    assert same(kept, inside)  # what was read in the block stays, without a copy of it
 
 
 @pytest.mark.parametrize("when", ["in the block", "on entry"])
@@ -208,7 +208,8 @@ def test_tensors_that_share_memory_share_it_in_the_block_and_after_it():
     with opt.merged() as model:
         kept, inside = model.state_dict(), bits(model)
         model.head.weight.data.zero_()
-        assert not model.frozen.any() and not model.row.any()
+        assert not model.frozen.any()
+        assert not model.row.any()
     assert not kept["head.weight"].any()
     assert torch.equal(kept["first.weight"], inside["first.weight"])
     assert same(bits(net), before)
@@ -301,6 +302,23 @@ def test_what_the_block_does_to_the_model_is_undone():
     assert same(bits(opt.model), bits(twin.model))
     assert len(calls) == 4  # hooks are the user's to remove
     handle.remove()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_loaded_in_the_block_are_put_back_or_named(trained, caplog):
+    opt = made(modules_to_save=["head"] if trained else ())
+    train(opt, opt.model, 4)
+    before = bits(opt.model)
+    with opt.merged() as model:
+        model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    after, said = bits(opt.model), [record.getMessage() for record in caplog.records]
+    kept = () if trained else ("head.weight", "head.bias")
+    assert same({n: v for n, v in after.items() if n not in kept}, {n: v for n, v in before.items() if n not in kept})
+    assert all(torch.equal(after[name], before[name] + 1) for name in kept)
+    assert [text.split(":")[0] for text in said] == ([] if trained else ["head.weight, head.bias"])
+    with opt.merged() as model:  # the words come once
+        loss_of(model, 0)
+    assert len(caplog.records) == len(said)
 
 
 def test_under_inference_mode_it_is_entered_first():
