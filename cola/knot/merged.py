@@ -121,7 +121,7 @@ class Before:
         memories = {_memory(t) for t in (*changed, *buffers) if _is_plain(t)}
         self.moved = [(t, t.data) for t in present if _is_plain(t) and _memory(t) in memories]
         self.trained = [(p, p.data) for p in trained if _is_plain(p)]
-        odd = [t for t in (*changed, *buffers) if not _is_plain(t) and not t.is_meta]
+        odd = [t for t in (*changed, *buffers) if not (_is_plain(t) or t.is_meta or t.is_inference())]
         self.values = [(tensor, tensor.detach().clone()) for tensor in odd]
         parts = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
         self.codes = {path: {name: part.clone() for name, part in own.items()} for path, own in parts.items()}
@@ -151,9 +151,9 @@ class Before:
         changed = [name for name, p, version in self.watched if p._version != version]
         if changed:
             logger.warning(
-                "%s: written to inside `with opt.merged()`, and not put back, because the links and the optimizer do "
-                "not change it. The run goes on with the new values, which the chain does not record: load the former "
-                "values again, or evaluate other weights in a copy of the model",
+                "%s: written to inside `with opt.merged()` and not put back, because only what the optimizer trains is "
+                "copied. The run goes on with the new values, which the chain does not record: load the former values "
+                "again, or evaluate other weights in a copy of the model",
                 listed(changed),
             )
 
@@ -244,7 +244,8 @@ def _refill(value: Any, former: Any) -> None:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's memory can be exchanged."""
-    return not (tensor.is_meta or odd_storage(tensor) or hasattr(tensor, "full_tensor"))
+    fixed = tensor.is_meta or tensor.is_inference()
+    return not (fixed or odd_storage(tensor) or hasattr(tensor, "full_tensor"))
 
 
 def _memory(tensor: Tensor) -> int:

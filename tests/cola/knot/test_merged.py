@@ -328,6 +328,11 @@ def test_under_inference_mode_it_is_entered_first():
         pass
     with opt.merged() as model, torch.inference_mode():
         loss_of(model, 0)
+        model.register_buffer("cache", torch.ones(1))
+    with torch.inference_mode():
+        opt.model.register_buffer("cache", torch.ones(1))
+    with opt.merged() as model, torch.inference_mode():
+        loss_of(model, 0)
     train(opt, opt.model, 2)
 
 
