@@ -4,7 +4,7 @@ import html
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
@@ -138,7 +138,8 @@ class ChainOptimizer(Resumable):
         self._bound: list[nn.Parameter] | None = self._all_trained()
         self.steps = 0
         self.finished = False
-        self._knotting = self._merged = False
+        self._knotting = self._tying = False
+        self._merged: merged.Block | None = None  # the open one
         self._integrated = False  # whether an integration finishes the chain, or the user was told that none does
         self._held = {}
         self._untrained = Untrained()
@@ -295,27 +296,30 @@ class ChainOptimizer(Resumable):
         if kind is None and not self.finished:
             self.finish()
 
-    @contextmanager
-    def merged(self) -> Iterator[nn.Module]:
+    def merged(self) -> AbstractContextManager[nn.Module]:
         """The merged model in mid-run, to evaluate or save: ``with opt.merged() as model:``.
 
         Inside the block the model is as `finish` would leave it: plain classes, the original state-dict keys and
-        ``requires_grad``, and the live link in the weights. After it training goes on bit for bit, also if the block
-        raises: weights, gradients, buffers, modes (``model.eval()``) and the base's state are as before. Torch's
-        global random states are left to the block. Of a PeftModel ``model.unload()`` is the plain model, as after
-        `finish`. After `finish` the block just gets the model.
+        ``requires_grad``, and the live link in the weights. A state dict taken inside keeps these values after it; the
+        model itself, and the one that PEFT's ``unload()`` returns, become the run's again.
 
-        It takes the memory of a copy of the adapted weights and of the model's buffers; of the parameters trained
-        alongside too if the base has modes (schedule-free), and of the residuals of compensated rounding. Call it
-        between steps: a loss that waits for its backward does not survive it.
+        After the block training goes on bit for bit, also if the block raises. The adapted layers, the parameters
+        trained alongside, buffers, gradients, modes (``model.eval()``), PEFT's settings and the base's state are as
+        before, whatever the block wrote to them. Frozen parameters are not copied: a warning names those that the
+        block wrote to (not through ``.data``, which leaves no trace). Torch's global random states are left to the
+        block. Do not change the model's structure in the block. After `finish` the block just gets the model.
+
+        It takes the memory of a copy of the adapted weights, of the parameters trained alongside, of the model's
+        buffers, and of the residuals of compensated rounding. Call it between steps: a loss that waits for its
+        backward does not survive it.
 
         Yields:
             The model that was passed in.
 
         Raises:
-            KnotError: the link is not finite, or a layer was changed from outside; nothing has changed.
-            RuntimeError: the model is sharded (FSDP2), or inside another such block. In the block, of whatever trains,
-                ties, saves or loads.
+            KnotError: the link is not finite, or others have replaced a layer or its weight; nothing has changed.
+            RuntimeError: the model is sharded (FSDP2), or during a knot (in ``reset`` or ``init``), or inside another
+                such block. In the block, of whatever trains, ties, saves, loads, copies or pickles the optimizer.
 
         >>> from cola import NeverKnots
         >>> model, link = nn.Sequential(nn.Linear(2, 2)), LinkConfig(r=1, target_modules="all-linear")
@@ -324,19 +328,11 @@ class ChainOptimizer(Resumable):
         ...     sorted(model.state_dict())
         ['0.bias', '0.weight']
         """
-        if self.finished:
-            yield self.model
-            return
-        self._require_running("merged()")
-        merged.require_mergeable(self)
-        self._require_trainable()
-        numbers = counted(self.live.model, self._all_in_groups())
-        with merged.merged(self):
-            self._merged, self._numbers = True, numbers
-            try:
-                yield self.model
-            finally:
-                self._merged, self._numbers = False, None
+        return merged.Block(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_unmerged("copying or pickling the optimizer")
+        return super().__getstate__()
 
     # everything else that a user calls; saving and loading are in Resumable
 
@@ -454,7 +450,7 @@ class ChainOptimizer(Resumable):
         self._require_outside_a_knot("tie()")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a knot cannot be tied under torch.inference_mode(): leave it first (no_grad is fine)")
-        self._knotting = True
+        self._knotting = self._tying = True
         try:
             self._require_trainable()
             self._require_weights()
@@ -472,7 +468,7 @@ class ChainOptimizer(Resumable):
                     self._mode(mode)
                     self._held = weights_of(self.live)
         finally:
-            self._knotting = False
+            self._knotting = self._tying = False
 
     def _announce(self, report: KnotReport) -> None:
         logger.info("%s", report)

@@ -51,6 +51,11 @@ def is_peft_model(module: nn.Module) -> bool:
     return any(c.__name__ == "PeftModel" and c.__module__.split(".")[0] == "peft" for c in type(module).__mro__)
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether PEFT has put ``module`` into the model: a `PeftModel`, a tuner, a layer or a wrapper."""
+    return any(c.__module__.split(".")[0] == "peft" for c in type(module).__mro__)
+
+
 def inner_model(module: nn.Module) -> nn.Module:
     """The user's model inside a `PeftModel`."""
     tuner: Any = module.base_model

@@ -280,6 +280,11 @@ def put_parts(module: nn.Module, found: Mapping[str, Tensor]) -> None:
             module._buffers[name] = found[name].to(codes.device, copy=True) if name in found else none
 
 
+def renew(module: nn.Module) -> None:
+    """Copy a layer's codes and scales into other memory, so that writing them leaves what was read as it is."""
+    codes_of(module).renew()
+
+
 def part_names(module: nn.Module) -> list[str]:
     """Names of the tensors that make up the weight, in a state dict of the untouched layer."""
     return list(codes_of(module).stored())

@@ -52,6 +52,10 @@ class Codes(ABC):
         """Make ``stored`` the weight, in place: the layer keeps its tensor objects."""
 
     @abstractmethod
+    def renew(self) -> None:
+        """Copy the codes and scales into other memory; the weight stays the same object."""
+
+    @abstractmethod
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         """A function from rows to their values in fp32, on the layer's device."""
 
@@ -103,6 +107,12 @@ class _FourBit(Codes):
         if mine.nested:
             mine.state2.absmax.copy_(theirs.state2.absmax)
             mine.offset.copy_(theirs.offset)
+
+    def renew(self) -> None:
+        weight, state = self.module.weight, self.module.weight.quant_state
+        weight.data, state.absmax = weight.data.clone(), state.absmax.clone()
+        if state.nested:
+            state.state2.absmax = state.state2.absmax.clone()
 
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
@@ -172,6 +182,12 @@ class _EightBit(Codes):
         mine["weight"].copy_(stored["weight"])
         mine["SCB"].copy_(stored["SCB"])
         self.module.weight.copy_(stored["weight"])  # the same memory, unless the layer has been copied
+
+    def renew(self) -> None:
+        module = self.module
+        held = module.weight if module.state.CB is None else module.state
+        held.CB, held.SCB = held.CB.clone(), held.SCB.clone()
+        module.weight.data = held.CB
 
     def decoder(self, stored: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         codes, scales = stored["weight"].to(self.device), stored["SCB"].to(self.device)

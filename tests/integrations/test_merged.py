@@ -32,8 +32,10 @@ def test_quantised_layers(kind, how, steps):
     with opt.merged() as model:
         assert [type(m) for m in model.modules()] == [type(m) for m in finished.model.modules()]
         assert nets.same(model, finished.model)
+        kept, inside = model.state_dict(), states(model)
         with torch.no_grad():
             model.eval()(nets.inputs(0))
+    assert same(kept, inside)
     assert nets.same(opt.model, twin.model)
     assert nets.train(opt, opt.model, 5, start=steps) == nets.train(twin, twin.model, 5, start=steps)
     opt.finish(), twin.finish()
@@ -87,6 +89,45 @@ def test_pefts_layers_stay_with_a_link_of_zeros_and_can_be_unloaded(changes, ste
     assert same(states(opt.model), states(twin.model))
     merged = tiny_opt()
     merged.load_state_dict(type(merged).from_pretrained(tmp_path).state_dict())
+
+
+#: what a user may do in the block to a PEFT model
+PEFT_CALLS = {
+    "unload": lambda model: model.unload(),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "disable_adapter_layers": lambda model: model.base_model.disable_adapter_layers(),
+    "delete_adapter": lambda model: model.delete_adapter("default"),
+    "set_adapter": lambda model: (
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"])),
+        model.set_adapter("other"),
+    ),
+}
+
+
+def peft_settings(model):
+    """What PEFT notes on its modules, as text."""
+    kinds, tables = (bool, int, float, str, list, dict, type(None)), vars(nn.Module()).keys() - {"training"}
+    return [
+        {name: repr(value) for name, value in vars(m).items() if isinstance(value, kinds) and name not in tables}
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("call", PEFT_CALLS)
+def test_what_a_call_of_peft_does_in_the_block_is_undone(call):
+    opt = peft_run(modules_to_save=["lm_head"])
+    peft_steps(opt, range(4))
+    twin = copy.deepcopy(opt)
+    with torch.random.fork_rng(devices=[]), opt.merged() as model:
+        PEFT_CALLS[call](model)
+    assert peft_settings(opt.model) == peft_settings(twin.model)
+    assert same(states(opt.model), states(twin.model))
+    assert [p.requires_grad for p in opt.model.parameters()] == [p.requires_grad for p in twin.model.parameters()]
+    for one in (opt, twin):
+        peft_steps(one, range(4, 8))
+        one.finish()
+    assert same(states(opt.model), states(twin.model))
 
 
 @pytest.fixture

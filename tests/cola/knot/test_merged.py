@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import pickle
 
 import pytest
@@ -106,6 +107,7 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
     finished.finish()
     before, state, random = about(opt.model), copy.deepcopy(opt.state_dict()), torch.get_rng_state()
     identities = [id(p) for p in opt.model.parameters()]
+    memory = [p.data_ptr() for p in opt.model.parameters()]
     with opt.merged() as model:
         assert model is opt.model
         inside = about(model)
@@ -113,12 +115,15 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
         assert inside["trained"] == about(finished.model)["trained"]
         assert inside["attributes"] == about(finished.model)["attributes"]
         assert inside["hooks"] == about(finished.model)["hooks"]
-        assert same(bits(model), bits(finished.model))
+        kept = model.state_dict()
+        assert same(kept, bits(finished.model))
         x, _ = batch(0, dtype=dtype)
         assert torch.equal(model.eval()(x), finished.model.eval()(x))
         assert pickle.dumps(model).count(b"cola") == pickle.dumps(finished.model).count(b"cola")
         loss_of(model.train(), 51, dtype).backward()  # none of this is the run's
+        inside = bits(model)
     assert torch.equal(random, torch.get_rng_state())
+    assert memory == [p.data_ptr() for p in opt.model.parameters()]
     assert [id(p) for p in opt.model.parameters()] == identities
     assert about(opt.model) == before == about(twin.model)
     assert same(bits(opt.model), bits(twin.model))
@@ -130,6 +135,7 @@ def test_inside_it_is_the_finished_model_and_after_it_the_run_goes_on(case):
     assert same(bits(opt.model), bits(twin.model))
     assert [link.report.delta_norm for link in opt.chain] == [link.report.delta_norm for link in twin.chain]
     assert [link.report.loss for link in opt.chain] == [link.report.loss for link in twin.chain]
+    assert same(kept, inside)  # what was read in the block stays, without a copy of it
 
 
 @pytest.mark.parametrize("when", ["in the block", "on entry"])
@@ -171,6 +177,8 @@ CALLS = {
     "add_param_group": lambda opt, path: opt.add_param_group({"params": [opt.model.head.weight]}),
     "merged": lambda opt, path: opt.merged().__enter__(),
     "with": lambda opt, path: opt.__enter__(),
+    "copying": lambda opt, path: copy.deepcopy(opt),
+    "pickling": lambda opt, path: pickle.dumps(opt),
 }
 
 
@@ -186,6 +194,66 @@ def test_what_trains_ties_saves_or_loads_is_refused_in_the_block(call, tmp_path)
     assert same(bits(opt.model), before)
     train(opt, opt.model, 2)
     assert opt.steps == 6
+
+
+def test_tensors_that_share_memory_share_it_in_the_block_and_after_it():
+    """A trained head, another Parameter over it, and a buffer that is a row of it."""
+    net = Net()
+    net.frozen = nn.Parameter(net.head.weight.data.t())
+    net.register_buffer("row", net.head.weight.data[1])
+    link = LinkConfig(r=2, target_modules=BODY, modules_to_save=["head"])
+    opt = ChainOptimizer(torch.optim.AdamW, net, NeverKnots(), link=link, lr=0.02)
+    train(opt, net, 2)
+    before = bits(net)
+    with opt.merged() as model:
+        kept, inside = model.state_dict(), bits(model)
+        model.head.weight.data.zero_()
+        assert not model.frozen.any()
+        assert not model.row.any()
+    assert not kept["head.weight"].any()
+    assert torch.equal(kept["first.weight"], inside["first.weight"])
+    assert same(bits(net), before)
+    assert net.frozen.data_ptr() == net.head.weight.data_ptr()
+    assert net.row.data_ptr() == net.head.weight[1].data_ptr()
+
+
+def test_the_model_alone_can_be_copied_in_the_block():
+    opt = made()
+    train(opt, opt.model, 4)
+    with opt.merged() as model:
+        copied, inside = copy.deepcopy(model), bits(model)
+    assert same(bits(copied), inside)
+    train(opt, copy.deepcopy(opt).model, 1)  # after it the optimizer can be copied again
+
+
+def test_a_block_stays_open_that_nobody_else_holds():
+    opt, twin = made(), made()
+    for one in (opt, twin):
+        train(one, one.model, 4)
+    twin.finish()
+    opt.merged().__enter__()
+    gc.collect()
+    assert same(bits(opt.model), bits(twin.model))
+    opt._merged.__exit__(None, None, None)
+    train(opt, opt.model, 2)
+
+
+@pytest.mark.parametrize("where", ["reset", "init"])
+def test_in_the_middle_of_a_knot_it_is_refused_by_name(where):
+    def reset(base, old, new):
+        with opt.merged():
+            pass
+
+    def init(start):
+        if start.opt is not None:
+            reset(None, None, None)
+        return torch.ones(start.rank, start.shape[1])
+
+    opt = made(**{where: reset if where == "reset" else init})
+    with pytest.raises(RuntimeError, match=r"merged\(\) during a knot"):
+        train(opt, opt.model, 3)
+    with opt.merged():
+        pass
 
 
 def test_a_listener_and_a_policy_may_look_at_the_merged_model():
@@ -236,11 +304,33 @@ def test_what_the_block_does_to_the_model_is_undone():
     handle.remove()
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_loaded_in_the_block_are_put_back_or_named(trained, caplog):
+    opt = made(modules_to_save=["head"] if trained else ())
+    train(opt, opt.model, 4)
+    before = bits(opt.model)
+    with opt.merged() as model:
+        model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    after, said = bits(opt.model), [record.getMessage() for record in caplog.records]
+    kept = () if trained else ("head.weight", "head.bias")
+    assert same({n: v for n, v in after.items() if n not in kept}, {n: v for n, v in before.items() if n not in kept})
+    assert all(torch.equal(after[name], before[name] + 1) for name in kept)
+    assert [text.split(":")[0] for text in said] == ([] if trained else ["head.weight, head.bias"])
+    with opt.merged() as model:  # the words come once
+        loss_of(model, 0)
+    assert len(caplog.records) == len(said)
+
+
 def test_under_inference_mode_it_is_entered_first():
     opt = made()
     train(opt, opt.model, 2)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="enter it inside the block"), opt.merged():
         pass
+    with opt.merged() as model, torch.inference_mode():
+        loss_of(model, 0)
+        model.register_buffer("cache", torch.ones(1))
+    with torch.inference_mode():
+        opt.model.register_buffer("cache", torch.ones(1))
     with opt.merged() as model, torch.inference_mode():
         loss_of(model, 0)
     train(opt, opt.model, 2)
