@@ -79,7 +79,10 @@ def require_equal(directory, n, wanted, start=0):
 
 @pytest.mark.long
 def test_whole_runs_equal_one_process(tmp_path):
-    """Two processes, four being met below. Three knots; a plateau that the processes see in different losses; masked ranks; B alone, tied by gain."""
+    """Three knots; a plateau that the processes see in different losses; masked ranks; B alone, tied by gain.
+
+    Two processes; the tests below go on in four.
+    """
     runs = [
         (kind, tmp_path / f"{kind}-{name}", *options)
         for kind in ("ddp", "fsdp2")
