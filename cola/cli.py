@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cola.chain import replay
+from cola.chain import replay, spectrum
 from cola.chain.chain import Chain
 from cola.chain.files import write
 from cola.chain.hub import load_base, save_merged
@@ -323,14 +323,13 @@ def _rows(chain: Chain, links: Sequence[dict[str, Any]]) -> list[list[Any]]:
 def _layers(chain: Chain) -> dict[str, Any]:
     if not chain.keep or chain.missing:
         return {}
-    ranks, norms = chain.effective_rank(), chain.norms()
-    found = {}
+    norms, found = chain.norms(), {}
     for layer in chain.layers():
         factor = next(link.factors[layer] for link in chain if layer in link.factors)
         values = chain.singular_values(layer)
         found[layer] = {
             "shape": f"{factor.B.shape[0]}×{factor.A.shape[1]}",
-            "rank": ranks[layer],
+            "rank": spectrum.count(values, factor),  # as Chain.effective_rank, without another SVD
             "norm": values.square().sum().sqrt().item(),
             "norms": norms[layer],
             "singular_values": values.tolist(),
