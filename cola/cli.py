@@ -16,7 +16,7 @@ from cola.chain.files import write
 from cola.chain.hub import load_base, save_merged
 from cola.chain.on_disk import CHAIN, CHECKPOINT
 from cola.chain.plot import draw
-from cola.chain.summary import COLUMNS
+from cola.chain.summary import COLUMNS, plain
 from cola.chain.summary import table as _table
 from cola.checkpoint.directory import read_run
 from cola.checkpoint.untied_link import UntiedLink, read_untied_link
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     try:
-        print(json.dumps(_plain(result), indent=1) if arguments.json else text, flush=True)
+        print(json.dumps(plain(result), indent=1) if arguments.json else text, flush=True)
     except BrokenPipeError:  # the reader (head) has seen enough: keep Python from flushing at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
@@ -77,7 +77,7 @@ def inspect(arguments: argparse.Namespace) -> Answer:
             result["figure"], wrote = str(out / "inspect.png"), "inspect.png and inspect.json"
         except (ImportError, ValueError) as error:  # the tables need no picture
             lines += ["", f"no picture: {error}"]
-        write(out / "inspect.json", json.dumps(_plain(result), indent=1).encode())
+        write(out / "inspect.json", json.dumps(plain(result), indent=1).encode())
         lines += ["", f"wrote {wrote} to {out}"]
     return result, "\n".join(lines), 0
 
@@ -132,7 +132,7 @@ def verify(arguments: argparse.Namespace) -> Answer:
     if untied is not None:
         lines.append(f"note  {untied}, is not included: it is in the checkpoint alone")
     if arguments.out is not None:
-        write(arguments.out / "verify.json", json.dumps(_plain(result), indent=1).encode())
+        write(arguments.out / "verify.json", json.dumps(plain(result), indent=1).encode())
     return result, "\n".join(lines), int(failed)
 
 
@@ -362,15 +362,6 @@ def _require_as_reported(model: Any, chain: Chain) -> None:
                     f"link {link.index} on layer {layer!r} adds {tie.delta:.6g} and loses {tie.lost:.6g} to rounding; "
                     f"its knot reported {report.delta_norm:.6g} and {report.lost_norm:.6g}"
                 )
-
-
-def _plain(value: Any) -> Any:
-    """Replace infinities and NaN, which JSON lacks, by null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value - value != 0 else value
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ def load_base(
         raise ValueError("--base is empty: give a model directory or a hub name")
     if not directory.is_dir() and _is_a_path(name):
         raise ValueError(f"--base {name}: there is no such directory")
-    # a mistyped path, or a model of the hub whose owner's name a directory here has
-    unclear = not directory.is_dir() and "/" in name and directory.parent.is_dir()
+    unclear = _may_be_a_path(name)
     try:
         import transformers
     except ImportError:
@@ -104,7 +103,8 @@ def save_merged(
     if base.is_dir() and not any(path.name.startswith(_TOKENIZER) for path in base.iterdir()):
         return  # transformers would invent one
     try:
-        local = {"trust_remote_code": trust_remote_code, "local_files_only": offline or base.is_dir()}
+        here = offline or base.is_dir() or _may_be_a_path(name)
+        local = {"trust_remote_code": trust_remote_code, "local_files_only": here}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
         tokenizer.save_pretrained(directory)
     except Exception:  # it needs code or packages; the weights are saved, and they matter
@@ -130,6 +130,12 @@ def _class_of(config: Any, name: str, trust_remote_code: bool, transformers: Any
 def _is_a_path(name: str) -> bool:
     """Whether a name cannot be one on the hub."""
     return name.startswith((".", "/", "~")) or len(name.replace("\\", "/").split("/")) > 2
+
+
+def _may_be_a_path(name: str) -> bool:
+    """Whether a name is a mistyped path, or one on the hub whose owner's name a directory here has."""
+    directory = Path(name)
+    return not directory.is_dir() and "/" in name and directory.parent.is_dir()
 
 
 def _hub_is_off() -> bool:

@@ -73,7 +73,7 @@ class ChainSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """``{"links": [{"index": 0, "step": …}, …]}`` as JSON values; a number that is not finite is None."""
-        return {"links": [{name: _plain(value) for name, value in asdict(row).items()} for row in self.rows]}
+        return {"links": [plain(asdict(row)) for row in self.rows]}
 
     def to_frame(self) -> Any:
         """The rows as a `pandas.DataFrame`, with the links' indices as its index.
@@ -133,5 +133,10 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value with infinities and NaN, which JSON lacks, replaced by null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
