@@ -69,6 +69,20 @@ def test_weights_alone_without_a_chain_are_refused_before_anything_moves(tmp_pat
     assert opt.steps == 0
 
 
+@pytest.mark.parametrize("names", [["model.safetensors"], ["model.safetensors", "optimizer.pt", "scheduler.pt"]])
+def test_a_checkpoint_that_was_cut_off_is_refused_as_such(tmp_path, names):
+    """A kill in the middle of writing left it: the Trainer writes its own state last."""
+    whole_run(tiny_opt, tmp_path)
+    (tmp_path / "checkpoint-9").mkdir()
+    for name in names:
+        shutil.copy(tmp_path / "checkpoint-6" / name, tmp_path / "checkpoint-9")
+    part = trainer_of(tiny_opt(), tmp_path)
+    opt = attach(part, torch.optim.AdamW, policy(), link=LINK)
+    with pytest.raises(ValueError, match=r"checkpoint-9': the checkpoint is not whole.*resume from the one before"):
+        part.train(resume_from_checkpoint=True)
+    assert opt.steps == 0
+
+
 def test_the_links_alone_do_not_stand_in(tmp_path):
     """What `Chain.save` writes has no live link."""
     _, opt = whole_run(tiny_opt, tmp_path, save_only_model=True)
