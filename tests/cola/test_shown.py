@@ -47,6 +47,7 @@ def everything(opt):
         opt.live,
         opt.coverage(),
         opt.chain.summary(),
+        *([] if opt.chain.base is None else [opt.chain.base]),
         *opt.reports,
         *opt.chain,
         *factors,
