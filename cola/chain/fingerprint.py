@@ -74,7 +74,8 @@ class Fingerprint:
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
-        return f"Fingerprint({self.digest}, {len(self.layers)} layers{name})"
+        layers = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
+        return f"Fingerprint({self.digest}, {layers}{name})"
 
     def prints(self) -> dict[str, LayerPrint | TensorPrint]:
         """All prints, by the name of the tensor."""

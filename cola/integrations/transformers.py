@@ -136,6 +136,9 @@ class ChainCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the policy the step's loss, and the number of epochs after the coming step."""
+        if state.global_step >= state.max_steps:  # resumed from the last step, the Trainer takes another one
+            self.opt.zero_grad()  # which then does not count
+            return
         if self.losses:  # each is a micro-batch's share of the step's loss
             self.opt._optimised(torch.stack(self.losses).sum())
         loader = kwargs.get("train_dataloader")
