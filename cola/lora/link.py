@@ -96,7 +96,8 @@ class KnotReport:
         share = f" (at most {per_cent(self.share)} of a layer's ‖W‖)" if self.share else ""
         # stochastic rounding loses nothing on average: the norm is that of its noise
         noise = bool(self.layers) and all(layer.rounding == "stochastic" for layer in self.layers.values())
-        lost = f"{'rounding noise ' if noise else ''}{small_share(self.lost)} of it{'' if noise else ' lost to rounding'}"
+        lost = f"{small_share(self.lost)} of it"
+        lost = f"rounding noise {lost}" if noise else f"{lost} lost to rounding"
         return (
             f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}{share}, "
             f"{lost}{loss}, {self.seconds * 1000:.1f} ms"

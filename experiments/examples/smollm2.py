@@ -1,7 +1,8 @@
 """A language model learns to write bookings as JSON: ``python -m experiments.examples.smollm2 [--steps 30]``.
 
 From the untouched model to text of the fine-tuned one: Trainer with a chain, checkpoints, an adapter for PEFT, a merged
-model. Killed and called again, it goes on from the last checkpoint and ends with the same bits. All files go to ``out/``.
+model. All files go to ``out/``. Killed and called again, it goes on from the last checkpoint there and ends with the same
+bits; remove ``out/`` for a new run.
 """
 
 import argparse
@@ -23,7 +24,8 @@ def bookings():
     """Requests for a table, and what the model should answer."""
     asks = ["A table for {guests} on {day}, please. {name}", "{name} would like to come on {day}, party of {guests}.",
             "Hi, it's {name}. Are {guests} seats free on {day}?", "{day}, {guests} people, under {name}."]  # fmt: skip
-    names, days = "Ines Otto Mara Jun Kofi Lena Omar Ruth".split(), "Monday Tuesday Wednesday Thursday Friday".split()
+    names = ["Ines", "Otto", "Mara", "Jun", "Kofi", "Lena", "Omar", "Ruth"]
+    days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
     for i in range(64):
         booking = {"name": names[i % 8], "guests": 2 + i % 7, "day": days[i % 5]}
         yield {"prompt": asks[i // 2 % 4].format(**booking), "completion": json.dumps(booking)}
@@ -37,7 +39,7 @@ def chat(prompt):
 
 def example(prompt, completion):
     """Tokens and labels: the loss is that of the answer alone."""
-    before, answer = chat(prompt), tokenizer.encode(completion, add_special_tokens=False) + [tokenizer.eos_token_id]
+    before, answer = chat(prompt), [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
     return {"input_ids": before + answer, "labels": [-100] * len(before) + answer}
 
 
