@@ -1,8 +1,8 @@
 """A language model learns to write bookings as JSON: ``python -m experiments.examples.smollm2 [--steps 30]``.
 
 From the untouched model to text of the fine-tuned one: Trainer with a chain, checkpoints, an adapter for PEFT, a merged
-model. All files go to ``out/``. Killed and called again, it goes on from the last checkpoint there and ends with the same
-bits; remove ``out/`` for a new run.
+model. All files go to ``out/``. Killed and called again, it goes on from the last checkpoint there and ends with the
+same bits; remove ``out/`` for a new run.
 """
 
 import argparse
