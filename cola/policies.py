@@ -159,9 +159,13 @@ class KnotPolicy(ABC):
     def __and__(self, other: "KnotPolicy") -> "KnotPolicy":
         return _Both(self, other)
 
+    def _given(self) -> list[str]:
+        """The constructor's arguments that are attributes."""
+        return [name for name in inspect.signature(type(self).__init__).parameters if name in self._attributes()]
+
     def __repr__(self) -> str:
         own, parameters = self._attributes(), inspect.signature(type(self).__init__).parameters
-        given = [name for name in parameters if name in own]
+        given = self._given()
         shown = ", ".join(
             f"{name}={' '.join(_SHORT.repr(own[name]).split())}"
             for name in given or own

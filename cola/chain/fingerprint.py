@@ -72,6 +72,11 @@ class Fingerprint:
         parts += [f"{name} {asdict(other)}" for name, other in sorted((self.others or {}).items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f", name={self.name!r}"
+        layers = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
+        return f"Fingerprint({self.digest}, {layers}{name})"
+
     def prints(self) -> dict[str, LayerPrint | TensorPrint]:
         """All prints, by the name of the tensor."""
         return {**{weight_of(path): layer for path, layer in self.layers.items()}, **(self.others or {})}

@@ -67,11 +67,16 @@ def _replacement(trainer: Any, directory: str) -> Path | None:
     """The chain to load instead of a checkpoint's weights; None if the optimizer's state is there.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is there, or the checkpoint was cut off while it was written.
     """
     if not os.path.isdir(directory):
         return None  # the trainer raises
     names = os.listdir(directory)
+    if "trainer_state.json" not in names:  # the Trainer writes it last
+        raise ValueError(
+            f"resume_from_checkpoint={directory!r}: the checkpoint is not whole, it has no trainer_state.json (the run "
+            "was stopped while writing it). Remove it, and resume from the one before"
+        )
     states = [
         name
         for name in names

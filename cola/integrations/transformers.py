@@ -136,6 +136,9 @@ class ChainCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the policy the step's loss, and the number of epochs after the coming step."""
+        if state.global_step >= state.max_steps:  # resumed from the last step, the Trainer takes another one
+            self.opt.zero_grad()  # which then does not count
+            return
         if self.losses:  # each is a micro-batch's share of the step's loss
             self.opt._optimised(torch.stack(self.losses).sum())
         loader = kwargs.get("train_dataloader")
@@ -172,6 +175,7 @@ class ChainCallback(TrainerCallback):
             self.trainer._load_optimizer_and_scheduler(state.best_model_checkpoint)
         if not self.finish:
             return
+        self.opt.live.note.unloads = is_peft_model(self.opt.model)
         self.opt.finish()
         self._log()
         if self.save_chain and args.should_save and not self.opt.chain.missing:
@@ -188,7 +192,8 @@ class ChainCallback(TrainerCallback):
     def _log(self) -> None:
         for report in self.reports:
             norms = {"knot_delta_norm": report.delta_norm, "knot_lost_norm": report.lost_norm}
-            self.trainer.log({"knot": report.index, "knot_rank": report.rank, **norms})
+            entry = {"knot": report.index, "knot_rank": report.rank, **norms}
+            Trainer.log(self.trainer, entry)  # TRL's log would give the knot its averages, and the loss none
         self.reports.clear()
 
 

@@ -85,5 +85,6 @@ def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
         name = type(module).__name__
         if name == "Linear":  # another library's
             name = f"{type(module).__module__}.{name}"
-        return f"is a {name}: links go on nn.Linear and transformers' Conv1D (others: cola.register_kind)"
+        article = "an" if name[0] in "AEIOU" else "a"
+        return f"is {article} {name}: links go on nn.Linear and transformers' Conv1D (others: cola.register_kind)"
     return kind.refusal(module, stacked=stacked)

@@ -94,9 +94,13 @@ class KnotReport:
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         share = f" (at most {per_cent(self.share)} of a layer's ‖W‖)" if self.share else ""
+        # stochastic rounding loses nothing on average: the norm is that of its noise
+        noise = bool(self.layers) and all(layer.rounding == "stochastic" for layer in self.layers.values())
+        lost = f"{small_share(self.lost)} of it"
+        lost = f"rounding noise {lost}" if noise else f"{lost} lost to rounding"
         return (
             f"knot {self.index} after step {self.step}: rank {self.rank}, ‖ΔW‖ {self.delta_norm:.4g}{share}, "
-            f"{small_share(self.lost)} of it lost to rounding{loss}, {self.seconds * 1000:.1f} ms"
+            f"{lost}{loss}, {self.seconds * 1000:.1f} ms"
         )
 
 

@@ -385,7 +385,7 @@ class LiveLink:
 
     def warn_of_empty_layers(self) -> None:
         """Say that a PEFT model's own ``save_pretrained`` would lose the chain, once it is finished."""
-        if any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
+        if not self.note.unloads and any(isinstance(layer, PeftLayer) for layer in self.layers.values()):
             logger.warning(
                 "PEFT's layers stay on the model with B = 0, so its save_pretrained() writes an adapter of zeros: call "
                 "unload() for the plain model, or opt.chain.to_peft(directory) for an adapter with all links"

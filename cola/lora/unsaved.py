@@ -29,12 +29,14 @@ class SaveStatus:
         in_checkpoint: a framework is writing a checkpoint, which is to hold the live link.
         told: the warning has been given.
         merged: the live link is tied for a while (`ChainOptimizer.merged`).
+        unloads: PEFT's layers are taken off the model as soon as the chain is finished.
     """
 
     tied: int = 0
     in_checkpoint: bool = False
     told: bool = False
     merged: bool = False
+    unloads: bool = False
 
 
 class WarningSave:

@@ -77,7 +77,7 @@ TABLE = [
     (lambda: make(target_modules="("), ValueError, r"target_modules='\(' is not a regular expression"),
     (lambda: make(target_modules=None), ValueError, r"target_modules=None means the query and value.*first"),
     (lambda: make(nn.Sequential(nn.ReLU()), target_modules="all-linear"), ValueError, "has no linear layer"),
-    (lambda: make(nn.Sequential(nn.Embedding(3, 3)), target_modules=["0"]), ValueError, "layer '0' is a Embedding"),
+    (lambda: make(nn.Sequential(nn.Embedding(3, 3)), target_modules=["0"]), ValueError, "layer '0' is an Embedding"),
     (lambda: make(nn.Sequential(nn.Conv2d(3, 3, 1)), target_modules=["0"]), ValueError, "layer '0' is a Conv2d: links"),
     (lambda: make(nn.Sequential(OwnForward(3, 3)), target_modules=["0"]), ValueError, "that overrides forward"),
     (lambda: make(attention(), target_modules=["out_proj"]), ValueError, "output projection of nn.MultiheadAttention"),

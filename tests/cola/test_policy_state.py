@@ -260,3 +260,8 @@ def test_an_optimizer_refuses_such_a_state_before_anything_changes(tmp_path):
             load(other)
         assert repr(other.state_dict()) == before
         assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_shown_are_the_settings_which_no_step_changes(name):
+    assert repr(run(MAKERS[name]())) == repr(MAKERS[name]())

@@ -47,6 +47,7 @@ def everything(opt):
         opt.live,
         opt.coverage(),
         opt.chain.summary(),
+        *([] if opt.chain.base is None else [opt.chain.base]),
         *opt.reports,
         *opt.chain,
         *factors,
@@ -211,3 +212,10 @@ def test_a_rank_that_shrinks_is_counted(capsys):
     assert shown(opt, capsys).startswith("trainable params: 48 || ")
     train(opt, model, 3)
     assert shown(opt, capsys).startswith("trainable params: 24 || ")
+
+
+def test_rounding_that_loses_nothing_on_average_is_not_called_a_loss():
+    for rounding, words in [("nearest", " of it lost to rounding,"), ("stochastic", ", rounding noise ")]:
+        _, opt = chained(Net(dtype=torch.bfloat16), rounding=rounding)
+        train(opt, opt.model, 3, dtype=torch.bfloat16)
+        assert words in str(opt.reports[0])

@@ -69,6 +69,33 @@ def test_weights_alone_without_a_chain_are_refused_before_anything_moves(tmp_pat
     assert opt.steps == 0
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_run_that_has_all_its_steps_takes_none_more(tmp_path, weights_only):
+    """Killed after its last checkpoint, within an epoch: transformers' loop takes a step before it looks."""
+    changes = {"max_steps": 6, "save_only_model": weights_only}
+    whole, opt = whole_run(dropping_out, tmp_path, **changes)
+    part = trainer_of(dropping_out(), tmp_path / "resumed", **changes)
+    again = attach(part, torch.optim.AdamW, policy(), link=LINK)
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.steps == opt.steps == 6
+    assert same(part.model, whole.model)
+    assert [link.step for link in again.chain] == [link.step for link in opt.chain] == [3, 5, 6]
+
+
+@pytest.mark.parametrize("names", [["model.safetensors"], ["model.safetensors", "optimizer.pt", "scheduler.pt"]])
+def test_a_checkpoint_that_was_cut_off_is_refused_as_such(tmp_path, names):
+    """A kill in the middle of writing left it: the Trainer writes its own state last."""
+    whole_run(tiny_opt, tmp_path)
+    (tmp_path / "checkpoint-9").mkdir()
+    for name in names:
+        shutil.copy(tmp_path / "checkpoint-6" / name, tmp_path / "checkpoint-9")
+    part = trainer_of(tiny_opt(), tmp_path)
+    opt = attach(part, torch.optim.AdamW, policy(), link=LINK)
+    with pytest.raises(ValueError, match=r"checkpoint-9': the checkpoint is not whole.*resume from the one before"):
+        part.train(resume_from_checkpoint=True)
+    assert opt.steps == 0
+
+
 def test_the_links_alone_do_not_stand_in(tmp_path):
     """What `Chain.save` writes has no live link."""
     _, opt = whole_run(tiny_opt, tmp_path, save_only_model=True)

@@ -64,21 +64,27 @@ def test_sft_trainer_on_a_quantised_base(tmp_path, how):
 
 
 @pytest.mark.parametrize("with_peft", [False, True], ids=["plain", "peft_config"])
-def test_sft_trainer(tmp_path, with_peft):
+def test_sft_trainer(tmp_path, with_peft, caplog):
     config = None
     if with_peft:
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     args = trl.SFTConfig(
         str(tmp_path), max_steps=6, per_device_train_batch_size=2, learning_rate=0.02, save_steps=4, report_to=[],
-        disable_tqdm=True, use_cpu=True, bf16=False, max_length=32, dataset_num_proc=None,
+        disable_tqdm=True, use_cpu=True, bf16=False, max_length=32, dataset_num_proc=None, logging_steps=3,
     )  # fmt: skip
     trainer = trl.SFTTrainer(tiny_opt(), args, train_dataset=chats(), processing_class=tokenizer(), peft_config=config)
     link = LinkConfig() if with_peft else LinkConfig(r=2, lora_alpha=4)
     opt = attach(trainer, torch.optim.AdamW, StepKnots(every=2), link=link)
     trainer.train()
     assert [(entry.step, entry.rank) for entry in opt.chain] == [(2, 2), (4, 2), (6, 2)]
-    assert len([entry for entry in trainer.state.log_history if "knot" in entry]) == 3
+    history = trainer.state.log_history
+    knots, losses = ([entry for entry in history if key in entry] for key in ("knot", "loss"))
+    assert [entry["step"] for entry in knots] == [2, 4, 6]
+    # TRL's averages belong to the losses of the same steps
+    assert [entry["step"] for entry in losses if "mean_token_accuracy" in entry] == [3, 6]
+    assert not any("mean_token_accuracy" in entry for entry in knots)
+    assert "call unload()" not in caplog.text  # the trainer does it
     assert all(entry.report.loss > 0 for entry in opt.chain)
     trainer.save_model(str(tmp_path / "final"))
     saved = type(tiny_opt()).from_pretrained(tmp_path / "final")

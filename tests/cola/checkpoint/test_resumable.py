@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
+from cola import ChainOptimizer, EvenKnots, LinkConfig, NeverKnots, StepKnots
 from tests.cola.checkpoint.resumed import CASES, KNOT, TOTAL, made, same, undisturbed, wrap
 from tests.models import BODY, Net, closure_steps, loss_of, tiny_gpt2, train
 
@@ -238,3 +238,29 @@ def test_a_model_with_pefts_own_layers_is_resumed(tmp_path, restored_rng):
         again.load(tmp_path / name)
         run(resumed, again, steps)
         assert same(model.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize("through", ["directory", "state_dict"])
+def test_a_plan_that_gives_way_to_the_saved_one_is_named(tmp_path, caplog, through):
+    """The policy of the run goes on, whatever plan the new optimizer was made with."""
+
+    def chained(total_steps):
+        policy, link = EvenKnots(length=2, total_steps=total_steps), LinkConfig(r=2, target_modules=BODY)
+        model = Net()
+        return model, ChainOptimizer(torch.optim.SGD, model, policy=policy, link=link, lr=0.01)
+
+    model, opt = chained(8)
+    train(opt, model, 5)
+    opt.save(tmp_path)
+    caplog.clear()
+    for total_steps in (8, 20):
+        again, resumed = chained(total_steps)
+        if through == "directory":
+            resumed.load(tmp_path)
+        else:
+            again.load_state_dict(model.state_dict())
+            resumed.load_state_dict(opt.state_dict())
+        assert repr(resumed.policy) == "EvenKnots(length=2, total_steps=8)"
+        told = "its own policy, EvenKnots(length=2, total_steps=8), in place of EvenKnots(length=2, total_steps=20)"
+        assert (told in caplog.text) == (total_steps == 20)
+        assert len(caplog.records) == (total_steps == 20)
