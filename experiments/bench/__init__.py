@@ -5,7 +5,7 @@
 
 Contenders run interleaved, in a random order within each round, on the same number of threads. A row is the ratio
 within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain,
-export, import, scaling. bench.md, bench.json and, with scaling, scaling.png land in --out.
+export, import, scaling, cost. bench.md, bench.json and, with scaling, scaling.png land in --out.
 
 The exit status is 1 if a result is wrong (ours and a peer's differ), if a group of rows raised an error (the others
 are still measured and written) or, with --strict, if a target is missed; 2 for bad arguments.
@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
-from experiments.bench import compiled, export, knot, layer, report, scaling, step, tie
+from experiments.bench import compiled, cost, export, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
 from experiments.command_line import count, positive
+from experiments.models import require
 from experiments.report.progress import Progress
 from experiments.tiny import tiny_opt
 
-GROUPS = (layer, step, tie, compiled, knot, export, scaling)
+GROUPS = (layer, step, tie, compiled, knot, export, scaling, cost)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wall",
         help="cpu is the process's own time, for one thread on a machine with other work",
     )
+    parser.add_argument("--model", metavar="MODEL",
+                        help=f"of the cost rows: a folder, a hub name or tiny (default: {cost.MODEL})")  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="exit with 1 also if a target is missed")
     parser.add_argument("--smoke", action="store_true", help="a trial with tiny sizes; the figures mean nothing")
 
@@ -59,7 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(refused, file=sys.stderr)
         return 2
     chosen = dict(cases(arguments.rows))
-    settings = Settings(arguments.seed, arguments.seconds, arguments.smoke, arguments.clock)
+    settings = Settings(arguments.seed, arguments.seconds, arguments.smoke, arguments.clock, arguments.model)
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or before)
     warm_heap()
@@ -97,6 +100,11 @@ def obstacle(arguments: argparse.Namespace) -> str | None:
         return f"--rows {' '.join(map(repr, unknown))} names no row: choose from {names}, or the start of some"
     if arguments.clock == "cpu" and (arguments.threads or torch.get_num_threads()) != 1:
         return "--clock cpu adds up the time of all threads: use it with --threads 1"
+    if arguments.model:
+        try:
+            require(arguments.model)
+        except (OSError, ModuleNotFoundError) as error:
+            return f"--model {arguments.model}: {error}"
     try:
         for name in report.FILES:
             (arguments.out / name).open("a").close()

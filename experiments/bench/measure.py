@@ -24,12 +24,14 @@ class Settings:
         seconds: to spend on one comparison, approximately.
         smoke: small sizes and few rounds, for a trial.
         clock: ``"wall"``, or ``"cpu"``, the process's own time, for one thread on a machine with other work.
+        model: of the rows on a real model; None for the default.
     """
 
     seed: int = 0
     seconds: float = 3.0
     smoke: bool = False
     clock: str = "wall"
+    model: str | None = None
 
     def generator(self) -> torch.Generator:
         """A fresh generator of the run's seed."""

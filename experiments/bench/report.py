@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import torch
 
-from experiments.bench import scaling
+from experiments.bench import cost, scaling
 from experiments.bench.measure import Row, Settings
 from experiments.hardware import describe_processor, versions
 
@@ -56,11 +56,14 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
         limit = "" if row.limit is None else f"{row.limit:.3g}"
         cells = (row.name, row.what, row.value, target, verdict(row), floor, limit, details(row))
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if any(row.name.startswith("cost/") for row in rows):
+        lines += ["", cost.table(rows)]
     kinds: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.limited_by:
             kinds.setdefault((row.limited_by, row.between), []).append(row.name)
-    lines += ["", "Limits, and the reasons for the distance:", ""]
+    if kinds:
+        lines += ["", "Limits, and the reasons for the distance:", ""]
     for (limited_by, between), names in kinds.items():
         lines.append(f"- {shortened(names)}: {limited_by}" + (f"; {between}" if between else "") + ".")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
@@ -63,11 +63,7 @@ def contenders(
     link = LinkConfig(r=RANK, lora_alpha=16, target_modules=targets)
     opt = ChainOptimizer(torch.optim.AdamW, mine, NeverKnots(), link=link, lr=LR)
     adapted = peft.get_peft_model(other, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=targets))
-    factors = {n: p for n, p in mine.named_parameters() if "lora_A" in n}
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_A" in name:
-                p.copy_(factors[name.removeprefix("base_model.model.").replace(".default.weight", "")])
+    start_alike(adapted, mine)
     base = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR)
     layers = {n: m for n, m in mine.named_modules() if hasattr(m, "lora_A")}
     # a frozen model, differentiated as far down as an adapted one, with nothing to update
@@ -95,6 +91,15 @@ def contenders(
         "frozen": partial(run, frozen, None),
         "floor": floor,
     }
+
+
+@torch.no_grad()
+def start_alike(adapted: nn.Module, mine: nn.Module) -> None:
+    """Give PEFT's model the A of a chain's live link."""
+    factors = dict(mine.named_parameters())
+    for name, p in adapted.named_parameters():
+        if "lora_A" in name:
+            p.copy_(factors[name.removeprefix("base_model.model.").replace(".default.weight", "")])
 
 
 def bare(layers: Mapping[str, Any], forward: Callable[[], object]) -> Callable[[], None]:
