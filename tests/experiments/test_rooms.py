@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 #: lower rooms first; rooms of one floor do not import one another
 FLOORS = [["hub"], ["files", "command_line", "hardware", "memory", "report", "tasks"],
-          ["tiny", "sweep", "methods"], ["models"], ["paper", "study", "bench"], ["frontier"],
+          ["tiny", "sweep", "methods"], ["models"], ["paper", "study", "bench"], ["frontier", "gpu"],
           ["__main__"]]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
