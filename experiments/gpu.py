@@ -137,7 +137,7 @@ def lacking(arguments: argparse.Namespace) -> Iterator[str]:
 
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0] / 2**30
-        if free < MEMORY:
+        if free < MEMORY and not arguments.dry_run:
             yield f"GPU memory: {free:.1f} GiB are free, {MEMORY:g} are needed; see `nvidia-smi` for who holds the rest"
     elif not arguments.dry_run:
         yield (
@@ -171,8 +171,10 @@ def chosen_model(arguments: argparse.Namespace) -> str:
     """The model of the cell and the cost."""
     from experiments import hub, models
 
-    if arguments.model is not None or arguments.dry_run:
-        return arguments.model or "tiny-prose"
+    if arguments.model is not None:  # stages run in the repository, wherever this command does
+        return str(Path(arguments.model).absolute()) if Path(arguments.model).is_dir() else arguments.model
+    if arguments.dry_run:
+        return "tiny-prose"
     hub.go_offline()
     try:
         models.require("smollm2")
@@ -195,22 +197,23 @@ def stages(arguments: argparse.Namespace, model: str, data: str) -> list[Stage]:
     """All stages, those that matter most first; together they may take longer than one call has."""
     out, seed = arguments.out.absolute(), ("--seed", str(arguments.seed))
     small = ("--smoke",) if arguments.dry_run else ()
+    patience = 10 if arguments.dry_run else 1  # of a busy CPU
 
     def bench(name: str, words: str, limit: float, *rows: str) -> Stage:
         more = ("--model", model) if name == "cost" else ()
         command = ("bench", "--gpu", *small, "--rows", *rows, *more, "--out", str(out / name), *seed)
-        return Stage(name, words, limit, ("-m", "experiments", *command))
+        return Stage(name, words, limit * patience, ("-m", "experiments", *command))
 
     sizes = ("--train", "24", "--dev", "8", "--test", "8", "--epochs", "3") if arguments.dry_run else ()
     cell = ("--model", model, "--task", "SST-2", "--method", "cola", "--links", "3", "--lr", "1e-3", *sizes)
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/cola/test_gpu.py")
     return [
-        Stage("tests", "the tests of what differs on a GPU", 120, tests),
+        Stage("tests", "the tests of what differs on a GPU", 120 * patience, tests),
         bench("layer", "a layer and a tie against PEFT's, the frozen layer and a copy", 120, "layer", "tie"),
         bench("step", "a training step of OPT-1.3B's and Llama-2-7B's shapes against PEFT's", 120, "step"),
         bench("memory", "knots of these shapes, and memory over a chain", 90, "knot", "chain"),
         Stage(
-            "cell", f"a chain of three links on SST-2 with {model}", 150,
+            "cell", f"a chain of three links on SST-2 with {model}", 150 * patience,
             ("-m", "experiments", "run", *cell, "--data-dir", data, "--out", str(out / "cell"), *seed),
         ),
         bench("cost", f"steps, knots and memory of each method on {model}", 150, "cost"),
@@ -234,6 +237,8 @@ def read(out: Path, stage: Stage) -> dict[str, Any]:
 
 def carry_out(out: Path, stage: Stage, setting: dict[str, Any], limit: float) -> dict[str, Any]:
     """Run a stage, stop it with all its processes at the limit, and write its record."""
+    if read(out, stage).get("setting", setting) != setting:
+        shutil.rmtree(out / stage.name, ignore_errors=True)  # a cell would be taken for done
     started = time.monotonic()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (out / f"{stage.name}.log").open("w+", encoding="utf-8", errors="replace") as log:

@@ -95,7 +95,9 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, staged, capsys)
     assert "good: done before" in shown
     assert shown.index("new: the new one") < shown.index("slow: the slow one")  # the others first
     assert record(tmp_path, "good") == before
+    (tmp_path / "bad").mkdir()
     assert dry(tmp_path, "--seed", "1") == 1  # other circumstances: everything anew
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_stage_that_does_not_fit_into_the_time_is_not_begun(tmp_path, staged, capsys):
