@@ -223,7 +223,7 @@ def _train(
     items = examples(task, splits.train, encoder, objective)
     per_epoch = math.ceil(len(items) / cell.batch)
     total = cell.epochs * per_epoch
-    if method.kind == "cola" and method.links > total:
+    if method.kind == "cola" and method.knots in ("epochs", "even") and method.links > total:
         raise ValueError(f"links={method.links} in {total} steps: a link needs at least one")
     if cell.batch % processes():
         raise ValueError(f"batch={cell.batch} cannot be shared by {processes()} processes: use a multiple")
