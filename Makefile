@@ -7,7 +7,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # two test processes with one BLAS thread each beat one process with two
 JOBS   ?= 2
 
-.PHONY: demo docs test test-long test-all test-kernels lint format theory install clean
+# a Python with torch for the GPU; `make gpu` installs nothing, and says what is missing
+GPU_PYTHON ?= python3
+
+.PHONY: demo docs gpu test test-long test-all test-kernels lint format theory install clean
 install: $(STAMP)
 
 # torch first and pinned: an open range would resolve to a build with gigabytes of CUDA packages
@@ -22,6 +25,9 @@ demo: $(STAMP)
 
 theory: $(STAMP)
 	$(BIN)/python -m theory.fw_gap
+
+gpu:
+	$(GPU_PYTHON) -m experiments gpu $(GPU_ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)

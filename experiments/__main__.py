@@ -28,6 +28,7 @@ COMMANDS = {
     "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
     "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),
     "bench": ("bench", "time layer, step, tie, knot and export against their peers and limits"),
+    "gpu": ("gpu", "run on a GPU, in minutes, what needs one: its tests, the benchmark's rows, a cell of Table 1"),
     "rounding": ("study.rounding", "measure the cost of each rounding of a tie in a half-precision run"),
 }
 """Name -> (module, one line of help). Every module has `add_arguments(parser)` and `main(arguments)`."""

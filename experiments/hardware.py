@@ -49,6 +49,22 @@ def describe_processor() -> str:
     return ", ".join(part for part in (f"{cores()}-core CPU", name, platform.machine() + flags) if part)
 
 
+def describe_gpu() -> str | None:
+    """Such as `NVIDIA H100 80GB HBM3 (79 GiB), driver 580.1, CUDA 13.0`, the GPU that torch uses first; or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    driver = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        driver = lines[0] if lines else None
+    parts = [f"{found.name} ({found.total_memory / 2**30:.0f} GiB)", f"driver {driver}" if driver else ""]
+    return ", ".join(part for part in (*parts, f"CUDA {torch.version.cuda}") if part)
+
+
 @functools.cache
 def commit() -> str | None:
     """The commit of this checkout, with `-dirty` if files differ from it; None outside a checkout."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
 from experiments.bench import models
-from experiments.bench.measure import CLOCKS, Row, Settings, Spread
+from experiments.bench.measure import Row, Settings, Spread
 
 
 def cases() -> Iterator[tuple[str, object]]:
@@ -20,17 +20,17 @@ def cases() -> Iterator[tuple[str, object]]:
     yield "chain", chain
 
 
-def knots(settings: Settings) -> Iterator[Row]:
-    """Knots between training steps of OPT-125M's shape, compared with PEFT's merge of the same layers."""
-    words, make, *_ = models.MODELS["opt-125m"]
+def knots(settings: Settings, key: str = "opt-125m") -> Iterator[Row]:
+    """Knots between training steps of a model, compared with PEFT's merge of the same layers."""
+    words, make, *_ = {**models.MODELS, **models.LARGE}[key]
     sequences, tokens = 1, 8 if settings.smoke else 128  # a short step, so that a knot does not look cheap
-    model = make(settings.smoke)
-    ids = models.batch(model, sequences, tokens, settings.generator())
+    model = make(settings.smoke).to(settings.device)
+    ids = models.batch(model, sequences, tokens, settings.generator()).to(settings.device)
     opt = ChainOptimizer(
         torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules=models.TARGETS), lr=1e-3
     )
     model.train()
-    steps, ties, first, clock = [], [], 0.0, CLOCKS[settings.clock]
+    steps, ties, first, clock = [], [], 0.0, settings.now
     after: list[float] = []
 
     @torch.no_grad()
@@ -58,10 +58,12 @@ def knots(settings: Settings) -> Iterator[Row]:
             ties.append(taken)
     step = float(np.median(steps[2:]))
     yield Row(
-        "knot/model", f"knot of {words}, q and v of all layers, in training steps of {sequences}×{tokens} tokens",
+        f"knot/{key}" if settings.gpu else "knot/model",
+        f"knot of {words}, q and v of all layers, in training steps of {sequences}×{tokens} tokens",
         Spread.of(np.array(ties) / step), 0.5, limited_by="as tie: the adapted weights read and written once",
         between="the check for overflow and the digest of the weights read them once each; drawing A",
-        right=max(after) < 1e-2 * worth,  # relative to the effect of losing a link
+        # relative to the effect of losing a link, to which bf16's rounding of the loss is near
+        right=None if settings.gpu else max(after) < 1e-2 * worth,
         details={"step_ms": step * 1e3, "knot_ms": float(np.median(ties)) * 1e3, "first_knot_ms": first * 1e3}
         | peft_merge(make, settings),
     )  # fmt: skip
@@ -80,12 +82,14 @@ def without_link(model: nn.Module, measure: Callable[[], float]) -> float:
     return found
 
 
-def peft_merge(make: object, settings: Settings) -> dict[str, float]:
+def peft_merge(make: Callable[[bool], nn.Module], settings: Settings) -> dict[str, float]:
     """Milliseconds of `merge_adapter` on the same model."""
     import peft
 
-    model = peft.get_peft_model(make(settings.smoke), peft.LoraConfig(r=8, target_modules=models.TARGETS))  # type: ignore[operator]
-    times, clock = [], CLOCKS[settings.clock]
+    model = peft.get_peft_model(
+        make(settings.smoke).to(settings.device), peft.LoraConfig(r=8, target_modules=models.TARGETS)
+    )
+    times, clock = [], settings.now
     for _ in range(4):
         started = clock()
         model.merge_adapter()
@@ -95,15 +99,15 @@ def peft_merge(make: object, settings: Settings) -> dict[str, float]:
 
 
 def chain(settings: Settings) -> Iterator[Row]:
-    """A hundred links on the q and v of OPT-125M: memory outside the chain's record, and in it."""
-    layers, width, links = (2, 32, 10) if settings.smoke else (24, 768, 100)
+    """Many links on the shapes of q and v: memory outside the chain's record, and in it."""
+    layers, width, links = (2, 32, 10) if settings.smoke else (8, 4096, 20) if settings.gpu else (24, 768, 100)
     others = plain_tensors()  # kept alive, so that none of them is freed in between and counted as shrinking
-    model = models.stack(layers, width)
+    model = models.stack(layers, width).to(settings.device, torch.bfloat16 if settings.gpu else torch.float32)
     opt = ChainOptimizer(
         torch.optim.AdamW, model, NeverKnots(), link=LinkConfig(r=8, target_modules="all-linear"), lr=1e-4
     )
     g = settings.generator()
-    x = torch.randn(4, width, generator=g)
+    x = torch.randn(4, width, generator=g).to(settings.device, next(model.parameters()).dtype)
 
     def link() -> None:
         model(x).square().mean().backward()
@@ -113,20 +117,28 @@ def chain(settings: Settings) -> Iterator[Row]:
 
     link()
     outside, ledger = live_bytes(opt)
+    allocated = on_the_gpu(settings)
     for _ in range(links - 1):
         link()
     later, grown = live_bytes(opt)
+    allocated = on_the_gpu(settings) - allocated
     del others
     per_link = sum(2 * 8 * width * 4 for _ in range(layers))
     yield Row(
         "chain/device", f"chain of {links} links on {layers} layers of width {width}: growth of all tensors that are "
         "not links, in bytes", Spread.of([later - outside]), 0.0, limit=0.0, limited_by="weights and one link stay",
+        details={"gpu_bytes": float(allocated)} if settings.gpu else {},
     )  # fmt: skip
     yield Row(
         "chain/host", "the same chain: growth of the ledger, over the bytes of its factors",
         Spread.of([(grown - ledger) / (per_link * (links - 1))]), 1.0, limit=1.0, limited_by="the factors in fp32",
         details={"link_bytes": float(per_link), "chain_bytes": float(grown)},
     )  # fmt: skip
+
+
+def on_the_gpu(settings: Settings) -> int:
+    """Bytes that torch has allocated on the GPU; 0 without one."""
+    return torch.cuda.memory_allocated() if settings.device == "cuda" else 0
 
 
 def plain_tensors() -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from cola import ChainOptimizer, LinkConfig, NeverKnots
 from experiments.bench.measure import Row, Settings, Spread, Work, medians, race, ratio, saved_bytes
 
 RANK = 8
-SHAPES = {"1024x768": (1024, 768), "2048x2048": (2048, 2048), "512x4096": (512, 4096)}
+SHAPES = ("1024x768", "2048x2048", "512x4096")  # tokens and width
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DROPOUT = 0.1
 TO_PEFT = {("fp32", "1024x768", 0.0): 0.92}
@@ -38,11 +38,11 @@ def cases() -> Iterator[tuple[str, object]]:
 
 def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) -> Iterator[Row]:
     """Time to PEFT's and to the frozen layer's; bytes saved for backward."""
-    tokens, d = (64, 32) if settings.smoke else SHAPES[shape]
+    tokens, d = (64, 32) if settings.smoke else map(int, shape.split("x"))
     layers = contenders(d, DTYPES[dtype], dropout, settings)
     g = settings.generator()
-    x = torch.randn(tokens, d, generator=g).to(DTYPES[dtype]).requires_grad_()
-    upstream = torch.randn(tokens, d, generator=g).to(DTYPES[dtype])
+    x = torch.randn(tokens, d, generator=g).to(settings.device, DTYPES[dtype]).requires_grad_()
+    upstream = torch.randn(tokens, d, generator=g).to(settings.device, DTYPES[dtype])
     right = agree(layers, x, upstream)
     work: dict[str, Work] = {key: partial(train, layer, x, upstream) for key, layer in layers.items()}
     layer: Any = layers["cola"].proj
@@ -64,7 +64,7 @@ def rows(name: str, dtype: str, shape: str, dropout: float, settings: Settings) 
     )  # fmt: skip
     yield Row(
         f"{name}/frozen", f"layer, {words}: time to the frozen one's", ratio(times, "cola", "frozen"),
-        None if dropout else TO_FROZEN.get((dtype, shape)), limit=1 + 3 * RANK / d,
+        None if dropout or settings.gpu else TO_FROZEN.get((dtype, shape)), limit=1 + 3 * RANK / d,
         limited_by="FLOPs: 12·tokens·r·d on top of 4·tokens·d², 1 + 3r/d", between=BETWEEN, right=right,
         floor=ratio(times, "floor", "frozen"), details={"peft": ratio(times, "peft", "frozen").median},
     )  # fmt: skip
@@ -113,7 +113,7 @@ def contenders(d: int, dtype: torch.dtype, dropout: float, settings: Settings) -
     A, B = torch.randn(RANK, d, generator=g) / RANK, torch.randn(d, RANK, generator=g) * 0.01
 
     def plain() -> nn.Sequential:
-        layer = nn.Linear(d, d, dtype=dtype)
+        layer = nn.Linear(d, d, dtype=dtype, device=settings.device)
         with torch.no_grad():
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
@@ -134,7 +134,8 @@ def contenders(d: int, dtype: torch.dtype, dropout: float, settings: Settings) -
     except ImportError:
         pass
     else:
-        layer = loralib.Linear(d, d, r=RANK, lora_alpha=16, lora_dropout=dropout, merge_weights=False).to(dtype)
+        layer = loralib.Linear(d, d, r=RANK, lora_alpha=16, lora_dropout=dropout, merge_weights=False)
+        layer.to(settings.device, dtype)
         with torch.no_grad():
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)

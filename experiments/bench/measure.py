@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from experiments.memory import peak_memory
+
 Work = Callable[[], object]
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -24,16 +26,31 @@ class Settings:
         seconds: to spend on one comparison, approximately.
         smoke: small sizes and few rounds, for a trial.
         clock: ``"wall"``, or ``"cpu"``, the process's own time, for one thread on a machine with other work.
+        model: of the rows on a real model; None for the default.
+        gpu: measure the rows of a GPU, on a GPU if torch has one.
     """
 
     seed: int = 0
     seconds: float = 3.0
     smoke: bool = False
     clock: str = "wall"
+    model: str | None = None
+    gpu: bool = False
 
     def generator(self) -> torch.Generator:
         """A fresh generator of the run's seed."""
         return torch.Generator().manual_seed(self.seed)
+
+    @property
+    def device(self) -> str:
+        """Where to measure: ``"cuda"``, or ``"cpu"`` for the rows of the CPU and for a trial without a GPU."""
+        return "cuda" if self.gpu and torch.cuda.is_available() else "cpu"
+
+    def now(self) -> float:
+        """The clock's seconds, once the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return CLOCKS[self.clock]()
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ def race(work: Mapping[str, Work], settings: Settings, rounds: tuple[int, int] =
         rounds: least and greatest number.
     """
     order, names = random.Random(settings.seed), list(work)
-    clock = CLOCKS[settings.clock]
+    clock = settings.now
     single = {}
     for name in names * 2:
         started = clock()
@@ -158,9 +175,12 @@ def medians(times: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
 
 
-def peak_bytes(run: Work) -> int:
-    """The peak of the memory that ``run`` allocated, as torch's CPU allocator counts it."""
+def peak_bytes(run: Work, device: str = "cpu") -> int:
+    """The peak of the memory that ``run`` allocated, as torch's allocator counts it."""
     run()
+    if device == "cuda":
+        before, peak = peak_memory(run, device)
+        return peak - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     now = most = 0

@@ -10,9 +10,9 @@ from dataclasses import asdict
 
 import torch
 
-from experiments.bench import scaling
+from experiments.bench import cost, scaling
 from experiments.bench.measure import Row, Settings
-from experiments.hardware import describe_processor, versions
+from experiments.hardware import describe_gpu, describe_processor, versions
 
 #: the files that every run writes
 FILES = ("bench.md", "bench.json")
@@ -24,7 +24,7 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
     text = markdown(rows, settings, arguments, minutes)
     (arguments.out / "bench.md").write_text(text + "\n")
     written = {
-        "hardware": describe_processor(), "threads": threads(arguments), "versions": versions(*PACKAGES),
+        "hardware": hardware(settings), "threads": threads(arguments), "versions": versions(*PACKAGES),
         "minutes": minutes, "settings": asdict(settings),
         "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
@@ -40,7 +40,7 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
     reached = [row.reached for row in rows if row.reached is not None]
     out_of_reach = sum(row.out_of_reach and row.reached is False for row in rows)
     lines = [
-        f"{describe_processor()}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
+        f"{hardware(settings)}, {threads(arguments)} thread(s), Python {platform.python_version()}, "
         + ", ".join(f"{name} {number}" for name, number in versions(*PACKAGES).items())
         + f"; {settings.clock} time; {minutes:.1f} minutes; {sum(reached)} of {len(reached)} targets reached"
         + (f", {out_of_reach} of the others lie below their floors" if out_of_reach else "")
@@ -56,11 +56,14 @@ def markdown(rows: Sequence[Row], settings: Settings, arguments: argparse.Namesp
         limit = "" if row.limit is None else f"{row.limit:.3g}"
         cells = (row.name, row.what, row.value, target, verdict(row), floor, limit, details(row))
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if any(row.name.startswith("cost/") for row in rows):
+        lines += ["", cost.table(rows)]
     kinds: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.limited_by:
             kinds.setdefault((row.limited_by, row.between), []).append(row.name)
-    lines += ["", "Limits, and the reasons for the distance:", ""]
+    if kinds:
+        lines += ["", "Limits, and the reasons for the distance:", ""]
     for (limited_by, between), names in kinds.items():
         lines.append(f"- {shortened(names)}: {limited_by}" + (f"; {between}" if between else "") + ".")
     return "\n".join(lines)
@@ -89,6 +92,12 @@ def details(row: Row) -> str:
 def shortened(names: Sequence[str]) -> str:
     """`a/b`, `a/c` as one; a count where there are many."""
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more of {names[0].split('/')[0]}"
+
+
+def hardware(settings: Settings) -> str:
+    """The processor, and the GPU if it was measured."""
+    gpu = describe_gpu() if settings.device == "cuda" else None
+    return f"{gpu}; {describe_processor()}" if gpu else describe_processor()
 
 
 def threads(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from cola.knot.tie import residual_like, tie_
 from experiments.bench.measure import Row, Settings, Spread, Work, medians, peak_bytes, race, ratio
 
 RANK = 8
-SHAPES = {"4096x4096": (4096, 4096), "11008x4096": (11008, 4096)}
+SHAPES = ("4096x4096", "11008x4096")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TARGETS = {
     ("fp32", "nearest"): 3.0,
@@ -30,6 +30,7 @@ BETWEEN = {
     ("bf16", "stochastic"): "9 passes over fp32 blocks in cache: as nearest, with noise, its sum and a mask",
     ("bf16", "compensated"): "13 passes over fp32 blocks in cache, and a residual that is read and written as well",
 }
+ON_A_GPU = "64 blocks, with 7 to 13 kernels each, one after another"
 
 
 def cases() -> Iterator[tuple[str, object]]:
@@ -42,13 +43,19 @@ def cases() -> Iterator[tuple[str, object]]:
 
 def rows(name: str, dtype: str, shape: str, settings: Settings) -> Iterator[Row]:
     """Time and memory per rounding."""
-    m, n = (96, 64) if settings.smoke else SHAPES[shape]
+    m, n = (96, 64) if settings.smoke else map(int, shape.split("x"))
     g = settings.generator()
-    weight = torch.randn(m, n, generator=g).to(DTYPES[dtype])
-    other = (torch.randn(m, n, generator=g) * 1e-6).to(DTYPES[dtype])
-    left, right = torch.randn(m, RANK, generator=g) * 1e-3, torch.randn(RANK, n, generator=g)
-    residual = residual_like(weight)
+    place = partial(torch.Tensor.to, device=settings.device)
+    weight = place(torch.randn(m, n, generator=g).to(DTYPES[dtype]))
+    other = place((torch.randn(m, n, generator=g) * 1e-6).to(DTYPES[dtype]))
+    left, right = place(torch.randn(m, RANK, generator=g) * 1e-3), place(torch.randn(RANK, n, generator=g))
+    residual = residual_like(weight, weight.device)
     work: dict[str, Work] = {"add_": lambda: weight.add_(other)}
+    if settings.gpu:  # W read and written once, the bound of bandwidth
+        work["copy"] = lambda: weight.copy_(other)
+        if dtype == "bf16":  # where residuals are kept by default
+            far = residual_like(weight)
+            work["compensated_on_cpu"] = partial(tie_, weight, left, right, 1e-3, rounding="compensated", residual=far)
     roundings = [rounding for kind, rounding in TARGETS if kind == dtype]
     for rounding in roundings:
         kept = residual if rounding == "compensated" else None
@@ -56,16 +63,22 @@ def rows(name: str, dtype: str, shape: str, settings: Settings) -> Iterator[Row]
     exact = {rounding: is_right(weight, left, right, rounding, settings.seed) for rounding in roundings}
     merges = peers(m, n, DTYPES[dtype], left, right)
     times = race({**work, **merges}, settings)
-    memory = {key: peak_bytes(run) / weight.nbytes for key, run in work.items() if key != "add_"}
+    memory = {key: peak_bytes(work[key], settings.device) / weight.nbytes for key in roundings}
     details = medians(times) | {f"{key}_to_add": ratio(times, key, "add_").median for key in merges}
     if "peft_merge" in merges:
-        details["peft_merge_extra"] = peak_bytes(merges["peft_merge"]) / weight.nbytes
+        details["peft_merge_extra"] = peak_bytes(merges["peft_merge"], settings.device) / weight.nbytes
     for rounding in roundings:
+        if settings.gpu:
+            yield Row(
+                f"{name}/{rounding}/copy", f"tie, {dtype} {m}×{n}, {rounding}: time to a copy of W",
+                ratio(times, rounding, "copy"), limit=2.0 if rounding == "compensated" else 1.0,
+                limited_by="bandwidth: W (and a residual) read and written once", right=exact[rounding],
+            )  # fmt: skip
         yield Row(
             f"{name}/{rounding}", f"tie, {dtype} {m}×{n}, {rounding}: time to W.add_", ratio(times, rounding, "add_"),
-            TARGETS[dtype, rounding], limit=4 / 3 if rounding == "compensated" else 2 / 3,
+            None if settings.gpu else TARGETS[dtype, rounding], limit=4 / 3 if rounding == "compensated" else 2 / 3,
             limited_by="bandwidth: W (and a residual) read and written once, where add_ moves three arrays",
-            between=BETWEEN[dtype, rounding], right=exact[rounding], details=details,
+            between=ON_A_GPU if settings.gpu else BETWEEN[dtype, rounding], right=exact[rounding], details=details,
         )  # fmt: skip
         yield Row(
             f"{name}/{rounding}/memory", f"tie, {dtype} {m}×{n}, {rounding}: extra memory, in W's own bytes",
@@ -77,7 +90,7 @@ def rows(name: str, dtype: str, shape: str, settings: Settings) -> Iterator[Row]
 def is_right(weight: Tensor, left: Tensor, right: Tensor, rounding: str, seed: int) -> bool:
     """Whether a tie of some rows is the float64 sum within one rounding, and reports its error."""
     part, left = weight[:64].clone(), left[:64]
-    kept = residual_like(part) if rounding == "compensated" else None
+    kept = residual_like(part, part.device) if rounding == "compensated" else None
     exact = part.double() + 1e-3 * left.double() @ right.double()
     tie = tie_(part, left, right, 1e-3, rounding=rounding, seed=seed, residual=kept)
     error = part.double() - exact
@@ -93,7 +106,7 @@ def peers(m: int, n: int, dtype: torch.dtype, left: Tensor, right: Tensor) -> di
     """PEFT's and loralib's merge, each reset so that it can be repeated."""
     import peft
 
-    model = nn.Sequential(OrderedDict(proj=nn.Linear(n, m, bias=False, dtype=dtype)))
+    model = nn.Sequential(OrderedDict(proj=nn.Linear(n, m, bias=False, dtype=dtype, device=left.device)))
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["proj"])
     layer = peft.inject_adapter_in_model(config, model).proj
     with torch.no_grad():
@@ -109,7 +122,7 @@ def peers(m: int, n: int, dtype: torch.dtype, left: Tensor, right: Tensor) -> di
         import loralib
     except ImportError:
         return found
-    theirs = loralib.Linear(n, m, r=RANK, lora_alpha=16, bias=False).to(dtype)
+    theirs = loralib.Linear(n, m, r=RANK, lora_alpha=16, bias=False).to(left.device, dtype)
 
     def merge_loralib() -> None:
         theirs.merged = False

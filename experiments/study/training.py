@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, KnotReport
-from experiments.study.memory import trained_bytes
+from experiments.memory import trained_bytes
 
 
 @dataclass(frozen=True)

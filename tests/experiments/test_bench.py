@@ -10,8 +10,9 @@ from torch import nn
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots
 from experiments import bench
 from experiments.__main__ import main
-from experiments.bench import export, knot, layer, measure, models, report, scaling, step, tie
+from experiments.bench import cost, export, knot, layer, measure, models, report, scaling, step, tie
 from experiments.bench.measure import Row, Settings, Spread, peak_bytes, race, ratio, saved_bytes
+from experiments.memory import peak_memory
 from tests.kernels import kernels
 
 pytest.importorskip("peft", reason="PEFT is what the benchmark compares with")
@@ -189,6 +190,43 @@ def test_an_export_that_writes_something_else_is_wrong(monkeypatch):
     monkeypatch.setattr(Chain, "to_peft", other)
     (row,) = export.svd(SMOKE)
     assert row.right is False
+
+
+def test_the_cost_of_methods_on_a_model(monkeypatch):
+    monkeypatch.setattr(cost, "alone", cost.memory)  # not in a process of its own, which the next test does
+    rows = {row.name: row for row in cost.rows(Settings(smoke=True, model="tiny-prose"))}
+    methods = [name for name in cost.METHODS if f"cost/step/{name}" in rows]
+    assert {"peft", "lora", "cola", "finetune"} <= set(methods)
+    assert rows["cost/step/lora"].right is True
+    state = {name: rows[f"cost/memory/{name}"].details["trained_bytes"] for name in methods}
+    assert state["peft"] == state["lora"] == state["cola"] < state["finetune"]
+    # two layers of width 64: weights, gradients and two moments of A and B on q and v, and a count per factor
+    assert state["lora"] == 2 * 2 * 2 * (4 * 8 * 64 * 4 + 4)
+    lines = cost.table(list(rows.values())).splitlines()
+    assert len(lines) == 2 + len(methods)
+    assert {line.count("|") for line in lines} == {8}
+
+
+@pytest.mark.long
+def test_the_memory_of_a_method_is_that_of_a_process_of_its_own():
+    ballast = torch.ones(1 << 28)  # 1 GiB here, which must not count there
+    found = cost.alone("cola", "tiny-prose", SMOKE)
+    assert 0 < found["above_bytes"] < found["peak_bytes"] < ballast.nbytes
+
+
+def test_a_model_that_is_not_to_be_had_leaves_the_cost_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cost, "MODEL", str(tmp_path / "none"))
+    with pytest.warns(UserWarning, match="cost is left out"):
+        assert list(cost.rows(Settings())) == []
+    arguments = ["bench", "--rows", "cost", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert f"--model {tmp_path / 'none'}:" in capsys.readouterr().err
+
+
+def test_the_peak_of_memory_is_that_of_the_work():
+    size = 1 << 26
+    before, peak = peak_memory(lambda: torch.ones(size, dtype=torch.uint8))
+    assert size - (1 << 20) <= peak - before < 2 * size  # the system counts pages in batches
 
 
 def test_slopes_are_those_of_the_points():

@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 #: lower rooms first; rooms of one floor do not import one another
-FLOORS = [["hub"], ["files", "command_line", "hardware", "report", "tasks"], ["tiny", "sweep", "methods"], ["models"],
-          ["paper", "study", "bench"], ["frontier"], ["__main__"]]  # fmt: skip
+FLOORS = [["hub"], ["files", "command_line", "hardware", "memory", "report", "smollm", "tasks"],
+          ["tiny", "sweep", "methods"], ["models"], ["paper", "study", "bench"], ["frontier", "gpu"],
+          ["__main__"]]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -12,8 +12,8 @@ from cola import ChainOptimizer, LinkConfig, NeverKnots
 from experiments.__main__ import main
 from experiments.frontier import families
 from experiments.frontier.tasks import TASKS, Gate, lasting
+from experiments.memory import trained_bytes
 from experiments.methods import Method
-from experiments.study.memory import trained_bytes
 from experiments.study.planted import Planted
 from experiments.tiny.loss import held_out_loss
 
