@@ -104,6 +104,7 @@ class OnCluster:
                     "working_dir": str(root),
                     "excludes": [f"/{path.name}" for path in root.iterdir() if path.name not in shipped],
                     "env_vars": environment,
+                    "worker_process_setup_hook": f"{without_noise.__module__}.{without_noise.__name__}",
                 },
             )
         except (ConnectionError, RuntimeError, SystemExit) as error:  # Ray's core leaves the program
@@ -191,7 +192,6 @@ def _on_node(
 ) -> Ran:  # fmt: skip
     """Run a cell on a node of the cluster."""
     settle(threads)
-    without_noise()
     if cwd.is_dir():  # for relative paths that the cell names
         os.chdir(cwd)
     path, text = mark

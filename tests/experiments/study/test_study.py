@@ -171,7 +171,7 @@ def test_an_arm_that_the_model_cannot_carry_is_refused_before_anything_is_run(tm
     small.model("llama", torch.float32).save_pretrained(tmp_path / "model")
     small.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join("It was great. " * 150 for _ in range(20)))
-    given = ["--model", str(tmp_path / "model"), "--corpus", str(tmp_path / "text.txt"), "--smoke"]
+    given = ["--model", str(tmp_path / "model"), "--corpus", str(tmp_path / "text.txt"), "--smoke", "--workers", "1"]
     command = ["study", "--out", str(tmp_path / "out"), *given]
     capsys.readouterr()
     assert main([*command, "--arms", "lora", "lora-24", "cola-5", "cola-3-16", "lora-32"]) == 2
