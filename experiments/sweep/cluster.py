@@ -130,8 +130,8 @@ class OnCluster:
         fit = sum(int(min(node.get(name, 0) // amount for name, amount in self.share.items())) for node in nodes)
         if not fit:
             raise SweepError(
-                f"no node of the cluster has {_in_words(self.share)}, and the runs would wait for ever; there are "
-                f"{'; '.join(map(_in_words, nodes)) or 'none'}: ask for less by --cpus, --gpus or --memory"
+                f"no node of the cluster has {_in_words(self.share)}, and the runs would wait for ever; its nodes have "
+                f"{'; '.join(map(_in_words, nodes)) or 'nothing'}: ask for less by --cpus, --gpus or --memory"
             )
         return min(fit, self.workers or fit)
 
