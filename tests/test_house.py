@@ -20,6 +20,7 @@ FLOORS = [
     ["cola.knot.rounding", "cola.knot.tie", "cola.knot.sharded", "cola.knot.transport", "cola.knot.reset"],
     [
         "cola.lora.init",
+        "cola.lora.per_layer",
         "cola.lora.peft_options",
         "cola.lora.config",
         "cola.lora.layer",

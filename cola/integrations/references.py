@@ -1,11 +1,13 @@
 """Checks for preference training and distillation that a knot does not change the reference model."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from cola import LinkConfig
+from cola.lora import per_layer
 from cola.lora.names import modules_by_name
 from cola.lora.peft import is_peft_model
 from cola.lora.targets import find_peft_layers, find_saved, find_targets
@@ -82,9 +84,11 @@ def _require_own_weights(trainer: Any, link: LinkConfig) -> None:
     if trainer.__dict__.get("ref_model") is model:
         raise ValueError("ref_model is the model that is trained: give the trainer a copy of it, or leave it out")
     inside, tuned = modules_by_name(model), find_peft_layers(model)
-    layers = {path: inside[path] for path in tuned} or find_targets(model, link.target_modules)
+    narrow = functools.partial(per_layer.narrowed, link)
+    layers = {path: inside[path] for path in tuned} or find_targets(model, link.target_modules, narrow)
+    whole = [*link.modules_to_save, *per_layer.heads_to_train(link, inside)]
     changed = [layer.weight for layer in layers.values()]
-    changed += [p for module in find_saved(model, link.modules_to_save, layers) for p in module.parameters()]
+    changed += [p for module in find_saved(model, whole, layers) for p in module.parameters()]
     places = {_place(weight) for weight in changed if isinstance(weight, Tensor)} - {0}
     for name, other in _other_models(trainer):
         for path, weight in other.named_parameters():

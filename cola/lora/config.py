@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from cola.common.arguments import choice, integer, names
 from cola.knot.tie import TIEABLE
 from cola.lora.init import INITS, PAIRS, Init, LinkStart, Pair, draw, generator
 from cola.lora.peft_options import carried, is_lora_config, require_known
+from cola.lora.per_layer import require_valid
 
 T = TypeVar("T")
 
@@ -61,6 +62,16 @@ class LinkConfig:
             may not change), or ``"auto"``: mask in a distributed run, else resize.
         residual_device: device of compensated rounding's residuals and of re-quantised layers' original codes; None
             for the weight's device.
+        exclude_modules: targets that carry no link after all: names, or a regular expression for the whole path.
+        layers_to_transform: numbers of the layers (blocks) whose targets carry links; None for all.
+        layers_pattern: name of the list in which these are counted, such as ``"layers"``; None for the innermost.
+        rank_pattern: rank of single layers: a regular expression for the end of the path -> r of the first link. A
+            schedule of ranks takes such a layer down in proportion.
+        alpha_pattern: likewise -> lora_alpha.
+        task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"`` or ``"QUESTION_ANS"`` train the model's head as well, as if
+            ``modules_to_save`` named it; other types of PEFT's change nothing.
+
+    Names and meanings are PEFT's.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -81,6 +92,12 @@ class LinkConfig:
     dtype: torch.dtype | None = None
     rank_change: str = "auto"
     residual_device: str | None = "cpu"
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    task_type: str | None = None
 
     def __post_init__(self) -> None:
         choice("bias", self.bias, ("none", "lora_only"))
@@ -113,6 +130,7 @@ class LinkConfig:
                 torch.device(self.residual_device)
             except RuntimeError as error:
                 raise ValueError(f"residual_device={self.residual_device!r} is no device: {error}") from None
+        require_valid(self)
 
     def rank_of(self, link: int) -> int:
         """Rank of link ``link`` (from 0)."""

@@ -3,6 +3,7 @@
 It holds modules, never Parameters, which frameworks (FSDP2) replace: each knot looks them up.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ from cola.common.distributed import (
     whole,
 )
 from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like
-from cola.lora import quantized
+from cola.lora import per_layer, quantized
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
@@ -82,10 +83,14 @@ class LiveLink:
         self.residuals: dict[str, Tensor] = {}
         self.starts = Starts(self)
         inside = modules_by_name(model)
-        modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules)
+        narrow = functools.partial(per_layer.narrowed, config)
+        modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules, narrow)
         if not tuned:
             require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
-        saved = find_saved(model, config.modules_to_save, modules)
+        whole = [*config.modules_to_save, *per_layer.heads_to_train(config, inside)]
+        saved = find_saved(model, whole, modules)
+        if not tuned:
+            plans = {path: LayerPlan(config, *own) for path, own in per_layer.first_values(config, modules).items()}
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
         for path in modules:
             require_plain_name(path)  # refuse before training what could not be saved under its name

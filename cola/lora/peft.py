@@ -18,6 +18,7 @@ from cola.lora import stacked
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.kinds import known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair
+from cola.lora.per_layer import PER_LAYER
 
 logger = logging.getLogger("cola")
 
@@ -271,7 +272,7 @@ def link_config(
     ranks = [rank for rank, _ in own.values()]
     meant = ranks if config.r == default.r else [config.rank_of(0)]
     counts = Counter(values for values in own.values() if values[0] in meant)
-    for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype"):
+    for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER):
         value = getattr(config, name)
         if value != getattr(default, name):
             raise ValueError(

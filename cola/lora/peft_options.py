@@ -8,29 +8,21 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from cola.lora.per_layer import PER_LAYER
+
 #: fields of LoraConfig that say nothing about training, or (``fan_in_fan_out``) what a layer's kind says already
 _NEUTRAL = (
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "fan_in_fan_out",
     "megatron_core", "qalora_group_size", "runtime_config",
 )  # fmt: skip
-#: tasks for which PEFT trains the head as well, under one of `_HEADS`
-_TASKS, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
-
-_BY_PEFT = "let PEFT make the layers: give peft.get_peft_model(model, LoraConfig(...)) as the model"
 _NO_LINK = "is more than a link's s·BA: leave it out"
 #: the way out for what a LinkConfig has no place for; each follows on the option and its value
 _WAYS_OUT = {
     "use_rslora": "has no place in a LinkConfig: scaling='rslora' makes the scale lora_alpha/√r",
     "init_lora_weights": "has no place in a LinkConfig: choose init, e.g. 'kaiming' (PEFT's True), 'gaussian' or "
     "'orthogonal'",
-    "exclude_modules": f"has no place in a LinkConfig: name the layers that are left in target_modules, or {_BY_PEFT}",
-    "rank_pattern": f"has no place in a LinkConfig: {_BY_PEFT}",
-    "alpha_pattern": f"has no place in a LinkConfig: {_BY_PEFT}",
-    "layers_to_transform": f"has no place in a LinkConfig: write target_modules as a regular expression, or {_BY_PEFT}",
-    "layers_pattern": f"has no place in a LinkConfig: write target_modules as a regular expression, or {_BY_PEFT}",
     "bias": "has no place in a LinkConfig, which trains 'none' or 'lora_only' of the adapted layers: add other biases "
     "by opt.add_param_group",
-    "task_type": "makes PEFT train the head too, which a LinkConfig is told by modules_to_save, e.g. ['score']",
     "inference_mode": "freezes the adapter, and a link is trained: leave it out",
     "trainable_token_indices": "trains rows of an embedding, which a chain does not record: train the whole embedding "
     "by modules_to_save",
@@ -81,9 +73,10 @@ def carried(config: Any) -> dict[str, Any]:
     if str(given.get("init_lora_weights")).lower() == "gaussian":
         del given["init_lora_weights"]
         found["init"] = "gaussian"
-    task = str(getattr(given.get("task_type"), "value", given.get("task_type")))
-    if task not in _TASKS or set(_HEADS) & set(found["modules_to_save"]):
-        given.pop("task_type", None)
+    for name in PER_LAYER:
+        value = given.pop(name, None)
+        if value is not None:
+            found[name] = getattr(value, "value", sorted(value) if isinstance(value, set) else value)
     if given:
         raise ValueError(f"link=LoraConfig(...): {'; '.join(way_out(name, value) for name, value in given.items())}")
     return found

@@ -3,7 +3,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -27,8 +27,17 @@ from cola.lora.names import (
 logger = logging.getLogger("cola")
 
 
-def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers to adapt, by canonical path, in the model's order; ``target_modules`` as in `LinkConfig`.
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None,
+    narrow: Callable[[Collection[str]], Collection[str]] = lambda paths: paths,
+) -> dict[str, nn.Module]:
+    """The layers to adapt, by canonical path, in the model's order.
+
+    Args:
+        model: the model.
+        target_modules: as in `LinkConfig`.
+        narrow: chooses among the paths of the layers that match; only the chosen ones must be able to carry a link.
 
     Raises:
         ValueError: nothing matches, a name matches nothing, or a match cannot carry a link.
@@ -36,12 +45,12 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] | None) -
     modules = modules_by_name(model)
     _require_initialised(model)
     if target_modules is None or target_modules == "all-linear":
-        return _usable(model, modules, target_modules)
+        return _usable(model, modules, target_modules, narrow)
     if isinstance(target_modules, str):
         found = _by_regex(modules, target_modules)
     else:
         found = _by_names(modules, target_modules)
-    reasons = obstacles(model)
+    found, reasons = {path: found[path] for path in narrow(found)}, obstacles(model)
     for path, module in found.items():
         reason = reasons[path] if path in reasons else refusal(module)
         if reason is not None:
@@ -143,7 +152,12 @@ def unknown(kind: str, name: str, modules: dict[str, nn.Module]) -> str:
     return f"{kind}: no module is called {name!r}; linear layers here are called {', '.join(near) or '(none)'}"
 
 
-def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str | None) -> dict[str, nn.Module]:
+def _usable(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    target_modules: str | None,
+    narrow: Callable[[Collection[str]], Collection[str]],
+) -> dict[str, nn.Module]:
     """The layers that ``None`` or "all-linear" means; leaves out those that cannot carry a link, with a warning."""
     linear = [path for path, module in modules.items() if is_linear(module)]
     inner = unwrap(model)
@@ -165,7 +179,7 @@ def _usable(model: nn.Module, modules: dict[str, nn.Module], target_modules: str
     else:
         output = heads(inner, modules)
         wanted = [path for path in linear if path not in output]
-    reasons = obstacles(model)
+    wanted, reasons = list(narrow(wanted)) if wanted else [], obstacles(model)
     found = {path: modules[path] for path in wanted if path not in reasons}
     by_reason: dict[str, list[str]] = {}
     for path in wanted:

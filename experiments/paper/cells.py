@@ -12,7 +12,8 @@ from experiments.command_line import count
 from experiments.methods import Method
 from experiments.sweep import Outcome, RateSearch
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "bf16-mixed")
+"""The last two are mixed precision where a model is trained: fp32 weights, and arithmetic in 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Circumstances:
     """The part of a cell that all cells of a table share.
 
     Attributes:
-        dtype: of the weights; ``float16`` means mixed precision: fp32 weights, fp16 arithmetic.
+        dtype: of the weights; ``float16`` and ``bf16-mixed`` mean mixed precision: fp32 weights, 16-bit arithmetic.
         targets: names of the layers with adapters; empty for query and value.
         data_dir: folder of local JSONL files; None for the hub.
         max_length: tokens of a prompt with its answer.
@@ -131,7 +132,11 @@ def name(cell: Cell) -> str:
 
 
 def search(
-    cell: Cell, rates: Sequence[float], seeds: Sequence[int], search_seeds: Sequence[int] | None = None
+    cell: Cell,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    search_seeds: Sequence[int] | None = None,
+    start: Sequence[float] = (),
 ) -> RateSearch[Cell]:
     """The runs of one table entry: a grid search on the development score, then every seed at the best rate.
 
@@ -140,11 +145,12 @@ def search(
         rates: the grid; ignored for methods that train nothing.
         seeds: of the comparison.
         search_seeds: the seeds over which a rate is judged; by default all, as in the paper.
+        start: the rates to begin with; by default all.
     """
     return RateSearch(
         cell=lambda lr, seed: replace(cell, lr=lr, seed=seed),
         rates=tuple(sorted(set(rates))) if cell.method.trains else (0.0,),
-        start=tuple(sorted(set(rates))) if cell.method.trains else (),
+        start=tuple(sorted(set(start or rates))) if cell.method.trains else (),
         search_seeds=tuple(seeds if search_seeds is None else search_seeds),
         seeds=tuple(seeds),
         loss=_loss,

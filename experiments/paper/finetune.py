@@ -25,7 +25,7 @@ from experiments import models, tasks
 from experiments.methods import BASES
 from experiments.paper.cells import Cell
 from experiments.paper.encoding import Encoder, Tokenizer, window
-from experiments.paper.objectives import LOSSES, Collator, Example, examples, objective_of
+from experiments.paper.objectives import LOSSES, Collator, Example, examples, objective_of, unwrapped
 from experiments.paper.scoring import DEMONSTRATIONS, Score, dev_loss, evaluate
 from experiments.sweep import SCRATCH, Outcome
 from experiments.sweep.processes import processes
@@ -60,8 +60,7 @@ def run(cell: Cell, folder: Path) -> Outcome:
     splits = split(task, cell.seed, *sizes, cell.test, cell.data_dir)
     model, tokenizer = models.load(
         cell.model,
-        # fp16 weights cannot be trained: mixed precision keeps them in fp32
-        "float32" if cell.method.trains and cell.dtype == "float16" else cell.dtype,
+        _weights(cell),
         gradient_checkpointing=cell.gradient_checkpointing and cell.method.trains,
         device_map=cell.device_map,
     )
@@ -89,6 +88,13 @@ def run(cell: Cell, folder: Path) -> Outcome:
     return {"test": test.value, "dev": dev.value, "metrics": {"test": _metrics(test), "dev": _metrics(dev)}, **outcome}
 
 
+def _weights(cell: Cell) -> str:
+    """The dtype of the weights: mixed precision trains them in fp32."""
+    if cell.method.trains:
+        return "float32" if cell.dtype in ("float16", "bf16-mixed") else cell.dtype
+    return "bfloat16" if cell.dtype == "bf16-mixed" else cell.dtype
+
+
 def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingArguments:
     """The protocol as transformers' arguments.
 
@@ -103,7 +109,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
     """
     gpu = torch.cuda.is_available()
     if cell.dtype == "float16" and not gpu:
-        raise ValueError("dtype='float16' trains in mixed precision, which needs a GPU: use float32 or bfloat16")
+        raise ValueError("dtype='float16' trains in mixed precision, which needs a GPU: use float32 or bf16-mixed")
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=cell.epochs,
@@ -121,6 +127,7 @@ def training_arguments(cell: Cell, folder: Path, micro_batch: int) -> TrainingAr
         greater_is_better=False,
         seed=cell.seed,
         fp16=cell.dtype == "float16",
+        bf16=cell.dtype == "bf16-mixed",
         use_cpu=not gpu,
         logging_steps=1,
         report_to=[],
@@ -216,7 +223,7 @@ def _train(
     items = examples(task, splits.train, encoder, objective)
     per_epoch = math.ceil(len(items) / cell.batch)
     total = cell.epochs * per_epoch
-    if method.kind == "cola" and method.links > total:
+    if method.kind == "cola" and method.knots in ("epochs", "even") and method.links > total:
         raise ValueError(f"links={method.links} in {total} steps: a link needs at least one")
     if cell.batch % processes():
         raise ValueError(f"batch={cell.batch} cannot be shared by {processes()} processes: use a multiple")
@@ -228,7 +235,7 @@ def _train(
         args=training_arguments(cell, scratch, micro_batch(task.micro_batch, cell.batch // processes())),
         train_dataset=_Examples(items),
         eval_dataset=_Examples([]),
-        data_collator=Collator(tokenizer.pad_token_id or 0),
+        data_collator=Collator(tokenizer.pad_token_id or 0, share=not _drops_out(model)),
         optimizer_cls_and_kwargs=None if method.adapts else (base, base_kwargs),
     )
     if cell.fsdp and not trainer.is_fsdp_enabled:
@@ -254,6 +261,16 @@ def _train(
         "parameters": parameters,
         "tokens_by_link": _by_link(items, [tie["step"] for tie in ties], per_epoch, total),
     }
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether the model has dropout: then candidates have masks of their own, and no context is shared."""
+    settings = unwrapped(model).config.to_dict()
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in settings.items()
+        if "drop" in name  # dropout, attention_dropout, resid_pdrop, layerdrop, …
+    )
 
 
 class _Whole(TrainerCallback):

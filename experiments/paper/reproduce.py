@@ -1,8 +1,9 @@
-"""Reproduce one of the paper's eight tables: run the missing cells, then print and write the table.
+"""Reproduce one of the paper's eight tables, or one of our own: run the missing cells, then print and write the table.
 
     python -m experiments table 1                      as in the paper: OPT-1.3B, data from the hub, five seeds
     python -m experiments table 4 --tasks cb --seeds 2 a part of a table
     python -m experiments table 1 --smoke              a trial on made-up data, minutes on two cores
+    python -m experiments table prompting --model smollm2   no training, on all eleven tasks
     torchrun --nproc-per-node 4 -m experiments table 2 --fsdp
 
 All tables share one folder of runs, so a run that two tables need is run once. A command that was stopped goes on where
@@ -25,6 +26,7 @@ from experiments.command_line import add_whereabouts, count, repeated
 from experiments.methods import QUERY_AND_VALUE
 from experiments.paper import cells, flops, score_table, tables
 from experiments.paper.cells import Cell
+from experiments.paper.own_tables import OWN_TABLES
 from experiments.paper.tables import TABLES, PaperTable, Place, Setting
 from experiments.sweep import Outcome, RateSearch, Sweep, SweepError, requested
 from experiments.sweep.processes import processes
@@ -37,17 +39,24 @@ SMOKE = Setting(
 )  # fmt: skip
 """The size of a smoke run. Three links need three epochs."""
 
+_TABLES = {**{str(number): table for number, table in TABLES.items()}, **OWN_TABLES}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments table`."""
-    parser.add_argument("number", type=int, choices=list(TABLES), help="the paper's table")
+    parser.add_argument(
+        "table",
+        choices=list(_TABLES),
+        metavar="TABLE",
+        help=f"one of the paper's, 1 to {len(TABLES)}, or of our own: {', '.join(OWN_TABLES)}",
+    )
     add_run_arguments(parser)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that tables and figures share."""
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder to write")
-    parser.add_argument("--model", metavar="MODEL", help="a folder, a hub name, or tiny (default: the paper's)")
+    parser.add_argument("--model", metavar="MODEL", help="a folder, a hub name, tiny or smollm2 (default: the paper's)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
     parser.add_argument("--seeds", type=count, metavar="N", help="number of seeds (default: 5; 2 with --smoke)")
     add_whereabouts(parser)
@@ -82,12 +91,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments table`: 0; 1 if a run diverged; 2 for bad arguments."""
-    result = reproduce(TABLES[arguments.number], arguments, f"table {arguments.number}")
+    result = reproduce(_TABLES[arguments.table], arguments, f"table {arguments.table}")
     if isinstance(result, int):
         return result
     if not result.shown:
         return result.status
-    paths = result.table.write(arguments.out / f"table{arguments.number}", **result.about)
+    paths = result.table.write(
+        arguments.out / f"table{'-' * (not arguments.table.isdecimal())}{arguments.table}", **result.about
+    )
     print(result.table.text())
     return result.end(paths)
 

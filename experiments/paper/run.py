@@ -28,7 +28,9 @@ from experiments.sweep import Sweep, SweepError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments run`."""
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder to write")
-    parser.add_argument("--model", default="facebook/opt-1.3b", metavar="MODEL", help="a folder, a hub name, or tiny")
+    parser.add_argument(
+        "--model", default="facebook/opt-1.3b", metavar="MODEL", help="a folder, a hub name, tiny or smollm2"
+    )
     parser.add_argument("--task", required=True, metavar="TASK", help=f"one of {', '.join(tasks.TASKS)}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and draws")
 

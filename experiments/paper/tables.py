@@ -40,13 +40,15 @@ class Line:
     """One method of a table.
 
     Attributes:
-        label: as in `experiments.paper.published`.
+        label: as shown.
         method: of its runs.
         rates: learning rates to choose from; empty for methods that train nothing.
         reference: label of the line it is compared with, seed by seed; None for none.
         group: lines of a group are shown together.
         train, test: number of examples.
         short: the label in a figure.
+        printed: the label in `experiments.paper.published`; empty if it is `label`.
+        start: the rates to begin with; at an edge the search goes on. Empty for a search over all rates.
     """
 
     label: str
@@ -57,21 +59,29 @@ class Line:
     train: int = 1000
     test: int = 1000
     short: str = ""
+    printed: str = ""
+    start: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One of the paper's tables.
+    """One of the paper's tables, or a table of our own whose scores are shown next to one of the paper's.
 
     Attributes:
-        number: 1 to 8.
+        number: of the paper's table, 1 to 8.
         lines: in order.
         saves: whether every task has a column with the training FLOPs that a line saves.
+        name: of a table of our own; empty for the paper's.
+        title: likewise.
+        columns: keys of the tasks; empty for the paper's.
     """
 
     number: int
     lines: tuple[Line, ...]
     saves: bool = False
+    name: str = ""
+    title: str = ""
+    columns: tuple[str, ...] = ()
 
     @cached_property
     def published(self) -> Published:
@@ -86,7 +96,21 @@ class PaperTable:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Keys of the tasks, such as `sst2`."""
-        return self.published.columns
+        return self.columns or self.published.columns
+
+    @property
+    def called(self) -> str:
+        """What it is called, for people: such as "Table 3"."""
+        return f"table {self.name}" if self.name else f"Table {self.number}"
+
+    @property
+    def heading(self) -> str:
+        """Its title, after the paper's number."""
+        return self.title or f"{self.called}. {self.published.title}"
+
+    def score(self, line: Line, task: str) -> Score | None:
+        """The paper's score of a line; None if it prints none."""
+        return self.published.score(line.printed or line.label, task)
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,11 @@ def searches(table: PaperTable, setting: Setting) -> dict[Place, RateSearch[Cell
     lines, names = _chosen(table, setting)
     return {
         (line.label, name): cells.search(
-            _cell(table, line, name, setting), _rates(line, setting), setting.seeds, setting.search_seeds
+            _cell(table, line, name, setting),
+            _rates(line, setting),
+            setting.seeds,
+            setting.search_seeds,
+            line.start if setting.rates is None else (),
         )
         for name in names
         for line in lines
@@ -164,7 +192,7 @@ def fill(
         if table.saves:
             columns.append(Column(f"{name}:flops", "FLOPs saved", ".2e", None))
         for line in lines:
-            entries[line.label, name] = entry(found[line.label, name], done, table.published.score(line.label, name))
+            entries[line.label, name] = entry(found[line.label, name], done, table.score(line, name))
             if table.saves and (saved := _saved(table, line, name, found[line.label, name], done, per_token)):
                 entries[line.label, f"{name}:flops"] = saved
     labels = {line.label for line in lines}
@@ -187,13 +215,13 @@ def _chosen(table: PaperTable, setting: Setting) -> tuple[list[Line], list[str]]
         names = list(dict.fromkeys(tasks.key(tasks.task(name).name) for name in setting.tasks))
         unknown = [name for name in names if name not in table.tasks]
         if unknown or not names:
-            raise ValueError(f"tasks={setting.tasks}: Table {table.number} has {', '.join(table.tasks)}")
+            raise ValueError(f"tasks={setting.tasks}: {table.called} has {', '.join(table.tasks)}")
     lines = list(table.lines)
     if setting.labels is not None:
         labels = [line.label for line in lines]
         unknown = [label for label in setting.labels if label not in labels]
         if unknown or not setting.labels:
-            raise ValueError(f"lines={setting.labels}: Table {table.number} has {'; '.join(labels)}")
+            raise ValueError(f"lines={setting.labels}: {table.called} has {'; '.join(labels)}")
         lines = [line for line in lines if line.label in setting.labels]
     return lines, names
 
@@ -269,14 +297,14 @@ def _saved(
             tokens = done.get(run, {}).get("tokens_by_link")
             if tokens is not None and len(tokens) == line.method.links:
                 values[run.seed] = float((reference - last) * sum(tokens[1:]) * per_token)
-    printed = table.published.score(line.label, name)
+    printed = table.score(line, name)
     return Entry(values, None if printed is None else printed.flops_saved)
 
 
 def _title(table: PaperTable, setting: Setting) -> str:
     model = setting.model or table.published.model
     made_up = ", made-up data" if _made_up(setting) else ""
-    return f"Table {table.number}. {table.published.title} ({model}{made_up})"
+    return f"{table.heading} ({model}{made_up})"
 
 
 def _made_up(setting: Setting) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.lora.config import link_config_of
+from cola.lora.per_layer import PER_LAYER
 from tests.models import tiny_opt
 
 peft = pytest.importorskip("peft")
@@ -299,10 +300,11 @@ CARRIED = {
     "a head": ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ("lm_head",)}),
     "gaussian": ({"init_lora_weights": "gaussian"}, {"init": "gaussian"}),
     "rslora": ({"use_rslora": True}, {"scaling": "rslora"}),
-    "neutral": ({"task_type": "CAUSAL_LM", "revision": "main", "fan_in_fan_out": True}, {}),
+    "neutral": ({"revision": "main", "fan_in_fan_out": True}, {}),
+    "a task": ({"task_type": "CAUSAL_LM"}, {"task_type": "CAUSAL_LM"}),
     "a head that the task trains": (
         {"task_type": "SEQ_CLS", "modules_to_save": ["score", "lm_head"]},
-        {"modules_to_save": ("score", "lm_head")},
+        {"task_type": "SEQ_CLS", "modules_to_save": ("score", "lm_head")},
     ),
 }
 
@@ -329,24 +331,20 @@ def test_a_lora_config_has_the_scales_of_pefts_own_layers(rslora):
 NOT_CARRIED = {
     "bias": ("all", r"bias='all' .*opt\.add_param_group"),
     "init_lora_weights": ("pissa", r"init_lora_weights='pissa' .*choose init"),
-    "task_type": ("SEQ_CLS", r"task_type='SEQ_CLS' .*modules_to_save"),
     "inference_mode": (True, r"inference_mode=True .*leave it out"),
-    "exclude_modules": (["k_proj"], r"exclude_modules=\{'k_proj'\} .*target_modules"),
-    "rank_pattern": ({"v_proj": 2}, r"rank_pattern=\{'v_proj': 2\} .*get_peft_model"),
-    "alpha_pattern": ({"v_proj": 2}, r"alpha_pattern=\{'v_proj': 2\} .*get_peft_model"),
-    "layers_to_transform": ([0], r"layers_to_transform=\[0\] .*get_peft_model"),
 }
 #: options that PEFT resets or refuses by themselves
 NEEDS_OTHERS = {"layers_pattern", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
                 "use_qalora", "arrow_config"}  # fmt: skip
 NOT_A_SETTING = {"qalora_group_size", "megatron_core", "revision", "runtime_config", "peft_type", "auto_mapping",
                  "peft_version", "base_model_name_or_path", "fan_in_fan_out"}  # fmt: skip
-for field in sorted(VALUES.keys() - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING):
+for field in sorted(VALUES.keys() - set(PER_LAYER) - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING):
     NOT_CARRIED[field] = VALUES[field], rf"{field}=.*(leave it out|modules_to_save|larger model first)"
 
 
 def test_every_field_is_carried_over_refused_or_no_setting():
     taken = {name for name, what in FIELDS.items() if what == TAKEN}
+    taken |= set(PER_LAYER)
     names = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert names - taken - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING == set()
 
@@ -365,7 +363,7 @@ def test_what_cannot_be_carried_over_is_refused_by_name_before_anything_changes(
 
 def test_all_options_that_are_refused_are_named_at_once():
     config = peft.LoraConfig(use_dora=True, bias="all", rank_pattern={"q_proj": 2})
-    with pytest.raises(ValueError, match=r"bias='all'.*; rank_pattern=.*; use_dora=True .*s·BA"):
+    with pytest.raises(ValueError, match=r"bias='all'.*; use_dora=True .*s·BA"):
         chained(tiny_opt(), link=config)
     with pytest.raises(ValueError, match=r"link=AdaLoraConfig\(\.\.\.\) is more than LoRA"):
         chained(tiny_opt(), link=peft.AdaLoraConfig(total_step=9))
@@ -393,7 +391,7 @@ WORDS = {
         r"modules_to_save='head' must be a list",
     ),
     "rslora": (lambda: LinkConfig(use_rslora=True), r"LinkConfig: use_rslora=True .*scaling='rslora'"),
-    "excluded": (lambda: LinkConfig(exclude_modules=["x"]), r"exclude_modules=\['x'\] .*target_modules"),
+    "a parameter": (lambda: LinkConfig(target_parameters=["x"]), r"target_parameters=\['x'\] .*leave it out"),
     "init": (lambda: LinkConfig(init_lora_weights="gaussian"), r"init_lora_weights='gaussian' .*choose init"),
     "a typing error": (lambda: LinkConfig(lora_alhpa=2), r"lora_alhpa=2 is unknown .*did you mean lora_alpha\?"),
     "unknown": (lambda: LinkConfig(zzz=2), r"LinkConfig: zzz=2 is unknown to a LinkConfig: leave it out"),

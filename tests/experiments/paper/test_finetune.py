@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import AutoConfig, TrainerState
 
 from cola import Chain
 from cola.integrations.transformers import ChainCallback
@@ -115,6 +115,40 @@ def test_knots_and_tokens_of_a_chain(folder, tmp_path):
     items = examples(task, split(task, 0, 16, 8, 8, of.data_dir).train, Encoder(tokenizer, 64))
     in_epoch = sum(len(text.ids) - 1 for item in items for text in item.texts)
     assert outcome["tokens_by_link"] == [in_epoch] * 3
+
+
+@pytest.mark.parametrize(
+    ("configuration", "drops"),
+    [
+        ({"model_type": "opt"}, True),
+        ({"model_type": "opt", "dropout": 0.0, "layerdrop": 0.1}, True),
+        ({"model_type": "opt", "dropout": 0.0}, False),
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "llama", "attention_dropout": 0.1}, True),
+    ],
+)
+def test_candidates_share_a_context_only_where_nothing_is_dropped(configuration, drops):
+    model = torch.nn.Module()
+    model.config = AutoConfig.for_model(**configuration)
+    assert finetune._drops_out(model) is drops
+
+
+def test_mixed_precision_trains_fp32_weights(folder, tmp_path):
+    """bf16 arithmetic: the outcome differs from fp32's, and the chain has updates that bf16 weights could not hold."""
+    of = cell(folder, Method.cola(2, ranks=(2,)), dtype="bf16-mixed")
+    outcome = finetune.run(of, tmp_path / "mixed")
+    plain = finetune.run(cell(folder, Method.cola(2, ranks=(2,))), tmp_path / "plain")
+    assert outcome["losses"] != plain["losses"]
+    # every product is rounded to eight bits, of which a few agree over so small a model
+    assert outcome["losses"][0] == pytest.approx(plain["losses"][0], rel=0.1)
+    model, _ = models.load(of.model, device="cpu")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    Chain.load(tmp_path / "mixed" / "chain").apply(model)
+    moved = {name: p for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(p.dtype == torch.float32 for p in moved.values())
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in moved.values())
 
 
 def test_the_rate_falls_linearly_and_gradients_are_clipped(folder, tmp_path):

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 from experiments.__main__ import main
 from experiments.paper import reproduce as table
 from experiments.paper import tables
+from experiments.paper.own_tables import OWN_TABLES
 from experiments.paper.published import published
 from experiments.paper.tables import FIGURES, TABLES
 from experiments.tasks import synthetic
@@ -64,6 +65,15 @@ def test_every_table_on_one_task(number, folder, capsys):
         assert saved["COLA(8,6)"] > 0
         assert saved["COLA(8,4)"] == 2 * saved["COLA(8,6)"]
         assert saved["COLA(8,2)"] == 3 * saved["COLA(8,6)"]
+
+
+@pytest.mark.parametrize("table", list(OWN_TABLES.values()), ids=OWN_TABLES)
+def test_tables_of_our_own_on_one_task(table, folder, capsys):
+    assert typed(f"table {table.name} --tasks cb --rates 1 --seeds 1", folder) == 0
+    assert table.title in capsys.readouterr().out
+    written = json.loads((folder / f"table-{table.name}.json").read_text())
+    assert written["missing"] == []
+    assert [entry["row"] for entry in written["cells"]] == [line.label for line in table.lines]
 
 
 @pytest.mark.parametrize("number", list(FIGURES))

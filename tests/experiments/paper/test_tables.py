@@ -1,5 +1,6 @@
 """The paper's tables as experiments: what would be run, and what becomes of outcomes that are made up here."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ pytest.importorskip("transformers")
 
 from experiments import tasks
 from experiments.paper import tables
+from experiments.paper.own_tables import LOW_RESOURCE, OWN_TABLES, PROMPTING
 from experiments.paper.published import published
 from experiments.paper.tables import FIGURES, TABLES, Setting, fill, searches
 from experiments.sweep import gather
@@ -192,3 +194,42 @@ def test_nan_scores_are_missing():
     done = carried_out(TABLES[7], SETTING, lambda cell: {**outcome(cell), "test": math.nan})
     assert len(fill(TABLES[7], SETTING, done).missing()) == 6
     assert tables.LINKS == 3
+
+
+@pytest.mark.parametrize("table", OWN_TABLES.values(), ids=OWN_TABLES)
+def test_a_table_of_our_own_is_complete_and_shows_the_papers_scores(table):
+    done = carried_out(table, SETTING)
+    filled = fill(table, SETTING, done)
+    assert filled.missing() == []
+    assert [column.key for column in filled.columns] == list(table.tasks)
+    assert filled.title == f"{table.title} (tiny)"
+    for line in table.lines:
+        for task in table.tasks:
+            printed = table.published.score(line.printed or line.label, task)
+            assert filled.entries[line.label, task].paper == (printed and printed.mean)
+
+
+def test_prompting_has_all_tasks_and_the_papers_model():
+    assert PROMPTING.tasks == tuple(tasks.key(name) for name in tasks.TASKS)
+    filled = fill(PROMPTING, SETTING, carried_out(PROMPTING, SETTING))
+    assert filled.entries["0-shot", "cb"].paper == 32.14
+    assert filled.entries["ICL", "sst2"].paper is None
+
+
+def test_low_resource_searches_by_the_same_rule_and_shows_table_6():
+    for line in LOW_RESOURCE.lines:
+        assert line.train == 100
+        assert [high / low for low, high in itertools.pairwise(line.rates)] == [2.0] * (len(line.rates) - 1)
+        assert line.start == line.rates[2:5]
+    setting = replace(SETTING, search_seeds=(0,))
+    first = searches(LOW_RESOURCE, setting)["LoRA", "cb"]
+    assert [cell.lr for cell in first.wanted({})] == list(LOW_RESOURCE.lines[0].start)
+    filled = fill(LOW_RESOURCE, setting, carried_out(LOW_RESOURCE, setting))
+    assert filled.entries["LoRA", "cb"].paper == published(6).score("LoRA, 100 samples", "cb").mean
+    assert filled.entries["full fine-tuning", "cb"].paper is None
+
+
+@pytest.mark.parametrize("changes", [{"tasks": ("squad",)}, {"labels": ("ICL",)}])
+def test_what_a_table_of_our_own_lacks_is_said(changes):
+    with pytest.raises(ValueError, match="table low-resource has"):
+        searches(LOW_RESOURCE, replace(SETTING, **changes))
