@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -24,9 +25,10 @@ long = pytest.mark.long
 @pytest.fixture(scope="module")
 def started():
     ray_cluster = pytest.importorskip("ray.cluster_utils")
-    with pytest.MonkeyPatch.context() as patch:
+    # a short path, because it holds sockets
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
+        head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False, "temp_dir": folder}
         one = ray_cluster.Cluster(initialize_head=True, head_node_args=head)
         yield one
         one.shutdown()
