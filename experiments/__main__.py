@@ -93,7 +93,7 @@ def _not_installed(command: str, error: ModuleNotFoundError) -> int:
         raise error
     print(
         f"{command}: {package} is not installed: pip install {package}, or from the checkout "
-        "pip install -e '.[experiments]' (for bench '.[experiments,peft]')",
+        "pip install -e '.[experiments]' (for bench '.[experiments,peft]', for --cluster '.[experiments,cluster]')",
         file=sys.stderr,
     )
     return 2

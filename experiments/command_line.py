@@ -11,6 +11,9 @@ import tempfile
 from collections.abc import Callable, Container
 from pathlib import Path
 
+WHEREABOUTS = ("workers", "cluster", "cpus", "gpus", "memory", "offline")
+"""The options of `add_whereabouts`; results do not depend on them."""
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Help that adds "(default: …)" to options whose default is a value; other defaults are in the help's words."""
@@ -31,6 +34,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """The type of an option that takes GPUs: a fraction of one, or a whole number, which may be 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 <= value <= 1 or (value.is_integer() and value > 0)):
+        raise argparse.ArgumentTypeError(f"{text}: give a fraction of a GPU, or a whole number of them")
+    return value
+
+
 def positive(text: str) -> float:
     """The type of an option that takes a positive number, such as a learning rate."""
     try:
@@ -45,11 +59,16 @@ def positive(text: str) -> float:
 def add_whereabouts(parser: argparse.ArgumentParser) -> None:
     """The options of every sweep: where its runs happen, and whether a hub may be asked."""
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="processes (default: as many as cores and memory allow)"
-    )
+        "--workers", type=count, metavar="N",
+        help="runs at a time (default: one per core, or per GPU; on a cluster, as many as it has room for)",
+    )  # fmt: skip
     parser.add_argument(
-        "--shard", default="0/1", metavar="i/n", help="this machine's part of a sweep in a shared folder"
+        "--cluster", metavar="ADDRESS", help="run on a Ray cluster: auto for the one of this machine, or HOST:PORT"
     )
+    parser.add_argument("--cpus", type=count, metavar="N", help="a run's cores on the cluster (default: 1)")
+    parser.add_argument("--gpus", type=share, metavar="N",
+                        help="a run's GPUs there, such as 0.5 (default: 1 if a node has one)")  # fmt: skip
+    parser.add_argument("--memory", type=positive, metavar="GB", help="a run's memory there (default: not counted)")
     add_offline(parser)
 
 
@@ -87,7 +106,7 @@ def repeated(
     command: str,
     add_arguments: Callable[[argparse.ArgumentParser], object],
     arguments: argparse.Namespace,
-    without: Container[str] = ("workers", "offline"),
+    without: Container[str] = WHEREABOUTS,
 ) -> str:
     """The command with the options that are not at their default.
 

@@ -1,9 +1,9 @@
-"""Files for several processes: written whole or not at all, and locked."""
+"""Files for several processes: written whole or not at all, locked, and carried from one machine to another."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,3 +33,17 @@ def locked(path: Path) -> Iterator[bool]:
         return
     with held:
         yield True
+
+
+def read_folder(folder: Path, without: str) -> dict[str, bytes]:
+    """All files of a folder by their path in it, but for the folder ``without`` there."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(inside): (folder / inside).read_bytes() for path in files
+            if (inside := path.relative_to(folder)).parts[0] != without}  # fmt: skip
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files that `read_folder` read."""
+    for inside, content in files.items():
+        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+        (folder / inside).write_bytes(content)

@@ -8,12 +8,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 
 def cores() -> int:
@@ -95,26 +91,3 @@ def versions(*libraries: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)
     return found
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The peak memory of this process (0 where the system does not tell) and the free memory, in bytes."""
-
-    host: int
-    host_free: int
-
-    @classmethod
-    def now(cls) -> Peak:
-        """The values at this moment."""
-        free = psutil.virtual_memory().available
-        try:
-            import resource  # psutil knows the present use, not the peak
-        except ImportError:
-            return cls(0, free)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return cls(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, free)
-
-    def how_many(self, share: float) -> int:
-        """How many processes like this one fit into memory: itself, and others in ``share`` of the free memory."""
-        return 1 + int(self.host_free * share // self.host) if self.host else sys.maxsize

@@ -27,7 +27,7 @@ from experiments.frontier.tasks import TASKS
 from experiments.hardware import cores
 from experiments.report import style
 from experiments.report.progress import Progress
-from experiments.study.cells import CHAIN, StudyCell, name, run
+from experiments.study.cells import CHAIN, StudyCell, name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
 from experiments.study.setting import Setting
 from experiments.study.table import demo_table
@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    sweep = Sweep(arguments.out, run, name)
+    sweep = Sweep(arguments.out, run, name, needs)
     try:
         kept = sum(sweep.read(cell) is not None for cell in plan.wanted({}))
         print(_announcement(plan, arguments.workers, kept), flush=True)

@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hardware
-from experiments.command_line import add_whereabouts, count, repeated
+from experiments.command_line import WHEREABOUTS, add_whereabouts, count, repeated
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
 from experiments.frontier.picture import draw_frontier
 from experiments.frontier.tasks import TASKS, Gate, Task, lasting
 from experiments.report import style
-from experiments.study.cells import name, run
+from experiments.study.cells import name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
 from experiments.study.setting import Setting
 from experiments.study.table import frontier_table
-from experiments.sweep import Shard, Sweep, SweepError, gather
+from experiments.sweep import Cluster, Sweep, SweepError, gather, requested
 from experiments.tiny import tiny_opt
 
 USUAL = ("lora", "chain-10", families.RECOMMENDED)
 """The families that are compared if none are named."""
-UNTOLD = ("workers", "out", "so_far", "shard", "offline")
+UNTOLD = (*WHEREABOUTS, "out", "so_far")
 """The options that a recorded command leaves out, because results do not depend on them."""
 
 
@@ -89,13 +89,13 @@ def main(arguments: argparse.Namespace) -> int:
         task = task_of(arguments)
         task = task if arguments.steps is None else lasting(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
-        plan, shard = plan_of(task, chosen, arguments.seeds), Shard.parse(arguments.shard)
+        plan, cluster = plan_of(task, chosen, arguments.seeds), requested(arguments)
         plan.require_possible("--ranks or --methods")
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
     try:
-        results = carry_out(plan, arguments, shard)
+        results = carry_out(plan, arguments, cluster)
     except (OSError, SweepError) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 1
@@ -108,7 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
     print("\n\n".join(shown))
     missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
     if missing:
-        print(f"not complete yet (other shards?) or diverged: {', '.join(missing)}", file=sys.stderr)
+        print(f"not complete yet, or diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
     if found:
         print(style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path)))
@@ -121,17 +121,19 @@ def plan_of(task: Task, chosen: Mapping[str, Any], seeds: int) -> Plan:
     return Plan(chosen, rates, (0,), tuple(range(seeds)), task, walk=True)
 
 
-def carry_out(plan: Plan, arguments: argparse.Namespace, shard: Shard) -> Results:
-    """The outcomes of the plan's runs, after those of this shard have been done.
+def carry_out(plan: Plan, arguments: argparse.Namespace, cluster: Cluster | None) -> Results:
+    """The outcomes of the plan's runs; with `--so-far` of those that are done.
 
     Raises:
         SweepError: a process died, or an outcome cannot be read.
     """
-    sweep = Sweep(arguments.out, run, name)
-    if not arguments.so_far:
-        mine = plan.part(arm for index, arm in enumerate(plan.arms) if shard.has(index))
-        sweep.carry_out(mine.wanted, workers=arguments.workers, threads=1, expected=mine.cells())
-    done = gather(sweep.read, [plan.part([arm]).wanted for arm in plan.arms])
+    sweep = Sweep(arguments.out, run, name, needs)
+    if arguments.so_far:
+        done = gather(sweep.read, [plan.part([arm]).wanted for arm in plan.arms])
+    else:
+        done = sweep.carry_out(
+            plan.wanted, workers=arguments.workers, threads=1, cluster=cluster, expected=plan.cells()
+        )
     return Results(plan, done, plan.setting.per_nat)
 
 

@@ -25,7 +25,7 @@ from experiments.frontier.tasks import lasting
 from experiments.report import stats, style
 from experiments.report.stats import Interval
 from experiments.study.comparison import Results, inside
-from experiments.sweep import Shard, SweepError
+from experiments.sweep import SweepError, requested
 from experiments.tiny import tiny_opt
 
 TITLES = {"slow": "spectrum that falls slowly, $i^{-1/2}$", "steep": "spectrum that falls steeply, $i^{-3/2}$"}
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
     tiny_opt.quiet()
     try:
         chosen = families.arms(arguments.ranks, arguments.methods, gate=False)
-        task, shard = task_of(arguments), Shard.parse(arguments.shard)
+        task, cluster = task_of(arguments), requested(arguments)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
         for plan in plans.values():
             plan.require_possible("--ranks, --steps or --methods")
@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     places = []
     try:
         for plan in plans.values():
-            results = carry_out(plan, arguments, shard)
+            results = carry_out(plan, arguments, cluster)
             places += [place for rank in arguments.ranks if (place := best(results, rank)) is not None]
     except (OSError, SweepError) as error:
         print(f"map: {error}", file=sys.stderr)
@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(style.picture(arguments.out / "map.png", lambda path: draw(maps, path)))
     missing = len(plans) * len(arguments.ranks) - len(places)
     if missing:
-        print(f"map: {missing} cells are missing: runs diverged, or are another shard's", file=sys.stderr)
+        print(f"map: {missing} cells are missing: runs diverged, or are not done yet", file=sys.stderr)
     return 1 if missing and not arguments.so_far else 0
 
 

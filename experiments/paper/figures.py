@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments figure`: 0; 1 if a run of this shard is missing or diverged; 2 for bad arguments."""
+    """Run `python -m experiments figure`: 0; 1 if a run diverged; 2 for bad arguments."""
     number = arguments.number
     result = reproduce(TABLES[FIGURES[number]], arguments, f"figure {number}")
     if isinstance(result, int):

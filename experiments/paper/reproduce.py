@@ -28,7 +28,7 @@ from experiments.paper import cells, flops, score_table, tables
 from experiments.paper.cells import Cell
 from experiments.paper.own_tables import OWN_TABLES
 from experiments.paper.tables import TABLES, PaperTable, Place, Setting
-from experiments.sweep import Outcome, RateSearch, Shard, Sweep, SweepError, gather
+from experiments.sweep import Outcome, RateSearch, Sweep, SweepError, requested
 from experiments.sweep.processes import processes
 from experiments.sweep.tensorboard import Board
 from experiments.tasks import synthetic
@@ -90,7 +90,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run `python -m experiments table`: 0; 1 if a run of this shard is missing or diverged; 2 for bad arguments."""
+    """Run `python -m experiments table`: 0; 1 if a run diverged; 2 for bad arguments."""
     result = reproduce(_TABLES[arguments.table], arguments, f"table {arguments.table}")
     if isinstance(result, int):
         return result
@@ -109,7 +109,7 @@ class Result:
 
     Attributes:
         table: with the outcomes that there are.
-        lacking: a phrase for every entry of this shard without all its scores.
+        lacking: a phrase for every entry without all its scores.
         about: command, setting and hardware, for the files.
         shown: True in the first of `torchrun`'s processes; only that one prints.
     """
@@ -147,27 +147,25 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
     tiny_opt.quiet()
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        shard = Shard.parse(arguments.shard)
+        cluster = requested(arguments)
         setting = make_setting(table, arguments)
         found = tables.searches(table, setting)
         per_token = _flops_per_token(table, setting)
         sweep = _sweep(arguments.out)
         board = Board(sweep, arguments.out / "tensorboard") if arguments.tensorboard else None
-        mine = {place: search for index, (place, search) in enumerate(found.items()) if shard.has(index)}
-        if any(sweep.read(cell) is None for search in mine.values() for cell in search.wanted({})):
+        if any(sweep.read(cell) is None for search in found.values() for cell in search.wanted({})):
             models.require(setting.model or table.model)  # before processes are started
         if first:
-            print(f"{command}: {_size(mine.values())} runs, in {arguments.out / 'cells'}")
+            print(f"{command}: {_size(found.values())} runs, in {arguments.out / 'cells'}")
         done = sweep.carry_out(
-            lambda done: [cell for search in mine.values() for cell in search.wanted(done)],
-            # a cell that is spread over GPUs or processes runs alone
-            workers=1 if processes() > 1 or arguments.device_map else arguments.workers,
-            expected=_size(mine.values()),
+            lambda done: [cell for search in found.values() for cell in search.wanted(done)],
+            # a cell that is spread over GPUs or processes runs alone; a cluster gives it GPUs of its own
+            workers=1 if processes() > 1 or (arguments.device_map and not cluster) else arguments.workers,
+            cluster=cluster,
+            expected=_size(found.values()),
             progress=first,
             finished=board if board and first else (lambda cell, outcome: None),
         )
-        if first:  # torchrun's other processes may get here before the last outcome is written
-            done = gather(sweep.read, [search.wanted for search in found.values()])
     except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -182,7 +180,7 @@ def reproduce(table: PaperTable, arguments: argparse.Namespace, command: str) ->
         "minutes": minutes,
         **hardware.provenance(),
     }
-    return Result(filled, tuple(_lacking(mine, done)), about, first)
+    return Result(filled, tuple(_lacking(found, done)), about, first)
 
 
 def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
@@ -240,10 +238,10 @@ def _size(searches: Iterable[RateSearch[Cell]]) -> int:
     )  # fmt: skip
 
 
-def _lacking(mine: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome]) -> list[str]:
-    """A phrase for every entry of the shard that lacks scores."""
+def _lacking(found: Mapping[Place, RateSearch[Cell]], done: Mapping[Cell, Outcome]) -> list[str]:
+    """A phrase for every entry that lacks scores."""
     phrases = []
-    for (label, name), search in mine.items():
+    for (label, name), search in found.items():
         entry = tables.entry(search, done)
         absent = [seed for seed in search.seeds if seed not in entry.finite]
         if absent:

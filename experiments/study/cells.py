@@ -66,6 +66,11 @@ def name(cell: StudyCell) -> str:
     return f"{cell.method.name}-{targets}-lr{cell.lr:g}-seed{cell.seed}-{cell.split}"
 
 
+def needs(cell: StudyCell) -> list[StudyCell]:
+    """The training run whose weights a test reads."""
+    return [replace(cell, split="dev")] if cell.split == "test" and cell.method.trains else []
+
+
 def run(cell: StudyCell, folder: Path) -> Outcome:
     """Train, or test the weights of the training cell; see `StudyCell`. Losses are in nats per token.
 
@@ -149,7 +154,7 @@ def fine_tune(model: nn.Module, cell: StudyCell, folder: Path | None = None) -> 
 def _test(cell: StudyCell, model: nn.Module, folder: Path) -> Outcome:
     rebuilt = None
     if cell.method.trains:
-        sweep, trained = Sweep(folder.parent.parent, run, name), replace(cell, split="dev")
+        (trained,), sweep = needs(cell), Sweep(folder.parent.parent, run, name)
         found = sweep.read(trained)
         if found is not None and "diverged" in found:
             return found

@@ -4,7 +4,7 @@
     python -m experiments study --model DIR --corpus FILE --length 128 --batch 8   any small causal model and text
 
 Every arm's learning rate is chosen on the development split. Every seed is then run with it, and only those runs are
-evaluated on the test split. A study that was stopped goes on where it was; `--shard` spreads it over machines.
+evaluated on the test split. A study that was stopped goes on where it was; `--cluster` spreads it over machines.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from experiments.files import write_atomically
 from experiments.methods import QUERY_AND_VALUE
 from experiments.study import control
 from experiments.study.arms import STUDY
-from experiments.study.cells import name, run
+from experiments.study.cells import name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
 from experiments.study.setting import Setting
 from experiments.study.table import study_table
-from experiments.sweep import Shard, Sweep, SweepError, gather
+from experiments.sweep import Sweep, SweepError, requested
 from experiments.tiny import tiny_opt
 
 TARGETS = {"qv": QUERY_AND_VALUE, "all-linear": ("all-linear",)}
@@ -62,20 +62,18 @@ def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments study`.
 
     Returns:
-        0; 1 if a run that counts diverged or is missing; 2 for bad arguments or arms that the model cannot carry.
+        0; 1 if a run that counts diverged; 2 for bad arguments or arms that the model cannot carry.
     """
     tiny_opt.quiet()
     try:
-        plan, shard = make_plan(arguments), Shard.parse(arguments.shard)
+        plan, cluster = make_plan(arguments), requested(arguments)
         plan.require_possible()
     except (ValueError, OSError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
-    mine = plan.part(arm for index, arm in enumerate(plan.arms) if shard.has(index))
-    sweep = Sweep(arguments.out, run, name)
+    sweep = Sweep(arguments.out, run, name, needs)
     try:
-        sweep.carry_out(mine.wanted, workers=arguments.workers, expected=mine.cells())
-        done = gather(sweep.read, [plan.part([arm]).wanted for arm in plan.arms])
+        done = sweep.carry_out(plan.wanted, workers=arguments.workers, cluster=cluster, expected=plan.cells())
     except OSError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -90,9 +88,9 @@ def main(arguments: argparse.Namespace) -> int:
     print(shown)
     missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
     if missing:
-        print(f"not complete yet (other shards?) or diverged: {', '.join(missing)}", file=sys.stderr)
+        print(f"diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, {stem}.json; one folder per run in {arguments.out / 'cells'}")
-    return 1 if set(missing) & set(mine.arms) else 0
+    return 1 if missing else 0
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:

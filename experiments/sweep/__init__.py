@@ -1,6 +1,8 @@
-"""Run many cells, each once: over processes and machines, resumable, with learning rates searched."""
+"""Run many cells, each once: over processes or a cluster, resumable, with learning rates searched."""
 
+from experiments.sweep.cluster import Cluster, requested
+from experiments.sweep.engines import SCRATCH, SweepError
 from experiments.sweep.rate_search import Outcome, RateSearch, gather
-from experiments.sweep.sweep import OUTCOME, SCRATCH, Shard, Sweep, SweepError
+from experiments.sweep.sweep import OUTCOME, Sweep
 
-__all__ = ["OUTCOME", "SCRATCH", "Outcome", "RateSearch", "Shard", "Sweep", "SweepError", "gather"]
+__all__ = ["OUTCOME", "SCRATCH", "Cluster", "Outcome", "RateSearch", "Sweep", "SweepError", "gather", "requested"]

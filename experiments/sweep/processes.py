@@ -1,4 +1,4 @@
-"""The processes that run cells: their settings, their start and end, and agreement within one `torchrun`."""
+"""The processes that run cells: their settings, their end, and agreement within one `torchrun`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,19 @@ def together() -> tuple[bool, Callable[[Any], Any]]:
     return dist.get_rank() == 0, told
 
 
-def settle() -> bool:
+def settle(threads: int | None = None) -> bool:
     """Set up a process that runs cells, so that outcomes do not depend on the process.
+
+    Args:
+        threads: of torch; None leaves them.
 
     Returns:
         Whether denormal numbers were flushed to zero before, for `unsettle`.
     """
     import torch
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     before = bool(torch.tensor(1e-40) * 1 == 0)
     # denormal numbers are a hundred times slower, and nothing depends on them
     torch.set_flush_denormal(True)
@@ -62,10 +67,7 @@ def start(threads: int, gpus: Any) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     if gpus is not None:  # before CUDA starts; with several visible, all processes would take the first
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    import torch
-
-    torch.set_num_threads(threads)
-    settle()
+    settle(threads)
     without_noise()
 
 

@@ -282,7 +282,7 @@ def test_a_kill_around_the_outcome_repeats_no_step(folder, tmp_path, monkeypatch
     monkeypatch.setattr(finetune, "evaluate", lambda *a, **k: scored.append(0) or evaluate(*a, **k))
     assert cut.carry_out(lambda done: [of], workers=1, progress=False)[of] == undisturbed
     assert (len(steps), len(scored)) == (0, 2 if again else 0)
-    assert {path.name for path in cut.place(of).iterdir()} == {"lock", "chain", OUTCOME}
+    assert {path.name for path in cut.place(of).iterdir()} == {"chain", OUTCOME}
     require_same_chains(whole.place(of) / "chain", cut.place(of) / "chain")
 
 

@@ -90,14 +90,13 @@ def test_figures_run_nothing_that_their_table_has_run(number, folder):
     assert len(points["panels"]["wsc"]) == len(TABLES[FIGURES[number]].lines)
 
 
-def test_a_search_two_seeds_two_shards_and_tensorboard(tmp_path, capsys):
-    """Each shard runs its own lines and is content; together they are the table."""
+def test_a_search_two_seeds_a_part_first_and_tensorboard(tmp_path, capsys):
+    """Runs of a part of a table are those of the table."""
     pytest.importorskip("tensorboard")
     options = "table 7 --tasks wic --tensorboard"
-    assert typed(f"{options} --shard 0/2", tmp_path) == 0
-    assert "Not complete" in capsys.readouterr().out
+    assert typed(f"{options} --lines LoRA", tmp_path) == 0
     half = outcomes(tmp_path)
-    assert typed(f"{options} --shard 1/2", tmp_path) == 0
+    assert typed(options, tmp_path) == 0
     assert "Not complete" not in capsys.readouterr().out
     both = outcomes(tmp_path)
     # two rates on the first seed, the best on the second, for either line
@@ -154,7 +153,8 @@ def test_flops_that_cannot_be_counted_are_missing_and_the_scores_are_not(tmp_pat
         ("table 7 --lines Finetune", "Table 7 has LoRA; COLA"),
         ("table 7 --seeds 0", "argument --seeds: 0: give a whole number"),
         ("table 7 --workers 0", "argument --workers: 0"),
-        ("table 7 --shard 2/2", "--shard 2/2"),
+        ("table 7 --cpus 2", "--cpus: that is a run's share of a node; give --cluster too"),
+        ("table 7 --gpus 1.5 --cluster auto", "argument --gpus: 1.5: give a fraction of a GPU"),
         ("table 7 --data-dir /nonexistent --seeds 1 --rates 1", "/nonexistent"),
         ("table 7 --model ./none", "model='./none': there is no such folder"),
         ("figure 2 --rates 0", "argument --rates: 0"),

@@ -129,7 +129,7 @@ def test_a_chosen_run_that_diverged_fails_the_command_and_is_named(tmp_path, cap
     (tested,) = tmp_path.glob("cells/*seed1-test*/outcome.json")
     tested.unlink()
     assert main(arguments) == 1
-    assert "not complete yet (other shards?) or diverged: lora" in capsys.readouterr().err
+    assert "diverged: lora" in capsys.readouterr().err
 
 
 def test_the_command_and_its_resumption(tmp_path, capsys):
@@ -149,23 +149,14 @@ def test_the_command_and_its_resumption(tmp_path, capsys):
     assert capsys.readouterr().out == shown
 
 
-def test_shards_together_make_the_table(tmp_path, capsys):
-    arguments = ["study", "--smoke", "--out", str(tmp_path), "--workers", "1", "--shard"]
-    assert main([*arguments, "0/2"]) == 0
-    assert "not complete yet" in capsys.readouterr().err
-    assert main([*arguments, "1/2"]) == 0
-    shown = capsys.readouterr()
-    assert "not complete" not in shown.err
-    assert "| LoRA |" in shown.out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--epochs", "0"], "argument --epochs: 0"),
         (["--seeds", "0"], "argument --seeds: 0"),
         (["--search-seeds", "0"], "argument --search-seeds: 0"),
-        (["--shard", "2/2"], "--shard 2/2"),
+        (["--memory", "2", "--cpus", "1"], "--cpus and --memory: that is a run's share"),
+        (["--cluster", "127.0.0.1:1"], "--cluster 127.0.0.1:1: nobody answers there"),
         (["--corpus", "no-such-file", "--model", "no-such-folder"], "no-such"),
         (["--smoke", "--workers", "1", "--out", "/dev/null/folder"], "/dev/null"),
     ],
@@ -175,13 +166,12 @@ def test_arguments_that_cannot_be(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shard", ["0/1", "1/2"])  # any machine refuses what one of them cannot run
-def test_an_arm_that_the_model_cannot_carry_is_refused_before_anything_is_run(tmp_path, capsys, shard):
+def test_an_arm_that_the_model_cannot_carry_is_refused_before_anything_is_run(tmp_path, capsys):
     """Grouped queries: the value projections are 16x32, as those of the small Llama are 32x64."""
     small.model("llama", torch.float32).save_pretrained(tmp_path / "model")
     small.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join("It was great. " * 150 for _ in range(20)))
-    given = ["--model", str(tmp_path / "model"), "--corpus", str(tmp_path / "text.txt"), "--smoke", "--shard", shard]
+    given = ["--model", str(tmp_path / "model"), "--corpus", str(tmp_path / "text.txt"), "--smoke", "--workers", "1"]
     command = ["study", "--out", str(tmp_path / "out"), *given]
     capsys.readouterr()
     assert main([*command, "--arms", "lora", "lora-24", "cola-5", "cola-3-16", "lora-32"]) == 2

@@ -1,13 +1,13 @@
 """A sweep whose cells take a moment and write down that they ran; run as a program, it can be killed."""
 
-import multiprocessing
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.sweep import RateSearch, Sweep
+from experiments.files import write_atomically
+from experiments.sweep import Cluster, RateSearch, Sweep
 
 RATES = (0.1, 0.2, 0.4, 0.8)
 
@@ -22,15 +22,15 @@ class Toy:
 
 def run(cell, folder):
     log(folder, f"start {folder.name}")
+    while cell.arm == "waits" and "start fails" not in (folder.parent.parent / "log").read_text():
+        time.sleep(0.01)
     time.sleep(cell.nap)
-    if cell.arm == "meets":  # not over before another sweep runs a cell too
-        deadline = time.monotonic() + 300  # rather than for ever
-        while len({line.split()[2] for line in (folder.parent.parent / "log").read_text().splitlines()}) < 2:
-            assert time.monotonic() < deadline, "no other sweep came"
-            time.sleep(0.01)
     if cell.arm == "hangs" and not (folder / "hung").exists():  # the first time
-        (folder / "hung").touch()
+        write_atomically(folder / "hung", str(os.getpid()))
         time.sleep(3600)
+    if cell.arm == "reads":
+        (other,) = needs(cell)
+        return {"read": (folder.parent / sweep(folder).place(other).name / "kept").read_text()}
     if cell.arm == "dies":
         os._exit(9)
     if cell.arm == "tells":
@@ -46,14 +46,20 @@ def run(cell, folder):
 
 
 def log(folder, line):
-    process = multiprocessing.parent_process()  # of a worker: the sweep
-    line += f" {os.getpid() if process is None else process.pid}"
     with (folder.parent.parent / "log").open("a") as file:  # O_APPEND: whole lines, whoever writes
-        file.write(line + "\n")
+        file.write(f"{line} {os.getpid()}\n")
 
 
 def name(cell):
     return f"{cell.arm}-{cell.lr:g}-{cell.seed}"
+
+
+def needs(cell):
+    return [Toy("a", cell.lr, cell.seed)] if cell.arm == "reads" else []
+
+
+def sweep(folder):
+    return Sweep(folder, run, name, needs)
 
 
 def searches(nap=0.0, arms=("a", "b", "c")):
@@ -74,13 +80,7 @@ def plan(of):
     return lambda done: [cell for search in of.values() for cell in search.wanted(done)]
 
 
-def some(arm, count):
-    """A plan of ``count`` cells of one arm, and then of one more that depends on them."""
-    cells = [Toy(arm, 0.1, seed) for seed in range(count)]
-    return lambda done: [*cells, *([Toy("last", 0.1, 0)] if set(cells) <= set(done) else [])]
-
-
 if __name__ == "__main__":
-    folder, what, workers = sys.argv[1:]
-    wanted = some(what, 2 * int(workers)) if what.isalpha() else plan(searches(float(what)))
-    Sweep(Path(folder), run, name).carry_out(wanted, workers=int(workers) or None, progress=False)
+    folder, nap, workers, *address = sys.argv[1:]
+    cluster = Cluster(*address, gpus=0) if address else None
+    sweep(Path(folder)).carry_out(plan(searches(float(nap))), workers=int(workers), cluster=cluster, progress=False)
