@@ -41,8 +41,9 @@ NAMES = {
     "LinkConfig": (
         LINK,
         object(),
-        "bias dtype init known_ranks lora_alpha lora_dropout modules_to_save r rank_change rank_of residual_device "
-        "scaling scaling_of target_modules train",
+        "alpha_pattern bias dtype exclude_modules init known_ranks layers_pattern layers_to_transform lora_alpha "
+        "lora_dropout modules_to_save r rank_change rank_of rank_pattern residual_device scaling scaling_of "
+        "target_modules task_type train",
     ),
     "Signal": (cola.Signal(1), object(), "epoch loss mean opt step"),
     "NeverKnots": (cola.NeverKnots(), object(), POLICY),

@@ -11,8 +11,13 @@ accelerate = pytest.importorskip("accelerate")
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Accelerate keeps its state in globals."""
+    """Accelerate keeps its state in globals; a Trainer in another test may have left some."""
+    forget()
     yield
+    forget()
+
+
+def forget():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 

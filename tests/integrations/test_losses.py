@@ -615,8 +615,14 @@ def lightning_by_hand_with_outputs(policy):
     return lit(policy, automatic=False, divide=2, outputs=True)
 
 
+def fresh_state(accelerate):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
 def accelerated(policy, told):
     accelerate = pytest.importorskip("accelerate")
+    fresh_state(accelerate)  # a Trainer before has left its own
     model = Net() if told else tiny_opt()
     link = LinkConfig(r=2, lora_alpha=2, target_modules=["first", "second"]) if told else LINK
     opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, lr=0.02)
@@ -633,8 +639,7 @@ def accelerated(policy, told):
                 opt.observe(loss)
             wrapped.step()
             wrapped.zero_grad()
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    fresh_state(accelerate)
     return opt, [mean(found[i : i + 2]) for i in range(0, 12, 2)]
 
 
