@@ -73,9 +73,7 @@ def narrowed(link: Any, paths: Collection[str]) -> list[str]:
         for name in [link.exclude_modules] if single else link.exclude_modules:
             if not any(_is_called(name, path, expression=single) for path in paths):
                 hint = " (a string is a regular expression for the whole path; for names give a list)" if single else ""
-                raise ValueError(
-                    f"exclude_modules={name!r} matches none of the targets, {_called(paths, name)}{hint}"
-                )
+                raise ValueError(f"exclude_modules={name!r} matches none of the targets, {_called(paths, name)}{hint}")
         if not kept:
             raise ValueError(f"exclude_modules={link.exclude_modules!r} leaves none of the targets, {_called(paths)}")
     indices = _indices(link)
