@@ -18,7 +18,7 @@ from typing import Any
 import experiments
 from experiments.files import read_folder, write_atomically, write_folder
 from experiments.report.progress import without_noise
-from experiments.sweep.engines import SCRATCH, Ran, Runner, SweepError, run_one
+from experiments.sweep.engines import SCRATCH, Ran, Runner, SweepError, run_apart
 from experiments.sweep.processes import processes, settle
 
 RETRIES = 3
@@ -196,12 +196,12 @@ def _on_node(
         os.chdir(cwd)
     path, text = mark
     if path.is_file() and path.read_text() == text:
-        return run_one(run, cell, place)
+        return run_apart(run, cell, place)
     with tempfile.TemporaryDirectory() as root:
         cells = Path(root) / "cells"
         for name, files in sent.items():
             write_folder(cells / name, files)
         own = cells / place.name
         own.mkdir(parents=True)
-        ran = run_one(run, cell, own)
+        ran = run_apart(run, cell, own)
         return ran._replace(files=read_folder(own, without=SCRATCH))

@@ -117,6 +117,8 @@ def test_what_goes_wrong_on_a_cluster(nodes, tmp_path, monkeypatch):
     where = Cluster(nodes.address, gpus=0)
     with pytest.raises(ZeroDivisionError, match=r"^on purpose$"):
         sweep(tmp_path).carry_out(lambda done: [Toy("fails", 0.1, 0)], cluster=where, progress=False)
+    with pytest.raises(SweepError, match=r"odd-0\.1-0-\w+ raised Odd: the hub refuses"):
+        sweep(tmp_path).carry_out(lambda done: [Toy("odd", 0.1, 0)], cluster=where, progress=False)
     few = r"no node .* has 64 CPUs, 0 GPUs, and .* its nodes have .*1 CPU, 1 GPU, .*--cpus"
     with pytest.raises(SweepError, match=few):
         sweep(tmp_path).carry_out(lambda done: [], cluster=Cluster(nodes.address, cpus=64, gpus=0), progress=False)
