@@ -6,7 +6,7 @@
 
 It first looks for all that it needs, and names what is missing. Every stage has a time limit and leaves a record and a
 log in --out. A second call repeats nothing that is done: it goes on with the stages that failed, were stopped at their
-limit or did not fit into --minutes. gpu.md joins the records, for RESULTS.md.
+limit, which then have more time, or did not fit into --minutes. gpu.md joins the records, for RESULTS.md.
 
 The exit status is 0 once all stages are done, 1 if some are not, 2 if something is missing.
 """

@@ -127,7 +127,7 @@ class OnCluster:
     def room(self) -> int:
         """As many as the nodes have room for now, and at most ``workers``."""
         nodes = [node["Resources"] for node in self._nodes()]
-        fit = sum(int(min(node.get(name, 0) // amount for name, amount in self.share.items())) for node in nodes)
+        fit = sum(_fit(node, self.share) for node in nodes)
         if not fit:
             raise SweepError(
                 f"no node of the cluster has {_in_words(self.share)}, and the runs would wait for ever; its nodes have "
@@ -177,6 +177,11 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConnectionError(f"--cluster {address}: nobody answers there ({error}); does `ray start` run?") from error
+
+
+def _fit(node: Mapping[str, float], share: Mapping[str, float]) -> int:
+    """How many shares a node has; 1 // 0.2 would be 4."""
+    return int(min(node.get(name, 0) / amount for name, amount in share.items()) + 1e-6)
 
 
 def _in_words(resources: Mapping[str, float]) -> str:

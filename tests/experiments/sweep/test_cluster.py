@@ -176,6 +176,15 @@ def test_options_say_where(monkeypatch):
         typed("--cluster auto")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "runs"), [(1, 2), (0.5, 4), (0.2, 10), (0.1, 20), (0.3, 6), (2, 1), (3, 0)]
+)  # fmt: skip
+def test_a_node_has_room_for_every_share(gpus, runs):
+    node = {"CPU": 32.0, "GPU": 2.0, "memory": 1e12}
+    assert cluster._fit(node, {"CPU": 1.0, "GPU": gpus, "memory": 1e9}) == runs
+    assert cluster._fit({"CPU": 32.0}, {"CPU": 1.0, "GPU": gpus}) == 0
+
+
 def test_files_come_back_as_they_were(tmp_path):
     (tmp_path / "one" / "chain").mkdir(parents=True)
     (tmp_path / "one" / "scratch").mkdir()
