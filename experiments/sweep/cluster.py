@@ -17,7 +17,7 @@ from typing import Any
 
 import experiments
 from experiments.files import read_folder, write_atomically, write_folder
-from experiments.report.progress import without_noise
+from experiments.report.noise import without_noise
 from experiments.sweep.engines import SCRATCH, Ran, Runner, SweepError, run_apart
 from experiments.sweep.processes import processes, settle
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypat
     errors = capsys.readouterr().err
     assert f"packages: no-such nor-this. Get them by `{sys.executable} -m pip install no-such nor-this`" in errors
     assert "--no-index --find-links wheels no-such nor-this" in errors
+
+
+def test_a_python_without_any_package_is_told_all_of_them(tmp_path):
+    command = [sys.executable, "-S", "-m", "experiments", "gpu", "--dry-run", "--out", str(tmp_path)]
+    found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert f"packages: {' '.join(gpu.MODULES.values())}. Get them by" in found.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
