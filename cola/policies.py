@@ -163,6 +163,10 @@ class KnotPolicy(ABC):
         """The constructor's arguments that are attributes."""
         return [name for name in inspect.signature(type(self).__init__).parameters if name in self._attributes()]
 
+    def _settings(self) -> str:
+        """The constructor's arguments that are attributes, as JSON: in full, and as a checkpoint gives them back."""
+        return json.dumps({name: self._attributes()[name] for name in self._given()}, default=repr)
+
     def __repr__(self) -> str:
         own, parameters = self._attributes(), inspect.signature(type(self).__init__).parameters
         given = self._given()
@@ -670,6 +674,9 @@ class _Pair(KnotPolicy):
         copy.deepcopy(self.first).load_state_dict(state["first"])  # a rehearsal, so that a refusal changes neither
         self.second.load_state_dict(state["second"])
         self.first.load_state_dict(state["first"])
+
+    def _settings(self) -> str:
+        return f"{self.first._settings()} {self.word} {self.second._settings()}"
 
     def __repr__(self) -> str:
         return f"({self.first!r} {self.word} {self.second!r})"

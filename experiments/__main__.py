@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from experiments import hub
 from experiments.command_line import Help, make_folder
-from experiments.report.progress import without_noise
+from experiments.report.noise import without_noise
 
 COMMANDS = {
     "demo": ("frontier.demo", "show on real text, offline, that a chain beats a LoRA of its bytes"),
@@ -25,7 +25,7 @@ COMMANDS = {
         "draw held-out loss against bytes of trained state, a curve per method over ranks",
     ),
     "map": ("frontier.pay_map", "show for every rank and length of run which method is best, and by how much"),
-    "table": ("paper.reproduce", "reproduce one of the paper's eight tables"),
+    "table": ("paper.reproduce", "reproduce one of the paper's eight tables, or make one of our own"),
     "figure": ("paper.figures", "reproduce the paper's figure 2 or 3"),
     "bench": ("bench", "time layer, step, tie, knot and export against their peers and limits"),
     "gpu": ("gpu", "run on a GPU, in minutes, what needs one: its tests, the benchmark's rows, a cell of Table 1"),

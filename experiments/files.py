@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that readers see all of it or nothing, whatever happens in between."""
@@ -26,6 +24,8 @@ def locked(path: Path) -> Iterator[bool]:
 
     The lock is free again when its holder ends, even if it is killed.
     """
+    from filelock import FileLock, Timeout
+
     try:
         held = FileLock(path).acquire(timeout=0)
     except Timeout:

@@ -6,7 +6,7 @@
 
 It first looks for all that it needs, and names what is missing. Every stage has a time limit and leaves a record and a
 log in --out. A second call repeats nothing that is done: it goes on with the stages that failed, were stopped at their
-limit or did not fit into --minutes. gpu.md joins the records, for RESULTS.md.
+limit, which then have more time, or did not fit into --minutes. gpu.md joins the records, for RESULTS.md.
 
 The exit status is 0 once all stages are done, 1 if some are not, 2 if something is missing.
 """
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def main(arguments: argparse.Namespace) -> int:
         if left < LEAST:
             print(f"{stage.name}: no time left; the same command goes on here")
             continue
-        print(f"{stage.name}: {stage.words}, at most {min(stage.limit, left):.0f} s", flush=True)
-        record = carry_out(arguments.out, stage, setting, min(stage.limit, left))
+        limit = min(stage.limit * (1 + stops(arguments.out, stage, setting)), left)
+        print(f"{stage.name}: {stage.words}, at most {limit:.0f} s", flush=True)
+        record = carry_out(arguments.out, stage, setting, limit)
         print(f"{stage.name}: {record['status']} after {record['seconds']:.0f} s", flush=True)
     text = fragment(arguments.out, everything, setting)
     write_atomically(arguments.out / "gpu.md", text)
@@ -235,13 +237,37 @@ def read(out: Path, stage: Stage) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def stops(out: Path, stage: Stage, setting: dict[str, Any]) -> int:
+    """How often the stage was stopped at its limit: a slow machine gives it more time with every call."""
+    record = read(out, stage)
+    return int(record.get("stops", 0)) if record.get("setting") == setting else 0
+
+
+@contextmanager
+def ended_by_exceptions() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (a lost connection) raise SystemExit, as Ctrl-C raises KeyboardInterrupt."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores
+    before = {number: signal.signal(number, leave) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def carry_out(out: Path, stage: Stage, setting: dict[str, Any], limit: float) -> dict[str, Any]:
     """Run a stage, stop it with all its processes at the limit, and write its record."""
     if read(out, stage).get("setting", setting) != setting:
         shutil.rmtree(out / stage.name, ignore_errors=True)  # a cell would be taken for done
+    stopped = stops(out, stage, setting)
     started = time.monotonic()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (out / f"{stage.name}.log").open("w+", encoding="utf-8", errors="replace") as log:
+    log_file = (out / f"{stage.name}.log").open("w+", encoding="utf-8", errors="replace")
+    with log_file as log, ended_by_exceptions():  # a stage in a session of its own would outlive this process
         process = subprocess.Popen(
             [sys.executable, *stage.command],
             cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -263,6 +289,7 @@ def carry_out(out: Path, stage: Stage, setting: dict[str, Any], limit: float) ->
         "seconds": round(time.monotonic() - started, 1),
         "command": " ".join(["python", *stage.command]),
         "setting": setting,
+        "stops": stopped + (code is None),
         "output": output[-16000:],
     }
     write_atomically(out / f"{stage.name}.json", json.dumps(record, indent=1) + "\n")

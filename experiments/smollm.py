@@ -53,13 +53,22 @@ def folder() -> Path:
 
     Raises:
         FileNotFoundError: as `require`.
-        OSError: the cache cannot be written.
+        OSError: there is no copy yet, and the cache cannot be written; the message says how to choose another.
     """
     packed = require()
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chain-of-lora"
     place = cache / f"{packed.stem}-{_digest(packed)[:12]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{place.name}.lock"):
+    if _is_whole(place):
+        return place  # without a lock, so that another user's cache and a read-only one will do
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        held = FileLock(cache / f"{place.name}.lock").acquire()
+    except OSError as error:
+        raise OSError(
+            f"model={NAME!r} is made once in {cache}, which cannot be written ({error}): set XDG_CACHE_HOME to a "
+            "folder that can, with 0.6 GB free"
+        ) from error
+    with held:
         if place.exists() and not _is_whole(place):
             warnings.warn(f"{place} is damaged; it is made again from {packed.name}", stacklevel=2)
             shutil.rmtree(place)
@@ -78,6 +87,7 @@ def _dequantise(packed: Path, target: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name, dtype=torch.float32)
     plain = _without_quantisation(read)
     plain.save_pretrained(target)
+    shutil.copymode(target / "config.json", target / _WEIGHTS)  # safetensors makes it readable for its owner alone
     AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(target)
     made = {
         "from": packed.name,

@@ -422,9 +422,9 @@ class Resumable(LinkGroups):
 
     def _continue(self, saved: RunState) -> None:
         """Take over a saved run's chain, counters, policy and extra entries."""
-        counters, given = saved.counters, repr(self.policy)
+        counters, given, settings = saved.counters, repr(self.policy), self.policy._settings()
         self.policy.load_state_dict(counters.policy)
-        if repr(self.policy) != given and self.policy._given():  # otherwise the text is that of a state
+        if self.policy._settings() != settings:
             logger.warning("the run goes on with its own policy, %r, in place of %s", self.policy, given)
         self.steps, self._epoch = counters.steps, counters.epoch
         self._probed, self._groups.changed = list(counters.probed), set(counters.stepped)

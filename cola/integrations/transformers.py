@@ -190,10 +190,13 @@ class ChainCallback(TrainerCallback):
             )
 
     def _log(self) -> None:
+        of_trl = any(kind.__module__.partition(".")[0] == "trl" for kind in type(self.trainer).__mro__)
+        # TRL's log would give the knot its averages, and the loss none
+        log = functools.partial(Trainer.log, self.trainer) if of_trl else self.trainer.log
         for report in self.reports:
             norms = {"knot_delta_norm": report.delta_norm, "knot_lost_norm": report.lost_norm}
             entry = {"knot": report.index, "knot_rank": report.rank, **norms}
-            Trainer.log(self.trainer, entry)  # TRL's log would give the knot its averages, and the loss none
+            log(entry)
         self.reports.clear()
 
 

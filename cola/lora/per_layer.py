@@ -39,10 +39,15 @@ def require_valid(link: Any) -> None:
         raise ValueError(
             f"layers_pattern={link.layers_pattern!r} names the list that layers_to_transform counts in: give both"
         )
+    if not isinstance(link.layers_pattern, str | None):
+        names("layers_pattern", link.layers_pattern)
     for pattern in _patterns(link):
         _expression("layers_pattern", pattern)
     for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in getattr(link, name).items():
+        patterns = getattr(link, name)
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{name}={patterns!r} must be a dict of regular expressions; leave it out for none")
+        for pattern, value in patterns.items():
             _expression(name, pattern)
             whole = name == "alpha_pattern" or integer(value) is not None
             if not (whole and is_finite(value) and value > 0):
@@ -67,7 +72,8 @@ def narrowed(link: Any, paths: Collection[str]) -> list[str]:
         single = isinstance(link.exclude_modules, str)
         for name in [link.exclude_modules] if single else link.exclude_modules:
             if not any(_is_called(name, path, expression=single) for path in paths):
-                raise ValueError(f"exclude_modules={name!r} matches none of the targets, {_called(paths, name)}")
+                hint = " (a string is a regular expression for the whole path; for names give a list)" if single else ""
+                raise ValueError(f"exclude_modules={name!r} matches none of the targets, {_called(paths, name)}{hint}")
         if not kept:
             raise ValueError(f"exclude_modules={link.exclude_modules!r} leaves none of the targets, {_called(paths)}")
     indices = _indices(link)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu is the process's own time, for one thread on a machine with other work",
     )
     parser.add_argument("--model", metavar="MODEL",
-                        help=f"of the cost rows: a folder, a hub name or tiny (default: {cost.MODEL})")  # fmt: skip
+                        help=f"for cost: a folder, a hub name, tiny or smollm2 (default: {cost.MODEL})")  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="the rows of a GPU, measured there")
     parser.add_argument("--strict", action="store_true", help="exit with 1 also if a target is missed")
     parser.add_argument("--smoke", action="store_true", help="a trial with tiny sizes; the figures mean nothing")

@@ -110,8 +110,9 @@ def rows(settings: Settings) -> Iterator[Row]:
     del model, ids
     yield from steps.values()
     yield knot
-    peaks = {method: alone(method, name, settings) for method in chosen}
-    for method in chosen:
+    peaks: dict[str, dict[str, float]] = {}
+    for method in chosen:  # PEFT's first
+        peaks[method] = alone(method, name, settings)
         own = method in ("lora", "cola")  # equal, but for the pages that the heap keeps
         yield Row(
             f"cost/memory/{method}", f"peak memory, {METHODS[method][0]}: to that of PEFT's LoRA",
@@ -219,8 +220,9 @@ def memory(method: str, name: str, settings: Settings) -> dict[str, float]:
 
 
 def table(found: Sequence[Row]) -> str:
-    """The rows of this group as one table, a line per method."""
+    """The rows of this group as one table, a line per method; empty where an error left a row out."""
     by_name = {row.name.removeprefix("cost/"): row for row in found if row.name.startswith("cost/")}
+    details = {name: row.details for name, row in by_name.items()}
     knots = {"peft": "peft_knot_s", "cola": "knot_s"}
     lines = [
         "| method | s per step | to PEFT's | s per knot | peak MB | above the loaded model, MB | trained state, MB |",
@@ -229,9 +231,10 @@ def table(found: Sequence[Row]) -> str:
     for method, (words, _) in METHODS.items():
         if (step := by_name.get(f"step/{method}")) is None:
             continue
-        bytes_ = by_name[f"memory/{method}"].details
-        knot = by_name["knot"].details.get(knots.get(method, ""), math.nan)
-        megabytes = [f"{bytes_[key] / 1e6:.4g}" for key in ("peak_bytes", "above_bytes", "trained_bytes")]
+        bytes_ = details.get(f"memory/{method}", {})
+        knot = details.get("knot", {}).get(knots.get(method, ""), math.nan)
+        keys = ("peak_bytes", "above_bytes", "trained_bytes")
+        megabytes = [f"{bytes_[key] / 1e6:.4g}" if key in bytes_ else "" for key in keys]
         cells = [words, f"{step.details['step_s']:.4g}", str(step.value), "" if math.isnan(knot) else f"{knot:.3g}"]
         lines.append(f"| {' | '.join(cells + megabytes)} |")
     return "\n".join(lines)

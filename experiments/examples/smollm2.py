@@ -63,7 +63,7 @@ if options.model == "smollm2":
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-lines = map(json.loads, options.data.read_text().splitlines()) if options.data else bookings()
+lines = map(json.loads, options.data.open(encoding="utf-8")) if options.data else bookings()
 print("before:", *answers(model), sep="\n")
 
 args = TrainingArguments(

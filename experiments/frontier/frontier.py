@@ -53,7 +53,8 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=list(TASKS), default="demo", help="the model, the data and the length of a run"
     )
-    parser.add_argument("--model", metavar="MODEL", help="a folder or hub name; shakespeare and code need one")
+    parser.add_argument("--model", metavar="MODEL",
+                        help="a folder, a hub name or smollm2; shakespeare and code need one")  # fmt: skip
     parser.add_argument("--corpus", metavar="FILE", help="a text file; shakespeare needs one")
     parser.add_argument("--methods", nargs="+", choices=list(FAMILIES), default=list(USUAL), metavar="METHOD",
                         help=f"of {', '.join(FAMILIES)}")  # fmt: skip

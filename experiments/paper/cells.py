@@ -55,7 +55,7 @@ class Cell(Circumstances):
     """A complete description of one run; equal values are the same cell of a sweep.
 
     Attributes:
-        model: ``"tiny"``, a folder or a hub name.
+        model: ``"tiny"``, ``"smollm2"``, a folder or a hub name.
         task: a key of `experiments.tasks.TASKS`.
         method: LoRA, a chain, full fine-tuning, or prompting alone.
         lr: peak learning rate, falling linearly to zero; 0 for methods that train nothing.
@@ -105,7 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-length", type=count, metavar="N",
                      help=f"tokens of a prompt with its answer (default: {Circumstances.max_length})")  # fmt: skip
     how.add_argument("--dtype", choices=DTYPES,
-                     help="of the weights (default: mixed float16 on a GPU, else float32)")  # fmt: skip
+                     help="of the weights; float16 and bf16-mixed train fp32 weights in 16-bit arithmetic "
+                     "(default: float16 on a GPU, else float32)")  # fmt: skip
     how.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
     how.add_argument("--device-map", metavar="MAP", help="as for transformers, such as auto (default: one device)")
     how.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")

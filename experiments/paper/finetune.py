@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +265,16 @@ def _train(
 
 def _drops_out(model: nn.Module) -> bool:
     """Whether the model has dropout: then candidates have masks of their own, and no context is shared."""
-    settings = unwrapped(model).config.to_dict()
-    return any(
-        isinstance(value, float) and value > 0
-        for name, value in settings.items()
-        if "drop" in name  # dropout, attention_dropout, resid_pdrop, layerdrop, …
-    )
+
+    def drops(settings: Mapping[str, Any]) -> bool:
+        return any(
+            drops(value)  # of a part, such as text_config
+            if isinstance(value, Mapping)
+            else isinstance(value, int | float) and value > 0 and "drop" in str(name)  # resid_pdrop, layerdrop, …
+            for name, value in settings.items()
+        )
+
+    return drops(unwrapped(model).config.to_dict())
 
 
 class _Whole(TrainerCallback):

@@ -78,7 +78,7 @@ class Collator:
         pad_token_id: any token; padding is never attended to, predicted or scored.
         multiple_of: the width is rounded up to a multiple of this; the protocol's 8 suits the hardware.
         share: run a context that several texts share once; candidates of one token each share theirs. Loss and
-            gradients are the same up to rounding, at 1/K of the work. The protocol runs every candidate separately.
+            gradients are the same up to rounding, at 1/K of the work, if the model has no dropout.
     """
 
     pad_token_id: int

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Setting()
     parser.add_argument("--out", type=Path, default=Path("runs/study"), metavar="DIR", help="folder to write")
     parser.add_argument("--model", default=default.model, metavar="MODEL",
-                        help="a folder, a hub name, or tiny, the committed tiny OPT")  # fmt: skip
+                        help="a folder, a hub name, smollm2, or tiny, the committed tiny OPT")  # fmt: skip
     parser.add_argument("--corpus", default=default.corpus, metavar="FILE",
                         help="a text file, or the prose or code that Python carries")  # fmt: skip
     parser.add_argument("--targets", default="qv", choices=list(TARGETS),

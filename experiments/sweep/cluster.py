@@ -17,8 +17,8 @@ from typing import Any
 
 import experiments
 from experiments.files import read_folder, write_atomically, write_folder
-from experiments.report.progress import without_noise
-from experiments.sweep.engines import SCRATCH, Ran, Runner, SweepError, run_one
+from experiments.report.noise import without_noise
+from experiments.sweep.engines import SCRATCH, Ran, Runner, SweepError, run_apart
 from experiments.sweep.processes import processes, settle
 
 RETRIES = 3
@@ -127,7 +127,7 @@ class OnCluster:
     def room(self) -> int:
         """As many as the nodes have room for now, and at most ``workers``."""
         nodes = [node["Resources"] for node in self._nodes()]
-        fit = sum(int(min(node.get(name, 0) // amount for name, amount in self.share.items())) for node in nodes)
+        fit = sum(_fit(node, self.share) for node in nodes)
         if not fit:
             raise SweepError(
                 f"no node of the cluster has {_in_words(self.share)}, and the runs would wait for ever; its nodes have "
@@ -179,6 +179,11 @@ def _require_answer(address: str) -> None:
         raise ConnectionError(f"--cluster {address}: nobody answers there ({error}); does `ray start` run?") from error
 
 
+def _fit(node: Mapping[str, float], share: Mapping[str, float]) -> int:
+    """How many shares a node has; 1 // 0.2 would be 4."""
+    return int(min(node.get(name, 0) / amount for name, amount in share.items()) + 1e-6)
+
+
 def _in_words(resources: Mapping[str, float]) -> str:
     """Such as ``2 CPUs, 1 GPU, 8.0 GB``."""
     cpus, gpus, memory = (resources.get(name, 0) for name in ("CPU", "GPU", "memory"))
@@ -196,12 +201,12 @@ def _on_node(
         os.chdir(cwd)
     path, text = mark
     if path.is_file() and path.read_text() == text:
-        return run_one(run, cell, place)
+        return run_apart(run, cell, place)
     with tempfile.TemporaryDirectory() as root:
         cells = Path(root) / "cells"
         for name, files in sent.items():
             write_folder(cells / name, files)
         own = cells / place.name
         own.mkdir(parents=True)
-        ran = run_one(run, cell, own)
+        ran = run_apart(run, cell, own)
         return ran._replace(files=read_folder(own, without=SCRATCH))

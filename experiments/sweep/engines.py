@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,22 @@ def run_one(run: Runner, cell: Any, place: Path) -> Ran:
     return Ran(outcome, seconds | hardware.provenance())
 
 
+def run_apart(run: Runner, cell: Any, place: Path) -> Ran:
+    """`run_one` in another process than the sweep's.
+
+    Raises:
+        SweepError: the runner's error cannot be sent from one process to another; has its name and its text.
+    """
+    try:
+        return run_one(run, cell, place)
+    except Exception as error:
+        try:
+            copy.deepcopy(error)  # takes it apart and together again, as sending does
+        except Exception:  # such an error would be taken for the death of the process
+            raise SweepError(f"{place.name} raised {type(error).__name__}: {error}") from error
+        raise
+
+
 class InThisProcess:
     """One cell at a time, here. The processes of one `torchrun` run each cell together."""
 
@@ -122,7 +139,7 @@ class Pool:
 
     def submit(self, run: Runner, cell: Any, place: Path, needed: Sequence[Path]) -> Future[Ran]:
         """See `Engine`."""
-        return self.executor.submit(run_one, run, cell, place)
+        return self.executor.submit(run_apart, run, cell, place)
 
     def result(self, future: Future[Ran], name: str) -> Ran:
         """See `Engine`."""

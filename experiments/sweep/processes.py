@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from experiments.report.progress import without_noise
+from experiments.report.noise import without_noise
 
 
 def processes() -> int:

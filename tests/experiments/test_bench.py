@@ -207,6 +207,30 @@ def test_the_cost_of_methods_on_a_model(monkeypatch):
     assert {line.count("|") for line in lines} == {8}
 
 
+def test_a_method_that_fails_leaves_the_other_costs(monkeypatch, tmp_path, capsys):
+    """As one does whose process is killed for its memory."""
+
+    peak = dict.fromkeys(["peak_bytes", "above_bytes", "trained_bytes"], 1e6)
+
+    def rows(settings):
+        yield Row("cost/step/peft", "", Spread.of([1.0]), details={"step_s": 0.5})
+        yield Row("cost/step/galore", "", Spread.of([2.0]), details={"step_s": 1.0})
+        yield Row(
+            "cost/memory/peft",
+            "",
+            Spread.of([1.0]),
+            details=peak,
+        )
+        raise MemoryError
+
+    monkeypatch.setattr(cost, "rows", rows)
+    assert main(["bench", "--rows", "cost", "--out", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "| LoRA of PEFT | 0.5 | 1 |  | 1 | 1 | 1 |" in shown.out
+    assert "| GaLore | 1 | 2 |  |  |  |  |" in shown.out
+    assert "not measured, for the errors above: cost" in shown.err
+
+
 @pytest.mark.long
 def test_the_memory_of_a_method_is_that_of_a_process_of_its_own():
     ballast = torch.ones(1 << 28)  # 1 GiB here, which must not count there

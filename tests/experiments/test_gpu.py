@@ -1,6 +1,8 @@
 """`experiments gpu`: what is missing is named, stages are stopped and gone on with, and the dry run does them all."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +58,13 @@ def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypat
     assert "--no-index --find-links wheels no-such nor-this" in errors
 
 
+def test_a_python_without_any_package_is_told_all_of_them(tmp_path):
+    command = [sys.executable, "-S", "-m", "experiments", "gpu", "--dry-run", "--out", str(tmp_path)]
+    found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert f"packages: {' '.join(gpu.MODULES.values())}. Get them by" in found.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu_is_refused(tmp_path, capsys):
     assert main(["gpu", "--out", str(tmp_path)]) == 2
@@ -79,6 +88,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, staged, capsys)
     )
     assert dry(tmp_path) == 1
     assert record(tmp_path, "slow")["status"] == "stopped at its limit"
+    assert "slow: the slow one, at most 2 s" in capsys.readouterr().out
     assert record(tmp_path, "bad")["status"] == "failed with status 3"
     (pid,) = map(int, record(tmp_path, "slow")["output"].split())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -93,11 +103,35 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, staged, capsys)
     assert dry(tmp_path) == 0
     shown = capsys.readouterr().out
     assert "good: done before" in shown
+    assert "slow: the slow one, at most 120 s" in shown  # twice what it had
     assert shown.index("new: the new one") < shown.index("slow: the slow one")  # the others first
     assert record(tmp_path, "good") == before
     (tmp_path / "bad").mkdir()
     assert dry(tmp_path, "--seed", "1") == 1  # other circumstances: everything anew
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stage_ends_with_the_command(number, tmp_path, staged):
+    """It would hold the GPU while the next call measures there."""
+    stage = f"import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid())); os.kill(os.getppid(), {number:d})"
+    staged(("stopped", 60, ("-c", f"import os; os.chdir({str(tmp_path)!r}); {stage}; import time; time.sleep(60)")))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as left:
+        gpu.main(main_arguments(tmp_path))
+    assert left.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not (tmp_path / "stopped.json").exists()
+
+
+def test_a_command_that_ignores_a_lost_connection_goes_on(tmp_path, staged):
+    staged(("deaf", 60, ("-c", f"import os; os.kill(os.getppid(), {signal.SIGHUP:d}); print('on')")))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert dry(tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_stage_that_does_not_fit_into_the_time_is_not_begun(tmp_path, staged, capsys):

@@ -110,6 +110,7 @@ def test_it_is_made_once_and_whole(package):
     assert smollm.folder() == place
     assert os.stat(place / "model.safetensors").st_mtime_ns == before
     assert {path.name for path in place.parent.iterdir()} == {place.name, f"{place.name}.lock"}
+    assert len({path.stat().st_mode for path in place.iterdir()}) == 1  # whoever may read one file may read all
 
 
 def test_a_killed_conversion_is_not_taken_for_a_model(package):
@@ -138,6 +139,22 @@ def test_a_damaged_copy_is_made_again_with_a_warning(package, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         smollm.folder()
+
+
+def test_a_copy_in_a_cache_that_cannot_be_written_is_used(package):
+    """Another user's, or one on a disk for reading alone."""
+    place = smollm.folder()
+    lock = place.with_name(f"{place.name}.lock")
+    lock.unlink()
+    lock.mkdir()  # cannot be opened, whoever runs this
+    assert smollm.folder() == place
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(package, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"file/chain-of-lora, which cannot be written .*set XDG_CACHE_HOME"):
+        models.load("smollm2")
 
 
 def test_another_file_makes_another_copy(package):

@@ -69,6 +69,21 @@ def test_weights_alone_without_a_chain_are_refused_before_anything_moves(tmp_pat
     assert opt.steps == 0
 
 
+def test_a_users_own_log_sees_the_knots(tmp_path):
+    seen = []
+
+    class Told(transformers.Trainer):
+        def log(self, logs, *args, **kwargs):
+            seen.append(logs)
+            super().log(logs, *args, **kwargs)
+
+    trainer = trainer_of(tiny_opt(), tmp_path)
+    trainer.__class__ = Told
+    opt = attach(trainer, torch.optim.AdamW, policy(), link=LINK)
+    trainer.train()
+    assert [logs["knot"] for logs in seen if "knot" in logs] == list(range(len(opt.chain)))
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_run_that_has_all_its_steps_takes_none_more(tmp_path, weights_only):
     """Killed after its last checkpoint, within an epoch: transformers' loop takes a step before it looks."""

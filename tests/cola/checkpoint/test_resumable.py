@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola import ChainOptimizer, EvenKnots, LinkConfig, NeverKnots, StepKnots
+from cola import ChainOptimizer, EvenKnots, KnotPolicy, LinkConfig, NeverKnots, StepKnots
 from tests.cola.checkpoint.resumed import CASES, KNOT, TOTAL, made, same, undisturbed, wrap
 from tests.models import BODY, Net, closure_steps, loss_of, tiny_gpt2, train
 
@@ -264,3 +264,31 @@ def test_a_plan_that_gives_way_to_the_saved_one_is_named(tmp_path, caplog, throu
         told = "its own policy, EvenKnots(length=2, total_steps=8), in place of EvenKnots(length=2, total_steps=20)"
         assert (told in caplog.text) == (total_steps == 20)
         assert len(caplog.records) == (total_steps == 20)
+
+
+class At(KnotPolicy):
+    """A user's own, whose tuple comes back from JSON as a list."""
+
+    def __init__(self, at=(3,)):
+        self.at = at
+
+    def update(self, signal):
+        return signal.step in self.at
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "told"),
+    [
+        (StepKnots(at=[5, 6, 7, 8, 9, 10, 11]), StepKnots(at=[5, 6, 7, 8, 9, 10, 12]), True),  # beyond what is shown
+        (StepKnots(at=[5]) | NeverKnots(), StepKnots(at=[6]) | NeverKnots(), True),
+        (StepKnots(at=[5]) | NeverKnots(), StepKnots(at=[5]) | NeverKnots(), False),
+        (At((3, 4)), At((3, 4)), False),
+        (At((3, 4)), At((3, 5)), True),
+    ],
+    ids=repr,
+)
+def test_plans_are_compared_in_full_and_by_value(saved, given, told, tmp_path, caplog):
+    link = LinkConfig(r=2, target_modules=BODY)
+    ChainOptimizer(torch.optim.SGD, Net(), policy=saved, link=link, lr=0.01).save(tmp_path)
+    ChainOptimizer(torch.optim.SGD, Net(), policy=given, link=link, lr=0.01).load(tmp_path)
+    assert ("goes on with its own policy" in caplog.text) is told

@@ -138,7 +138,9 @@ REFUSED = {
         {"exclude_modules": ["fc1"]}, r"exclude_modules='fc1' matches none of the targets, called v_proj, q_proj",
     ),
     "a misspelt name": ({"exclude_modules": ["q_prj"]}, r"exclude_modules='q_prj' matches none .*called q_proj"),
-    "an expression that excludes nothing": ({"exclude_modules": "fc1"}, r"exclude_modules='fc1' matches none"),
+    "an expression that excludes nothing": (
+        {"exclude_modules": "q_proj"}, r"exclude_modules='q_proj' matches none .*whole path; for names give a list",
+    ),
     "all are excluded": ({"exclude_modules": QV}, r"leaves none of the targets, called v_proj, q_proj"),
     "no expression": ({"exclude_modules": "("}, r"exclude_modules: '\(' is not a regular expression"),
     "no names": ({"exclude_modules": 3}, r"exclude_modules=3 must be a list of names"),
@@ -163,6 +165,9 @@ REFUSED = {
     "rank 0": ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern=\{'q_proj': 0\} must give a positive integer"),
     "half a rank": ({"rank_pattern": {"q_proj": 1.5}}, r"must give a positive integer"),
     "alpha 0": ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern=\{'q_proj': 0\} must give a positive number"),
+    "no table of ranks": ({"rank_pattern": ["q_proj"]}, r"rank_pattern=\['q_proj'\] must be a dict"),
+    "no table of scales": ({"alpha_pattern": None}, r"alpha_pattern=None must be a dict .*leave it out for none"),
+    "no name of a list": ({"layers_to_transform": 0, "layers_pattern": 3}, r"layers_pattern=3 must be a list of names"),
     "no pattern": ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is not a regular expression"),
     "a task": ({"task_type": "SEQ_CLASS"}, r"task_type='SEQ_CLASS' is unknown: choose one of 'SEQ_CLS'"),
     "no head": (
@@ -179,6 +184,10 @@ def test_what_cannot_be_meant_is_refused_before_anything_changes(case):
     with pytest.raises((ValueError, TypeError), match=message):
         chained(model, target_modules=QV, **options)
     assert [*model.state_dict()] == names
+
+
+def test_a_configuration_can_be_a_key():
+    assert hash(LinkConfig(r=2, rank_pattern={"q_proj": 4})) == hash(LinkConfig(r=2, rank_pattern={"q_proj": 4}))
 
 
 @pytest.mark.parametrize("option", ["exclude_modules", "layers_to_transform", "rank_pattern", "task_type"])

@@ -126,6 +126,10 @@ def test_knots_and_tokens_of_a_chain(folder, tmp_path):
         ({"model_type": "gpt2"}, True),
         ({"model_type": "llama"}, False),
         ({"model_type": "llama", "attention_dropout": 0.1}, True),
+        ({"model_type": "opt", "dropout": 0}, False),
+        ({"model_type": "opt", "dropout": 1}, True),
+        ({"model_type": "gemma3", "text_config": {"attention_dropout": 0.1}}, True),
+        ({"model_type": "gemma3"}, False),
     ],
 )
 def test_candidates_share_a_context_only_where_nothing_is_dropped(configuration, drops):

@@ -117,6 +117,8 @@ def test_what_goes_wrong_on_a_cluster(nodes, tmp_path, monkeypatch):
     where = Cluster(nodes.address, gpus=0)
     with pytest.raises(ZeroDivisionError, match=r"^on purpose$"):
         sweep(tmp_path).carry_out(lambda done: [Toy("fails", 0.1, 0)], cluster=where, progress=False)
+    with pytest.raises(SweepError, match=r"odd-0\.1-0-\w+ raised Odd: the hub refuses"):
+        sweep(tmp_path).carry_out(lambda done: [Toy("odd", 0.1, 0)], cluster=where, progress=False)
     few = r"no node .* has 64 CPUs, 0 GPUs, and .* its nodes have .*1 CPU, 1 GPU, .*--cpus"
     with pytest.raises(SweepError, match=few):
         sweep(tmp_path).carry_out(lambda done: [], cluster=Cluster(nodes.address, cpus=64, gpus=0), progress=False)
@@ -172,6 +174,15 @@ def test_options_say_where(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"--cluster needs Ray: pip install -e '.\[cluster\]'"):
         typed("--cluster auto")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "runs"), [(1, 2), (0.5, 4), (0.2, 10), (0.1, 20), (0.3, 6), (2, 1), (3, 0)]
+)  # fmt: skip
+def test_a_node_has_room_for_every_share(gpus, runs):
+    node = {"CPU": 32.0, "GPU": 2.0, "memory": 1e12}
+    assert cluster._fit(node, {"CPU": 1.0, "GPU": gpus, "memory": 1e9}) == runs
+    assert cluster._fit({"CPU": 32.0}, {"CPU": 1.0, "GPU": gpus}) == 0
 
 
 def test_files_come_back_as_they_were(tmp_path):

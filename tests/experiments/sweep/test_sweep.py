@@ -15,6 +15,7 @@ import pytest
 from experiments import hardware
 from experiments.files import write_atomically
 from experiments.sweep import OUTCOME, RateSearch, SweepError
+from experiments.sweep.engines import run_apart
 from tests.experiments.sweep import toy_sweep
 from tests.experiments.sweep.toy_sweep import Toy, plan, searches, sweep
 
@@ -103,6 +104,15 @@ def test_an_error_of_the_runner_is_the_callers(tmp_path):
     for workers in (1, 2):
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             sweep(tmp_path).carry_out(lambda done: [Toy("fails", 0.1, 0)], workers=workers, progress=False)
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words(tmp_path):
+    place = tmp_path / "cells" / "odd"
+    place.mkdir(parents=True)
+    with pytest.raises(SweepError, match=r"^odd raised Odd: the hub refuses$"):
+        run_apart(toy_sweep.run, Toy("odd", 0.1, 0), place)
+    with pytest.raises(ZeroDivisionError):
+        run_apart(toy_sweep.run, Toy("fails", 0.1, 0), place)
 
 
 def test_after_an_error_the_cells_that_run_are_kept(tmp_path):

@@ -12,6 +12,13 @@ from experiments.sweep import Cluster, RateSearch, Sweep
 RATES = (0.1, 0.2, 0.4, 0.8)
 
 
+class Odd(Exception):
+    """Cannot be unpickled, as some libraries' errors cannot."""
+
+    def __init__(self, message, *, response):
+        super().__init__(message)
+
+
 @dataclass(frozen=True)
 class Toy:
     arm: str
@@ -38,6 +45,8 @@ def run(cell, folder):
 
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
         return {"process": os.getpid(), "gpu": gpu, "threads": torch.get_num_threads()}
+    if cell.arm == "odd":
+        raise Odd("the hub refuses", response=403)
     if cell.arm == "fails":
         raise ZeroDivisionError("on purpose")
     (folder / "kept").write_text(cell.arm)
