@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="learning rates")  # fmt: skip
     parser.add_argument("--steps", type=count, default=120, metavar="N", help="optimizer steps per run")
     parser.add_argument("--model", type=Path, metavar="DIR",
-                        help="folder of a model over bytes (default: the committed tiny OPT)")  # fmt: skip
+                        help="folder that pretrain wrote, over bytes (default: the committed tiny OPT)")  # fmt: skip
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -76,10 +76,13 @@ def run_apart(run: Runner, cell: Any, place: Path) -> Ran:
     """`run_one` in another process than the sweep's.
 
     Raises:
-        SweepError: the runner's error cannot be sent from one process to another; has its name and its text.
+        SweepError: the runner's error cannot be sent from one process to another, or would end the process; has its
+            name and its text.
     """
     try:
         return run_one(run, cell, place)
+    except SystemExit as error:
+        raise SweepError(f"{place.name} raised SystemExit: {error}") from error
     except Exception as error:
         try:
             copy.deepcopy(error)  # takes it apart and together again, as sending does

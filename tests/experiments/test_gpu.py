@@ -83,12 +83,12 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, staged, capsys)
     )
     staged(
         ("good", 60, QUIET),
-        ("slow", 2, ("-c", f"{child}, flush=True); import time; time.sleep(60)")),
+        ("slow", 5, ("-c", f"{child}, flush=True); import time; time.sleep(60)")),
         ("bad", 60, ("-c", "print('so it is'); raise SystemExit(3)")),
     )
     assert dry(tmp_path) == 1
     assert record(tmp_path, "slow")["status"] == "stopped at its limit"
-    assert "slow: the slow one, at most 2 s" in capsys.readouterr().out
+    assert "slow: the slow one, at most 5 s" in capsys.readouterr().out
     assert record(tmp_path, "bad")["status"] == "failed with status 3"
     (pid,) = map(int, record(tmp_path, "slow")["output"].split())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -84,12 +84,14 @@ def test_a_second_sweep_in_the_folder_is_refused(tmp_path):
     command = [sys.executable, "-m", "tests.experiments.sweep.toy_sweep", str(tmp_path), "3600", "1"]
     (tmp_path / "log").touch()
     process = subprocess.Popen(command, cwd=ROOT)
-    while process.poll() is None and not lines(tmp_path, "start"):
-        time.sleep(0.01)
-    with pytest.raises(SweepError, match=r"another sweep runs in .*--out"):
-        sweep(tmp_path).carry_out(plan(searches()), workers=1, progress=False)
-    process.kill()
-    process.wait()
+    try:
+        while process.poll() is None and not lines(tmp_path, "start"):
+            time.sleep(0.01)
+        with pytest.raises(SweepError, match=r"another sweep runs in .*--out"):
+            sweep(tmp_path).carry_out(plan(searches()), workers=1, progress=False)
+    finally:
+        process.kill()
+        process.wait()
     assert len(sweep(tmp_path).carry_out(plan(searches()), workers=1, progress=False)) == 18
 
 
@@ -111,6 +113,8 @@ def test_an_error_that_cannot_be_sent_is_told_in_words(tmp_path):
     place.mkdir(parents=True)
     with pytest.raises(SweepError, match=r"^odd raised Odd: the hub refuses$"):
         run_apart(toy_sweep.run, Toy("odd", 0.1, 0), place)
+    with pytest.raises(SweepError, match=r"^odd raised SystemExit: no such option$"):
+        run_apart(toy_sweep.run, Toy("exits", 0.1, 0), place)
     with pytest.raises(ZeroDivisionError):
         run_apart(toy_sweep.run, Toy("fails", 0.1, 0), place)
 

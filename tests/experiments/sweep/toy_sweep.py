@@ -47,6 +47,8 @@ def run(cell, folder):
         return {"process": os.getpid(), "gpu": gpu, "threads": torch.get_num_threads()}
     if cell.arm == "odd":
         raise Odd("the hub refuses", response=403)
+    if cell.arm == "exits":
+        raise SystemExit("no such option")
     if cell.arm == "fails":
         raise ZeroDivisionError("on purpose")
     (folder / "kept").write_text(cell.arm)
