@@ -14,10 +14,8 @@ from experiments import tasks
 from experiments.methods import Method
 from experiments.paper.tables import Line, PaperTable
 
-_RECIPE = Method(
-    "cola", ranks=(16,), links=60, knots="progress", init="selector", train="B", reset="transport"
-)  # fmt: skip
-"""What `docs/how-to/choose.md` recommends, at the bytes of a LoRA of rank 8."""
+_RECIPE = Method("cola", ranks=(16,), links=60, knots="progress", init="selector", train="B", reset="transport")
+"""The links of `docs/how-to/choose.md`, at the bytes of a LoRA of rank 8; knots by progress, as runs are short."""
 
 
 def _low(label: str, method: Method, middle: float, printed: str = "", *, reference: bool = True) -> Line:
