@@ -10,6 +10,7 @@ from typing import Any
 
 from cola.chain.architecture import Architecture, holders
 from cola.chain.fingerprint import Fingerprint, weight_of
+from cola.lora.per_layer import TASK_HEADS
 
 #: by the model_type of mixtures in transformers 5, names of layers that PEFT takes for parts of fused experts
 _MIXTRAL, _QWEN = ("gate", "w1", "w2", "w3"), ("gate", "gate_proj", "up_proj", "down_proj")
@@ -34,12 +35,6 @@ _RENAMED = {
     "maskformer": r"\.layers\.\d+\.blocks\.\d+\.",
     "pi0": r"(^|\.)embed_action_time\.",
     "unlimited_ocr": r"(^|\.)language_model\.layers\.",
-}
-#: modules that PEFT's classes for a task always train whole
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
 }
 
 
@@ -90,7 +85,9 @@ def task(saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
     built = base.architecture if base is not None else None
     if base is None or built is None:
         return {"task_type": None, "auto_mapping": None}
-    heads = {m for m in holders(base.prints()) if any(m.endswith(head) for head in _HEADS.get(built.task or "", ()))}
+    heads = {
+        m for m in holders(base.prints()) if any(m.endswith(head) for head in TASK_HEADS.get(built.task or "", ()))
+    }
     if built.task and heads <= set(saved):
         return {"task_type": built.task, "auto_mapping": None}
     mapping = {"base_model_class": built.name, "parent_library": built.library}

@@ -67,15 +67,15 @@ def narrowed(link: Any, paths: Collection[str]) -> list[str]:
     Raises:
         ValueError: an option matches none of them, or leaves none.
     """
-    kept = [path for path in paths if not _excluded(link, path)]
-    if link.exclude_modules is not None:
-        single = isinstance(link.exclude_modules, str)
-        for name in [link.exclude_modules] if single else link.exclude_modules:
-            if not any(_is_called(name, path, expression=single) for path in paths):
-                hint = " (a string is a regular expression for the whole path; for names give a list)" if single else ""
-                raise ValueError(f"exclude_modules={name!r} matches none of the targets, {_called(paths, name)}{hint}")
-        if not kept:
-            raise ValueError(f"exclude_modules={link.exclude_modules!r} leaves none of the targets, {_called(paths)}")
+    excluded = _excluded(link, paths)
+    for name, matched in excluded.items():
+        if not matched:
+            single = isinstance(link.exclude_modules, str)
+            hint = " (a string is a regular expression for the whole path; for names give a list)" if single else ""
+            raise ValueError(f"exclude_modules={name!r} matches none of the targets, {_called(paths, name)}{hint}")
+    kept = [path for path in paths if not any(path in matched for matched in excluded.values())]
+    if excluded and not kept:
+        raise ValueError(f"exclude_modules={link.exclude_modules!r} leaves none of the targets, {_called(paths)}")
     indices = _indices(link)
     if indices is None:
         return kept
@@ -138,7 +138,7 @@ def heads_to_train(link: Any, paths: Collection[str]) -> list[str]:
         ValueError: the model has no such head.
     """
     wanted = TASK_HEADS.get(link.task_type or "", ())
-    there = [name for name in wanted if any(path == name or path.endswith("." + name) for path in paths)]
+    there = [name for name in wanted if any(_ends_in(path, name) for path in paths)]
     if wanted and not there and not link.modules_to_save:
         raise ValueError(
             f"task_type={link.task_type!r} trains the head, called {' or '.join(wanted)}, and the model has none: name "
@@ -154,16 +154,16 @@ def _expression(option: str, pattern: Any) -> None:
         raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _excluded(link: Any, path: str) -> bool:
-    excluded = link.exclude_modules
-    if excluded is None:
-        return False
-    single = isinstance(excluded, str)
-    return any(_is_called(name, path, expression=single) for name in ([excluded] if single else excluded))
+def _excluded(link: Any, paths: Collection[str]) -> dict[str, set[str]]:
+    """Each name of ``exclude_modules``, or its expression -> the paths that it matches."""
+    names_or_expression = link.exclude_modules
+    if isinstance(names_or_expression, str):
+        return {names_or_expression: {path for path in paths if re.fullmatch(names_or_expression, path)}}
+    return {name: {path for path in paths if _ends_in(path, name)} for name in names_or_expression or ()}
 
 
-def _is_called(name: str, path: str, *, expression: bool) -> bool:
-    return bool(re.fullmatch(name, path)) if expression else path == name or path.endswith("." + name)
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
 
 
 def _indices(link: Any) -> list[int] | None:
