@@ -328,7 +328,7 @@ def _layers(chain: Chain) -> dict[str, Any]:
         factor = next(link.factors[layer] for link in chain if layer in link.factors)
         values = chain.singular_values(layer)
         found[layer] = {
-            "shape": f"{factor.B.shape[0]}×{factor.A.shape[1]}",
+            "shape": "×".join(map(str, factor.shape)),
             "rank": spectrum.count(values, factor),  # as Chain.effective_rank, without another SVD
             "norm": values.square().sum().sqrt().item(),
             "norms": norms[layer],

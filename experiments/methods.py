@@ -219,7 +219,7 @@ class Method:
         from galore_torch import GaLoreAdamW
 
         adapted = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=1, target_modules=targets))
-        weights = [layer.weight for layer in adapted.live.layers.values()]
+        weights = [layer.plain_weight for layer in adapted.live.layers.values()]
         adapted.finish(merge=False)
         model.requires_grad_(False)
         for weight in weights:

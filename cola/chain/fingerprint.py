@@ -32,12 +32,16 @@ class LayerPrint:
         dtype: e.g. ``"bfloat16"``.
         transposed: whether it is stored in×out (transformers' Conv1D).
         digest: of its bytes; None if they could not be read (a tensor on the meta device).
+        form: how the layer uses it: ``"linear"``, ``"embedding"``, ``"convolution"`` (``"grouped convolution"`` if it
+            has groups, dilation or padding other than zeros), ``"attention"`` (of nn.MultiheadAttention), or
+            ``"parameter"``, whose path is the weight's own name.
     """
 
     shape: tuple[int, ...]
     dtype: str
     transposed: bool
     digest: str | None
+    form: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits for the whole."""
-        parts = [f"{path} {asdict(layer)}" for path, layer in sorted(self.layers.items())]
+        parts = [f"{path} {_about(layer)}" for path, layer in sorted(self.layers.items())]
         parts += [f"{name} {asdict(other)}" for name, other in sorted((self.others or {}).items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -79,7 +83,7 @@ class Fingerprint:
 
     def prints(self) -> dict[str, LayerPrint | TensorPrint]:
         """All prints, by the name of the tensor."""
-        return {**{weight_of(path): layer for path, layer in self.layers.items()}, **(self.others or {})}
+        return {**{weight_of(path, layer.form): layer for path, layer in self.layers.items()}, **(self.others or {})}
 
     def differences(self, tensors: Mapping[str, Tensor], *, all_of_it: bool = True) -> "Iterator[Difference]":
         """Yield where tensors differ from this base model's. Names, shapes and dtypes come first, as they are free.
@@ -92,7 +96,8 @@ class Fingerprint:
         >>> [difference.how for difference in base.differences({"head.weight": torch.zeros(2, 2)})]
         ["'head.weight' has other values than in the chain's base"]
         """
-        prints, titles = self.prints(), {weight_of(path): f"layer {path!r}" for path in self.layers}
+        prints = self.prints()
+        titles = {weight_of(path, layer.form): f"layer {path!r}" for path, layer in self.layers.items()}
         for name in prints if all_of_it else ():
             if name not in tensors:
                 yield Difference(name, False, f"the chain's base has {name!r}, which is missing here")
@@ -119,7 +124,7 @@ class Fingerprint:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         others = None if self.others is None else {name: asdict(other) for name, other in self.others.items()}
-        layers = {path: asdict(layer) for path, layer in self.layers.items()}
+        layers = {path: _about(layer) for path, layer in self.layers.items()}
         found = {"name": self.name, "layers": layers, "others": others}
         return found if self.architecture is None else {**found, "architecture": self.architecture.to_json()}
 
@@ -135,7 +140,10 @@ class Fingerprint:
             transposed = value["layers"][path]["transposed"]
             if type(transposed) is not bool:
                 raise TypeError(f"transposed={transposed!r:.40}")
-            layers[path] = LayerPrint(one.shape, one.dtype, transposed, one.digest)
+            form = value["layers"][path].get("form", "linear")
+            if not isinstance(form, str):
+                raise TypeError(f"form={form!r:.40}")
+            layers[path] = LayerPrint(one.shape, one.dtype, transposed, one.digest, form)
         others, name = value.get("others"), value["name"]
         if not isinstance(name, (str, type(None))):
             raise TypeError(f"name={name!r:.40}")
@@ -205,8 +213,18 @@ def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
     return found
 
 
-def weight_of(path: str) -> str:
-    """Name of the weight of the layer at ``path``."""
+def _about(layer: LayerPrint) -> dict[str, Any]:
+    """The print as a dict, without the form of a linear layer, which older chains do not record."""
+    found = asdict(layer)
+    if layer.form == "linear":
+        del found["form"]
+    return found
+
+
+def weight_of(path: str, form: str = "linear") -> str:
+    """Name of the weight of the layer at ``path``, whose print has this form."""
+    if form == "parameter":
+        return path
     return f"{path}.weight" if path else "weight"
 
 

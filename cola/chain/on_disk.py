@@ -37,8 +37,8 @@ from cola.common.arguments import is_finite
 from cola.common.contexts import unaffected
 from cola.common.distributed import writes
 from cola.common.version import FORMAT, __version__
-from cola.knot.tie import RECORDED, TIEABLE
-from cola.lora.link import Factor, KnotReport, LayerReport, Link
+from cola.knot.tie import RECORDED
+from cola.lora.link import Factor, KnotReport, LayerReport, Link, are_factors
 from cola.lora.names import require_plain_name
 
 T = TypeVar("T")
@@ -312,7 +312,7 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
     for path, about in content["layers"].items():
         require_plain_name(path)
         A, B, scaling, rounding = tensors[f"A:{path}"], tensors[f"B:{path}"], about["scaling"], about["rounding"]
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or {A.dtype, B.dtype} - set(TIEABLE):
+        if not are_factors(A, B):
             raise ValueError(f"the factors of layer {path!r} do not fit: {tuple(A.shape)} and {tuple(B.shape)}")
         if not is_finite(scaling) or rounding not in RECORDED:
             raise ValueError(f"layer {path!r} has scaling {scaling!r:.40} and rounding {rounding!r:.40}")

@@ -160,7 +160,8 @@ def _moves(axes: Any, chain: Sequence[Link], kinds: Layers) -> None:
 def _spectrum(axes: Any, chain: Sequence[Link], kinds: Layers) -> None:
     tables = {}
     for name, paths in kinds.items():
-        found = [spectrum.singular_values(_factors(chain, path)).numpy() for path in paths]
+        spectra = [spectrum.singular_values(_factors(chain, path)).numpy() for path in paths]
+        found = [row for values in spectra for row in np.atleast_2d(values)]  # of fused experts a row each
         table = np.full((len(found), max(map(len, found))), np.nan)
         for row, values in zip(table, found):
             shown = values[values > values[0] * _TRACE]
@@ -323,7 +324,7 @@ def _move(link: Link, path: str, known: bool) -> float:
 
 def _reach(link: Link) -> int:
     """The largest rank that a link can add: its products' columns in one layer."""
-    return max((sum(len(A) for A, *_ in f.triples()) for f in link.factors.values()), default=link.rank)
+    return max((sum(A.shape[-2] for A, *_ in f.triples()) for f in link.factors.values()), default=link.rank)
 
 
 def _some(count: int) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.chain.architecture import Architecture
-from cola.chain.fingerprint import Digests, Fingerprint, LayerPrint, TensorPrint, prints_of, weight_of
+from cola.chain.fingerprint import Digests, Fingerprint, LayerPrint, TensorPrint, prints_of
 from cola.common.distributed import copy_whole
 from cola.knot.tie import Tie, key, residual_like
 from cola.lora import quantized, stacked
@@ -24,10 +24,12 @@ from cola.lora.names import (
     base_tensors,
     buffers_by_name,
     canonical,
+    layer_at,
     modules_by_name,
     parameters_by_name,
     shared_weights,
     unwrap,
+    weight_name,
 )
 
 logger = logging.getLogger("cola")
@@ -59,8 +61,9 @@ def take_fingerprint(
         cache: remembers digests.
     """
     values, modules, known = base_tensors(model), base_modules(model), known or {}
-    adapted = {path: modules[path] for path in layers}
-    weights = {weight_of(path): values.pop(weight_of(path)) for path in adapted}
+    adapted = {path: _layer(modules, path) for path in layers}
+    names = {path: weight_name(path, module) for path, module in adapted.items()}
+    weights = {name: values.pop(name) for name in names.values()}
     parts: dict[str, Tensor] = {}  # of quantised layers: their codes, and the scales and links that go with them
     for path, module in adapted.items():
         if is_quantized(module):
@@ -70,8 +73,9 @@ def take_fingerprint(
     prints = {**prints_of(fresh, (cache or Digests()).of(fresh)), **known}
     layer_prints = {}
     for path, module in adapted.items():
-        one = prints[weight_of(path)]
-        layer_prints[path] = LayerPrint(one.shape, one.dtype, known_kind(module).transposed, one.digest)
+        one, kind = prints[names[path]], known_kind(module)
+        transposed = kind.is_transposed(module)
+        layer_prints[path] = LayerPrint(one.shape, one.dtype, transposed, one.digest, kind.form(module))
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
     return Fingerprint(
         layer_prints,
@@ -125,15 +129,15 @@ def check(
             _require_layer(path, factor, modules, live=live, stacked=live or base is not None)
             if not all(torch.isfinite(values).all() for triple in factor.triples() for values in triple[:2]):
                 raise ValueError(f"link {link.index} has non-finite factors on {path!r}: no run ties such a link")
-            quantised = is_quantized(modules[path])
-            parts = quantized.part_names(modules[path]) if quantised and not whole else ["weight"]
-            for name in _in_model(path, dict.fromkeys(parts)):
+            layer = _layer(modules, path)
+            quantised = is_quantized(layer)
+            names = quantized.part_names(layer) if quantised and not whole else []
+            for name in _in_model(path, dict.fromkeys(names)) or [weight_name(path, layer)]:
                 if name not in values:
                     raise ValueError(f"base has no {name!r}: give the untouched model or its state dict")
-            if quantised != is_quantized(theirs[path]):
-                raise ValueError(
-                    f"base has a {type(theirs[path]).__name__} at {path!r}: give it quantised as the model is"
-                )
+            other = _layer(theirs, path)
+            if quantised != is_quantized(other):
+                raise ValueError(f"base has a {type(other).__name__} at {path!r}: give it quantised as the model is")
         for path, value in link.trained.items():
             shared = together.get(path, ())
             _require_trained_together(path, shared, link)
@@ -143,7 +147,8 @@ def check(
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
     for path in paths(links) if base is None else ():
         triples = [triple for link in links if path in link.factors for triple in link.factors[path].triples()]
-        reason = known_kind(modules[path]).obstacle(modules[path], triples)
+        layer = _layer(modules, path)
+        reason = known_kind(layer).obstacle(layer, triples)
         if reason is not None:
             raise ValueError(f"with the chain's links layer {path!r} {reason}: no run ties such a chain")
     if recorded is None:
@@ -184,10 +189,10 @@ def tie_links(
     modules, values, links = modules_by_name(model), _values(model), list(links)
     residuals = {} if residuals is None else residuals
     ties: list[dict[str, Tie]] = []
-    codes = [path for path in paths(links) if is_quantized(modules[path])]
+    codes = [path for path in paths(links) if is_quantized(_layer(modules, path))]
     for link in links:
         floats = [path for path in link.factors if path not in codes]
-        ties.append({path: _tie_factor(modules[path], path, link, residuals, device) for path in floats})
+        ties.append({path: _tie_factor(_layer(modules, path), path, link, residuals, device) for path in floats})
         for path, value in link.trained.items():
             copy_whole(values[path], value)
     for path in codes:
@@ -207,12 +212,14 @@ def tie_links(
 def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[str] = ()) -> None:
     """Restore the base's values of all tensors that the links changed, and of ``also``. Call `check` first."""
     values, untouched, modules = _values(model), _values(base), modules_by_name(model)
-    for path in paths(links):
-        if is_quantized(modules[path]):
-            quantized.untie(modules[path], _parts(modules[path], path, base))
-            untouched.pop(weight_of(path))
+    layers = {path: _layer(modules, path) for path in paths(links)}
+    names = {path: weight_name(path, layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        if is_quantized(layer):
+            quantized.untie(layer, _parts(layer, path, base))
+            untouched.pop(names[path])
     changed = (path for link in links for path in link.trained)
-    for name in dict.fromkeys((*map(weight_of, paths(links)), *changed, *also)):
+    for name in dict.fromkeys((*names.values(), *changed, *also)):
         if name in untouched:  # `check` made sure that one of its names is there
             copy_whole(values[name], untouched[name])
 
@@ -221,7 +228,7 @@ def settle(model: nn.Module, links: Iterable[Link]) -> None:
     """Restore the plain classes of quantised layers that `untie` left without links."""
     modules = modules_by_name(model)
     for path in paths(links):
-        stacked.settle(modules[path])
+        stacked.settle(_layer(modules, path))
 
 
 def _tie_factor(module: nn.Module, path: str, link: Link, residuals: dict[str, Tensor], device: str | None) -> Tie:
@@ -263,7 +270,7 @@ def _values(model: Base) -> dict[str, Tensor]:
 
 
 def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module], *, live: bool, stacked: bool) -> None:
-    module, wanted = modules.get(path), (factor.B.shape[0], factor.A.shape[1])
+    module, wanted = layer_at(modules, path), factor.shape
     if module is None:
         raise ValueError(f"the chain has a link on {path!r}, which this model does not have: is it the right base?")
     reason = None if live and isinstance(module, AdaptedLayer) else refusal(module, stacked=stacked)
@@ -279,6 +286,13 @@ def _require_layer(path: str, factor: Factor, modules: dict[str, nn.Module], *, 
             f"the chain's link on {path!r} was tied by {factor.rounding!r}, and the layer {kind}: load the base as the "
             "run had it" + ("; an adapter is read for it by from_peft(..., rounding='stack')" if codes else "")
         )
+
+
+def _layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The layer at a path where `check` has found one."""
+    layer = layer_at(modules, path)
+    assert layer is not None
+    return layer
 
 
 def _require_trained_together(path: str, shared: Iterable[str], link: Link) -> None:

@@ -16,9 +16,17 @@ from torch.utils.hooks import RemovableHandle
 
 from cola.chain import replay
 from cola.chain.chain import Chain
-from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, prints_of, weight_of
+from cola.chain.fingerprint import Digests, Fingerprint, TensorPrint, digests, prints_of
 from cola.lora.live import LiveLink
-from cola.lora.names import base_modules, base_tensors, buffers_by_name, modules_by_name, shared_weights, tensors_of
+from cola.lora.names import (
+    base_modules,
+    base_tensors,
+    buffers_by_name,
+    modules_by_name,
+    shared_weights,
+    tensors_of,
+    weight_name,
+)
 
 
 class BaseModel:
@@ -42,7 +50,8 @@ class BaseModel:
     def final_digest(self) -> str | None:
         """Digest of `weights` after `finish`; None if the model no longer has those layers."""
         tensors = base_tensors(self.live.model)
-        return self.weights().digest if all(weight_of(path) in tensors for path in self.live.layers) else None
+        names = (weight_name(path, layer) for path, layer in self.live.layers.items())
+        return self.weights().digest if all(name in tensors for name in names) else None
 
     def fingerprint(self, layers: Iterable[str] = ()) -> Fingerprint:
         """Fingerprint of the whole base model. It reads the weights, so call it while no link is tied.

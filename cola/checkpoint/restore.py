@@ -73,11 +73,13 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
             f"start: {_DROPPED}"
         )
     for path, A in saved.start_A.items():
-        B, (out, inner) = saved.start_B[path], live.shapes().get(path, (0, 0))
+        B, shape, rank = saved.start_B[path], live.shapes().get(path), A.shape[-2] if A.dim() > 1 else 0
         if (
             path not in live.layers
-            or A.shape != (live.plans[path].rank_of(counters.index), inner)
-            or (B.shape != (out, A.shape[0]))
+            or shape is None
+            or rank != live.plans[path].rank_of(counters.index)
+            or A.shape != (*shape[:-2], rank, shape[-1])
+            or B.shape != (*shape[:-1], rank)
         ):
             raise ValueError(
                 f"the start of the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, which "
@@ -104,9 +106,10 @@ def require_carried(saved: RunState, live: LiveLink) -> None:
                 raise ValueError(
                     f"compensated rounding needs the residual of layer {path!r}, which this state lacks: {_DROPPED}"
                 )
-            if residual.shape != layer.weight.shape:
+            if residual.shape != layer.plain_weight.shape:
                 raise ValueError(
-                    f"the residual of layer {path!r} is {tuple(residual.shape)}, the weight {tuple(layer.weight.shape)}"
+                    f"the residual of layer {path!r} is {tuple(residual.shape)}, the weight "
+                    f"{tuple(layer.plain_weight.shape)}"
                 )
 
 

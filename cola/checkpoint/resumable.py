@@ -440,7 +440,7 @@ class Resumable(LinkGroups):
             self._extras[name].load_state_dict(state)
 
     def _require_in_one_piece(self, call: str) -> None:
-        if any(is_sharded(layer.weight) for layer in self.live.layers.values()):
+        if any(is_sharded(layer.plain_weight) for layer in self.live.layers.values()):
             raise RuntimeError(
                 f"{call} is for models in one piece, and this one is sharded: save the model's and the optimizer's "
                 "state dicts by torch.distributed.checkpoint"

@@ -32,11 +32,12 @@ from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
 from cola import ChainOptimizer, KnotReport
-from cola.knot.tie import tie_
+from cola.knot.sharded import tie_anywhere
 from cola.lora.config import LayerPlan
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS
 from cola.lora.link import used_rank
+from cola.lora.parameter import ParameterView, view_of
 
 
 class ChainKnots(Callback):
@@ -127,18 +128,28 @@ def _take_links(opt: ChainOptimizer) -> None:
     """Let the finished layers load weights that include a link."""
     for path, layer in opt.live.layers.items():
         if isinstance(layer, nn.Module) and not is_quantized(layer):  # PEFT's layers keep a link's entries
-            layer.register_load_state_dict_pre_hook(_MergesLink(opt.live.plans[path], opt.live.index + 1))
+            owner, parameter = layer.place if isinstance(layer, ParameterView) else (layer, None)
+            merges = _MergesLink(parameter, opt.live.plans[path], opt.live.index + 1)
+            owner.register_load_state_dict_pre_hook(merges)
 
 
 class _MergesLink:
-    """A hook that merges a state dict's link into its weight."""
+    """A hook that merges a state dict's link into its weight.
 
-    def __init__(self, plan: LayerPlan, links: int) -> None:
-        self.plan, self.links = plan, links  # of the layer, and how many the run had
+    Args:
+        parameter: name of the weight, if the link goes on a parameter; None if it goes on the module.
+        plan: the layer's.
+        links: how many the run had.
+    """
+
+    def __init__(self, parameter: str | None, plan: LayerPlan, links: int) -> None:
+        self.parameter, self.plan, self.links = parameter, plan, links
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        A, B = (state.pop(f"{prefix}{name}", None) for name in FACTORS)
+        layer = module if self.parameter is None else view_of(module, self.parameter)
+        names = FACTORS if self.parameter is None else view_of(module, self.parameter).names
+        A, B = (state.pop(f"{prefix}{name}", None) for name in names)
         columns = state.pop(f"{prefix}lora_columns", None)
         if columns is not None and B is not None:
             A = one_hot(columns, known_kind(module).shape(module)[1]).to(B.dtype)
@@ -149,7 +160,9 @@ class _MergesLink:
         if rank and not scalings:
             raise ValueError(f"the checkpoint's link on {prefix[:-1]!r} has rank {rank}, and no link of the run has it")
         if rank:
-            weight = state[f"{prefix}weight"].clone()
-            left, right = known_kind(module).factors(A[:rank], B[:, :rank])
-            tie_(weight, left, right, scalings[0])
-            state[f"{prefix}weight"] = weight
+            kind, name = known_kind(layer), f"{prefix}{self.parameter or 'weight'}"
+            weight = state[name].clone(memory_format=torch.contiguous_format)
+            left, right = kind.sides(layer, A[..., :rank, :], B[..., :rank])
+            matrix = weight.view(kind.matrix(layer).shape)
+            tie_anywhere(matrix, left, right, scalings[0], rounding="nearest", seed=0, residual=None)
+            state[name] = weight

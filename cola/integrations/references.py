@@ -85,7 +85,9 @@ def _require_own_weights(trainer: Any, link: LinkConfig) -> None:
         raise ValueError("ref_model is the model that is trained: give the trainer a copy of it, or leave it out")
     inside, tuned = modules_by_name(model), find_peft_layers(model)
     narrow = functools.partial(per_layer.narrowed, link)
-    layers = {path: inside[path] for path in tuned} or find_targets(model, link.target_modules, narrow)
+    layers = {path: inside[path] for path in tuned} or find_targets(
+        model, link.target_modules, narrow, link.target_parameters
+    )
     whole = [*link.modules_to_save, *per_layer.heads_to_train(link, inside)]
     changed = [layer.weight for layer in layers.values()]
     changed += [p for module in find_saved(model, whole, layers) for p in module.parameters()]

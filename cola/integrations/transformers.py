@@ -249,7 +249,7 @@ def _chainable(trainer: Any, finish: bool) -> Any:
 
 def _add_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
     weights = {
-        path: quantized.parts(layer.holder) if is_quantized(layer.holder) else layer.weight.detach()
+        path: quantized.parts(layer.holder) if is_quantized(layer.holder) else layer.plain_weight.detach()
         for path, layer in opt.live.layers.items()
     }
     return {**state, _WEIGHTS: weights}
@@ -262,5 +262,5 @@ def _take_weights(opt: Any, state: dict[str, Any]) -> dict[str, Any]:
         if isinstance(weights.get(path), dict):
             quantized.put_parts(layer.holder, weights[path])
         elif path in weights:
-            layer.weight.copy_(weights[path])
+            layer.plain_weight.copy_(weights[path])
     return {name: value for name, value in state.items() if name != _WEIGHTS}

@@ -25,7 +25,7 @@ def require_mergeable(opt: Any) -> None:
     """Raise RuntimeError if the live link cannot be tied for a while. Changes nothing."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("merged() under torch.inference_mode(): enter it inside the block instead")
-    if any(is_sharded(layer.weight) for layer in opt.live.layers.values()):
+    if any(is_sharded(layer.plain_weight) for layer in opt.live.layers.values()):
         raise RuntimeError(
             "merged() is for models in one piece, and this one is sharded (FSDP2). To evaluate, use the model as it "
             "is: its forward includes the live link. To save, call opt.tie() first, which begins a new link; "
@@ -96,7 +96,7 @@ class Before:
         self.mode: str | None = None  # of a base with modes, once it has left it
         self.checks = opt._loaded, opt._given_back
         carriers = [layer for layer in live.layers.values() if isinstance(layer, PeftLayer)]
-        holders = {id(layer.holder): layer.holder for layer in live.layers.values()}
+        holders = {id(m): m for layer in live.layers.values() for m in (layer.holder, layer.held[0], *layer.borrowers)}
         self.peft = bool(carriers)
         handles = [opt._losses.handle, *opt._base_model.handles, *(layer.hook for layer in carriers)]
         self.handles: list[RemovableHandle] = handles
@@ -112,7 +112,7 @@ class Before:
         self.parameters = [(p, p.requires_grad, p.grad, p.data if _is_plain(p) else None) for p in held.values()]
         self.starts = dict(live.starts.of), dict(live.starts._untouched)
         self.residuals, self.originals = live.residuals, {path: replace(o) for path, o in live.originals.items()}
-        dense = [layer.holder for layer in live.layers.values() if not layer.kind.quantized]
+        dense = [m for l in live.layers.values() if not l.kind.quantized for m in {l.holder, l.held[0]}]
         changed: list[Tensor] = [p for module in dense for p in module._parameters.values() if p is not None]
         changed += [*(layer.lora_B for layer in carriers), *trained]
         codes = {id(layer.holder) for layer in live.layers.values() if layer.kind.quantized}
@@ -140,7 +140,7 @@ class Before:
     def watch(self) -> None:
         """Note the state of the parameters that are not put back, at the beginning of the block."""
         put_back = {id(t) for t, _ in self.moved} | {id(t) for t, _ in self.values}
-        put_back |= {id(self.live.layers[path].weight) for path in self.codes}
+        put_back |= {id(self.live.layers[path].plain_weight) for path in self.codes}
         names = {id(p): name for name, p in self.live.model.named_parameters()}
         for p, *_ in self.parameters:
             if id(p) in names and id(p) not in put_back and not p.is_inference():

@@ -199,10 +199,10 @@ def carried_over(
         reset = transport
     if not callable(reset):
         for path, (A, _) in old.items():
-            if len(A) != ranks[path]:
+            if A.shape[-2] != ranks[path]:
                 raise KnotError(
-                    f"reset='keep' needs links of one rank, and layer {path!r} goes from {len(A)} to {ranks[path]}: "
-                    "use reset='state', or a function that gives the state the new shapes"
+                    f"reset='keep' needs links of one rank, and layer {path!r} goes from {A.shape[-2]} to "
+                    f"{ranks[path]}: use reset='state', or a function that gives the state the new shapes"
                 )
         return None
     parameters = [p for pair in new.values() for p in pair]

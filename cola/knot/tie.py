@@ -56,9 +56,9 @@ def key(seed: int, *path: object) -> int:
 
 
 def delta_norm(left: Tensor, right: Tensor, scaling: float) -> float:
-    """``‖s·L R‖_F`` from r×r Gram matrices, in float64; ``left`` is m×r, ``right`` r×n."""
+    """``‖s·L R‖_F`` from r×r Gram matrices, in float64; ``left`` is (…, m, r), ``right`` (…, r, n)."""
     left, right = left.double(), right.double()
-    square = torch.sum((left.T @ left) * (right @ right.T)).item()
+    square = torch.sum((left.mT @ left) * (right @ right.mT)).item()
     return abs(scaling) * math.sqrt(max(square, 0.0))
 
 

@@ -29,7 +29,7 @@ class NextLink:
         self._fresh = self._state = None
         if follows:
             self.live.starts.check(self.link, index)
-        present, rooms = self.live.index, {path: layer.lora_A.shape[0] for path, layer in self.live.layers.items()}
+        present, rooms = self.live.index, {path: layer.lora_A.shape[-2] for path, layer in self.live.layers.items()}
         grads = [p.grad for p in self.live.adapters()]
         try:
             self.live.begin(index, self.link)

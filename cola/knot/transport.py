@@ -38,7 +38,7 @@ def transport(base: Optimizer, old: Pairs, new: Pairs) -> None:
             _carry(base, new_B, B.shape, *_rotation(A, whole(new_A.detach())))
             base.state.pop(new_A, None)
         elif new_A in base.state:
-            _carry(base, new_A, A.shape, *_rotation(B.T, whole(new_B.detach()).T), transposed=True)
+            _carry(base, new_A, A.shape, *_rotation(B.mT, whole(new_B.detach()).mT), transposed=True)
 
 
 def _rotation(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,9 +48,9 @@ def _rotation(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     is the squared norm of the part that they do not reach, in units of the old rows' mean squared norm.
     """
     old, new = old.double(), new.to(old.device).double()
-    rotation = torch.linalg.pinv(old).T @ new.T
-    unreached = new.square().sum(1) - (old.T @ rotation).square().sum(0)
-    return rotation, unreached.clamp(min=0) / old.square().sum(1).mean()
+    rotation = torch.linalg.pinv(old).mT @ new.mT
+    unreached = new.square().sum(-1) - (old.mT @ rotation).square().sum(-2)
+    return rotation, (unreached.clamp(min=0) / old.square().sum(-1).mean(-1, keepdim=True)).unsqueeze(-2)
 
 
 def require_known(make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
@@ -76,7 +76,7 @@ def require_known(make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
 
 
 def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() == 2}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() >= 2}
 
 
 def _carry(
@@ -91,8 +91,8 @@ def _carry(
         turned = value @ rotation
         if name in _SECOND and mean is not None:
             turned = ((value - mean**2) @ rotation**2 + (mean @ rotation) ** 2).abs()
-            turned += unknown * value.mean(1, keepdim=True)
-        turned = turned.T if transposed else turned
+            turned += unknown * value.mean(-1, keepdim=True)
+        turned = turned.mT if transposed else turned
         turned = turned.to(tensors[name].dtype).contiguous()
         if is_sharded(parameter):
             state[name] = torch.zeros_like(parameter.detach(), dtype=turned.dtype)
@@ -102,5 +102,5 @@ def _carry(
 
 
 def _cut(value: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
-    cut = value[: shape[0], : shape[1]]
-    return cut.T if transposed else cut
+    cut = value[..., : shape[-2], : shape[-1]]
+    return cut.mT if transposed else cut

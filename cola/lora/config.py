@@ -45,8 +45,11 @@ class LinkConfig:
         lora_alpha: sets the first link's scale, ``s = lora_alpha / r``.
         target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
             path, ``"all-linear"`` (every linear layer but output embeddings and the heads of transformers'
-            classifiers), or None for query and value projections; in a vision-language model only the language model's.
-        lora_dropout: probability that training drops an input of the link.
+            classifiers), ``"all"`` (these, and embeddings, convolutions, fused experts, the packed projections of
+            nn.MultiheadAttention), or None for query and value projections; in a vision-language model only the
+            language model's.
+        lora_dropout: probability that training drops an input of the link; of embeddings, whose inputs are indices,
+            nothing is dropped.
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules to train whole (heads, embeddings).
         init: draws the factor that does not start at zero: ``"kaiming"`` U(−1/√n, 1/√n) for input width n, as PEFT;
@@ -70,6 +73,9 @@ class LinkConfig:
         alpha_pattern: likewise -> lora_alpha.
         task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"`` or ``"QUESTION_ANS"`` train the model's head as well, as if
             ``modules_to_save`` named it; other types of PEFT's change nothing.
+        target_parameters: names of parameters to adapt by themselves, whole or their ends: the stacked weights of fused
+            experts (``"experts.gate_up_proj"``), or matrices that a module multiplies itself. The last dimension counts
+            as the input, unless the module says ``is_transposed``.
 
     Names and meanings are PEFT's.
 
@@ -98,6 +104,7 @@ class LinkConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     task_type: str | None = None
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         choice("bias", self.bias, ("none", "lora_only"))
@@ -130,6 +137,8 @@ class LinkConfig:
                 torch.device(self.residual_device)
             except RuntimeError as error:
                 raise ValueError(f"residual_device={self.residual_device!r} is no device: {error}") from None
+        if self.target_parameters is not None:
+            names("target_parameters", self.target_parameters)
         require_valid(self)
 
     def rank_of(self, link: int) -> int:
@@ -234,19 +243,20 @@ class LayerPlan:
     def draw(
         self,
         path: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         *,
         seed: int,
         link: int,
         dtype: torch.dtype = torch.float32,
         opt: Any = None,
+        looks_up: bool = False,
     ) -> Pair:
         """Draw A and B of link ``link`` for the layer at ``path``, on the CPU; see `cola.lora.init.draw`."""
         rank = self.rank_of(link)
-        if rank > min(shape):
-            raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[0]}x{shape[1]}")
+        if rank > min(shape[-2:]):
+            raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[-2]}x{shape[-1]}")
         start = LinkStart(path, shape, rank, self.scaling_of(link), link, generator(seed, link, path), opt)
-        return draw(self.config.init, self.config.train, start, dtype)
+        return draw(self.config.init, self.config.train, start, dtype, looks_up=looks_up)
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that the layer's links may have; None if a callable decides."""

@@ -8,11 +8,12 @@ from torch import nn
 
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
-from cola.lora.kinds import is_linear, is_quantized, known_kind
-from cola.lora.layer import FACTORS
+from cola.lora.kinds import is_quantized, kind_of, known_kind
+from cola.lora.layer import FACTORS, AdaptedLayer
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
-from cola.lora.targets import obstacles
+from cola.lora.parameter import ReadsParameters
+from cola.lora.targets import WHOLE, is_stacked, obstacles
 
 logger = logging.getLogger("cola")
 
@@ -43,8 +44,8 @@ class LeftOut:
 
     Attributes:
         group: ``"fused experts"``, ``"output head"``, ``"embeddings"``, ``"norms and biases"``, ``"vision tower"``,
-            ``"audio tower"``, ``"other tower"``, ``"shared weights"``, ``"convolutions"``, ``"refused linear layers"``,
-            ``"other linear layers"`` or ``"other"``.
+            ``"audio tower"``, ``"other tower"``, ``"shared weights"``, ``"convolutions"``, ``"attention"``,
+            ``"refused linear layers"``, ``"other linear layers"`` or ``"other"``.
         parameters: number of parameters.
         why: the reason, in words.
     """
@@ -72,7 +73,7 @@ class Coverage:
     1 layer with links, 32 of 49 parameters (65.3 %)
       0: 1 layer, 32
     left out:
-      norms and biases: 9 (18.4 %), only linear layers carry links
+      norms and biases: 9 (18.4 %), links go on matrices
       other linear layers: 8 (16.3 %), target_modules does not name them
     """
 
@@ -136,6 +137,7 @@ def coverage(
         target_modules: as in `LinkConfig`; decides the reason given for linear layers that are left out.
     """
     extra = {id(p): p.numel() for p in trained}
+    linked = {id(known_kind(layer).parameter(layer)): path for path, layer in layers.items()}
     rows: dict[tuple[str, str], list[int]] = {}
     left: dict[str, dict[str, int]] = {}  # group: reason: size
     groups = _Groups(model, layers, target_modules)
@@ -143,8 +145,8 @@ def coverage(
     for path, module, name, parameter in _parameters(model):
         size = _size(module, name, parameter)
         total += size
-        if path in layers and name == "weight":
-            part, kind = _place(path)
+        if id(parameter) in linked:
+            part, kind = _place(linked[id(parameter)])
             row = rows.setdefault((part, kind), [0, 0])
             row[0], row[1] = row[0] + 1, row[1] + size
         elif id(parameter) not in extra:
@@ -188,8 +190,10 @@ def announced(live: LiveLink) -> Coverage:
     """The coverage of a live link, after logging it; warns if half a model is left out or a task's head frozen."""
     found = covered(live)
     logger.info("%s", found.summary())
-    if live.config.target_modules == "all-linear" and found.share < 0.5:
-        logger.warning("target_modules='all-linear' reaches less than half of the model: %s", found.summary())
+    if live.config.target_modules in WHOLE and found.share < 0.5:
+        logger.warning(
+            "target_modules=%r reaches less than half of the model: %s", live.config.target_modules, found.summary()
+        )
     inner, trained = unwrap(live.model), [path.rpartition(".")[0] for path in live.trained()]
     frozen = [head for head in task_heads(inner) if not any(within(p, [head]) for p in (*live.layers, *trained))]
     if frozen:
@@ -205,8 +209,10 @@ class _Groups:
     """Finds the group of a parameter without a link, and the reason."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], target_modules: object) -> None:
-        small = target_modules == "all-linear"
-        self.linear = "the rank of a link is above theirs" if small else "target_modules does not name them"
+        self.all = target_modules == "all"
+        self.linear = "target_modules does not name them"
+        if target_modules in WHOLE:
+            self.linear = "the rank of a link is above theirs"
         inner, modules = unwrap(model), modules_by_name(model)
         self.heads, self.obstacles = heads(inner, modules), obstacles(model)
         self.towers = [t for t in left_encoders(inner, modules) if not any(within(path, [t]) for path in layers)]
@@ -218,23 +224,29 @@ class _Groups:
             return f"{kind} tower", f"{tower} feeds the language model"
         if path in self.heads:
             return "output head", f"{self.heads[path]} is the model's output"
-        expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower() and not is_linear(module)
-        if expert and (name != "weight" or parameter.dim() >= 3):
-            return "fused experts", "they are parameters of several experts at once, and only linear layers carry links"
-        if parameter.dim() <= 1 and not is_quantized(module):
-            return "norms and biases", "only linear layers carry links"
-        if is_linear(module):
-            reason = self.obstacles.get(path, "")
+        if name.endswith("bias") or (parameter.dim() <= 1 and not is_quantized(module)):
+            return "norms and biases", "links go on matrices"
+        if is_stacked(path, module, name, parameter):
+            group = "attention" if isinstance(module, nn.MultiheadAttention) else "fused experts"
+            return group, self._why(f"{path}.{name}".lstrip("."))
+        own = kind_of(module)
+        if own is None or name != "weight":
+            return "other", f"a {type(module).__name__} is no layer of a known kind"
+        reason = self.obstacles.get(path, "")
+        if own.linear and reason and not reason.startswith("already carries"):
             if reason.startswith("is tied"):
                 return "shared weights", f"{path} {reason.split(':')[0]}"
-            if reason and not reason.startswith("already carries"):
-                return "refused linear layers", f"{path} {reason}"
+            return "refused linear layers", f"{path} {reason}"
+        if own.linear:
             return "other linear layers", self.linear
-        if "Embedding" in type(module).__name__:
-            return "embeddings", "only linear layers carry links"
-        if "Conv" in type(module).__name__:
-            return "convolutions", "only linear layers carry links"
-        return "other", f"a {type(module).__name__} is not a linear layer"
+        return "embeddings" if own.looks_up else "convolutions", self._why(path)
+
+    def _why(self, path: str) -> str:
+        """Why a layer that only ``target_modules="all"`` reaches carries no link."""
+        reason = self.obstacles.get(path, "")
+        if reason and not reason.startswith("already carries"):
+            return f"{path} {reason}"
+        return self.linear if self.all else "target_modules='all' reaches them"
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -247,7 +259,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
     seen: set[int] = set()
     for path, module in modules_by_name(model).items():
         for name, parameter in () if id(module) in unused else module._parameters.items():
-            factor = name in FACTORS or not set(FACTORS).isdisjoint(path.split("."))
+            entries = module.entries if isinstance(module, AdaptedLayer | ReadsParameters) else FACTORS
+            factor = name in entries or not set(FACTORS).isdisjoint(path.split("."))
             if parameter is not None and not factor and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield path, module, name, parameter

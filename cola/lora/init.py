@@ -32,18 +32,20 @@ class LinkStart:
         rank: the rank r.
         scaling: the scale s.
         link: index of the link, from 0.
+        expert: which of the weight's matrices, where it holds several (fused experts); each is asked for by itself.
         generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
         opt: the `ChainOptimizer`, which still carries the previous link; None for the first link. At a knot its factors
             have the gradients of the last step. `ChainOptimizer.follow` and `ChainOptimizer.undo` begin links without.
     """
 
     path: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     scaling: float
     link: int
     generator: torch.Generator
     opt: Any = None
+    expert: int | None = None
 
 
 Init = Callable[[LinkStart], Tensor | Pair]
@@ -101,7 +103,9 @@ def generator(seed: int, link: int, path: str) -> torch.Generator:
 
 @torch.no_grad()
 @unaffected()
-def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = torch.float32) -> Pair:
+def draw(
+    init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = torch.float32, *, looks_up: bool = False
+) -> Pair:
     """Draw the first values of a link's factors, on the CPU.
 
     Args:
@@ -109,6 +113,10 @@ def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = to
         train: as in `LinkConfig`. With ``"A"`` a named init that returns one factor draws B and leaves A zero.
         start: the function's argument.
         dtype: of the Parameters that they are for.
+        looks_up: the layer is an embedding. With ``train="both"`` a named init then draws B and leaves A zero, so that
+            tokens that training does not meet keep their rows; "kaiming" draws N(0, 1), as PEFT does.
+
+    A shape of (E, out, in) makes E draws, one after the other.
 
     Returns:
         A and B: in fp32 from a named init, copies in ``dtype`` from a function. One of them is zero, unless a function
@@ -119,12 +127,20 @@ def draw(init: str | Init, train: str, start: LinkStart, dtype: torch.dtype = to
         ValueError: a tensor has a wrong shape, or values that are not finite in ``dtype``, or the function returned A
             alone with train="A".
     """
+    if len(start.shape) > 2:
+        count, *shape = start.shape
+        pairs = [draw(init, train, replace(start, shape=tuple(shape), expert=e), dtype) for e in range(count)]
+        return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
     out, inner = start.shape
     if isinstance(init, str):
-        drawn = INITS[init](replace(start, shape=(inner, out)) if train == "A" and init not in PAIRS else start)
+        draws_B = (train == "A" or (looks_up and train == "both")) and init not in PAIRS
+        if draws_B and looks_up and init == "kaiming":
+            drawn: Any = torch.randn(start.rank, out, generator=start.generator, **_PLAIN)
+        else:
+            drawn = INITS[init](replace(start, shape=(inner, out)) if draws_B else start)
         if isinstance(drawn, tuple):
             return drawn
-        if train == "A":
+        if draws_B:
             return torch.zeros(start.rank, inner, **_PLAIN), drawn.t().contiguous()
         return drawn, torch.zeros(out, start.rank, **_PLAIN)
     name = f"init={getattr(init, '__name__', init)!s:.60}"

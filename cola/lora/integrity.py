@@ -15,7 +15,8 @@ from cola.lora import peft
 from cola.lora.kinds import is_quantized
 from cola.lora.layer import AdaptedLayer
 from cola.lora.live import LiveLink
-from cola.lora.names import modules_by_name, unwrap
+from cola.lora.names import layer_at, modules_by_name, unwrap
+from cola.lora.parameter import ReadsParameters
 from cola.lora.peft import PeftLayer
 
 logger = logging.getLogger("cola")
@@ -40,7 +41,7 @@ def require_removable(live: LiveLink) -> None:
         if isinstance(layer, PeftLayer):
             if id(layer.module) in inside and layer.module.merged:
                 reason = peft.refusal(layer.module, own=True)
-        elif layer.holder._parameters.get("weight") is None:
+        elif layer.kind.parameter(layer.holder) is None:
             reason = _COMPUTED
         if reason is not None:
             raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
@@ -62,7 +63,7 @@ def warn_of_loaded_link(live: LiveLink) -> None:
 
 def weights_of(live: LiveLink) -> dict[str, nn.Parameter]:
     """The weights as Parameters, by path, for `require_same_weights` to compare."""
-    weights = ((path, layer.holder._parameters.get("weight")) for path, layer in live.layers.items())
+    weights = ((path, layer.kind.parameter(layer.holder)) for path, layer in live.layers.items())
     return {path: weight for path, weight in weights if weight is not None}
 
 
@@ -97,12 +98,12 @@ def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, 
             )
         return f"has been unloaded by PEFT, and the live link with it: call opt.finish() first, {_GIVE_UP}"
     holder = layer.holder
-    if modules.get(path) is holder:
+    if layer_at(modules, path) == holder:
         return None
     elsewhere = next((other for other, module in modules.items() if module is holder), None)
     if elsewhere is not None:
         return f"is now at {elsewhere!r}, where the chain's record would not find it: put it back"
-    there = modules.get(path)
+    there = layer_at(modules, path)
     what = "has been deleted" if there is None else f"has been replaced by a {type(there).__name__}"
     return f"{what}, and the live link went with it: put the adapted layer back, {_GIVE_UP}"
 
@@ -117,11 +118,13 @@ def _change(path: str, live: LiveLink) -> str | None:
         reason = peft.refusal(layer.module, own=True)
         if reason is not None:
             return reason
-    elif not isinstance(holder, AdaptedLayer):
+    elif not isinstance(layer.held[0], AdaptedLayer | ReadsParameters):
         return f"has become a {type(holder).__name__}: put the adapted layer back, {_GIVE_UP}"
-    weight = holder._parameters.get("weight")
+    weight = layer.kind.parameter(holder)
     if weight is None:
         return _COMPUTED
+    if any(other._parameters.get("weight") is not weight for other in layer.borrowers):
+        return "no longer shares its weight with the layers that shared it: tie them again, " + _GIVE_UP
     if weight.is_meta or layer.lora_A.is_meta or layer.lora_B.is_meta:
         return (
             "has its parameters on the meta device: they were offloaded after the ChainOptimizer was made "

@@ -6,12 +6,22 @@ from torch import nn
 
 from cola.lora.conv1d import LoRAConv1D
 from cola.lora.layer import AdaptedLayer, LoRALinear
+from cola.lora.parameter import LinkedParameter
 from cola.lora.quantized import QuantizedLinear
+from cola.lora.reading import LinkedConvolution, LinkedEmbedding, LinkedReadLinear
 
 Kind = TypeVar("Kind", bound=type[AdaptedLayer])
 
 #: a module's kind is the first that matches it
-KINDS: list[type[AdaptedLayer]] = [QuantizedLinear, LoRALinear, LoRAConv1D]
+KINDS: list[type[AdaptedLayer]] = [
+    QuantizedLinear,
+    LinkedReadLinear,
+    LoRALinear,
+    LoRAConv1D,
+    LinkedEmbedding,
+    LinkedConvolution,
+    LinkedParameter,
+]
 
 
 def register_kind(kind: Kind) -> Kind:
@@ -86,5 +96,8 @@ def refusal(module: nn.Module, *, stacked: bool = False) -> str | None:
         if name == "Linear":  # another library's
             name = f"{type(module).__module__}.{name}"
         article = "an" if name[0] in "AEIOU" else "a"
-        return f"is {article} {name}: links go on nn.Linear and transformers' Conv1D (others: cola.register_kind)"
+        return (
+            f"is {article} {name}: links go on linear layers, embeddings and convolutions, on others by "
+            "cola.register_kind, and on single parameters by target_parameters"
+        )
     return kind.refusal(module, stacked=stacked)

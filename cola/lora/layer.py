@@ -194,6 +194,8 @@ class AdaptedLayer(nn.Module):
     transposed: ClassVar[bool] = False
     #: whether ``target_modules="all-linear"`` includes this kind
     linear: ClassVar[bool] = True
+    #: whether its inputs are indices of rows of the weight
+    looks_up: ClassVar[bool] = False
     #: whether the weight is stored as codes, into which no sum can be rounded
     quantized: ClassVar[bool] = False
     #: names of buffers that links add to a layer
@@ -222,7 +224,7 @@ class AdaptedLayer(nn.Module):
             return f"is a {type(module).__name__} that overrides forward, which a link could not follow"
         if "forward" in vars(module):
             return REPLACED
-        if "weight" not in module._parameters:
+        if cls.parameter(module) is None:
             return "has a weight that is computed (a parametrization?) and so cannot be tied in place"
         return None
 
@@ -237,16 +239,41 @@ class AdaptedLayer(nn.Module):
         return class_over(cls, plain)
 
     @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, int]:
-        """(out, in) of the weight of a plain or adapted module of this kind."""
+    def parameter(cls, module: nn.Module) -> nn.Parameter | None:
+        """The stored weight of a plain or adapted module; None if it is computed."""
+        return module._parameters.get("weight")
+
+    @classmethod
+    def matrix(cls, module: nn.Module) -> Tensor:
+        """The stored weight, detached, as a matrix, or as E of them (fused experts); it shares the weight's memory."""
         weight: Tensor = module.weight  # type: ignore[assignment]
-        m, n = weight.shape
-        return (n, m) if cls.transposed else (m, n)
+        return weight.detach()
+
+    @classmethod
+    def form(cls, module: nn.Module) -> str:
+        """How a module of this kind uses its weight, as a chain records it; see `cola.chain.fingerprint.LayerPrint`."""
+        return "linear"
+
+    @classmethod
+    def is_transposed(cls, module: nn.Module) -> bool:
+        """Whether the weight is stored as in×out."""
+        return cls.transposed
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, ...]:
+        """(out, in) of the weight of a plain or adapted module of this kind; (E, out, in) of fused experts."""
+        *stack, m, n = cls.matrix(module).shape
+        return (*stack, n, m) if cls.is_transposed(module) else (*stack, m, n)
 
     @classmethod
     def factors(cls, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, R) such that the stored weight changes by ``s·L R``."""
-        return (A.t(), B.t()) if cls.transposed else (B, A)
+        """(L, R) such that the stored weight, as `matrix` shows it, changes by ``s·L R``."""
+        return (A.mT, B.mT) if cls.transposed else (B, A)
+
+    @classmethod
+    def sides(cls, module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """`factors` for this module, where its kind alone does not decide."""
+        return cls.factors(A, B)
 
     @classmethod
     def parts(cls, module: nn.Module) -> dict[str, Tensor]:
@@ -262,12 +289,12 @@ class AdaptedLayer(nn.Module):
             links: (A, B, s) of each link.
             memory: as in `tie`.
         """
-        pairs = [cls.factors(A, B) for A, B, _ in links]
+        pairs = [cls.sides(module, A, B) for A, B, _ in links]
         if len(links) == 1:
-            return obstacle_anywhere(module.weight, *pairs[0], links[0][2])  # type: ignore[arg-type]
-        left = torch.cat([left.double() * s for (left, _), (*_, s) in zip(pairs, links)], 1)
-        right = torch.cat([right.to(left.device).double() for _, right in pairs])
-        return obstacle_anywhere(module.weight, left, right, 1.0)  # type: ignore[arg-type]
+            return obstacle_anywhere(cls.matrix(module), *pairs[0], links[0][2])
+        left = torch.cat([left.double() * s for (left, _), (*_, s) in zip(pairs, links)], -1)
+        right = torch.cat([right.to(left.device).double() for _, right in pairs], -2)
+        return obstacle_anywhere(cls.matrix(module), left, right, 1.0)
 
     @classmethod
     def tie(cls, module: nn.Module, link: Triple, *, rounding: str, seed: int, memory: Any = None) -> Tie:
@@ -284,16 +311,21 @@ class AdaptedLayer(nn.Module):
             KnotError: the stored weight is further from the exact sum than rounding explains.
         """
         A, B, scaling = link
-        weight: Tensor = module.weight.detach()  # type: ignore[operator]
-        left, right = cls.factors(A, B)
+        weight = cls.matrix(module)
+        left, right = cls.sides(module, A, B)
         done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=memory)
-        limit = tolerance(weight, done, A.shape[0])
+        limit = tolerance(weight, done, A.shape[-2])
         if not (math.isfinite(limit) and done.deviation <= limit):
             raise KnotError(
                 f"the tied weight is {done.deviation:.3g} from W + sBA, and rounding to {weight.dtype} explains "
                 f"{limit:.3g}: please report this"
             )
+        cls.put_back(module, weight)
         return done
+
+    @classmethod
+    def put_back(cls, module: nn.Module, matrix: Tensor) -> None:
+        """Store the changed `matrix` in the weight, where it does not share the weight's memory."""
 
     # the link
 
@@ -301,7 +333,7 @@ class AdaptedLayer(nn.Module):
         """Give the layer its link, right after its class has become this one."""
         self._hold(A, B)
         self.scaling, self.lora_dropout = scaling, dropout
-        self.rank, self.allowed_ranks = A.shape[0], (A.shape[0],)
+        self.rank, self.allowed_ranks = A.shape[-2], (A.shape[-2],)
 
     def _hold(self, A: Tensor, B: Tensor) -> None:
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
@@ -321,7 +353,7 @@ class AdaptedLayer(nn.Module):
                 the gradient of a row of A is a multiple of the matching column of B, and vice versa.
         """
         put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
-        self.rank, self.scaling = A.shape[0], scaling
+        self.rank, self.scaling = A.shape[-2], scaling
 
     def detach(self, *, spent: bool = False) -> None:
         """Remove the link: restore the class, parameters and attributes from before `attach`."""
@@ -345,6 +377,21 @@ class AdaptedLayer(nn.Module):
         """The module that holds the weight."""
         return self
 
+    @property
+    def plain_weight(self) -> Tensor:
+        """The stored weight, without the link."""
+        return self.weight
+
+    @property
+    def held(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The module that holds the weight and the link's Parameters, and the names of these."""
+        return self, FACTORS
+
+    #: name of the weight in the module that holds it
+    weight_name = "weight"
+    #: modules that share the weight, and read it with the link
+    borrowers: Sequence[nn.Module] = ()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a class made by `over` cannot be pickled by name: record how to make it
         if self._made_by is None:
@@ -366,13 +413,6 @@ class LoRALinear(AdaptedLayer):
 
     plain_class: ClassVar[type[nn.Module]] = nn.Linear
     bias: Tensor | None
-
-    @classmethod
-    def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:
-        """As `AdaptedLayer.refusal`."""
-        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-            return "is the output projection of nn.MultiheadAttention, which reads its weight without calling it"
-        return super().refusal(module, stacked=stacked)
 
     @classmethod
     def _forward_of(cls, module: nn.Module) -> Any:
@@ -446,17 +486,19 @@ def empty(kind: type, plain: type[nn.Module]) -> nn.Module:
 
 def make_room(layer: Any, A: Tensor | None, B: Tensor | None) -> None:
     """Resize the link of an `AdaptedLayer` or `PeftLayer` to load factors of another permitted rank."""
-    if A is None or B is None or A.dim() != 2 or A.shape == layer.lora_A.shape:
+    mine = layer.lora_A.shape
+    if A is None or B is None or A.dim() != len(mine) or A.shape == mine:
         return
-    fits = A.shape[1] == layer.lora_A.shape[1] and B.shape == (layer.lora_B.shape[0], A.shape[0])
-    if fits and (layer.allowed_ranks is None or A.shape[0] in layer.allowed_ranks):
+    *stack, rank, inner = A.shape
+    fits = (*stack, inner) == (*mine[:-2], mine[-1]) and B.shape == (*layer.lora_B.shape[:-1], rank)
+    if fits and (layer.allowed_ranks is None or rank in layer.allowed_ranks):
         layer.put(layer.lora_A.new_zeros(A.shape), layer.lora_B.new_zeros(B.shape), layer.scaling, mask=False)
 
 
 @torch.no_grad()
 def put_pair(lora_A: nn.Parameter, lora_B: nn.Parameter, A: Tensor, B: Tensor, *, mask: bool) -> None:
     """`AdaptedLayer.put` for two Parameters."""
-    for parameter, value, rank_dim in ((lora_A, A, 0), (lora_B, B, 1)):
+    for parameter, value, rank_dim in ((lora_A, A, -2), (lora_B, B, -1)):
         if parameter.shape == value.shape:
             copy_whole(parameter, value)
         elif mask:

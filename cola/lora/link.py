@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola.knot.tie import Tie, delta_norm
+from cola.knot.tie import TIEABLE, Tie, delta_norm
 from cola.lora.init import Pair
 from cola.lora.layer import Triple
 
@@ -121,10 +121,21 @@ def small_share(share: float) -> str:
     return f"{per_cent(share)}" if share >= 1e-3 else f"{share:.1e}"
 
 
+def are_factors(A: Tensor, B: Tensor) -> bool:
+    """Whether A and B are factors of a matrix, or of E of them."""
+    fits = A.dim() == B.dim() in (2, 3) and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1]
+    return fits and {A.dtype, B.dtype} <= set(TIEABLE)
+
+
 def used_rank(A: Tensor, B: Tensor) -> int:
     """Rank of a link without its zero padding: the last row of A or column of B that is not zero, counted from 1."""
-    used = (A.ne(0).any(1) | B.ne(0).any(0)).nonzero()
+    used = (_ranks_used(A.mT) | _ranks_used(B)).nonzero()
     return int(used.max()) + 1 if len(used) else 0
+
+
+def _ranks_used(factor: Tensor) -> Tensor:
+    """Which of a factor's columns (…, r) are not zero."""
+    return factor.ne(0).flatten(end_dim=-2).any(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +143,7 @@ class Factor:
     """A link's share of one layer.
 
     Attributes:
-        A: r×in, B: out×r, as they were trained.
+        A: r×in, B: out×r, as they were trained; E×r×in and E×out×r where one weight holds E matrices (fused experts).
         scaling: s.
         rounding: how the tie was rounded; on a quantised layer ``"stack"`` or ``"requantize"``.
         start: (A₀, B₀) of a link that did not start at zero; ``s·B₀ A₀`` was subtracted from the weight at its start.
@@ -147,14 +158,19 @@ class Factor:
     start: Pair | None = None
 
     def __repr__(self) -> str:
-        out, inner = self.B.shape[0], self.A.shape[1]
+        sizes = "×".join(map(str, self.shape))
         start = "" if self.start is None else ", with a start"
-        return f"Factor({out}×{inner}, rank {self.rank}, s={self.scaling:g}, {self.rounding}{start})"
+        return f"Factor({sizes}, rank {self.rank}, s={self.scaling:g}, {self.rounding}{start})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of ΔW, or (E, out, in)."""
+        return *self.A.shape[:-2], self.B.shape[-2], self.A.shape[-1]
 
     @property
     def rank(self) -> int:
         """r."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     def triples(self) -> list[Triple]:
         """(A, B, s) of all products that make up ΔW, in the order in which they are added to the weight."""
@@ -170,11 +186,11 @@ class Factor:
         """``‖ΔW‖`` without forming ΔW."""
         if self.start is None:
             return delta_norm(self.B, self.A, self.scaling)
-        left = torch.cat([B.double() * s for _, B, s in self.triples()], 1)
-        return delta_norm(left, torch.cat([A.double() for A, _, _ in self.triples()]), 1.0)
+        left = torch.cat([B.double() * s for _, B, s in self.triples()], -1)
+        return delta_norm(left, torch.cat([A.double() for A, _, _ in self.triples()], -2), 1.0)
 
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """ΔW as an out×in matrix."""
+        """ΔW as an out×in matrix, or E of them."""
         first, *rest = (s * (B.to(dtype) @ A.to(dtype)) for A, B, s in self.triples())
         return sum(rest, first)
 

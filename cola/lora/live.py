@@ -32,9 +32,10 @@ from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, LayerReport, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
+from cola.lora.reading import LinkedEmbedding
 from cola.lora.selected import selecting
 from cola.lora.start import Starts
-from cola.lora.targets import find_peft_layers, find_saved, find_targets
+from cola.lora.targets import WHOLE, borrowers, find_peft_layers, find_saved, find_targets, require_dropped
 from cola.lora.trainable import Trainable
 from cola.lora.unsaved import SaveStatus, restore_save, warn_on_save
 
@@ -84,9 +85,11 @@ class LiveLink:
         self.starts = Starts(self)
         inside = modules_by_name(model)
         narrow = functools.partial(per_layer.narrowed, config)
-        modules = {path: inside[path] for path in tuned} or find_targets(model, config.target_modules, narrow)
+        modules = {path: inside[path] for path in tuned}
+        modules = modules or find_targets(model, config.target_modules, narrow, config.target_parameters)
         if not tuned:
             require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
+            require_dropped(config.lora_dropout, modules)
         whole = [*config.modules_to_save, *per_layer.heads_to_train(config, inside)]
         saved = find_saved(model, whole, modules)
         if not tuned:
@@ -102,6 +105,7 @@ class LiveLink:
                 seed=seed,
                 link=0,
                 dtype=config._dtype_for(module.weight),  # type: ignore[arg-type]
+                looks_up=known_kind(module).looks_up,
             )
             for path, module in ({} if tuned else modules).items()
         }
@@ -134,12 +138,12 @@ class LiveLink:
         self.saves = warn_on_save(model, self.note)
 
     def _fit_ranks(self, modules: dict[str, nn.Module]) -> None:
-        """Refuse layers whose rank is below r; ``"all-linear"`` leaves them out instead, unless none would be left."""
+        """Refuse layers whose rank is below r; targets of the whole model leave them out, if others are left."""
         small: list[str] = []
         for path, module in list(modules.items()):
-            shape, plan = known_kind(module).shape(module), self.plans[path]
+            shape, plan = known_kind(module).shape(module)[-2:], self.plans[path]
             rank = max(plan.known_ranks() or (plan.rank_of(0),))
-            if rank > min(shape) and self.config.target_modules == "all-linear" and len(modules) > 1:
+            if rank > min(shape) and self.config.target_modules in WHOLE and len(modules) > 1:
                 small.append(path)  # a small classification head, say
                 del modules[path], self.plans[path]
             elif rank > min(shape):
@@ -150,7 +154,11 @@ class LiveLink:
         if small:
             whose = "its" if len(small) == 1 else "their"
             logger.warning(
-                "target_modules='all-linear' leaves out %s: r=%d is above %s rank", listed(small), rank, whose
+                "target_modules=%r leaves out %s: r=%d is above %s rank",
+                self.config.target_modules,
+                listed(small),
+                rank,
+                whose,
             )
 
     def __repr__(self) -> str:
@@ -166,7 +174,7 @@ class LiveLink:
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the factor that usually starts at zero, by layer; this process's part of sharded ones."""
-        factors = (layer.lora_A if self.config.train == "A" else layer.lora_B for layer in self.layers.values())
+        factors = (getattr(layer, self.zero_first(path)) for path, layer in self.layers.items())
         return [local(factor.grad.detach()) for factor in factors if factor.grad is not None]
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
@@ -183,8 +191,13 @@ class LiveLink:
         """The extra trained parameters (biases, heads), by canonical path."""
         return self.trainable.parameters()
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each layer."""
+    def zero_first(self, path: str) -> str:
+        """Name of the factor of a layer that usually starts at zero."""
+        looks_up = self.layers[path].kind.looks_up and self.config.train == "both"
+        return FACTORS[0] if self.config.train == "A" or looks_up else FACTORS[1]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """(out, in) of each layer, or (E, out, in)."""
         return {path: layer.kind.shape(layer.holder) for path, layer in self.layers.items()}
 
     @property
@@ -210,7 +223,7 @@ class LiveLink:
         layer = self.layers[path]
         if layer.kind.quantized:
             return self.quantized
-        return AUTO_ROUNDING[layer.weight.dtype] if self.rounding == "auto" else self.rounding
+        return AUTO_ROUNDING[layer.plain_weight.dtype] if self.rounding == "auto" else self.rounding
 
     def is_untrained(self, path: str) -> bool:
         """Whether the link of one layer still has its first values."""
@@ -219,8 +232,7 @@ class LiveLink:
             return all(map(torch.equal, (factor.A, factor.B), factor.start))
         if self.config._draws_pairs:  # the init has chosen which factor starts at zero
             return not (factor.A.any() and factor.B.any())
-        zero_first = layer.lora_A if self.config.train == "A" else layer.lora_B
-        return not whole(zero_first.detach()).any().item()
+        return not whole(getattr(layer, self.zero_first(path)).detach()).any().item()
 
     def is_zero(self) -> bool:
         """Whether the link is untrained in all layers, and so changes nothing."""
@@ -235,9 +247,9 @@ class LiveLink:
         Also raises ValueError for sharded weights that cannot be tied, and makes the residual buffers of the tie.
         """
         for path, layer in self.layers.items():
-            if is_sharded(layer.weight) and layer.kind.quantized:
+            if is_sharded(layer.plain_weight) and layer.kind.quantized:
                 raise ValueError(f"layer {path!r} is quantised and sharded, which cannot be tied: use DDP")
-            if is_sharded(layer.weight) and self.rounding_of(path) == "compensated":
+            if is_sharded(layer.plain_weight) and self.rounding_of(path) == "compensated":
                 raise ValueError(
                     "rounding='compensated' keeps a buffer per weight, which sharded weights do not have: use "
                     "'stochastic'"
@@ -271,7 +283,13 @@ class LiveLink:
         for path, shape in self.shapes().items():
             dtype = self.layers[path].lora_B.dtype
             A, B = self.plans[path].draw(
-                path, shape, seed=self.seed, link=index, dtype=dtype, opt=opt if index else None
+                path,
+                shape,
+                seed=self.seed,
+                link=index,
+                dtype=dtype,
+                opt=opt if index else None,
+                looks_up=self.layers[path].kind.looks_up,
             )
             drawn[path] = self.factor_of(index, path, A, B)
         return drawn
@@ -284,7 +302,7 @@ class LiveLink:
     def begin(self, index: int, link: Mapping[str, Factor]) -> None:
         """Replace the present link by link ``index``: same Parameters, new values, no gradients."""
         for path, layer in self.layers.items():
-            mask, room, factor = self._masks(layer.lora_A), layer.lora_A.shape[0], link[path]
+            mask, room, factor = self._masks(layer.lora_A), layer.lora_A.shape[-2], link[path]
             if mask and factor.rank > room:
                 raise KnotError(
                     f"link {index} has rank {factor.rank}, there is room for {room}, and shapes may not change "
@@ -297,7 +315,7 @@ class LiveLink:
     def make_room(self, rooms: Mapping[str, int]) -> None:
         """Give layers whose Parameters have become smaller than this their zeros beyond the rank again."""
         for path, layer in self.layers.items():
-            rank, extra = layer.rank, rooms[path] - layer.lora_A.shape[0]
+            rank, extra = layer.rank, rooms[path] - layer.lora_A.shape[-2]
             if extra > 0:
                 A, B = F.pad(layer.lora_A.detach(), (0, 0, 0, extra)), F.pad(layer.lora_B.detach(), (0, extra))
                 layer.put(A, B, layer.scaling, mask=False)
@@ -311,19 +329,20 @@ class LiveLink:
         self.index = self.note.tied = index
         for path, layer in self.layers.items():
             rank, scaling = self.plans[path].rank_of(index), self.plans[path].scaling_of(index)
-            room, mask = layer.lora_A.shape[0], self._masks(layer.lora_A)
+            room, mask = layer.lora_A.shape[-2], self._masks(layer.lora_A)
             # a masked link from a distributed run has zeros beyond its rank
-            if mask or room == rank or (room > rank and not whole(layer.lora_A)[rank:].any()):
+            if mask or room == rank or (room > rank and not whole(layer.lora_A)[..., rank:, :].any()):
                 layer.rank, layer.scaling = rank, scaling
             else:
-                (out, inner) = layer.kind.shape(layer.holder)
-                layer.put(layer.lora_A.new_zeros(rank, inner), layer.lora_B.new_zeros(out, rank), scaling, mask=mask)
+                *stack, out, inner = layer.kind.shape(layer.holder)
+                A, B = layer.lora_A.new_zeros(*stack, rank, inner), layer.lora_B.new_zeros(*stack, out, rank)
+                layer.put(A, B, scaling, mask=mask)
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Continue with copies of these residual buffers, on the device that the configuration sets."""
         device = self.config.residual_device
         self.residuals = {
-            path: residual.to(device or self.layers[path].weight.device, copy=True)
+            path: residual.to(device or self.layers[path].plain_weight.device, copy=True)
             for path, residual in residuals.items()
             if path in self.layers
         }
@@ -358,8 +377,8 @@ class LiveLink:
 
     def require_extended(self, old: Mapping[str, Factor]) -> None:
         """Raise KnotError unless the new link has one zero factor, and the other differs from the old link's."""
-        zero, drawn = ("A", "B") if self.config.train == "A" else ("B", "A")
         for path in () if self.config._draws_pairs else self.layers:
+            zero, drawn = ("A", "B") if self.zero_first(path) == FACTORS[0] else ("B", "A")
             new, before = getattr(self.factor(path), drawn), getattr(old[path], drawn)
             # a selector rightly repeats once it has gone round all coordinates
             again = new.shape == before.shape and torch.equal(new, before) and self.config.init != "selector"
@@ -375,7 +394,7 @@ class LiveLink:
         self.starts.restore()
         for layer in self.layers.values():
             if isinstance(layer, AdaptedLayer):
-                release(unwrap(self.model), layer, FACTORS)
+                release(unwrap(self.model), *layer.held)
             layer.detach(spent=spent)
         restore_save(self.saves)
         quantized.release_layout(self._held)
@@ -394,7 +413,7 @@ class LiveLink:
     def factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""
         layer, start = self.layers[path], self.starts.of.get(path)
-        A, B = whole(layer.lora_A.detach())[: layer.rank], whole(layer.lora_B.detach())[:, : layer.rank]
+        A, B = whole(layer.lora_A.detach())[..., : layer.rank, :], whole(layer.lora_B.detach())[..., : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
         return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
@@ -412,7 +431,7 @@ class LiveLink:
 
     def _residual(self, path: str) -> Tensor:
         if path not in self.residuals:
-            weight = self.layers[path].weight
+            weight = self.layers[path].plain_weight
             self.residuals[path] = residual_like(weight, self.config.residual_device or weight.device)
         return self.residuals[path]
 
@@ -438,8 +457,11 @@ class LiveLink:
         module.__class__ = selecting(adapted) if self.config._selects else adapted
         assert isinstance(module, AdaptedLayer)
         known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
-        room = max(known or (len(A),)) if self._masks(weight) else len(A)
-        module.attach(A.new_zeros(room, A.shape[1]), B.new_zeros(B.shape[0], room), scaling, 0.0)
+        room = max(known or (A.shape[-2],)) if self._masks(weight) else A.shape[-2]
+        empty = A.new_zeros(*A.shape[:-2], room, A.shape[-1]), B.new_zeros(*B.shape[:-1], room)
+        module.attach(*empty, scaling, 0.0)
         module.put(A, B, scaling, mask=True)
         module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
+        if isinstance(module, LinkedEmbedding):
+            module.lend(borrowers(self.model, path, module))

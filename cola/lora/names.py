@@ -3,7 +3,7 @@
 A chain records canonical names, which are the same under `torch.compile`, DDP, FSDP and PEFT.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cola.lora import peft
 from cola.lora.kinds import kind_of
 from cola.lora.layer import AdaptedLayer
+from cola.lora.parameter import ParameterView, ReadsParameters, view_of
 
 # parts that torch.compile, DDP, FSDP and activation checkpointing add to a module's path
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -95,7 +96,10 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
     """The module's own persistent buffers, and its parameters other than a link's, by name."""
-    left_out = {*module._non_persistent_buffers_set, *(module.entries if isinstance(module, AdaptedLayer) else ())}
+    left_out = {
+        *module._non_persistent_buffers_set,
+        *(module.entries if isinstance(module, AdaptedLayer | ReadsParameters) else ()),
+    }
     held = {**(module._parameters if parameters else {}), **module._buffers}
     kind = kind_of(module)
     if kind is not None:
@@ -111,6 +115,27 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of the base model, under the base model's names."""
     return {k: v for path, module in base_modules(model).items() for k, v in tensors_of(path, module).items()}
+
+
+def layer_at(modules: Mapping[str, nn.Module], path: str) -> nn.Module | None:
+    """What can carry a link at ``path``: a module, or a module's parameter as a `ParameterView`; None if none is there.
+
+    Args:
+        modules: by path, as `modules_by_name` or `base_modules` gives them.
+        path: of a module, or a parameter's name.
+    """
+    if path in modules:
+        return modules[path]
+    owner, _, name = path.rpartition(".")
+    held = modules[owner]._parameters.get(name) if owner in modules else None
+    return None if held is None else view_of(modules[owner], name)
+
+
+def weight_name(path: str, layer: object) -> str:
+    """Name of the weight of the layer at ``path``."""
+    if isinstance(layer, ParameterView):
+        return path
+    return f"{path}.weight" if path else "weight"
 
 
 def named(modules: dict[str, nn.Module], name: str) -> list[str]:

@@ -195,7 +195,7 @@ class PeftLayer:
         return self.module.lora_B[self.adapter].weight
 
     @property
-    def weight(self) -> Tensor:
+    def plain_weight(self) -> Tensor:
         """The base layer's stored weight."""
         return self.module.base_layer.weight
 
@@ -221,6 +221,16 @@ class PeftLayer:
     def holder(self) -> nn.Module:
         """The module that holds the weight: the one inside PEFT's."""
         return self.module.base_layer
+
+    @property
+    def held(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The module that holds the weight; the factors lie in PEFT's own modules."""
+        return self.holder, ()
+
+    @property
+    def borrowers(self) -> tuple[nn.Module, ...]:
+        """None: a weight that PEFT adapts is shared with nobody."""
+        return ()
 
     @property
     def kind(self) -> type[AdaptedLayer]:
@@ -272,7 +282,8 @@ def link_config(
     ranks = [rank for rank, _ in own.values()]
     meant = ranks if config.r == default.r else [config.rank_of(0)]
     counts = Counter(values for values in own.values() if values[0] in meant)
-    for name in ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER):
+    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER)
+    for name in given:
         value = getattr(config, name)
         if value != getattr(default, name):
             raise ValueError(

@@ -9,7 +9,15 @@ from typing import Any
 from cola.common.arguments import choice, integer, is_finite, names
 
 #: the options of a LinkConfig that this module reads
-PER_LAYER = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type")
+PER_LAYER = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "task_type",
+    "target_parameters",
+)
 
 #: PEFT's task types -> names of the heads that it trains
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {

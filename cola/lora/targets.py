@@ -6,15 +6,17 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from cola.knot.tie import TIEABLE
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, query_value, read_directly, within
-from cola.lora.kinds import is_linear, is_quantized, refusal
+from cola.lora.kinds import is_linear, is_quantized, kind_of, known_kind, refusal
+from cola.lora.layer import FACTORS
 from cola.lora.names import (
     called,
+    layer_at,
     listed,
     modules_by_name,
     named,
@@ -23,20 +25,27 @@ from cola.lora.names import (
     shared_weights,
     unwrap,
 )
+from cola.lora.parameter import ParameterView, view_of
+from cola.lora.reading import READ_BY_ATTENTION, ReadingLayer
 
 logger = logging.getLogger("cola")
+
+#: values of ``target_modules`` that mean a whole model
+WHOLE = ("all-linear", "all")
 
 
 def find_targets(
     model: nn.Module,
     target_modules: str | Sequence[str] | None,
     narrow: Callable[[Collection[str]], Collection[str]] = lambda paths: paths,
+    target_parameters: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """The layers to adapt, by canonical path, in the model's order.
+    """The layers to adapt, by canonical path, in the model's order; parameters as views, after the modules.
 
     Args:
         model: the model.
         target_modules: as in `LinkConfig`.
+        target_parameters: likewise.
         narrow: chooses among the paths of the layers that match; only the chosen ones must be able to carry a link.
 
     Raises:
@@ -44,18 +53,78 @@ def find_targets(
     """
     modules = modules_by_name(model)
     _require_initialised(model)
-    if target_modules is None or target_modules == "all-linear":
-        return _usable(model, modules, target_modules, narrow)
+    single = _by_parameters(modules, target_parameters) if target_parameters else {}
+    if target_modules is None or target_modules in WHOLE:
+        return {**_usable(model, modules, target_modules, narrow), **_able(model, single)}
     if isinstance(target_modules, str):
         found = _by_regex(modules, target_modules)
-    else:
+    elif len(target_modules) or not single:
         found = _by_names(modules, target_modules)
-    found, reasons = {path: found[path] for path in narrow(found)}, obstacles(model)
+    else:
+        found = {}
+    found = {path: {**found, **single}[path] for path in narrow([*found, *single])}
+    return _able(model, found)
+
+
+def _able(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """``found``, each of which must be able to carry a link."""
+    reasons = obstacles(model, found)
     for path, module in found.items():
         reason = reasons[path] if path in reasons else refusal(module)
         if reason is not None:
             raise ValueError(f"target_modules: {_about(path, reason)}")
     return found
+
+
+def _by_parameters(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers whose weights are the parameters with these names, or with these ends of names."""
+    found: dict[str, nn.Module] = {}
+    every = {f"{path}.{own}".lstrip("."): path for path, module in modules.items() for own in module._parameters}
+    for name in names:
+        full = [parameter for parameter in every if f".{parameter}".endswith(f".{name}")]
+        if not full:
+            near = difflib.get_close_matches(name, [p.rpartition(".")[2] for p in every], n=3)
+            hint = f"; near are {', '.join(near)}" if near else ""
+            raise ValueError(f"target_parameters: no parameter is called {name!r}{hint}")
+        for parameter in full:
+            whole = parameter.endswith(".weight") and kind_of(modules[every[parameter]]) is not None
+            path = every[parameter] if whole else parameter
+            layer = layer_at(modules, path)
+            assert layer is not None
+            found[path] = layer
+    return found
+
+
+def reachable(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """All that ``target_modules="all"`` may reach, by path: layers of a known kind, experts, packed projections."""
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if kind_of(module) is not None:
+            found[path] = module
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_stacked(path, module, name, parameter):
+                found[f"{path}.{name}".lstrip(".")] = view_of(module, name)
+    return found
+
+
+def is_stacked(path: str, module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter stacks the matrices of several experts, or of an attention's three projections."""
+    if isinstance(module, nn.MultiheadAttention):
+        return name == "in_proj_weight"
+    expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower()
+    return expert and parameter.dim() == 3 and kind_of(module) is None and not name.endswith(("bias", *FACTORS))
+
+
+def require_dropped(dropout: float, layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if dropout would have no effect on a layer."""
+    for path, layer in layers.items() if dropout else ():
+        owner = layer.place[0] if isinstance(layer, ParameterView) else layer
+        if isinstance(owner, nn.MultiheadAttention) or type(owner).__name__ == READ_BY_ATTENTION:
+            raise ValueError(
+                f"lora_dropout={dropout!r} has no effect on {path!r}, because nn.MultiheadAttention multiplies by the "
+                "sum of weight and link: set it to 0, or leave the layer out"
+            )
 
 
 def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -93,17 +162,36 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def obstacles(model: nn.Module) -> dict[str, str]:
-    """Why linear layers of ``model`` cannot carry a link, by canonical path, as the ends of sentences."""
+def obstacles(model: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> dict[str, str]:
+    """Why layers of ``model`` cannot carry a link, by canonical path, as the ends of sentences.
+
+    Args:
+        model: the model.
+        layers: by path; None for everything that `reachable` finds.
+    """
     modules = modules_by_name(model)
     shared, read = shared_weights(model), read_directly(modules)
     found = {}
-    for path, module in modules.items():
-        if is_linear(module):
-            reason = refusal(module) or read.get(id(module)) or _untieable(module, shared)
-            if reason is not None:
-                found[path] = reason
+    for path, layer in (reachable(modules) if layers is None else layers).items():
+        kind = kind_of(layer)
+        unread = None if kind is not None and issubclass(kind, ReadingLayer) else read.get(id(layer))
+        reason = refusal(layer) or unread or _untieable(path, layer, shared, modules)
+        if reason is not None:
+            found[path] = reason
     return found
+
+
+def borrowers(model: nn.Module, path: str, layer: nn.Module) -> list[nn.Module]:
+    """The linear layers that share an embedding's whole weight; empty if none do.
+
+    They can read the weight with the embedding's link, so that both ends stay one weight.
+    """
+    if not isinstance(layer, nn.Embedding):
+        return []
+    weight = known_kind(layer).parameter(layer)
+    others = [m for m in modules_by_name(model).values() if m is not layer and m._parameters.get("weight") is weight]
+    plain = all(isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward for m in others)
+    return others if plain else []
 
 
 def _wrapped(layer: nn.Module) -> nn.Module:
@@ -160,6 +248,7 @@ def _usable(
 ) -> dict[str, nn.Module]:
     """The layers that ``None`` or "all-linear" means; leaves out those that cannot carry a link, with a warning."""
     linear = [path for path, module in modules.items() if is_linear(module)]
+    everything = reachable(modules) if target_modules == "all" else modules
     inner = unwrap(model)
     if target_modules is None:
         encoders = left_encoders(inner, modules)
@@ -178,9 +267,9 @@ def _usable(
             )
     else:
         output = heads(inner, modules)
-        wanted = [path for path in linear if path not in output]
+        wanted = [path for path in (everything if target_modules == "all" else linear) if path not in output]
     wanted, reasons = list(narrow(wanted)) if wanted else [], obstacles(model)
-    found = {path: modules[path] for path in wanted if path not in reasons}
+    found = {path: everything[path] for path in wanted if path not in reasons}
     by_reason: dict[str, list[str]] = {}
     for path in wanted:
         if path in reasons:
@@ -248,11 +337,14 @@ _TIED_ADVICE = ": leave the layer out, or untie the weights first"
 _UNREADY = (_META, _INFERENCE, _OWNED)
 
 
-def _untieable(module: nn.Module, shared: dict[int, list[str]]) -> str | None:
-    weight = module._parameters["weight"]
+def _untieable(path: str, module: nn.Module, shared: dict[int, list[str]], modules: dict[str, nn.Module]) -> str | None:
+    weight = known_kind(module).parameter(module)
     assert weight is not None  # refusal() has checked
-    if id(weight) in shared:
+    if id(weight) in shared and len(borrowers(modules[""], path, module)) + 1 != len(shared[id(weight)]):
         names = " and ".join(shared[id(weight)])
+        for lender, other in modules.items():
+            if other is not module and borrowers(modules[""], lender, other).count(module):
+                return f"is tied ({names} are one tensor): give the link to {lender!r}, and both will carry it"
         return f"is tied ({names} are one tensor), so a knot would change them all{_TIED_ADVICE}"
     if weight.is_meta:
         return _META

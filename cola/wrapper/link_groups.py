@@ -28,7 +28,7 @@ class LinkGroups(OptimizerWrapper):
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base, and unfreeze those of the model."""
-        require_apart(param_group, {path: layer.weight for path, layer in self.live.layers.items()})
+        require_apart(param_group, {path: layer.plain_weight for path, layer in self.live.layers.items()})
         self.base.add_param_group(param_group)
         before = self.live.trained()
         factors = {id(p) for p in self.live.adapters()}

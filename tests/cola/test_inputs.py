@@ -19,11 +19,6 @@ def make(model=None, base=Adam, policy=None, rounding="auto", seed=0, lr=0.01, *
     )
 
 
-class OwnForward(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
 def shared_head():
     model = tiny_opt()
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
@@ -77,10 +72,16 @@ TABLE = [
     (lambda: make(target_modules="("), ValueError, r"target_modules='\(' is not a regular expression"),
     (lambda: make(target_modules=None), ValueError, r"target_modules=None means the query and value.*first"),
     (lambda: make(nn.Sequential(nn.ReLU()), target_modules="all-linear"), ValueError, "has no linear layer"),
-    (lambda: make(nn.Sequential(nn.Embedding(3, 3)), target_modules=["0"]), ValueError, "layer '0' is an Embedding"),
-    (lambda: make(nn.Sequential(nn.Conv2d(3, 3, 1)), target_modules=["0"]), ValueError, "layer '0' is a Conv2d: links"),
-    (lambda: make(nn.Sequential(OwnForward(3, 3)), target_modules=["0"]), ValueError, "that overrides forward"),
-    (lambda: make(attention(), target_modules=["out_proj"]), ValueError, "output projection of nn.MultiheadAttention"),
+    (lambda: make(nn.Sequential(nn.Bilinear(3, 3, 3)), target_modules=["0"]), ValueError, "layer '0' is a Bilinear: l"),
+    (
+        lambda: make(nn.Sequential(nn.ConvTranspose2d(3, 3, 1)), target_modules=["0"]),
+        ValueError,
+        "is a ConvTranspose2d",
+    ),
+    (lambda: make(nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), target_modules=["0"]), ValueError, "has max_norm"),
+    (lambda: make(attention(), target_parameters=["in_proj"]), ValueError, "no parameter is called 'in_proj'; near"),
+    (lambda: make(attention(), target_modules=[], target_parameters=["in_proj_bias"]), ValueError, "has the shape"),
+    (lambda: make(attention(), target_modules=["out_proj"], lora_dropout=0.1), ValueError, "has no effect on '0.out"),
     (lambda: make(dispatched()), ValueError, "forward replaced on the instance"),
     (lambda: make(parametrized()), ValueError, "a weight that is computed"),
     (
@@ -208,7 +209,8 @@ def test_finish_gives_back_what_was_frozen_before():
             r".*layers\.1.*_proj",
             [f"model.decoder.layers.1.self_attn.{n}_proj" for n in ("k", "v", "q", "out")],
         ),
-        (attention, "all-linear", ["1"]),
+        (attention, "all-linear", ["0.out_proj", "1"]),
+        (attention, "all", ["0.in_proj_weight", "0.out_proj", "1"]),
     ],
 )
 def test_targets(make_model, targets, expected):

@@ -32,11 +32,6 @@ def pruned():
     return layer
 
 
-class Routed(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).softmax(-1)
-
-
 def hooked():
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
@@ -52,7 +47,6 @@ KINDS = {
     "subclass": (lambda: with_weight(lambda w: TwoTensor(w, w.clone())), "has a weight that is a TwoTensor"),
     "parametrized": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), "parametrization"),
     "pruned": (pruned, "has a weight that is computed"),
-    "own forward": (lambda: Routed(4, 4), "is a Routed that overrides forward"),
     "hooked": (hooked, "forward replaced on the instance"),
 }
 
