@@ -305,7 +305,7 @@ class AdaptedLayer(nn.Module):
             link: (A, B, s).
             rounding: one of `cola.knot.tie.ROUNDINGS`.
             seed: for stochastic rounding.
-            memory: the residual buffer of compensated rounding; None for other roundings.
+            memory: the residual buffer of compensated rounding, in the weight's shape; None for other roundings.
 
         Raises:
             KnotError: the stored weight is further from the exact sum than rounding explains.
@@ -313,7 +313,8 @@ class AdaptedLayer(nn.Module):
         A, B, scaling = link
         weight = cls.matrix(module)
         left, right = cls.sides(module, A, B)
-        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=memory)
+        residual = None if memory is None else memory.view(weight.shape)
+        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
         limit = tolerance(weight, done, A.shape[-2])
         if not (math.isfinite(limit) and done.deviation <= limit):
             raise KnotError(
