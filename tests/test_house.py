@@ -37,7 +37,13 @@ FLOORS = [
     ["cola.chain.architecture", "cola.chain.fingerprint", "cola.chain.replay", "cola.chain.spectrum"],
     ["cola.chain.plot", "cola.chain.summary"],
     ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk"],
-    ["cola.chain.peft_targets", "cola.chain.peft_export", "cola.chain.peft_import", "cola.chain.chain"],
+    [
+        "cola.chain.peft_forms",
+        "cola.chain.peft_targets",
+        "cola.chain.peft_export",
+        "cola.chain.peft_import",
+        "cola.chain.chain",
+    ],
     [
         "cola.wrapper.frameworks",
         "cola.wrapper.real_steps",

@@ -372,7 +372,7 @@ class Resumable(LinkGroups):
             loss=None if self._loss is None else float(self._loss),
             A={path: factor.A for path, factor in link.items()},
             B={path: factor.B for path, factor in link.items()},
-            layers={path: (factor.scaling, factor.rounding) for path, factor in link.items()},
+            layers={path: (factor.scaling, factor.rounding, factor.form) for path, factor in link.items()},
             shared=self.live.trainable.aliases(),
             trained=self.live.trained(),
             buffers=self._base_model.moved(),

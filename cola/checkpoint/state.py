@@ -168,7 +168,7 @@ class RunState:
         loss: of the last step.
         extras: state dicts of the objects in `ChainOptimizer.register_for_checkpointing`, by name.
         A, B: factors of the live link, by layer.
-        layers: scale of the live link and rounding of its tie, by layer; empty without A and B.
+        layers: scale of the live link, rounding of its tie and form, by layer; empty without A and B.
         shared: further paths of the parameters in ``trained``, with the path that they have there.
         start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
         start_lost: the norm that rounding lost then.
@@ -186,7 +186,7 @@ class RunState:
     extras: Mapping[str, Any] = field(default_factory=dict)
     A: Mapping[str, Tensor] = field(default_factory=dict)
     B: Mapping[str, Tensor] = field(default_factory=dict)
-    layers: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     start_A: Mapping[str, Tensor] = field(default_factory=dict)
     start_B: Mapping[str, Tensor] = field(default_factory=dict)
@@ -239,11 +239,12 @@ def decode(
         raise ValueError("what rounding lost when a link began is no number")
     live = unpack(content["live"], {})
     layers, shared = live["layers"], live["shared"]
+    layers = {path: (*layer, "linear")[:3] for path, layer in layers.items()}  # older states have no forms
     if layers.keys() != named["A"].keys() or not all(
-        isinstance(layer, tuple) and len(layer) == 2 and is_finite(layer[0]) and layer[1] in RECORDED
+        len(layer) == 3 and is_finite(layer[0]) and layer[1] in RECORDED and isinstance(layer[2], str)
         for layer in layers.values()
     ):
-        raise ValueError(f"the scales and roundings of its live link are {layers!r:.80}")
+        raise ValueError(f"the scales, roundings and forms of its live link are {layers!r:.80}")
     if not all(isinstance(path, str) and first in named["trained"] for path, first in shared.items()):
         raise ValueError(f"its shared parameters are {shared!r:.80}")
     return RunState(counters, optimizer, chain, loss, extras, layers=layers, shared=shared, **named)

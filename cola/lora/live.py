@@ -296,7 +296,8 @@ class LiveLink:
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
-        return Factor(A, B, self.plans[path].scaling_of(index), self.rounding_of(path))
+        layer, scaling = self.layers[path], self.plans[path].scaling_of(index)
+        return Factor(A, B, scaling, self.rounding_of(path), form=layer.kind.form(layer.holder))
 
     @torch.no_grad()
     def begin(self, index: int, link: Mapping[str, Factor]) -> None:
@@ -416,7 +417,7 @@ class LiveLink:
         A, B = whole(layer.lora_A.detach())[..., : layer.rank, :], whole(layer.lora_B.detach())[..., : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
-        return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
+        return Factor(A, B, layer.scaling, self.rounding_of(path), pair, layer.kind.form(layer.holder))
 
     @torch.no_grad()
     def add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:

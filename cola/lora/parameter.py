@@ -109,7 +109,8 @@ class LinkedParameter(AdaptedLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "parameter"
+        owner, _ = cast(LinkedParameter, module).place
+        return "attention input" if isinstance(owner, nn.MultiheadAttention) else "parameter"
 
     @classmethod
     def is_transposed(cls, module: nn.Module) -> bool:

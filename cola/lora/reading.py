@@ -63,7 +63,7 @@ class LinkedReadLinear(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "attention" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
+        return "attention output" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
 
 
 #: the output projection of nn.MultiheadAttention
@@ -80,7 +80,9 @@ class LinkedEmbedding(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "embedding"
+        plain = module.plain_class if isinstance(module, AdaptedLayer) else type(module)
+        looks_up = plain.forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if looks_up else "table"
 
     @classmethod
     def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:

@@ -34,7 +34,7 @@ NAMES = {
         "save singular_values state_dict summary to_peft undo",
     ),
     "Link": (cola.Link(0, 0, {}, {}, REPORT), object(), "factors index rank report seed step trained"),
-    "Factor": (FACTOR, object(), "A B cpu delta norm rank rounding scaling shape start triples"),
+    "Factor": (FACTOR, object(), "A B cpu delta form norm rank rounding scaling shape start triples"),
     "KnotReport": (REPORT, object(), "delta_norm index layers loss lost lost_norm rank seconds share step to_dict"),
     "LayerReport": (cola.LayerReport(1.0, 0.0, "nearest"), object(), "delta_norm lost_norm rounding share weight_norm"),
     "ChainSummary": (cola.Chain().summary(), object(), "rows texts title to_dict to_frame"),
