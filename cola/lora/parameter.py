@@ -7,6 +7,7 @@ lie next to it in the module, and the module's code finds ``W + s·B A`` where i
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair, rebind
@@ -249,7 +250,7 @@ def reading(plain: type[nn.Module], names: tuple[str, ...]) -> type[ReadsParamet
     """The class for modules of class ``plain`` with links on these parameters."""
     if (plain, names) not in _CLASSES:
         own: dict[str, Any] = {name: _property(name) for name in names}
-        own.update(plain_class=plain, read=names)
+        own.update(plain_class=plain, read=names, forward=torch.compiler.disable(ReadsParameters.forward))
         _CLASSES[plain, names] = type(f"Linked{plain.__name__}", (ReadsParameters, plain), own)
     return _CLASSES[plain, names]
 

@@ -6,6 +6,7 @@ The code is left as it is, and finds ``W + s·B A`` where it reads ``self.weight
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cola.lora.layer import LINEAR, AdaptedLayer, class_over, empty, rebind
@@ -16,6 +17,14 @@ class ReadingLayer(AdaptedLayer):
     """A layer that reads its weight, with a link."""
 
     linear: ClassVar[bool] = False
+
+    @classmethod
+    def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
+        """As `AdaptedLayer.over`; `torch.compile` leaves the forward as it is."""
+        made = super().over(plain)
+        if "forward" not in vars(made):
+            made.forward = torch.compiler.disable(plain.forward)
+        return made
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -116,7 +125,9 @@ class Borrowing(nn.Module):
     @classmethod
     def over(cls, plain: type[nn.Module]) -> Any:
         """This class, derived for layers of class ``plain``."""
-        return class_over(Borrowing, plain)
+        made = class_over(Borrowing, plain)
+        made.forward = torch.compiler.disable(plain.forward)
+        return made
 
     @property
     def weight(self) -> Tensor:
