@@ -231,7 +231,7 @@ class _Groups:
             return group, self._why(f"{path}.{name}".lstrip("."))
         own = kind_of(module)
         if own is None or name != "weight":
-            return "other", f"a {type(module).__name__} is no layer of a known kind"
+            return "other", f"a {type(module).__name__} is no layer of a known kind: see target_parameters"
         reason = self.obstacles.get(path, "")
         if own.linear and reason and not reason.startswith("already carries"):
             if reason.startswith("is tied"):
