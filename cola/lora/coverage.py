@@ -9,10 +9,10 @@ from torch import nn
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
 from cola.lora.kinds import is_quantized, kind_of, known_kind
-from cola.lora.layer import FACTORS, AdaptedLayer
+from cola.lora.layer import FACTORS
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
-from cola.lora.parameter import ReadsParameters
+from cola.lora.parameter import entries_of
 from cola.lora.targets import WHOLE, is_stacked, obstacles
 
 logger = logging.getLogger("cola")
@@ -259,8 +259,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
     seen: set[int] = set()
     for path, module in modules_by_name(model).items():
         for name, parameter in () if id(module) in unused else module._parameters.items():
-            entries = module.entries if isinstance(module, AdaptedLayer | ReadsParameters) else FACTORS
-            factor = name in entries or not set(FACTORS).isdisjoint(path.split("."))
+            factor = name in (entries_of(module) or FACTORS) or not set(FACTORS).isdisjoint(path.split("."))
             if parameter is not None and not factor and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield path, module, name, parameter

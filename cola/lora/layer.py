@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from cola.common.contexts import transformed
 from cola.common.distributed import copy_whole
 from cola.knot.sharded import obstacle_anywhere, tie_anywhere
 from cola.knot.tie import KnotError, Tie, tolerance
@@ -305,7 +305,7 @@ class AdaptedLayer(nn.Module):
             link: (A, B, s).
             rounding: one of `cola.knot.tie.ROUNDINGS`.
             seed: for stochastic rounding.
-            memory: the residual buffer of compensated rounding; None for other roundings.
+            memory: the residual buffer of compensated rounding, in the weight's shape; None for other roundings.
 
         Raises:
             KnotError: the stored weight is further from the exact sum than rounding explains.
@@ -313,7 +313,8 @@ class AdaptedLayer(nn.Module):
         A, B, scaling = link
         weight = cls.matrix(module)
         left, right = cls.sides(module, A, B)
-        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=memory)
+        residual = None if memory is None else memory.view(weight.shape)
+        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
         limit = tolerance(weight, done, A.shape[-2])
         if not (math.isfinite(limit) and done.deviation <= limit):
             raise KnotError(
@@ -424,7 +425,7 @@ class LoRALinear(AdaptedLayer):
             return type(self).forward(self, x)
         weight = self.weight.t() if self.transposed else self.weight
         dropout = self.lora_dropout if self.training else 0.0
-        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
+        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or transformed()
         if plain_operations or (dropout and _records(x)):
             return self.reference(x)
         return LowRankLinear.apply(x, weight, self.bias, self.lora_down, self.lora_B, self.scaling, dropout)
@@ -461,11 +462,6 @@ def _bound_to(module: nn.Module, value: Any) -> bool:
 def _records(x: Tensor) -> bool:
     """Whether the call is being compiled or captured: a seed drawn now would be reused by every later call."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _transformed() -> bool:
-    """Whether `torch.func` or forward-mode AD is active, for which the autograd function has no rule."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def class_over(kind: type, plain: type[nn.Module]) -> Any:

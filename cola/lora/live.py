@@ -27,6 +27,7 @@ from cola.common.distributed import (
 from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like
 from cola.lora import per_layer, quantized
 from cola.lora.config import LayerPlan, LinkConfig
+from cola.lora.init import Pair
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, LayerReport, Link
@@ -99,14 +100,7 @@ class LiveLink:
             require_plain_name(path)  # refuse before training what could not be saved under its name
         self._fit_ranks(modules)
         drawn = {  # PEFT's layers have their first link already
-            path: self.plans[path].draw(
-                path,
-                known_kind(module).shape(module),
-                seed=seed,
-                link=0,
-                dtype=config._dtype_for(module.weight),  # type: ignore[arg-type]
-                looks_up=known_kind(module).looks_up,
-            )
+            path: self._draw(path, module, 0, config._dtype_for(module.weight))  # type: ignore[arg-type]
             for path, module in ({} if tuned else modules).items()
         }
         device = config.residual_device
@@ -280,19 +274,26 @@ class LiveLink:
     def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
         """Draw link ``index``; ``opt`` is the `ChainOptimizer`, for inits that look at it. Changes nothing."""
         drawn = {}
-        for path, shape in self.shapes().items():
-            dtype = self.layers[path].lora_B.dtype
-            A, B = self.plans[path].draw(
-                path,
-                shape,
-                seed=self.seed,
-                link=index,
-                dtype=dtype,
-                opt=opt if index else None,
-                looks_up=self.layers[path].kind.looks_up,
-            )
-            drawn[path] = self.factor_of(index, path, A, B)
+        for path, layer in self.layers.items():
+            pair = self._draw(path, layer.holder, index, layer.lora_B.dtype, opt if index else None)
+            drawn[path] = self.factor_of(index, path, *pair)
         return drawn
+
+    def _draw(self, path: str, module: nn.Module, index: int, dtype: torch.dtype, opt: Any = None) -> Pair:
+        kind = known_kind(module)
+        A, B = self.plans[path].draw(
+            path,
+            kind.shape(module),
+            seed=self.seed,
+            link=index,
+            dtype=dtype,
+            opt=opt,
+            looks_up=kind.looks_up,
+        )
+        padding = getattr(module, "padding_idx", None)
+        if kind.looks_up and padding is not None and not self.config._selects:
+            A[:, padding] = 0  # its row is not trained: neither is it moved by B alone
+        return A, B
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
