@@ -30,8 +30,8 @@ _INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian"}
 _NEAREST = {"orthogonal": "orthogonal", "eva": "orthogonal"}
 #: fields of LoraConfig that a chain cannot honour, and why; the layers themselves show all others
 _REFUSED = {
-    "trainable_token_indices": "trains rows of an embedding, which a chain does not record, so that exports and "
-    "unload() would lose them: train the whole embedding by modules_to_save instead",
+    "trainable_token_indices": "trains rows of an embedding in PEFT's own module, which a chain would not record: give "
+    "the rows to the chain, by LinkConfig(trainable_token_indices=...)",
     "layer_replication": "repeats layers that share their weights, so that a knot in one would change the others: "
     "first make the larger model with separate weights",
 }
@@ -282,7 +282,8 @@ def link_config(
     ranks = [rank for rank, _ in own.values()]
     meant = ranks if config.r == default.r else [config.rank_of(0)]
     counts = Counter(values for values in own.values() if values[0] in meant)
-    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER)
+    mine = {"trainable_token_indices"}  # not of PEFT's layers
+    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *(o for o in PER_LAYER if o not in mine))
     for name in given:
         value = getattr(config, name)
         if value != getattr(default, name):

@@ -24,8 +24,6 @@ _WAYS_OUT = {
     "bias": "has no place in a LinkConfig, which trains 'none' or 'lora_only' of the adapted layers: add other biases "
     "by opt.add_param_group",
     "inference_mode": "freezes the adapter, and a link is trained: leave it out",
-    "trainable_token_indices": "trains rows of an embedding, which a chain does not record: train the whole embedding "
-    "by modules_to_save",
     "layer_replication": "changes the model: make the larger model first",
     "ensure_weight_tying": "is not needed: shared weights in modules_to_save stay shared, so leave it out",
     "megatron_config": "belongs to Megatron's layers, which carry no links: leave it out",
