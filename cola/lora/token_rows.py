@@ -87,9 +87,11 @@ def _embedding(ids: Any, w: Any, *args: Any, **options: Any) -> Any:
 def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(w, RowsWeight) or isinstance(x, RowsWeight):
         return NotImplemented
-    out = F.linear(x, w.plain, bias)
-    own = F.linear(x, w.rows.to(w.plain.dtype), None if bias is None else bias[w.indices])
-    return out.index_copy_(-1, w.indices, own.to(out.dtype))  # in place, because logits are large
+    flat = x.reshape(-1, x.shape[-1])
+    out = F.linear(flat, w.plain, bias)
+    own = F.linear(flat, w.rows.to(w.plain.dtype), None if bias is None else bias[w.indices])
+    # in place, because logits are large
+    return out.index_copy_(-1, w.indices, own.to(out.dtype)).view(*x.shape[:-1], -1)
 
 
 def _cast(w: Any, *args: Any, **options: Any) -> Any:
