@@ -133,6 +133,8 @@ class TokenRows(nn.Module):
 
     def read(self, plain: Tensor, training: bool) -> Tensor:
         """The weight with the trained rows, to read in place of ``plain``."""
+        if is_sharded(plain):  # FSDP2 looks for its own parameter; layers compute with whole ones
+            return plain
         return with_rows(plain, self.row_indices, self.trained_rows, f"the weight of a {self.plain_class.__name__}")
 
     def write(self) -> None:
