@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from cola.common.distributed import is_sharded
 from cola.lora.layer import LINEAR, AdaptedLayer, class_over, empty, rebind
 from cola.lora.linked_weight import linked
 
@@ -24,6 +25,8 @@ class ReadingLayer(AdaptedLayer):
 
     def read(self, plain: Tensor, training: bool) -> Tensor:
         """The weight with the link, to read in place of ``plain``."""
+        if is_sharded(plain):  # FSDP2 looks for its own parameter; layers compute with whole ones
+            return plain
         left, right = self.kind.sides(self, self.lora_A, self.lora_B)
         dropout = self.lora_dropout if training else 0.0
         return linked(plain, left, right, self.scaling, dropout, f"the weight of a {self.plain_class.__name__}")
