@@ -37,8 +37,8 @@ FLOORS = [
     ["cola.lora.coverage", "cola.lora.integrity", "cola.lora.untrained"],
     ["cola.chain.architecture", "cola.chain.fingerprint", "cola.chain.replay", "cola.chain.spectrum"],
     ["cola.chain.plot", "cola.chain.summary"],
-    ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk"],
-    ["cola.chain.peft_tokens", "cola.chain.peft_targets", "cola.chain.peft_export", "cola.chain.peft_import", "cola.chain.chain"],
+    ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk", "cola.chain.peft_tokens"],
+    ["cola.chain.peft_targets", "cola.chain.peft_export", "cola.chain.peft_import", "cola.chain.chain"],
     [
         "cola.wrapper.frameworks",
         "cola.wrapper.real_steps",

@@ -264,9 +264,7 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def digests(
-    tensors: Mapping[str, Tensor], without: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, str | None]:
+def digests(tensors: Mapping[str, Tensor], without: Mapping[str, Sequence[int]] | None = None) -> dict[str, str | None]:
     """SHA-256 of each tensor's bytes, in hexadecimal digits; None for one on the meta device.
 
     A tensor under several names is read once. Sharded tensors are gathered one at a time and hashed by the processes in

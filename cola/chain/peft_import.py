@@ -22,6 +22,7 @@ from cola.knot.tie import RECORDED, TIEABLE
 from cola.lora.link import Factor, KnotReport, LayerReport, Link, used_rank
 from cola.lora.names import require_plain_name
 from cola.lora.peft import CHANGES_BASE
+from cola.lora.per_layer import TOKENS
 
 #: entries of adapter_config.json that do not change the product of a stored LoRA
 _HARMLESS = {
@@ -31,7 +32,7 @@ _HARMLESS = {
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "target_parameters", "task_type",
 }  # fmt: skip
-_UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", peft_tokens.OPTION}
+_UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", TOKENS}
 #: a safe pattern consists of characters and classes of them, repeated or not, and alternatives of these
 _ATOM = r"(?:[^\\()\[\]{}*+?|^$]|\\[\W_dw]|\[\^?[\w.-]+\])[*+]?"
 _GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"

@@ -16,8 +16,8 @@ from cola.chain.fingerprint import Fingerprint
 from cola.common.arguments import integer
 from cola.lora.link import Link, Rows, are_rows
 from cola.lora.names import require_plain_name
+from cola.lora.per_layer import TOKENS
 
-OPTION = "trainable_token_indices"
 _DELTA = ".token_adapter.trainable_tokens_delta"
 
 
@@ -40,7 +40,7 @@ def exported(links: Sequence[Link], base: Fingerprint | None) -> tuple[dict[str,
         _require_findable(layer, links, base)
         tensors[f"{layer}{_DELTA}"] = rows.values
         indices[layer] = rows.indices.tolist()
-    return tensors, {OPTION: indices} if indices else {}
+    return tensors, {TOKENS: indices} if indices else {}
 
 
 def imported(
@@ -51,7 +51,7 @@ def imported(
     Raises:
         StoreError: file and configuration disagree; names ``path``.
     """
-    chosen = config.get(OPTION) or {}
+    chosen = config.get(TOKENS) or {}
     others, rows = dict(tensors), {}
     for key in tensors:
         if not key.endswith(_DELTA):
@@ -61,14 +61,14 @@ def imported(
         if isinstance(chosen, dict):
             given = next((own for name, own in chosen.items() if layer.endswith(name)), None)
         if not isinstance(given, list) or not all(integer(i) is not None and 0 <= i < 1 << 62 for i in given):
-            raise StoreError(f"{path} has rows of {layer!r:.120}, and {OPTION}={chosen!r:.60} does not say which")
+            raise StoreError(f"{path} has rows of {layer!r:.120}, and {TOKENS}={chosen!r:.60} does not say which")
         order = sorted(range(len(given)), key=given.__getitem__)
         indices, values = torch.tensor(given, dtype=torch.int64)[order], others.pop(key)
         if values.dim() != 2 or len(values) != len(given) or not are_rows(indices, values):
             raise StoreError(f"{path} has {tuple(values.shape)} for the {len(given)} rows of {layer!r:.120}")
         rows[f"{layer}.weight"] = Rows(indices, values[order])
     if chosen and not rows:
-        raise StoreError(f"{path} has no rows, and {OPTION}={chosen!r:.60} promises some")
+        raise StoreError(f"{path} has no rows, and {TOKENS}={chosen!r:.60} promises some")
     return others, rows
 
 

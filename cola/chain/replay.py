@@ -310,11 +310,12 @@ def _rows_in_training(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Mo
 def _require_rows(name: str, rows: Rows, link: Link, shared: Iterable[str], values: Mapping[str, Tensor]) -> None:
     """Refuse rows that the weight does not have, or that were trained apart for a weight that is shared here."""
     weight = next((values[other] for other in (name, *shared) if other in values), None)
-    if weight is None or weight.dim() != 2 or rows.indices[-1] >= len(weight) or rows.values.shape[1] != weight.shape[1]:
+    last, width = int(rows.indices[-1]), rows.values.shape[1]
+    if weight is None or weight.dim() != 2 or last >= len(weight) or width != weight.shape[1]:
         has = "does not have" if weight is None else f"has as {tuple(weight.shape)}"
         raise ValueError(
-            f"the chain trained row {int(rows.indices[-1])} of {name!r}, {rows.values.shape[1]} wide, which this model "
-            f"{has}: add the new tokens to it first (resize_token_embeddings)"
+            f"the chain trained row {last} of {name!r}, {width} wide, which this model {has}: add the new tokens to "
+            "it first (resize_token_embeddings)"
         )
     for other in shared:
         theirs = link.rows.get(other, rows)

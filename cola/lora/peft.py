@@ -282,8 +282,7 @@ def link_config(
     ranks = [rank for rank, _ in own.values()]
     meant = ranks if config.r == default.r else [config.rank_of(0)]
     counts = Counter(values for values in own.values() if values[0] in meant)
-    mine = {"trainable_token_indices"}  # not of PEFT's layers
-    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *(o for o in PER_LAYER if o not in mine))
+    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER)
     for name in given:
         value = getattr(config, name)
         if value != getattr(default, name):

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from cola.lora.per_layer import PER_LAYER
+from cola.lora.per_layer import PER_LAYER, TOKENS
 
 #: fields of LoraConfig that say nothing about training, or (``fan_in_fan_out``) what a layer's kind says already
 _NEUTRAL = (
@@ -70,7 +70,7 @@ def carried(config: Any) -> dict[str, Any]:
     if str(given.get("init_lora_weights")).lower() == "gaussian":
         del given["init_lora_weights"]
         found["init"] = "gaussian"
-    for name in PER_LAYER:
+    for name in (*PER_LAYER, TOKENS):
         value = given.pop(name, None)
         if value is not None:
             found[name] = getattr(value, "value", sorted(value) if isinstance(value, set) else value)

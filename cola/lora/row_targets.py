@@ -9,12 +9,11 @@ from torch import nn
 
 from cola.lora.kinds import known_kind, refusal
 from cola.lora.names import modules_by_name, named, odd_storage, shared_weights, unwrap
+from cola.lora.per_layer import TOKENS
 from cola.lora.targets import WHOLE
 from cola.lora.token_rows import TokenRows
 
 logger = logging.getLogger("cola")
-
-_OPTION = "trainable_token_indices"
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,18 @@ def find_rows(
             layer = modules[path]
             reason = _refusal(layer, indices)
             if reason is not None:
-                raise ValueError(f"{_OPTION}: layer {path!r} {reason}")
+                raise ValueError(f"{TOKENS}: layer {path!r} {reason}")
             weight = layer._parameters["weight"]
             assert weight is not None
             if id(weight) in whole:
                 raise ValueError(
-                    f"{_OPTION}: the weight of {path!r} is trained whole by modules_to_save: train it or its rows"
+                    f"{TOKENS}: the weight of {path!r} is trained whole by modules_to_save: train it or its rows"
                 )
             first = owners.setdefault(id(weight), path)
             if first != path:
                 if found[first].indices != indices:
                     raise ValueError(
-                        f"{_OPTION}: {first!r} and {path!r} share one weight, and were given different rows: give the "
+                        f"{TOKENS}: {first!r} and {path!r} share one weight, and were given different rows: give the "
                         "same ones, or name one of the two"
                     )
                 continue
@@ -79,7 +78,7 @@ def find_rows(
             names = shared.get(id(weight), [path])
             if odd is not None or len(names) != len(others) + 1:
                 why = "" if odd is None else f": a {type(odd).__name__} could not read its trained rows"
-                raise ValueError(f"{_OPTION}: the weight of {path!r} is shared ({' and '.join(names)}){why}")
+                raise ValueError(f"{TOKENS}: the weight of {path!r} is shared ({' and '.join(names)}){why}")
             found[path] = RowTarget(layer, indices, others)
     return found
 
@@ -96,11 +95,11 @@ def require_no_link(rows: Mapping[str, RowTarget], layers: dict[str, nn.Module],
             continue
         if target_modules not in WHOLE or len(layers) == 1:
             raise ValueError(
-                f"{_OPTION} trains rows of {mine[id(layer)]!r}, and target_modules puts a link on {path!r}, whose "
+                f"{TOKENS} trains rows of {mine[id(layer)]!r}, and target_modules puts a link on {path!r}, whose "
                 "weight it is: a layer has a link or trained rows"
             )
         del layers[path]
-        logger.warning("target_modules=%r leaves out %s, whose rows %s trains", target_modules, path, _OPTION)
+        logger.warning("target_modules=%r leaves out %s, whose rows %s trains", target_modules, path, TOKENS)
 
 
 def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
@@ -112,7 +111,7 @@ def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     path = path or next((path for path in modules if path.rpartition(".")[2] == "embed_tokens"), None)
     if path is None:
         raise ValueError(
-            f"{_OPTION}: a list means rows of the input embedding, and a {type(inner).__name__} does not say which "
+            f"{TOKENS}: a list means rows of the input embedding, and a {type(inner).__name__} does not say which "
             f"layer that is: give a dict of its name and the list; {_there(modules)}"
         )
     return path
@@ -121,7 +120,7 @@ def _input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
 def _named(modules: dict[str, nn.Module], name: str) -> list[str]:
     paths = named(modules, name)
     if not paths:
-        raise ValueError(f"{_OPTION}: no module is called {name!r}; {_there(modules, name)}")
+        raise ValueError(f"{TOKENS}: no module is called {name!r}; {_there(modules, name)}")
     return paths
 
 

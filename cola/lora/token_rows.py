@@ -1,7 +1,7 @@
 """Rows of an embedding or an output head that are trained whole, while the rest of the weight stays frozen.
 
-As in PEFT (``trainable_token_indices``) the row itself is trained, not a change of it. The layer's own code is left as it
-is, and finds the trained rows where it reads the weight; a knot writes them into the weight.
+As in PEFT (``trainable_token_indices``) the row itself is trained, not a change of it. The layer's own code is left as
+it is, and finds the trained rows where it reads the weight; a knot writes them into the weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class RowsWeight(LinkedWeight):
 
     Attributes:
         plain: W, m×n.
-        indices: the k rows, increasing.
+        numbers: of the k rows, increasing.
         rows: their values, k×n; rounded to W's dtype where they are read.
 
     >>> W = with_rows(torch.ones(3, 2), torch.tensor([1]), torch.zeros(1, 2))
@@ -33,7 +33,7 @@ class RowsWeight(LinkedWeight):
     tensor([2., 0., 2.])
     """
 
-    indices: Tensor
+    numbers: Tensor
     rows: Tensor
 
     formed: ClassVar[str] = (
@@ -49,14 +49,14 @@ class RowsWeight(LinkedWeight):
 
     def summed(self) -> Tensor:
         """W with the rows in it."""
-        return self.plain.index_copy(0, self.indices, self.rows.to(self.plain.dtype))
+        return self.plain.index_copy(0, self.numbers, self.rows.to(self.plain.dtype))
 
 
 def with_rows(plain: Tensor, indices: Tensor, rows: Tensor, title: str = "a weight") -> RowsWeight:
     """``plain`` with other rows; see `RowsWeight`."""
     trained = torch.is_grad_enabled() and rows.requires_grad
     weight: Any = _Replaced.apply(plain, indices, rows) if trained else wrapper(RowsWeight, plain)
-    weight.plain, weight.indices, weight.rows, weight.title = plain, indices, rows, title
+    weight.plain, weight.numbers, weight.rows, weight.title = plain, indices, rows, title
     return weight
 
 
@@ -79,8 +79,8 @@ def _embedding(ids: Any, w: Any, *args: Any, **options: Any) -> Any:
     if not isinstance(w, RowsWeight) or isinstance(ids, RowsWeight):
         return NotImplemented
     out = F.embedding(ids, w.plain, *args, **options)
-    places = torch.searchsorted(w.indices, ids.long()).clamp(max=len(w.indices) - 1)
-    trained = (w.indices[places] == ids).unsqueeze(-1)
+    places = torch.searchsorted(w.numbers, ids.long()).clamp(max=len(w.numbers) - 1)
+    trained = (w.numbers[places] == ids).unsqueeze(-1)
     return torch.where(trained, F.embedding(places, w.rows).to(out.dtype), out)
 
 
@@ -89,15 +89,15 @@ def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:
         return NotImplemented
     flat = x.reshape(-1, x.shape[-1])
     out = F.linear(flat, w.plain, bias)
-    own = F.linear(flat, w.rows.to(w.plain.dtype), None if bias is None else bias[w.indices])
+    own = F.linear(flat, w.rows.to(w.plain.dtype), None if bias is None else bias[w.numbers])
     # in place, because logits are large
-    return out.index_copy_(-1, w.indices, own.to(out.dtype)).view(*x.shape[:-1], -1)
+    return out.index_copy_(-1, w.numbers, own.to(out.dtype)).view(*x.shape[:-1], -1)
 
 
 def _cast(w: Any, *args: Any, **options: Any) -> Any:
     plain = w.plain.to(*args, **options)
     rows = w.rows.to(w.plain.dtype).to(plain)  # rounded as in W
-    return with_rows(plain, w.indices.to(plain.device), rows, w.title)
+    return with_rows(plain, w.numbers.to(plain.device), rows, w.title)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.linear: _linear, Tensor.to: _cast}
