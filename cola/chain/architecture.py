@@ -14,6 +14,7 @@ from cola.lora.layer import AdaptedLayer
 from cola.lora.names import base_modules, base_tensors, called, canonical, unwrap
 from cola.lora.parameter import ReadsParameters
 from cola.lora.reading import Borrowing
+from cola.lora.token_rows import TokenRows
 
 #: PEFT's word for a model's task, by the end of its class name
 _TASKS = {
@@ -98,9 +99,8 @@ class Architecture:
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The user's class of ``module``, without the subclasses that links and FSDP2 put on top."""
     for kind in type(module).__mro__:
-        added = issubclass(kind, AdaptedLayer | ReadsParameters | Borrowing) or kind.__module__.startswith(
-            "torch.distributed"
-        )
+        added = issubclass(kind, AdaptedLayer | ReadsParameters | Borrowing | TokenRows)
+        added = added or kind.__module__.startswith("torch.distributed")
         if issubclass(kind, nn.Module) and not added:
             return kind
     return nn.Module

@@ -38,7 +38,7 @@ from cola.common.contexts import unaffected
 from cola.common.distributed import writes
 from cola.common.version import FORMAT, __version__
 from cola.knot.tie import RECORDED
-from cola.lora.link import Factor, KnotReport, LayerReport, Link, are_factors
+from cola.lora.link import Factor, KnotReport, LayerReport, Link, Rows, are_factors, are_rows
 from cola.lora.names import require_plain_name
 
 T = TypeVar("T")
@@ -293,11 +293,15 @@ def link_to_parts(link: Link) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, value in link.trained.items():
         require_plain_name(path)
         tensors[f"trained:{path}"] = value
+    for name, rows in link.rows.items():
+        require_plain_name(name)
+        tensors[f"rows:{name}"], tensors[f"indices:{name}"] = rows.values, rows.indices
     return tensors, {
         "index": link.index,
         "seed": link.seed,
         "layers": {path: _about(factor) for path, factor in link.factors.items()},
         "trained": list(link.trained),
+        **({"rows": list(link.rows)} if link.rows else {}),
         "report": pack(asdict(link.report), "report", {}),
     }
 
@@ -334,13 +338,19 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
     for path in content["trained"]:
         require_plain_name(path)
         trained[path] = tensors[f"trained:{path}"]
+    rows = {}
+    for name in content.get("rows", ()):
+        require_plain_name(name)
+        rows[name] = Rows(tensors[f"indices:{name}"], tensors[f"rows:{name}"])
+        if not are_rows(rows[name].indices, rows[name].values):
+            raise ValueError(f"the rows of {name!r} do not fit their indices")
     starts = sum(factor.start is not None for factor in factors.values())
-    if len(tensors) != 2 * (len(factors) + starts) + len(trained):
+    if len(tensors) != 2 * (len(factors) + starts + len(rows)) + len(trained):
         raise ValueError("it holds tensors that belong to no layer")
     index, seed = content["index"], content["seed"]
     if type(index) is not int or type(seed) is not int or index < 0:
         raise ValueError(f"index {index!r:.40} and seed {seed!r:.40} are not integers")
-    return Link(index, seed, factors, trained, _report(unpack(content["report"], {})))
+    return Link(index, seed, factors, trained, _report(unpack(content["report"], {})), rows)
 
 
 def _report(values: dict[str, Any]) -> KnotReport:
@@ -379,4 +389,5 @@ def _is_there(directory: Path, item: Entry) -> bool:
 def _versions(link: Link) -> tuple[int, ...]:
     """Torch's counts of in-place changes of the link's tensors."""
     tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B, *(factor.start or ())))
-    return tuple(t._version for t in (*tensors, *link.trained.values()))
+    rows = (t for own in link.rows.values() for t in (own.indices, own.values))
+    return tuple(t._version for t in (*tensors, *link.trained.values(), *rows))

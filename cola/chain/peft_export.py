@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola.chain import peft_forms, peft_targets, replay, spectrum, tensorfile
+from cola.chain import peft_forms, peft_targets, peft_tokens, replay, spectrum, tensorfile
 from cola.chain.files import write
 from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import delta_norm
@@ -64,10 +64,12 @@ def to_peft(
     _require_whole(saved, paths, base)
     tensors.update(biases)
     tensors.update(saved)
+    deltas, tokens = peft_tokens.exported(links, base)
+    tensors.update((f"{PREFIX}{key}", rows) for key, rows in deltas.items())
     name = base_model or (base.name if base is not None else None)
     inside = all(key.endswith(".base_layer.bias") for key in biases)
     bias = "none" if not biases else "lora_only" if inside else "all"
-    config = _config(rank, forms, base, name, bias, sorted({_owner(key) for key in saved}))
+    config = _config(rank, forms, base, name, bias, sorted({_owner(key) for key in saved})) | tokens
     account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
     write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
     write(directory / CONFIG, json.dumps(config, indent=2).encode())

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cola.chain import peft_forms, tensorfile
+from cola.chain import peft_forms, peft_tokens, tensorfile
 from cola.chain.files import MAX_JSON, StoreError, parse, read
 from cola.chain.peft_export import CONFIG, PREFIX, WEIGHTS
 from cola.common.arguments import is_finite
@@ -22,6 +22,7 @@ from cola.knot.tie import RECORDED, TIEABLE
 from cola.lora.link import Factor, KnotReport, LayerReport, Link, are_factors, used_rank
 from cola.lora.names import require_plain_name
 from cola.lora.peft import CHANGES_BASE
+from cola.lora.per_layer import TOKENS
 
 #: entries of adapter_config.json that do not change the product of a stored LoRA
 _HARMLESS = {
@@ -31,7 +32,7 @@ _HARMLESS = {
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "target_parameters", "task_type",
 }  # fmt: skip
-_UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+_UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", TOKENS}
 #: a safe pattern consists of characters and classes of them, repeated or not, and alternatives of these
 _ATOM = r"(?:[^\\()\[\]{}*+?|^$]|\\[\W_dw]|\[\^?[\w.-]+\])[*+]?"
 _GROUP = rf"\((?:\?:)?(?:{_ATOM}|\|)*\)"
@@ -52,11 +53,12 @@ def from_peft(directory: Path, rounding: str) -> Link:
     if not path.exists() and (directory / "adapter_model.bin").exists():
         raise StoreError(f"{directory / 'adapter_model.bin'} is a pickle, which is never read: save it as safetensors")
     tensors, _ = tensorfile.load(read(path), path)
+    tensors, rows = peft_tokens.imported(tensors, config, path, PREFIX)
     factors, trained = _sort(tensors, config, path, rounding)
     layers = {name: LayerReport(factor.norm(), 0.0, rounding) for name, factor in factors.items()}
     norm = math.sqrt(sum(layer.delta_norm**2 for layer in layers.values()))
     ranks = [factor.rank for factor in factors.values()]
-    return Link(0, 0, factors, trained, KnotReport(0, 0, max(ranks), norm, 0.0, None, 0.0, layers))
+    return Link(0, 0, factors, trained, KnotReport(0, 0, max(ranks), norm, 0.0, None, 0.0, layers), rows)
 
 
 def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:

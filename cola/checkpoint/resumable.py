@@ -366,6 +366,7 @@ class Resumable(LinkGroups):
     def _whole_state(self) -> RunState:
         """The run, with everything that a new process needs in addition to the untouched base model."""
         state, ledger, link = self._state(), self.chain._ledger(), self.live.snapshot()
+        rows = self.live.row_names()
         return replace(
             state,
             chain=ledger if ledger.base is not None else replace(ledger, base=self._base_model.fingerprint()),
@@ -374,6 +375,7 @@ class Resumable(LinkGroups):
             B={path: factor.B for path, factor in link.items()},
             layers={path: (factor.scaling, factor.rounding, factor.form) for path, factor in link.items()},
             shared=self.live.trainable.aliases(),
+            rows={n: (f"{p}.{l.entries[0]}".lstrip("."), l.row_indices.tolist()) for n, (p, l) in rows.items()},
             trained=self.live.trained(),
             buffers=self._base_model.moved(),
             others={str(i): p for i, p in enumerate(restore.others(self.base, self.live))},

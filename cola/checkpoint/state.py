@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +20,7 @@ from cola.chain.packing import pack, unpack
 from cola.common.arguments import is_finite
 from cola.common.version import FORMAT
 from cola.knot.tie import RECORDED
-from cola.lora.link import Link
+from cola.lora.link import Link, are_rows
 from cola.lora.live import LiveLink
 from cola.wrapper.link_groups import GROUP_KEY
 
@@ -170,6 +171,7 @@ class RunState:
         A, B: factors of the live link, by layer.
         layers: scale of the live link, rounding of its tie and form, by layer; empty without A and B.
         shared: further paths of the parameters in ``trained``, with the path that they have there.
+        rows: names of weights with trained rows, with the path that these have in ``trained``, and their indices.
         start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
         start_lost: the norm that rounding lost then.
         trained: parameters that are trained alongside the factors, by path.
@@ -188,6 +190,7 @@ class RunState:
     B: Mapping[str, Tensor] = field(default_factory=dict)
     layers: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, list[int]]] = field(default_factory=dict)
     start_A: Mapping[str, Tensor] = field(default_factory=dict)
     start_B: Mapping[str, Tensor] = field(default_factory=dict)
     start_lost: Mapping[str, Tensor] = field(default_factory=dict)
@@ -205,6 +208,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and named tensors for all but the optimizer and the chain, which each form stores in its own way."""
     tensors = {f"{kind}:{name}": t for kind in _TENSORS for name, t in getattr(state, kind).items()}
     live = {"layers": dict(state.layers), "shared": dict(state.shared)}
+    live.update({"rows": dict(state.rows)} if state.rows else {})
     return {
         "loss": pack(state.loss, "loss", {}),
         "live": pack(live, "live", {}),
@@ -247,7 +251,11 @@ def decode(
         raise ValueError(f"the scales, roundings and forms of its live link are {layers!r:.80}")
     if not all(isinstance(path, str) and first in named["trained"] for path, first in shared.items()):
         raise ValueError(f"its shared parameters are {shared!r:.80}")
-    return RunState(counters, optimizer, chain, loss, extras, layers=layers, shared=shared, **named)
+    rows = live.get("rows", {})
+    for name, (path, indices) in rows.items():
+        if not isinstance(name, str) or not are_rows(torch.tensor(indices), named["trained"][path]):
+            raise ValueError(f"its trained rows are {rows!r:.80}")
+    return RunState(counters, optimizer, chain, loss, extras, layers=layers, shared=shared, rows=rows, **named)
 
 
 _ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")

@@ -127,6 +127,13 @@ def are_factors(A: Tensor, B: Tensor) -> bool:
     return fits and {A.dtype, B.dtype} <= set(TIEABLE)
 
 
+def are_rows(indices: Tensor, values: Tensor) -> bool:
+    """Whether these are `Rows`."""
+    fits = indices.dtype == torch.int64 and indices.dim() == 1 and len(indices) > 0 and values.dim() == 2
+    fits = fits and len(values) == len(indices) and values.dtype in TIEABLE
+    return bool(fits and indices[0] >= 0 and (indices.diff() > 0).all())
+
+
 def used_rank(A: Tensor, B: Tensor) -> int:
     """Rank of a link without its zero padding: the last row of A or column of B that is not zero, counted from 1."""
     used = (_ranks_used(A.mT) | _ranks_used(B)).nonzero()
@@ -205,6 +212,22 @@ def combined(ties: Sequence[Tie], factor: Factor) -> Tie:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a weight that were trained whole.
+
+    Attributes:
+        indices: k of them, int64, increasing.
+        values: k×n, as trained; the weight's dtype may be narrower.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self.indices)} of {self.values.shape[-1]})"
+
+
+@dataclass(frozen=True, eq=False)
 class Link:
     """One tied link.
 
@@ -216,6 +239,8 @@ class Link:
             (biases, ``modules_to_save``), a shared one under each of its paths, and the persistent buffers that differ
             from the base model's (running statistics).
         report: the knot's report.
+        rows: values at the knot of the rows that ``trainable_token_indices`` trains, by the weight's name; those of a
+            shared weight under each of its names.
     """
 
     index: int
@@ -223,6 +248,7 @@ class Link:
     factors: Mapping[str, Factor]
     trained: Mapping[str, Tensor]
     report: KnotReport
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         count = len(self.report.layers)

@@ -34,8 +34,8 @@ _PLAIN = (
 )
 #: fields of LoraConfig that a chain cannot honour, and why; the layers themselves show all others
 _REFUSED = {
-    "trainable_token_indices": "trains rows of an embedding, which a chain does not record, so that exports and "
-    "unload() would lose them: train the whole embedding by modules_to_save instead",
+    "trainable_token_indices": "trains rows of an embedding in PEFT's own module, which a chain would not record: give "
+    "the rows to the chain, by LinkConfig(trainable_token_indices=...)",
     "layer_replication": "repeats layers that share their weights, so that a knot in one would change the others: "
     "first make the larger model with separate weights",
 }
