@@ -21,7 +21,7 @@ from theory.checks.check import at_most
 from theory.checks.significance import LEVEL
 from theory.frank_wolfe import Run, frank_wolfe
 from theory.gradient_estimators import ESTIMATORS, Estimator
-from theory.oracles import AdditiveError, MultiplicativeError, Oracle, TraceBall
+from theory.oracles import AdditiveError, MultiplicativeError, NewtonSchulzBall, Oracle, SpectralBall, TraceBall
 from theory.problems import NoisyProblem, Problem, StochasticProblem
 from theory.problems.instances import INSTANCES, TIGHT
 from theory.problems.tight import magnitude_counterexample, one_step_worst_case, trace_quadratic
@@ -233,6 +233,18 @@ def constants_task() -> list[Record]:
     return out
 
 
+def muon_task(seed: int) -> list[Record]:
+    """Muon's oracle on the spectral ball, with the optimum inside and on the boundary."""
+
+    def muon(problem: Problem) -> Oracle:
+        ball = problem.oracle
+        assert isinstance(ball, SpectralBall)
+        return NewtonSchulzBall(ball.tau, (ball.shape[0], ball.shape[1]))
+
+    names = [f"quadratic-spectral-{where}" for where in ("interior", "boundary")]
+    return [single(name, 400, seed=seed, oracle=muon, tag=" Newton-Schulz") for name in names]
+
+
 def estimators_task(seed: int) -> list[Record]:
     """Every estimator on a finite sum."""
     return [single("tanh", 1000, gradient=e, seed=seed, tag=f" {e.name}") for e in ESTIMATORS]
@@ -264,6 +276,7 @@ def standard(
     yield Task("batch ladder", partial(batch_task, batches, many))
     # short runs, but twice as many: at this level Student's interval is wide for few samples
     yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
+    yield Task("Muon's oracle", partial(muon_task, seed))
     yield Task("estimators", partial(estimators_task, seed))
     for name, instance in INSTANCES.items():
         if name not in TIGHT:
