@@ -1,6 +1,6 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
-`GapProbe` (real_run/probe.py) measures a chain, `Decomposition` (real_run/decomposition.py) splits its average gap
+`GapProbe` (real_run/probe.py) measures a chain, or the `Snapshots` of any other run; `Decomposition` (real_run/decomposition.py) splits its average gap
 into three terms, and real_run/chains.py trains the chains.
 """
 
@@ -23,11 +23,12 @@ if __name__ == "__main__":
 import numpy as np
 
 from theory.arguments import count, positive
-from theory.real_run import chains, plots
+from theory.real_run import balls, chains, plots
 from theory.real_run.decomposition import Decomposition, LayerGap, Probe
 from theory.real_run.probe import GapProbe
+from theory.real_run.snapshots import Snapshots
 
-__all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "main", "parser"]
+__all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "Snapshots", "main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
         "--delta", type=float, metavar="D", help="radius of K per layer (default: the smallest that holds the run)"
     )
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
+    out.add_argument(
+        "--ball", choices=balls.NAMES, default="rank", help="K: by atoms of a rank, capped, or Muon's spectral ball"
+    )
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")
     out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, but no interval")
