@@ -1,7 +1,8 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
-`GapProbe` (real_run/probe.py) measures a chain, or the `Snapshots` of any other run; `Decomposition` (real_run/decomposition.py) splits its average gap
-into three terms, and real_run/chains.py trains the chains.
+`GapProbe` (real_run/probe.py) measures a chain, or the `Snapshots` (real_run/snapshots.py) of any other run;
+`Decomposition` (real_run/decomposition.py) splits its average gap into three terms, and real_run/chains.py trains the
+chains.
 """
 
 from __future__ import annotations
