@@ -26,7 +26,7 @@ from theory.problems import NoisyProblem, Problem, StochasticProblem
 from theory.problems.instances import INSTANCES, TIGHT
 from theory.problems.tight import magnitude_counterexample, one_step_worst_case, trace_quadratic
 from theory.step_sizes import STEPS, Step, TheoremStep
-from theory.suite import ladders
+from theory.suite import ladders, momentum
 
 
 @dataclass
@@ -214,6 +214,21 @@ def growing_batches(seeds: Sequence[int]) -> list[Record]:
     return [Record("F b ~ T rate", "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
 
 
+def momentum_task(name: str, averaged: bool, seeds: Sequence[int]) -> list[Record]:
+    """The rate with one sample per step on the ``"trace"`` or the ``"spectral"`` ball: ``T^(-1/4)`` with momentum."""
+    started, problem = time.perf_counter(), momentum.problem(name)
+    groups = [momentum.momentum_runs(problem, averaged, seed) for seed in seeds]
+    slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in groups]
+    longest = [group[-1] for group in groups]
+    average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
+    checks = [check for run in groups[0] for check in audit(run)]
+    checks += [momentum.noise_check(runs) for runs in zip(*groups)]
+    tolerance = momentum.slope_tolerance(problem)
+    checks.append(rates.rates_check(slopes, tolerance, -0.25) if averaged else rates.stalled_check(slopes))
+    seconds, label = time.perf_counter() - started, f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
+    return [Record(label, "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
+
+
 def constants_task() -> list[Record]:
     """The constants: instances that must exceed the paper's 2 s, and two that attain 1.5 s and 2.5 s."""
     out = []
@@ -276,6 +291,9 @@ def standard(
     yield Task("batch ladder", partial(batch_task, batches, many))
     # short runs, but twice as many: at this level Student's interval is wide for few samples
     yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
+    for ball, averaged in (("trace", True), ("spectral", True), ("spectral", False)):
+        name = f"{ball} ball, {'momentum' if averaged else 'one sample'}"
+        yield Task(name, partial(momentum_task, ball, averaged, range(seed, seed + 2 * seeds)))
     yield Task("Muon's oracle", partial(muon_task, seed))
     yield Task("estimators", partial(estimators_task, seed))
     for name, instance in INSTANCES.items():
