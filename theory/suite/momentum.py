@@ -2,7 +2,8 @@
 
 Let ``d_t = (1 - a) d_{t-1} + a g_t``, where each ``g_t`` has noise of size sigma. Then ``d_t - grad_t = N_t + B_t``.
 ``N_t`` is the same average of the noise alone: Gaussian, and independent of the trajectory. ``B_t`` is the delay: a
-step moves the gradient by at most ``beta eta D``, so ``|B_t| <= beta eta D (1 - a)/a``. Since ``eps_t <= D |d_t - grad_t|``,
+step moves the gradient by at most ``beta eta D``, so ``|B_t| <= beta eta D (1 - a)/a``. Since
+``eps_t <= D |d_t - grad_t|``,
 
     avg g <= M/(eta T) + eta beta D^2/2 + D avg |N_t| + beta eta D^2 (1 - a)/a,
 
