@@ -26,7 +26,7 @@ from theory.problems import NoisyProblem, Problem, StochasticProblem
 from theory.problems.instances import INSTANCES, TIGHT
 from theory.problems.tight import magnitude_counterexample, one_step_worst_case, trace_quadratic
 from theory.step_sizes import STEPS, Step, TheoremStep
-from theory.suite import ladders, momentum
+from theory.suite import ladders, momentum, restarts
 
 
 @dataclass
@@ -229,6 +229,17 @@ def momentum_task(name: str, averaged: bool, seeds: Sequence[int]) -> list[Recor
     return [Record(label, "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
 
 
+def restarts_task(seed: int) -> list[Record]:
+    """A chain that fails at the rate 1/L, and its projected variant; the column of the gap is the growth per link."""
+    started = time.perf_counter()
+    plain, projected, grows, shrinks = restarts.restart_checks(seed)
+    seconds, T = (time.perf_counter() - started) / 2, restarts.LINKS
+    return [
+        Record("chain at 1/L", "restarts", T, grows, grows, 1.0, plain, seconds),
+        Record("chain at 1/L, projected", "restarts", T, shrinks, shrinks, 1.0, projected, seconds),
+    ]
+
+
 def constants_task() -> list[Record]:
     """The constants: instances that must exceed the paper's 2 s, and two that attain 1.5 s and 2.5 s."""
     out = []
@@ -291,6 +302,7 @@ def standard(
     yield Task("batch ladder", partial(batch_task, batches, many))
     # short runs, but twice as many: at this level Student's interval is wide for few samples
     yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
+    yield Task("chain at 1/L", partial(restarts_task, seed))
     for ball, averaged in (("trace", True), ("spectral", True), ("spectral", False)):
         name = f"{ball} ball, {'momentum' if averaged else 'one sample'}"
         yield Task(name, partial(momentum_task, ball, averaged, range(seed, seed + 2 * seeds)))
