@@ -102,6 +102,7 @@ def language_model(name: str) -> Ground:
     """
     try:
         from cola import ChainOptimizer, LinkConfig, NeverKnots
+        from experiments import models
         from experiments.frontier.tasks import TASKS
         from experiments.study import text
         from experiments.study.setting import Setting
@@ -111,8 +112,9 @@ def language_model(name: str) -> Ground:
     assert isinstance(demo, Setting)
     setting = demo
     if name != "demo":
+        place = str(models.folder(name))  # the tokenizer is found there too
         setting = Setting(
-            model=name, corpus=text.PROSE, targets=("all-linear",), train=2048, held_out=32, context=128, batch_size=4
+            model=place, corpus=text.PROSE, targets=("all-linear",), train=2048, held_out=32, context=128, batch_size=4
         )
     model = setting.load()
     blocks = setting.blocks()

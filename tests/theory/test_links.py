@@ -14,7 +14,7 @@ SMALL = ["--steps", "3", "--links", "2", "--seeds", "2", "--rank", "2"]
 def test_command_on_a_random_network(tmp_path, capsys):
     assert links.main(["--model", "random", *SMALL, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "95% over 2 seeds" in out
+    assert "95% intervals over 2 seeds" in out
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert {row["kind"] for row in rows} == {line[:26].strip() for line in out.splitlines()[2:10]}

@@ -373,8 +373,23 @@ def tuned(ground: Ground, kind: Kind, budget: Budget, seed: int, tries: int = 12
     return kind.start * 2.0**at
 
 
+#: the columns of the two blocks of `table`: heading -> value of a run, in nats where it is a loss
+LOSSES: dict[str, Callable[[Measured], float]] = {
+    "loss after": lambda run: float(run.loss[-1]),
+    "alignment": lambda run: float(run.alignment.mean()),
+    "on the spectral ball": lambda run: float(run.spectral_alignment.mean()),
+}
+ACCOUNT: dict[str, Callable[[Measured], float]] = {
+    "best vertex": lambda run: float(run.best.mean()),
+    "error": lambda run: float(run.error.mean()),
+    "promise": lambda run: float(run.promised.mean()),
+    "curvature": lambda run: float(run.curvature.mean()),
+    "drop": lambda run: float(run.drop.mean()),
+}
+
+
 def table(runs: Sequence[Measured], untouched: float) -> str:
-    """One row per kind: means over seeds and links with their intervals, in nats.
+    """Two blocks of one row per kind: the losses and alignments, and the account of a link. Intervals are over seeds.
 
     Args:
         runs: every kind with the same seeds. untouched: the fixed loss before the first link.
@@ -382,28 +397,28 @@ def table(runs: Sequence[Measured], untouched: float) -> str:
     by_kind: dict[str, list[Measured]] = {}
     for run in runs:
         by_kind.setdefault(run.kind, []).append(run)
-    reference = [run.loss[-1] for run in next(iter(by_kind.values()))]
+    first = next(iter(by_kind))
+    reference = [run.loss[-1] for run in by_kind[first]]
     width = max(len(name) for name in by_kind)
-    head = (
-        f"{'link':{width}} {'size':>7} {'loss after':>15} {'less than the first':>19} {'alignment':>15} {'spectral':>9}"
-        f" {'best':>7} {'error':>7} {'promise':>8} {'bend':>7} {'drop':>7}"
+    blocks = []
+    for head, columns in (("link", LOSSES), ("nats per link", ACCOUNT)):
+        titles = [f"{title:>20}" for title in columns]
+        if head == "link":
+            titles = [f"{'size':>8}", titles[0], f"{'below ' + first:>20}", *titles[1:]]
+        lines = [f"{head:{width}} " + " ".join(titles)]
+        lines.append("-" * len(lines[0]))
+        for name, group in by_kind.items():
+            cells = [f"{_interval([value(run) for run in group]):>20}" for value in columns.values()]
+            if head == "link":
+                gains = [other - run.loss[-1] for other, run in zip(reference, group)]
+                cells = [f"{group[0].size:>8.3g}", cells[0], f"{_interval(gains):>20}", *cells[1:]]
+            lines.append(f"{name:{width}} " + " ".join(cells))
+        blocks.append("\n".join(lines))
+    note = (
+        f"loss before: {untouched:.3f}; {CONFIDENCE:.0%} intervals over {len(reference)} seeds; alignments and nats are"
+        " means over links\nbest vertex - error = promise, promise - curvature = drop"
     )
-    lines = [head, "-" * len(head)]
-    columns = {"spectral_alignment": 9, "best": 7, "error": 7, "promised": 8, "curvature": 7, "drop": 7}
-    for name, group in by_kind.items():
-        after = [run.loss[-1] for run in group]
-        gain = [first - own for first, own in zip(reference, after)]
-        rho = [float(run.alignment.mean()) for run in group]
-        means = [f"{np.mean([getattr(run, what) for run in group]):>{room}.3f}" for what, room in columns.items()]
-        lines.append(
-            f"{name:{width}} {group[0].size:>7.3g} {_interval(after):>15} {_interval(gain):>19} {_interval(rho):>15} "
-            + " ".join(means)
-        )
-    lines.append(
-        f"loss before: {untouched:.3f}; intervals: {CONFIDENCE:.0%} over {len(reference)} seeds; the last five columns "
-        "are nats per link: best - error = promise, promise - bend = drop"
-    )
-    return "\n".join(lines)
+    return "\n\n".join([*blocks, note])
 
 
 def _interval(samples: Sequence[float]) -> str:

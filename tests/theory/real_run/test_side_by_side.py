@@ -143,7 +143,11 @@ def test_the_table_pairs_seeds_and_shows_one_row_per_kind():
     place = ground()
     chosen = [OneVertex("first", 1.0, vertices(Ball("rank", 1))), OneVertex("second", 1.0, random_vertices(2))]
     runs = [run_links(place, kind, 0.02, BUDGET, seed) for kind in chosen for seed in (0, 1)]
-    lines = table(runs, place.mean_loss(BATCHES)).splitlines()
-    assert [line.split()[0] for line in lines[2:4]] == ["first", "second"]
+    losses, account, note = table(runs, place.mean_loss(BATCHES)).split("\n\n")
+    for block in (losses, account):
+        assert [line.split()[0] for line in block.splitlines()[2:]] == ["first", "second"]
     gain = np.mean([a.loss[-1] - b.loss[-1] for a, b in zip(runs[:2], runs[2:])])
-    assert f"{gain:.3f} ±" in lines[3]
+    assert f"{gain:.3f} ±" in losses.splitlines()[3]
+    drop = np.mean([run.drop for run in runs[2:]])
+    assert f"{drop:.3f}" in account.splitlines()[3]
+    assert "95% intervals over 2 seeds" in note
