@@ -24,7 +24,7 @@ from cola.lora.names import modules_by_name
 from theory.arguments import count, positive
 from theory.real_run.balls import Ball
 from theory.real_run.decomposition import Decomposition, LayerGap, Probe, decompose, factors, radii, stack
-from theory.real_run.sketch import Loss, LowRankPair, Tap, mean_loss, sweep
+from theory.real_run.sketch import Loss, LowRankPair, Tap, mean_loss, sweep, weight_of
 from theory.real_run.snapshots import Snapshots
 from theory.seeds import generator
 
@@ -130,16 +130,18 @@ class GapProbe:
             raise ValueError(f"link must be one of the chain's {len(self.chain)} links, got {link}")
         layers = self._layers()
         sketches = {path: self._sketch(path, link) for path in layers}
-        first = {path: self._tap(path, link) for path in layers}
+        first = {path: self._tap(path, module, link) for path, module in layers.items()}
         for path, tap in first.items():
             tap.right = {"range": sketches[path].range, "test": sketches[path].test}
             tap.left = {"corange": sketches[path].corange}
         loss = sweep(self.model, layers, first, self.loss, self.batches)
-        second = {path: self._tap(path, link) for path in layers}
-        for path, tap in second.items():
-            Q, vertex = _range_and_vertex(first[path], sketches[path], self.ball)
-            tap.left = {"QG": Q}
-            tap.pairs = {**tap.pairs, "scored": vertex}
+        second = {}
+        for path, tap in first.items():
+            Q, vertex = _range_and_vertex(tap, sketches[path], self.ball)
+            behind = stack(list(self.chain)[:link], path)
+            pairs = {"scored": vertex} if behind is None else {"scored": vertex, "pairing": behind}
+            second[path] = Tap(offset=tap.offset, left={"QG": Q}, pairs=_working(layers[path], pairs))
+            tap.pairs = {}  # of full rank in a run that Snapshots recorded
         sweep(self.model, layers, second, self.loss, self.batches if self.fresh is None else self.fresh)
         found = {path: self._layer(first[path], second[path], sketches[path]) for path in layers}
         self.probes[link] = Probe(link, loss, found)
@@ -205,18 +207,16 @@ class GapProbe:
         modules = modules_by_name(self.model)
         return {path: modules[path] for path in self.chain[0].factors}
 
-    def _tap(self, path: str, link: int) -> Tap:
-        """The tap of one layer at W_t: its offset and its pairings."""
+    def _tap(self, path: str, module: nn.Module, link: int) -> Tap:
+        """The first pass's tap of one layer at W_t: its offset, and its pairing with the link."""
         links = list(self.chain)
-        ahead, behind = stack(links[link:], path), stack(links[:link], path)
+        ahead, begun = stack(links[link:], path), self._begun(path)
         assert ahead is not None
-        pairs = {"moved": factors(links[link], path)}
-        if behind is not None:
-            pairs["pairing"] = behind
-        offset, begun = (-ahead[0], ahead[1]), self._begun(path)
+        offset = (-ahead[0], ahead[1])
         if begun is not None:
             offset = torch.cat([offset[0], begun[0]], dim=1), torch.cat([offset[1], begun[1]])
-        return Tap(offset=offset, pairs=pairs)
+        kept = _working(module, {"offset": offset, "moved": factors(links[link], path)})
+        return Tap(offset=kept["offset"], pairs={"moved": kept["moved"]})
 
     def _begun(self, path: str) -> LowRankPair | None:
         """The product that the live link started at, which the stored weight lacks; None for a start at zero."""
@@ -255,6 +255,12 @@ class GapProbe:
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return model(**batch).loss
+
+
+def _working(module: nn.Module, pairs: Mapping[str, LowRankPair]) -> dict[str, LowRankPair]:
+    """Pairs in the precision in which a tap computes: float32, or float64 for a float64 layer."""
+    exact = torch.float64 if weight_of(module).dtype == torch.float64 else torch.float32
+    return {name: (left.to(exact), right.to(exact)) for name, (left, right) in pairs.items()}
 
 
 @dataclass(frozen=True)
