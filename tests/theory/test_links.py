@@ -64,3 +64,20 @@ def test_a_decomposition_that_is_off_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(links, "kinds", lambda rank: kinds(rank)[:1])
     assert links.main(["--model", "random", *SMALL, "--out", str(tmp_path)]) == 1
     assert "FAIL AdamW (seed 0): the decomposition is off" in capsys.readouterr().out
+
+
+def test_help_names_each_default_once(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        links.main(["--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: runs/links)" in shown
+    assert "default: None" not in shown
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert links.main(["--model", "random", "--out", str(tmp_path / "file" / "below")]) == 2
+    said = capsys.readouterr()
+    assert "--out must be a folder to write" in said.err
+    assert not said.out
