@@ -2,7 +2,7 @@
 
 Trained links, and the best vertices of three balls, are tied from the same weights at equal budgets. The same fixed
 loss measures each: what the best vertex of its size would promise to first order, what the link promises, what
-curvature takes, and what is left. real_run/side_by_side.py has the kinds of links.
+curvature takes, and what is left. `theory.real_run.kinds` has the kinds of links.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from theory.arguments import count
-from theory.real_run.side_by_side import Budget, Ground, Measured, kinds, run_links, table, tuned
+from theory.real_run.kinds import Task, kinds
+from theory.real_run.side_by_side import Budget, Measured, run_links, table, tuned
 
 TUNING_SEED = 1 << 20
 """Of the runs that choose the sizes: far from the measured seeds."""
@@ -63,20 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count("--seeds", options.seeds, "runs per kind")
         count("--seed", options.seed, "the first seed", least=0)
         make_folder(options.out)
-        ground = random_network() if options.model == "random" else language_model(options.model)
+        task = random_network() if options.model == "random" else language_model(options.model)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     budget = Budget(options.links, options.steps)
-    ground.restored()
-    untouched = ground.mean_loss(ground.fixed)
+    task.restored()
+    untouched = task.mean_loss(task.fixed)
     seeds = range(options.seed, options.seed + options.seeds)
     runs: list[Measured] = []
     with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
         for kind in progress(kinds(options.rank), "kind", lambda kind: kind.name):
-            size = tuned(ground, kind, budget, TUNING_SEED)
+            size = tuned(task, kind, budget, TUNING_SEED)
             for seed in seeds:
-                run = run_links(ground, kind, size, budget, seed)
+                run = run_links(task, kind, size, budget, seed)
                 assert run is not None
                 runs.append(run)
                 lines.write(json.dumps({"model": options.model, **run.as_dict()}) + "\n")
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if apart else 0
 
 
-def language_model(name: str) -> Ground:
+def language_model(name: str) -> Task:
     """A language model of `experiments` with its text: the demo's task, or prose for another model.
 
     Args:
@@ -135,10 +136,10 @@ def language_model(name: str) -> Ground:
         size = 4 * setting.batch_size
         return list(ids[: len(ids) // size * size][: 8 * size].split(size))
 
-    return Ground(model, layers, loss_of, batches, held_out(blocks.test), held_out(blocks.dev))
+    return Task(model, layers, loss_of, batches, held_out(blocks.test), held_out(blocks.dev))
 
 
-def random_network(seed: int = 0) -> Ground:
+def random_network(seed: int = 0) -> Task:
     """A random two-layer network and a random teacher; it needs only torch."""
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(24, 12, generator=generator) / 4
@@ -155,7 +156,7 @@ def random_network(seed: int = 0) -> Ground:
             yield torch.randn(32, 24, generator=own)
 
     first, second = (list(itertools.islice(batches(1 << place), 4)) for place in (21, 22))
-    return Ground(model, ["0", "2"], loss_of, batches, first, second)
+    return Task(model, ["0", "2"], loss_of, batches, first, second)
 
 
 if __name__ == "__main__":

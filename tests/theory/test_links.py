@@ -6,7 +6,8 @@ import math
 import pytest
 
 from theory import links
-from theory.real_run.side_by_side import Budget, kinds, run_links
+from theory.real_run.kinds import kinds
+from theory.real_run.side_by_side import Budget, run_links
 
 SMALL = ["--steps", "3", "--links", "2", "--seeds", "2", "--rank", "2"]
 
@@ -30,14 +31,14 @@ def test_links_of_a_tiny_language_model(tmp_path):
     from experiments.tiny import tiny_opt
 
     tiny_opt.save(tiny_opt.fresh(tiny_opt.config(16, 1, 2, 128), 0), tmp_path / "model", {})
-    ground = links.language_model(str(tmp_path / "model"))
-    assert len(ground.layers) == 6
-    assert not any("lm_head" in path for path in ground.layers)
-    first, second = (next(ground.batches(0)) for _ in range(2))
+    task = links.language_model(str(tmp_path / "model"))
+    assert len(task.layers) == 6
+    assert not any("lm_head" in path for path in task.layers)
+    first, second = (next(task.batches(0)) for _ in range(2))
     assert first.equal(second)
-    ground.fixed = ground.fixed[:1]
+    task.fixed = task.fixed[:1]
     for kind in kinds(rank=1)[:3]:
-        found = run_links(ground, kind, kind.start, Budget(links=1, steps=2), 0)
+        found = run_links(task, kind, kind.start, Budget(links=1, steps=2), 0)
         assert 0 < found.alignment[0] < 1
         assert math.isfinite(found.loss[-1])
 

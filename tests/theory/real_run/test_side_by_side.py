@@ -9,21 +9,18 @@ import torch
 
 from tests.theory.real_run.chains import mlp, mlp_batches, mlp_loss
 from theory.real_run.balls import Ball
-from theory.real_run.side_by_side import (
-    Budget,
-    Ground,
+from theory.real_run.kinds import (
     Kind,
     ManyVertices,
     OneVertex,
+    Task,
     Trained,
     kinds,
     newton_schulz_vertices,
     random_vertices,
-    run_links,
-    table,
-    tuned,
     vertices,
 )
+from theory.real_run.side_by_side import Budget, run_links, table, tuned
 
 pytestmark = pytest.mark.numerics
 
@@ -33,9 +30,9 @@ BUDGET = Budget(links=1, steps=len(BATCHES))
 CLOSE = 1e-4
 
 
-def ground(loss=mlp_loss):
+def made(loss=mlp_loss):
     """Training reads the very batches of the fixed loss, in their order."""
-    return Ground(mlp(), ["0", "3"], loss, lambda seed: itertools.cycle(BATCHES), BATCHES, mlp_batches(seed=3))
+    return Task(mlp(), ["0", "3"], loss, lambda seed: itertools.cycle(BATCHES), BATCHES, mlp_batches(seed=3))
 
 
 KINDS = {kind.name: kind for kind in kinds(rank=2)}
@@ -50,7 +47,7 @@ def test_every_kind_takes_one_gradient_of_each_batch(name):
         calls.append(torch.is_grad_enabled())
         return mlp_loss(model, batch)
 
-    place = ground(counting)
+    place = made(counting)
     before = copy.deepcopy(place.model.state_dict())
     for links in (1, 3):
         calls.clear()
@@ -66,7 +63,7 @@ def test_every_kind_takes_one_gradient_of_each_batch(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_the_account_of_a_link(name):
     """best - error - bend = drop, against the dense gradient and the dense change."""
-    place = ground()
+    place = made()
     found = run_links(place, KINDS[name], 0.02, BUDGET, 0)
     change = {p: (m.weight - place._start[f"{p}.weight"]).double() for p, m in place.modules().items()}
     place.restored()
@@ -87,7 +84,7 @@ def test_the_account_of_a_link(name):
 def test_the_best_vertices_are_aligned_and_random_ones_descend():
     """On the batches of the fixed loss, the trace ball's vertex has rho = 1, and the polar factor on its own ball."""
     trace, polar, drawn = (
-        run_links(ground(), OneVertex("", 1.0, make), 0.01, BUDGET, 0)
+        run_links(made(), OneVertex("", 1.0, make), 0.01, BUDGET, 0)
         for make in (vertices(Ball("rank", 1)), vertices(Ball("spectral")), random_vertices(2))
     )
     assert trace.alignment[0] == pytest.approx(1, abs=CLOSE)
@@ -109,12 +106,12 @@ def test_many_vertices_move_by_the_size_in_all():
     make = vertices(Ball("rank", 1))
     moved = []
     for kind in (OneVertex("", 1.0, make), ManyVertices("", 1.0, make)):
-        place = ground()
+        place = made()
         place.restored()
         kind.link(place, BATCHES[:1], 0.1, 0)
         moved.append(place.model[0].weight.detach() - place._start["0.weight"])
     assert torch.allclose(*moved, atol=1e-6)
-    place = ground()
+    place = made()
     Trained("", 1.0, 2, in_gradient=True).link(place, BATCHES * 3, 1e-2, 0)
     assert torch.linalg.matrix_rank(place.model[0].weight - place._start["0.weight"], atol=1e-5) == 2
 
@@ -122,25 +119,27 @@ def test_many_vertices_move_by_the_size_in_all():
 class Along(Kind):
     """Scales all weights: its loss over the size has one valley."""
 
-    def link(self, ground, batches, size, seed):
-        ground.move({path: module.weight.detach().clone() for path, module in ground.modules().items()}, -size)
+    def link(self, task, batches, size, seed):
+        task.move({path: module.weight.detach().clone() for path, module in task.modules().items()}, -size)
         if size > 30:
             raise FloatingPointError
 
 
 def test_the_size_is_tuned_to_an_inner_optimum():
-    place = ground()
+    place = made()
     losses = {}
     for power in range(-6, 4):
         run_links(place, Along("", 1.0), 2.0**power, BUDGET, 0, probed=False)
         losses[2.0**power] = place.mean_loss(place.tuning)
     best = tuned(place, Along("", 2.0**-3), BUDGET, 0)
+    with pytest.warns(UserWarning, match="no inner optimum within 1 moves"):
+        tuned(place, Along("Along", 2.0**-6), BUDGET, 0, tries=1)
     neighbours = [losses[best / 2], losses[best], losses[2 * best]]
     assert min(neighbours) == losses[best]
 
 
 def test_the_table_pairs_seeds_and_shows_one_row_per_kind():
-    place = ground()
+    place = made()
     chosen = [OneVertex("first", 1.0, vertices(Ball("rank", 1))), OneVertex("second", 1.0, random_vertices(2))]
     runs = [run_links(place, kind, 0.02, BUDGET, seed) for kind in chosen for seed in (0, 1)]
     losses, account, note = table(runs, place.mean_loss(BATCHES)).split("\n\n")
