@@ -92,7 +92,7 @@ def test_fresh_batches_score_the_vertex_of_the_ball():
             assert layer.scored == pytest.approx(fixed.layers[path].strength(ball)[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mlp", "opt", "gpt2"])
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_snapshots_of_a_chain_are_its_links(name):
     """Marked at every knot, snapshots give the chain's own decomposition."""
     build, batches, loss, targets = MODELS[name]
