@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from cola import KnotError
-from theory.checks.significance import student
 from theory.real_run.kinds import Kind, Task
 from theory.real_run.probe import GapProbe
 from theory.real_run.snapshots import Snapshots
+from theory.suite.ladders import interval
 
 CONFIDENCE = 0.95
 
@@ -202,5 +202,5 @@ def table(runs: Sequence[Measured], untouched: float) -> str:
 
 
 def _interval(samples: Sequence[float]) -> str:
-    mean, half = student(samples, 1 - CONFIDENCE)
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+    found = interval(samples, CONFIDENCE)
+    return f"{found.mean:.3f}" + (f" ± {found.half:.3f}" if len(samples) > 1 else "")

@@ -18,8 +18,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
-from theory.checks.check import Check, at_most
+from theory.checks.check import FAIL, PASS, VACUOUS, Check, at_most
 from theory.checks.rates import fitted_slope
 from theory.checks.record import pairing_rounding
 from theory.checks.significance import LEVEL, gaussian_excess
@@ -31,6 +32,8 @@ from theory.step_sizes import PowerStep
 
 HORIZONS = (64, 256, 1024)
 ORDER = 10  # of the matrices
+STALLED = -0.125
+"""Half the rate: a slope above it does not fall at the rate."""
 
 
 def problem(name: str) -> NoisyProblem:
@@ -100,3 +103,25 @@ def slope_tolerance(p: NoisyProblem, horizons: Sequence[int] = HORIZONS) -> floa
     noise = [expected_noise(p, T**-0.5, T) for T in horizons]
     delay = [T**-0.75 * (1 - T**-0.5) / T**-0.5 for T in horizons]
     return max(abs(fitted_slope(horizons, terms) + 0.25) for terms in (noise, delay))
+
+
+def falls_check(slopes: Sequence[float], tolerance: float) -> Check:
+    """At least nine in ten seeds have a slope of ``-1/4 +- tolerance``."""
+    off = [abs(slope + 0.25) for slope in slopes]
+    return _nine_in_ten("slope -1/4", slopes, sum(x > tolerance for x in off), max(off), tolerance)
+
+
+def stalled_check(slopes: Sequence[float]) -> Check:
+    """At least nine in ten seeds have a slope above -1/8: without momentum the gap does not fall at the rate."""
+    below = sum(slope < STALLED for slope in slopes)
+    return _nine_in_ten("slope above -1/8", slopes, below, -min(slopes), -STALLED)
+
+
+def _nine_in_ten(name: str, slopes: Sequence[float], outside: int, measured: float, bound: float) -> Check:
+    """The number of seeds outside is binomial; VACUOUS with so few seeds that all of them outside could be chance."""
+    n = len(slopes)
+    limit = int(stats.binom.isf(LEVEL, n, 0.1))
+    verdict = VACUOUS if limit >= n else FAIL if outside > limit else PASS
+    detail = f"slopes {min(slopes):.4f} to {max(slopes):.4f} over {n} seeds, {outside} outside, {limit} allowed"
+    margin = 0.0 if verdict == VACUOUS else (limit - outside) / n
+    return Check(name, verdict, margin, measured, bound, detail, LEVEL)

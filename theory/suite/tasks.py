@@ -224,7 +224,7 @@ def momentum_task(name: str, averaged: bool, seeds: Sequence[int]) -> list[Recor
     checks = [check for run in groups[0] for check in audit(run)]
     checks += [momentum.noise_check(runs) for runs in zip(*groups)]
     tolerance = momentum.slope_tolerance(problem)
-    checks.append(rates.rates_check(slopes, tolerance, -0.25) if averaged else rates.stalled_check(slopes))
+    checks.append(momentum.falls_check(slopes, tolerance) if averaged else momentum.stalled_check(slopes))
     seconds, label = time.perf_counter() - started, f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
     return [Record(label, "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
 
