@@ -1,8 +1,7 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
-`GapProbe` (real_run/probe.py) measures a chain, or the `Snapshots` (real_run/snapshots.py) of any other run;
-`Decomposition` (real_run/decomposition.py) splits its average gap into three terms, and real_run/chains.py trains the
-chains.
+`GapProbe` (real_run/probe.py) measures a chain, `Decomposition` (real_run/decomposition.py) splits its average gap
+into three terms, and real_run/chains.py trains the chains.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ if __name__ == "__main__":
 import numpy as np
 
 from theory.arguments import count, positive
-from theory.real_run import balls, chains, plots
+from theory.real_run import chains, plots
+from theory.real_run.balls import NAMES
 from theory.real_run.decomposition import Decomposition, LayerGap, Probe
 from theory.real_run.probe import GapProbe
 from theory.real_run.snapshots import Snapshots
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
     out.add_argument(
-        "--ball", choices=balls.NAMES, default="rank", help="K: by atoms of a rank, capped, or Muon's spectral ball"
+        "--ball", choices=NAMES, default="rank", help="K: by atoms of a rank, capped, or Muon's spectral ball"
     )
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")

@@ -89,6 +89,11 @@ class Decomposition:
     sides: dict[str, int] = field(repr=False, default_factory=dict)
 
     @property
+    def rank(self) -> int:
+        """The rank of the ball's atoms."""
+        return self.ball.rank
+
+    @property
     def terms(self) -> dict[str, float]:
         """The three terms that sum to the average gap (its lower end)."""
         T = self.low.size

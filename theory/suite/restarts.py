@@ -40,7 +40,7 @@ def losses(projected: bool, seed: int = 0, inputs: int = INPUTS, links: int = LI
     """
     for name, value in (("inputs", inputs), ("links", links), ("runs", runs)):
         count(name, value, "the size of the instance")
-    rng = generator(seed)
+    rng = generator(seed, 3, int(projected))
     G = np.zeros((runs, inputs))
     G[:, 0] = 1.0
     out = [np.ones(runs)]

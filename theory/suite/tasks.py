@@ -214,10 +214,12 @@ def growing_batches(seeds: Sequence[int]) -> list[Record]:
     return [Record("F b ~ T rate", "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
 
 
-def momentum_task(name: str, averaged: bool, seeds: Sequence[int]) -> list[Record]:
+def momentum_task(name: str, averaged: bool, seeds: int, seed: int = 0) -> list[Record]:
     """The rate with one sample per step on the ``"trace"`` or the ``"spectral"`` ball: ``T^(-1/4)`` with momentum."""
     started, problem = time.perf_counter(), momentum.problem(name)
-    groups = [momentum.momentum_runs(problem, averaged, seed) for seed in seeds]
+    label = f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
+    draws = momentum.run_seeds(seed, seeds, label)
+    groups = [momentum.momentum_runs(problem, averaged, draw) for draw in draws]
     slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in groups]
     longest = [group[-1] for group in groups]
     average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
@@ -225,8 +227,9 @@ def momentum_task(name: str, averaged: bool, seeds: Sequence[int]) -> list[Recor
     checks += [momentum.noise_check(runs) for runs in zip(*groups)]
     tolerance = momentum.slope_tolerance(problem)
     checks.append(momentum.falls_check(slopes, tolerance) if averaged else momentum.stalled_check(slopes))
-    seconds, label = time.perf_counter() - started, f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
-    return [Record(label, "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
+    facts, last = {"seeds": draws}, longest[0]
+    seconds = time.perf_counter() - started
+    return [Record(label, "rate", last.T, average, smallest, last.scale, checks, seconds, facts)]
 
 
 def restarts_task(seed: int) -> list[Record]:
@@ -302,12 +305,12 @@ def standard(
     yield Task("batch ladder", partial(batch_task, batches, many))
     # short runs, but twice as many: at this level Student's interval is wide for few samples
     yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
+    yield Task("estimators", partial(estimators_task, seed))
     yield Task("chain at 1/L", partial(restarts_task, seed))
     for ball, averaged in (("trace", True), ("spectral", True), ("spectral", False)):
-        name = f"{ball} ball, {'momentum' if averaged else 'one sample'}"
-        yield Task(name, partial(momentum_task, ball, averaged, range(seed, seed + 2 * seeds)))
+        named = f"{ball} ball, {'momentum' if averaged else 'one sample'}"
+        yield Task(named, partial(momentum_task, ball, averaged, 2 * seeds, seed))
     yield Task("Muon's oracle", partial(muon_task, seed))
-    yield Task("estimators", partial(estimators_task, seed))
     for name, instance in INSTANCES.items():
         if name not in TIGHT:
             yield Task(name, partial(_one, name, instance.horizons[0], seed))

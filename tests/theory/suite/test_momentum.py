@@ -109,6 +109,6 @@ def test_averages_win_at_once(name):
 @pytest.mark.long
 @pytest.mark.parametrize("ball, averaged", [("trace", True), ("spectral", True), ("spectral", False)])
 def test_the_rates_of_the_suite(ball, averaged):
-    (record,) = momentum_task(ball, averaged, range(16))
+    (record,) = momentum_task(ball, averaged, 16)
     assert not failures(record.checks)
     assert record.checks[-1].verdict == PASS
