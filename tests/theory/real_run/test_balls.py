@@ -1,6 +1,7 @@
 """The balls of a real run are those of the oracles, and the probe measures any of them, on any run."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from cola import ChainOptimizer, LinkConfig, StepKnots
 from tests.theory.real_run.chains import CLOSE, MODELS, dense, mlp, mlp_batches, mlp_loss, so_far, train
+from theory import llm_gap
 from theory.oracles import CappedTraceBall, RankBall, SpectralBall
 from theory.real_run.balls import Ball
 from theory.real_run.probe import GapProbe
@@ -168,6 +170,14 @@ def trained_on():
     with torch.no_grad():
         model[0].weight.add_(1.0)
     return GapProbe(model, run, mlp_batches(), mlp_loss)
+
+
+@pytest.mark.parametrize("ball", ["capped", "spectral"])
+def test_the_command_takes_a_ball(ball, tmp_path):
+    options = ["--model", "random", "--epochs", "1", "--ball", ball, "--out", str(tmp_path)]
+    assert llm_gap.main(options) == 0
+    chain = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert chain["ball"] == ball
 
 
 BAD = {
