@@ -202,5 +202,7 @@ def table(runs: Sequence[Measured], untouched: float) -> str:
 
 
 def _interval(samples: Sequence[float]) -> str:
+    if not all(map(math.isfinite, samples)):
+        return "–"
     found = interval(samples, CONFIDENCE)
     return f"{found.mean:.3f}" + (f" ± {found.half:.3f}" if len(samples) > 1 else "")

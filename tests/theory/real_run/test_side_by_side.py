@@ -150,3 +150,11 @@ def test_the_table_pairs_seeds_and_shows_one_row_per_kind():
     drop = np.mean([run.drop for run in runs[2:]])
     assert f"{drop:.3f}" in account.splitlines()[3]
     assert "95% intervals over 2 seeds" in note
+
+
+def test_a_sketch_that_misses_directions_has_no_value_on_the_spectral_ball():
+    run = run_links(made(), OneVertex("v", 1.0, vertices(Ball("rank", 1))), 0.02, Budget(1, 4, sketch=4), 0)
+    assert np.isnan(run.spectral_alignment).all()
+    assert np.isfinite(run.alignment).all()
+    assert run.as_dict()["spectral_alignment"] == [None]
+    assert table([run], 1.0).splitlines()[2].split()[-1] == "–"
