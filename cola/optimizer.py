@@ -494,7 +494,8 @@ class ChainOptimizer(Resumable):
     def _leave(self) -> None:
         """Release the model, after the live link has been tied or dropped."""
         self._numbers = counted(self.live.model, self._all_in_groups())
-        spent = {id(p) for p in self.live.factors_by_name().values()}
+        rows = (layer.trained_rows for layer in self.live.rows.values())
+        spent = {id(p) for p in (*self.live.factors_by_name().values(), *rows)}
         self._losses.remove()
         self._base_model.close()
         self.live.detach(spent=True)

@@ -26,18 +26,25 @@ FLOORS = [
         "cola.lora.linked_weight",
         "cola.lora.layer",
         "cola.lora.reading",
+        "cola.lora.token_rows",
         "cola.lora.parameter",
         "cola.lora.conv1d",
         "cola.lora.selected",
     ],
     ["cola.lora.quantized_codes", "cola.lora.stacked", "cola.lora.quantized", "cola.lora.kinds", "cola.lora.peft"],
-    ["cola.lora.names", "cola.lora.defaults", "cola.lora.targets", "cola.lora.link"],
+    ["cola.lora.names", "cola.lora.defaults", "cola.lora.targets", "cola.lora.row_targets", "cola.lora.link"],
     ["cola.lora.trainable", "cola.lora.unsaved", "cola.lora.start", "cola.lora.live"],
     ["cola.lora.coverage", "cola.lora.integrity", "cola.lora.untrained"],
     ["cola.chain.architecture", "cola.chain.fingerprint", "cola.chain.replay", "cola.chain.spectrum"],
     ["cola.chain.plot", "cola.chain.summary"],
-    ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk"],
-    ["cola.chain.peft_targets", "cola.chain.peft_export", "cola.chain.peft_import", "cola.chain.chain"],
+    ["cola.chain.files", "cola.chain.packing", "cola.chain.tensorfile", "cola.chain.on_disk", "cola.chain.peft_tokens"],
+    [
+        "cola.chain.peft_forms",
+        "cola.chain.peft_targets",
+        "cola.chain.peft_export",
+        "cola.chain.peft_import",
+        "cola.chain.chain",
+    ],
     [
         "cola.wrapper.frameworks",
         "cola.wrapper.real_steps",
@@ -119,10 +126,12 @@ def test_theory_imports_downward(name, path):
 
 
 #: what joins theory to cola, lowest first
+PARTS = ["balls", "sketch", "snapshots", "decomposition", "probe", "chains", "plots", "kinds", "side_by_side"]
 LLM = [
     "theory.real_run",
-    *(f"theory.real_run.{part}" for part in ("sketch", "decomposition", "probe", "chains", "plots")),
+    *(f"theory.real_run.{part}" for part in PARTS),
     "theory.llm_gap",
+    "theory.links",
 ]
 
 
@@ -136,7 +145,7 @@ def test_the_gap_of_a_real_run_imports_downward(name):
 
 
 def test_what_joins_theory_to_cola_is_listed():
-    assert set(LLM) == {name for name, _ in modules("theory") if name.startswith(("theory.real_run", "theory.llm"))}
+    assert set(LLM) == {name for name, _ in modules("theory") if name.startswith(("theory.real_run", "theory.l"))}
 
 
 @pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("experiments")])

@@ -8,7 +8,7 @@ per core (on a processor with SHA instructions).
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.chain.architecture import Architecture
-from cola.common.distributed import is_sharded, shared_out
+from cola.common.distributed import is_sharded, shared_out, whole
 
 _PIECE = 1 << 25  # bytes fetched from a device at a time
 _SMALL = 1 << 20  # bytes up to which threads cost more than they save
@@ -32,9 +32,10 @@ class LayerPrint:
         dtype: e.g. ``"bfloat16"``.
         transposed: whether it is stored in×out (transformers' Conv1D).
         digest: of its bytes; None if they could not be read (a tensor on the meta device).
-        form: how the layer uses it: ``"linear"``, ``"embedding"``, ``"convolution"`` (``"grouped convolution"`` if it
-            has groups, dilation or padding other than zeros), ``"attention"`` (of nn.MultiheadAttention), or
-            ``"parameter"``, whose path is the weight's own name.
+        form: how the layer uses it: ``"linear"``, ``"embedding"``, ``"table"`` (an embedding with a forward of its own,
+            as of positions), ``"convolution"`` (``"grouped convolution"`` if it
+            has groups, dilation or padding other than zeros), ``"attention output"`` (of nn.MultiheadAttention), or, if
+            the path is the weight's own name, ``"attention input"`` or ``"parameter"``.
     """
 
     shape: tuple[int, ...]
@@ -46,11 +47,23 @@ class LayerPrint:
 
 @dataclass(frozen=True)
 class TensorPrint:
-    """The print of any other parameter, or a persistent buffer; the digest is also None if it is not known."""
+    """The print of any other parameter, or a persistent buffer; the digest is also None if it is not known.
+
+    Attributes:
+        shape, dtype, digest: as in `LayerPrint`.
+        without: rows that the digest takes as zeros, because a chain brings its own (``trainable_token_indices``). New
+            tokens' rows are drawn anew whenever the embedding is resized.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     digest: str | None
+    without: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; older chains do not have ``without``."""
+        found = {"shape": self.shape, "dtype": self.dtype, "digest": self.digest}
+        return {**found, "without": list(self.without)} if self.without else found
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class Fingerprint:
     def digest(self) -> str:
         """Sixteen hexadecimal digits for the whole."""
         parts = [f"{path} {_about(layer)}" for path, layer in sorted(self.layers.items())]
-        parts += [f"{name} {asdict(other)}" for name, other in sorted((self.others or {}).items())]
+        parts += [f"{name} {other.to_json()}" for name, other in sorted((self.others or {}).items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
@@ -114,7 +127,8 @@ class Fingerprint:
                 how = f"{title} is {dtype}, in the chain's base it is {mine.dtype}: load it as that"
                 yield Difference(name, False, how)
         known = {name: tensor for name, tensor in both.items() if prints[name].digest is not None}
-        for name, digest in digests(known).items():
+        without = {name: one.without for name, one in prints.items() if isinstance(one, TensorPrint) and one.without}
+        for name, digest in digests(known, without).items():
             if digest is None:
                 yield Difference(name, False, f"{name!r} has no values to compare (it is on the meta device): load it")
             elif digest != prints[name].digest:
@@ -123,7 +137,7 @@ class Fingerprint:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        others = None if self.others is None else {name: asdict(other) for name, other in self.others.items()}
+        others = None if self.others is None else {name: other.to_json() for name, other in self.others.items()}
         layers = {path: _about(layer) for path, layer in self.layers.items()}
         found = {"name": self.name, "layers": layers, "others": others}
         return found if self.architecture is None else {**found, "architecture": self.architecture.to_json()}
@@ -173,15 +187,17 @@ class Digests:
     def __init__(self) -> None:
         self._known: dict[str, tuple[weakref.ref[Tensor], tuple[Any, ...], str | None]] = {}
 
-    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
-        """As `digests`."""
+    def of(
+        self, tensors: Mapping[str, Tensor], without: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, str | None]:
+        """As `digests`; a tensor is always asked about without the same rows."""
         found = {}
         for name, tensor in tensors.items():
             known = self._known.get(name)
             if known is not None and known[0]() is tensor and known[1] == _version(tensor) is not None:
                 found[name] = known[2]
         fresh = {name: tensor for name, tensor in tensors.items() if name not in found}
-        for name, digest in digests(fresh).items():
+        for name, digest in digests(fresh, without).items():
             found[name], version = digest, _version(fresh[name])
             if version is not None:
                 self._known[name] = weakref.ref(fresh[name]), version, digest
@@ -191,10 +207,23 @@ class Digests:
         return Digests, ()
 
 
-def prints_of(tensors: Mapping[str, Tensor], found: Mapping[str, str | None] | None = None) -> dict[str, TensorPrint]:
-    """Prints of tensors, by name. ``found`` holds the digests if they are known; a missing one becomes None."""
-    found = digests(tensors) if found is None else found
-    return {name: TensorPrint(tuple(t.shape), dtype_name(t), found.get(name)) for name, t in tensors.items()}
+def prints_of(
+    tensors: Mapping[str, Tensor],
+    found: Mapping[str, str | None] | None = None,
+    without: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, TensorPrint]:
+    """Prints of tensors, by name.
+
+    Args:
+        tensors: by name.
+        found: the digests if they are known; a missing one becomes None.
+        without: as in `digests`.
+    """
+    found, rows = digests(tensors, without) if found is None else found, without or {}
+    return {
+        name: TensorPrint(tuple(t.shape), dtype_name(t), found.get(name), tuple(rows.get(name, ())))
+        for name, t in tensors.items()
+    }
 
 
 def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
@@ -209,7 +238,10 @@ def prints_from_json(value: Mapping[str, Any]) -> dict[str, TensorPrint]:
         sizes = isinstance(shape, (list, tuple)) and all(type(size) is int for size in shape)
         if not sizes or not isinstance(dtype, str) or not isinstance(digest, (str, type(None))):
             raise TypeError(f"{name!r:.80}: {one!r:.80}")
-        found[name] = TensorPrint(tuple(shape), dtype, digest)
+        without = one.get("without", ())
+        if not isinstance(without, (list, tuple)) or not all(type(row) is int and row >= 0 for row in without):
+            raise TypeError(f"{name!r:.80}: without={without!r:.80}")
+        found[name] = TensorPrint(tuple(shape), dtype, digest, tuple(without))
     return found
 
 
@@ -223,7 +255,7 @@ def _about(layer: LayerPrint) -> dict[str, Any]:
 
 def weight_of(path: str, form: str = "linear") -> str:
     """Name of the weight of the layer at ``path``, whose print has this form."""
-    if form == "parameter":
+    if form in ("parameter", "attention input"):
         return path
     return f"{path}.weight" if path else "weight"
 
@@ -233,12 +265,24 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
+def digests(tensors: Mapping[str, Tensor], without: Mapping[str, Sequence[int]] | None = None) -> dict[str, str | None]:
     """SHA-256 of each tensor's bytes, in hexadecimal digits; None for one on the meta device.
 
     A tensor under several names is read once. Sharded tensors are gathered one at a time and hashed by the processes in
     turn, so all processes must call together.
+
+    Args:
+        tensors: by name.
+        without: rows that count as zeros, by name of a tensor; of these tensors copies are made.
     """
+    copies: dict[tuple[int, ...], Tensor] = {}
+    for name, rows in (without or {}).items():
+        tensor = tensors.get(name)
+        if tensor is not None and not tensor.is_meta and tensor.dim() and max(rows) < len(tensor):
+            place = (id(tensor), *rows)
+            if place not in copies:
+                copies[place] = whole(tensor.detach()).index_fill(0, torch.tensor(rows, device=tensor.device), 0)
+            tensors = {**tensors, name: copies[place]}
     unique = {id(tensor): tensor for tensor in tensors.values() if not tensor.is_meta}
     here = {i: tensor for i, tensor in unique.items() if not is_sharded(tensor)}
     shards = {i: tensor for i, tensor in unique.items() if is_sharded(tensor)}

@@ -38,7 +38,7 @@ from cola.common.contexts import unaffected
 from cola.common.distributed import writes
 from cola.common.version import FORMAT, __version__
 from cola.knot.tie import RECORDED
-from cola.lora.link import Factor, KnotReport, LayerReport, Link, are_factors
+from cola.lora.link import Factor, KnotReport, LayerReport, Link, Rows, are_factors, are_rows
 from cola.lora.names import require_plain_name
 
 T = TypeVar("T")
@@ -293,13 +293,22 @@ def link_to_parts(link: Link) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for path, value in link.trained.items():
         require_plain_name(path)
         tensors[f"trained:{path}"] = value
+    for name, rows in link.rows.items():
+        require_plain_name(name)
+        tensors[f"rows:{name}"], tensors[f"indices:{name}"] = rows.values, rows.indices
     return tensors, {
         "index": link.index,
         "seed": link.seed,
-        "layers": {path: {"scaling": f.scaling, "rounding": f.rounding} for path, f in link.factors.items()},
+        "layers": {path: _about(factor) for path, factor in link.factors.items()},
         "trained": list(link.trained),
+        **({"rows": list(link.rows)} if link.rows else {}),
         "report": pack(asdict(link.report), "report", {}),
     }
+
+
+def _about(factor: Factor) -> dict[str, Any]:
+    about: dict[str, Any] = {"scaling": factor.scaling, "rounding": factor.rounding}
+    return about if factor.form == "linear" else {**about, "form": factor.form}
 
 
 def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Link:
@@ -319,18 +328,29 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
         start = (tensors[f"A0:{path}"], tensors[f"B0:{path}"]) if f"A0:{path}" in tensors else None
         if start is not None and (start[0].shape != A.shape or start[1].shape != B.shape):
             raise ValueError(f"the start of layer {path!r} does not fit its factors")
-        factors[path] = Factor(A, B, float(scaling), rounding, start)  # an integer could be larger than torch takes
+        form = about.get("form", "linear")
+        if not isinstance(form, str):
+            raise ValueError(f"layer {path!r} has the form {form!r:.40}")
+        factors[path] = Factor(
+            A, B, float(scaling), rounding, start, form
+        )  # an integer could be larger than torch takes
     trained = {}
     for path in content["trained"]:
         require_plain_name(path)
         trained[path] = tensors[f"trained:{path}"]
+    rows = {}
+    for name in content.get("rows", ()):
+        require_plain_name(name)
+        rows[name] = Rows(tensors[f"indices:{name}"], tensors[f"rows:{name}"])
+        if not are_rows(rows[name].indices, rows[name].values):
+            raise ValueError(f"the rows of {name!r} do not fit their indices")
     starts = sum(factor.start is not None for factor in factors.values())
-    if len(tensors) != 2 * (len(factors) + starts) + len(trained):
+    if len(tensors) != 2 * (len(factors) + starts + len(rows)) + len(trained):
         raise ValueError("it holds tensors that belong to no layer")
     index, seed = content["index"], content["seed"]
     if type(index) is not int or type(seed) is not int or index < 0:
         raise ValueError(f"index {index!r:.40} and seed {seed!r:.40} are not integers")
-    return Link(index, seed, factors, trained, _report(unpack(content["report"], {})))
+    return Link(index, seed, factors, trained, _report(unpack(content["report"], {})), rows)
 
 
 def _report(values: dict[str, Any]) -> KnotReport:
@@ -369,4 +389,5 @@ def _is_there(directory: Path, item: Entry) -> bool:
 def _versions(link: Link) -> tuple[int, ...]:
     """Torch's counts of in-place changes of the link's tensors."""
     tensors = (t for factor in link.factors.values() for t in (factor.A, factor.B, *(factor.start or ())))
-    return tuple(t._version for t in (*tensors, *link.trained.values()))
+    rows = (t for own in link.rows.values() for t in (own.indices, own.values))
+    return tuple(t._version for t in (*tensors, *link.trained.values(), *rows))

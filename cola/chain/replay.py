@@ -18,7 +18,7 @@ from cola.knot.tie import Tie, key, residual_like
 from cola.lora import quantized, stacked
 from cola.lora.kinds import is_quantized, known_kind, refusal
 from cola.lora.layer import AdaptedLayer
-from cola.lora.link import Factor, Link, combined
+from cola.lora.link import Factor, Link, Rows, combined
 from cola.lora.names import (
     base_modules,
     base_tensors,
@@ -31,6 +31,7 @@ from cola.lora.names import (
     unwrap,
     weight_name,
 )
+from cola.lora.token_rows import TokenRows, put_rows
 
 logger = logging.getLogger("cola")
 
@@ -70,7 +71,8 @@ def take_fingerprint(
             parts.update(_in_model(path, quantized.parts(module)))
     others = values if whole else {name: tensor for name, tensor in parts.items() if name not in weights}
     fresh = {name: tensor for name, tensor in {**others, **weights}.items() if name not in known}
-    prints = {**prints_of(fresh, (cache or Digests()).of(fresh)), **known}
+    without = _rows_in_training(fresh, modules)
+    prints = {**prints_of(fresh, (cache or Digests()).of(fresh, without), without), **known}
     layer_prints = {}
     for path, module in adapted.items():
         one, kind = prints[names[path]], known_kind(module)
@@ -145,6 +147,8 @@ def check(
             stored = next((values[name] for name in (path, *shared) if name in values), None)
             if stored is None or stored.shape != value.shape:
                 raise ValueError(f"the chain trained {path!r} {tuple(value.shape)}, which this model does not have")
+        for name, rows in link.rows.items():
+            _require_rows(name, rows, link, together.get(name, ()), values)
     for path in paths(links) if base is None else ():
         triples = [triple for link in links if path in link.factors for triple in link.factors[path].triples()]
         layer = _layer(modules, path)
@@ -195,6 +199,8 @@ def tie_links(
         ties.append({path: _tie_factor(_layer(modules, path), path, link, residuals, device) for path in floats})
         for path, value in link.trained.items():
             copy_whole(values[path], value)
+        for name, rows in link.rows.items():
+            put_rows(values[name], rows.indices, rows.values)
     for path in codes:
         module, both = modules[path], [(ours, link.factors.get(path)) for ours, link in zip(ties, links)]
         for way in quantized.QUANTIZED:  # requantise once for all links; a link uses one way only
@@ -218,7 +224,7 @@ def untie(model: nn.Module, links: Sequence[Link], base: Base, also: Iterable[st
         if is_quantized(layer):
             quantized.untie(layer, _parts(layer, path, base))
             untouched.pop(names[path])
-    changed = (path for link in links for path in link.trained)
+    changed = (path for link in links for path in (*link.trained, *link.rows))
     for name in dict.fromkeys((*names.values(), *changed, *also)):
         if name in untouched:  # `check` made sure that one of its names is there
             copy_whole(values[name], untouched[name])
@@ -293,6 +299,31 @@ def _layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
     layer = layer_at(modules, path)
     assert layer is not None
     return layer
+
+
+def _rows_in_training(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, list[int]]:
+    """The rows that a live chain trains, by the names of their weights."""
+    rows = {id(m.plain_weight): m.row_indices.tolist() for m in modules.values() if isinstance(m, TokenRows)}
+    return {name: rows[id(tensor)] for name, tensor in tensors.items() if id(tensor) in rows}
+
+
+def _require_rows(name: str, rows: Rows, link: Link, shared: Iterable[str], values: Mapping[str, Tensor]) -> None:
+    """Refuse rows that the weight does not have, or that were trained apart for a weight that is shared here."""
+    weight = next((values[other] for other in (name, *shared) if other in values), None)
+    last, width = int(rows.indices[-1]), rows.values.shape[1]
+    if weight is None or weight.dim() != 2 or last >= len(weight) or width != weight.shape[1]:
+        has = "does not have" if weight is None else f"has as {tuple(weight.shape)}"
+        raise ValueError(
+            f"the chain trained row {last} of {name!r}, {width} wide, which this model {has}: add the new tokens to "
+            "it first (resize_token_embeddings)"
+        )
+    for other in shared:
+        theirs = link.rows.get(other, rows)
+        if not (torch.equal(theirs.indices, rows.indices) and torch.equal(theirs.values, rows.values)):
+            raise ValueError(
+                f"the chain trained rows of {name!r} apart from those of {other!r}, and in this model they are one "
+                "tensor (tied weights): untie them first"
+            )
 
 
 def _require_trained_together(path: str, shared: Iterable[str], link: Link) -> None:

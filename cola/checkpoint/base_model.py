@@ -7,7 +7,6 @@ made, and again if a state dict is loaded into them before training begins.
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ class BaseModel:
 
     def to_json(self) -> dict[str, Any]:
         """`prints` as JSON values."""
-        return {name: asdict(one) for name, one in self.prints.items()}
+        return {name: one.to_json() for name, one in self.prints.items()}
 
     @property
     def handles(self) -> list[RemovableHandle]:

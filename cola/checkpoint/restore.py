@@ -196,6 +196,7 @@ def replay_links(live: LiveLink, links: Sequence[Link]) -> None:
     """Tie the chain's first links into the untouched weights."""
     live.take_links(())
     replay.tie_links(live.model, links, live.residuals, live.config.residual_device, live.originals)
+    live.take_rows(links)
 
 
 def load_exactly(base: Optimizer, state: dict[str, Any]) -> None:

@@ -366,14 +366,16 @@ class Resumable(LinkGroups):
     def _whole_state(self) -> RunState:
         """The run, with everything that a new process needs in addition to the untouched base model."""
         state, ledger, link = self._state(), self.chain._ledger(), self.live.snapshot()
+        rows = self.live.row_names()
         return replace(
             state,
             chain=ledger if ledger.base is not None else replace(ledger, base=self._base_model.fingerprint()),
             loss=None if self._loss is None else float(self._loss),
             A={path: factor.A for path, factor in link.items()},
             B={path: factor.B for path, factor in link.items()},
-            layers={path: (factor.scaling, factor.rounding) for path, factor in link.items()},
+            layers={path: (factor.scaling, factor.rounding, factor.form) for path, factor in link.items()},
             shared=self.live.trainable.aliases(),
+            rows={n: (f"{p}.{l.entries[0]}".lstrip("."), l.row_indices.tolist()) for n, (p, l) in rows.items()},
             trained=self.live.trained(),
             buffers=self._base_model.moved(),
             others={str(i): p for i, p in enumerate(restore.others(self.base, self.live))},

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +20,7 @@ from cola.chain.packing import pack, unpack
 from cola.common.arguments import is_finite
 from cola.common.version import FORMAT
 from cola.knot.tie import RECORDED
-from cola.lora.link import Link
+from cola.lora.link import Link, are_rows
 from cola.lora.live import LiveLink
 from cola.wrapper.link_groups import GROUP_KEY
 
@@ -168,8 +169,9 @@ class RunState:
         loss: of the last step.
         extras: state dicts of the objects in `ChainOptimizer.register_for_checkpointing`, by name.
         A, B: factors of the live link, by layer.
-        layers: scale of the live link and rounding of its tie, by layer; empty without A and B.
+        layers: scale of the live link, rounding of its tie and form, by layer; empty without A and B.
         shared: further paths of the parameters in ``trained``, with the path that they have there.
+        rows: names of weights with trained rows, with the path that these have in ``trained``, and their indices.
         start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
         start_lost: the norm that rounding lost then.
         trained: parameters that are trained alongside the factors, by path.
@@ -186,8 +188,9 @@ class RunState:
     extras: Mapping[str, Any] = field(default_factory=dict)
     A: Mapping[str, Tensor] = field(default_factory=dict)
     B: Mapping[str, Tensor] = field(default_factory=dict)
-    layers: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, list[int]]] = field(default_factory=dict)
     start_A: Mapping[str, Tensor] = field(default_factory=dict)
     start_B: Mapping[str, Tensor] = field(default_factory=dict)
     start_lost: Mapping[str, Tensor] = field(default_factory=dict)
@@ -205,6 +208,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and named tensors for all but the optimizer and the chain, which each form stores in its own way."""
     tensors = {f"{kind}:{name}": t for kind in _TENSORS for name, t in getattr(state, kind).items()}
     live = {"layers": dict(state.layers), "shared": dict(state.shared)}
+    live.update({"rows": dict(state.rows)} if state.rows else {})
     return {
         "loss": pack(state.loss, "loss", {}),
         "live": pack(live, "live", {}),
@@ -239,14 +243,19 @@ def decode(
         raise ValueError("what rounding lost when a link began is no number")
     live = unpack(content["live"], {})
     layers, shared = live["layers"], live["shared"]
+    layers = {path: (*layer, "linear")[:3] for path, layer in layers.items()}  # older states have no forms
     if layers.keys() != named["A"].keys() or not all(
-        isinstance(layer, tuple) and len(layer) == 2 and is_finite(layer[0]) and layer[1] in RECORDED
+        len(layer) == 3 and is_finite(layer[0]) and layer[1] in RECORDED and isinstance(layer[2], str)
         for layer in layers.values()
     ):
-        raise ValueError(f"the scales and roundings of its live link are {layers!r:.80}")
+        raise ValueError(f"the scales, roundings and forms of its live link are {layers!r:.80}")
     if not all(isinstance(path, str) and first in named["trained"] for path, first in shared.items()):
         raise ValueError(f"its shared parameters are {shared!r:.80}")
-    return RunState(counters, optimizer, chain, loss, extras, layers=layers, shared=shared, **named)
+    rows = live.get("rows", {})
+    for name, (path, indices) in rows.items():
+        if not isinstance(name, str) or not are_rows(torch.tensor(indices), named["trained"][path]):
+            raise ValueError(f"its trained rows are {rows!r:.80}")
+    return RunState(counters, optimizer, chain, loss, extras, layers=layers, shared=shared, rows=rows, **named)
 
 
 _ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")

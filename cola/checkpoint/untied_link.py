@@ -10,7 +10,7 @@ from cola.chain.chain import Chain
 from cola.chain.on_disk import CHECKPOINT
 from cola.checkpoint.directory import read_run
 from cola.checkpoint.state import RunState
-from cola.lora.link import Factor, KnotReport, LayerReport, Link
+from cola.lora.link import Factor, KnotReport, LayerReport, Link, Rows
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def read_untied_link(directory: Path, chain: Chain) -> UntiedLink | None:
 
 def _link(state: RunState) -> Link:
     factors = {}
-    for path, (scaling, rounding) in state.layers.items():
+    for path, (scaling, rounding, form) in state.layers.items():
         start = (state.start_A[path], state.start_B[path]) if path in state.start_A else None
-        factors[path] = Factor(state.A[path], state.B[path], scaling, rounding, start)
+        factors[path] = Factor(state.A[path], state.B[path], scaling, rounding, start, form)
     shared = {path: state.trained[first] for path, first in state.shared.items()}
     layers = {path: LayerReport(factor.norm(), math.nan, factor.rounding) for path, factor in factors.items()}
     counters = state.counters
@@ -78,8 +78,10 @@ def _link(state: RunState) -> Link:
         seconds=0.0,
         layers=layers,
     )
-    trained = {**state.trained, **shared, **state.buffers}
-    return Link(counters.index, counters.arguments["seed"], factors, trained, report)
+    rows = {n: Rows(torch.tensor(indices), state.trained[path]) for n, (path, indices) in state.rows.items()}
+    plain = {path: value for path, value in state.trained.items() if path not in {p for p, _ in state.rows.values()}}
+    trained = {**plain, **shared, **state.buffers}
+    return Link(counters.index, counters.arguments["seed"], factors, trained, report, rows)
 
 
 def _changes(link: Link, state: RunState) -> bool:

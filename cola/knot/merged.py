@@ -96,7 +96,9 @@ class Before:
         self.mode: str | None = None  # of a base with modes, once it has left it
         self.checks = opt._loaded, opt._given_back
         carriers = [layer for layer in live.layers.values() if isinstance(layer, PeftLayer)]
+        rows: list[nn.Module] = [*live.rows.values()]
         holders = {id(m): m for layer in live.layers.values() for m in (layer.holder, layer.held[0], *layer.borrowers)}
+        holders.update((id(m), m) for layer in live.rows.values() for m in (layer, *layer.borrowers))
         self.peft = bool(carriers)
         handles = [opt._losses.handle, *opt._base_model.handles, *(layer.hook for layer in carriers)]
         self.handles: list[RemovableHandle] = handles
@@ -113,7 +115,7 @@ class Before:
         self.starts = dict(live.starts.of), dict(live.starts._untouched)
         self.residuals, self.originals = live.residuals, {path: replace(o) for path, o in live.originals.items()}
         dense = [m for l in live.layers.values() if not l.kind.quantized for m in {l.holder, l.held[0]}]
-        changed: list[Tensor] = [p for module in dense for p in module._parameters.values() if p is not None]
+        changed: list[Tensor] = [p for m in (*dense, *rows) for p in m._parameters.values() if p is not None]
         changed += [*(layer.lora_B for layer in carriers), *trained]
         codes = {id(layer.holder) for layer in live.layers.values() if layer.kind.quantized}
         buffers = [b for m in model.modules() if id(m) not in codes for b in m._buffers.values() if b is not None]

@@ -87,6 +87,7 @@ class Knot:
         self.rank = self.live.rank
         self.factors = {path: factor.cpu() for path, factor in self.link.items()} if keep else {}
         self.trained = {**self.live.trainable.values(), **base_model.moved()} if keep else {}
+        self.rows = self.live.trained_rows() if keep else {}
         self.base = self.chain.base
         if self.base is None and self.index == 0 and keep:
             self.base = base_model.fingerprint()
@@ -110,7 +111,7 @@ class Knot:
             layers={path: self.live.report(path, tie) for path, tie in ties.items()},
         )
         self.chain.base = self.base
-        self.chain._append(Link(self.index, self.live.seed, self.factors, self.trained, report))
+        self.chain._append(Link(self.index, self.live.seed, self.factors, self.trained, report, self.rows))
         return report
 
     def extend(self) -> None:

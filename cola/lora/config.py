@@ -76,6 +76,9 @@ class LinkConfig:
         target_parameters: names of parameters to adapt by themselves, whole or their ends: the stacked weights of fused
             experts (``"experts.gate_up_proj"``), or matrices that a module multiplies itself. The last dimension counts
             as the input, unless the module says ``is_transposed``.
+        trainable_token_indices: rows to train whole while the rest of the weight stays frozen, as for new tokens: token
+            ids of the model's input embedding, or a dict of names of embeddings or output heads -> ids. Layers that
+            share the weight have the same rows.
 
     Names and meanings are PEFT's.
 
@@ -105,6 +108,7 @@ class LinkConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     task_type: str | None = None
     target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         choice("bias", self.bias, ("none", "lora_only"))
@@ -172,7 +176,7 @@ class LinkConfig:
 
     def _describe(self) -> dict[str, Any]:
         """The arguments as JSON values, for a checkpoint to compare; functions are all described as ``"callable"``."""
-        known, targets = self.known_ranks(), self.target_modules
+        known, targets, rows = self.known_ranks(), self.target_modules, self.trainable_token_indices
         return {
             "r": "callable" if known is None else list(known),
             "lora_alpha": float(self.lora_alpha),
@@ -184,6 +188,7 @@ class LinkConfig:
             "train": self.train,
             "scaling": self.scaling,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            **({} if rows is None else {"trainable_token_indices": _plain(rows)}),
         }
 
     def _dtype_for(self, weight: Tensor) -> torch.dtype:
@@ -269,6 +274,11 @@ def _rank(rank: Any) -> int:
     if number is None or number <= 0:
         raise ValueError(f"r={rank!r} must be a positive integer")
     return number
+
+
+def _plain(rows: Sequence[int] | Mapping[str, Sequence[int]]) -> Any:
+    """Token ids in order, as JSON values."""
+    return {name: _plain(own) for name, own in rows.items()} if isinstance(rows, Mapping) else sorted(map(int, rows))
 
 
 def _number(value: Any) -> bool:

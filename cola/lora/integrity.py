@@ -18,6 +18,7 @@ from cola.lora.live import LiveLink
 from cola.lora.names import layer_at, modules_by_name, unwrap
 from cola.lora.parameter import ReadsParameters
 from cola.lora.peft import PeftLayer
+from cola.lora.token_rows import TokenRows
 
 logger = logging.getLogger("cola")
 
@@ -31,6 +32,15 @@ def require_intact(live: LiveLink) -> None:
         reason = _absence(path, live, inside, modules) or _change(path, live)
         if reason is not None:
             raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
+    for path, rows in live.rows.items():
+        weight = rows._parameters.get("weight")
+        if modules.get(path) is not rows or not isinstance(rows, TokenRows):
+            reason = "has been replaced (resize_token_embeddings?), and its trained rows with it: put it back"
+        elif weight is None or any(other._parameters.get("weight") is not weight for other in rows.borrowers):
+            reason = "no longer shares its weight with the layers that shared it: tie them again"
+        else:
+            continue
+        raise KnotError(f"layer {path!r} {reason}. Nothing has been changed")
 
 
 def require_removable(live: LiveLink) -> None:

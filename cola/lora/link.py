@@ -127,6 +127,13 @@ def are_factors(A: Tensor, B: Tensor) -> bool:
     return fits and {A.dtype, B.dtype} <= set(TIEABLE)
 
 
+def are_rows(indices: Tensor, values: Tensor) -> bool:
+    """Whether these are `Rows`."""
+    fits = indices.dtype == torch.int64 and indices.dim() == 1 and len(indices) > 0 and values.dim() == 2
+    fits = fits and len(values) == len(indices) and values.dtype in TIEABLE
+    return bool(fits and indices[0] >= 0 and (indices.diff() > 0).all())
+
+
 def used_rank(A: Tensor, B: Tensor) -> int:
     """Rank of a link without its zero padding: the last row of A or column of B that is not zero, counted from 1."""
     used = (_ranks_used(A.mT) | _ranks_used(B)).nonzero()
@@ -146,6 +153,7 @@ class Factor:
         A: r×in, B: out×r, as they were trained; E×r×in and E×out×r where one weight holds E matrices (fused experts).
         scaling: s.
         rounding: how the tie was rounded; on a quantised layer ``"stack"`` or ``"requantize"``.
+        form: how the layer uses its weight, as in `LayerPrint`.
         start: (A₀, B₀) of a link that did not start at zero; ``s·B₀ A₀`` was subtracted from the weight at its start.
 
     The link adds ``ΔW = s·B A`` to the weight, or ``s·(B A − B₀ A₀)`` if it has a ``start``.
@@ -156,6 +164,7 @@ class Factor:
     scaling: float
     rounding: str
     start: Pair | None = None
+    form: str = "linear"
 
     def __repr__(self) -> str:
         sizes = "×".join(map(str, self.shape))
@@ -203,6 +212,22 @@ def combined(ties: Sequence[Tie], factor: Factor) -> Tie:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a weight that were trained whole.
+
+    Attributes:
+        indices: k of them, int64, increasing.
+        values: k×n, as trained; the weight's dtype may be narrower.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self.indices)} of {self.values.shape[-1]})"
+
+
+@dataclass(frozen=True, eq=False)
 class Link:
     """One tied link.
 
@@ -214,6 +239,8 @@ class Link:
             (biases, ``modules_to_save``), a shared one under each of its paths, and the persistent buffers that differ
             from the base model's (running statistics).
         report: the knot's report.
+        rows: values at the knot of the rows that ``trainable_token_indices`` trains, by the weight's name; those of a
+            shared weight under each of its names.
     """
 
     index: int
@@ -221,6 +248,7 @@ class Link:
     factors: Mapping[str, Factor]
     trained: Mapping[str, Tensor]
     report: KnotReport
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         count = len(self.report.layers)

@@ -8,7 +8,7 @@ which is right and costs the memory of a weight.
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,13 +46,28 @@ class LinkedWeight(Tensor):
     title: str
     matrices: dict[bool, tuple["LinkedWeight", ...]]
 
+    #: what happens where a function has no rule, and where not even the sum can be given, as the ends of messages
+    formed: ClassVar[str] = (
+        "a link cannot follow: W + sBA is formed there at every call, which takes the memory of another weight (and "
+        "drops no inputs)"
+    )
+    refused: ClassVar[str] = "its link could not follow: leave the layer out of target_modules (exclude_modules)"
+
+    @classmethod
+    def rule(cls, func: Any) -> Callable[..., Any] | None:
+        """What computes ``func`` without the sum; None if nothing does."""
+        return RULES.get(func) or (_grouped if "grouped_mm" in str(func) else None)
+
+    def summed(self) -> Tensor:
+        """``W + s·L R``, formed."""
+        delta = (self.left @ self.right).reshape(self.plain.shape)
+        return torch.add(self.plain, delta.to(self.plain.dtype), alpha=self.scaling)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Apply the rule for ``func``, or give it the sum."""
         kwargs = kwargs or {}
-        rule, name = RULES.get(func), getattr(func, "__name__", "")
-        if rule is None and "grouped_mm" in str(func):
-            rule = _grouped
+        rule, name = cls.rule(func), getattr(func, "__name__", "")
         found = NotImplemented if rule is None else rule(*args, **kwargs)
         if found is not NotImplemented:
             return found
@@ -70,7 +85,7 @@ class LinkedWeight(Tensor):
         else:
             weights = []
         if func is not F.multi_head_attention_forward and name not in _READS:
-            _tell(next((w.title for w in weights or _all(args, kwargs)), ""), name or str(func))
+            _tell(next((w.title for w in weights or _all(args, kwargs)), ""), name or str(func), cls.formed)
         return func(*(_sums(a) for a in args), **{k: _sums(v) for k, v in kwargs.items()})
 
     @classmethod
@@ -78,8 +93,8 @@ class LinkedWeight(Tensor):
         """Refuse code that goes past `__torch_function__`, where a link would have no effect."""
         name = next((w.title for w in _all(args, kwargs or {})), "a weight")
         raise RuntimeError(
-            f"{name} is read by a custom function ({func}), which its link could not follow: leave the layer out of "
-            "target_modules (exclude_modules), or choose the model's plain implementation"
+            f"{name} is read by a custom function ({func}), which {cls.refused}, or choose the model's plain "
+            "implementation"
         )
 
 
@@ -88,15 +103,16 @@ def linked(
 ) -> LinkedWeight:
     """``plain`` with a link on it; see `LinkedWeight`."""
     trained = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad) and not transformed()
-    weight: Any = _Joined.apply(plain, left, right, scaling) if trained else _wrapper(plain)
+    weight: Any = _Joined.apply(plain, left, right, scaling) if trained else wrapper(LinkedWeight, plain)
     weight.plain, weight.left, weight.right = plain, left, right
     weight.scaling, weight.dropout, weight.title, weight.matrices = scaling, dropout, title, {}
     return weight
 
 
-def _wrapper(plain: Tensor) -> Any:
+def wrapper(kind: type[LinkedWeight], plain: Tensor) -> Any:
+    """A tensor of class ``kind`` that looks like ``plain`` and holds nothing yet."""
     about: Any = {"strides": plain.stride(), "dtype": plain.dtype, "device": plain.device}
-    return torch.Tensor._make_wrapper_subclass(LinkedWeight, plain.shape, **about)
+    return torch.Tensor._make_wrapper_subclass(kind, plain.shape, **about)
 
 
 class _Joined(torch.autograd.Function):
@@ -106,7 +122,7 @@ class _Joined(torch.autograd.Function):
     def forward(ctx: Any, plain: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.scaling = scaling
-        return _wrapper(plain)
+        return wrapper(LinkedWeight, plain)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -115,21 +131,10 @@ class _Joined(torch.autograd.Function):
         return None, ctx.scaling * (grad @ right.mT), ctx.scaling * (left.mT @ grad), None
 
 
-def summed(w: LinkedWeight) -> Tensor:
-    """``W + s·L R``, formed."""
-    delta = (w.left @ w.right).reshape(w.plain.shape)
-    return torch.add(w.plain, delta.to(w.plain.dtype), alpha=w.scaling)
-
-
 @functools.lru_cache(maxsize=1 << 10)
-def _tell(name: str, func: str) -> None:
+def _tell(name: str, func: str, formed: str) -> None:
     """Say once per weight and function that the sum is formed."""
-    logger.warning(
-        "%s is read by %s, which a link cannot follow: W + sBA is formed there at every call, which takes the memory "
-        "of another weight (and drops no inputs)",
-        name,
-        func,
-    )
+    logger.warning("%s is read by %s, which %s", name, func, formed)
 
 
 def _all(args: Any, kwargs: Any) -> Iterator[LinkedWeight]:
@@ -146,7 +151,7 @@ def _plain(value: Any) -> Any:
 
 def _sums(value: Any) -> Any:
     if isinstance(value, LinkedWeight):
-        return summed(value)
+        return value.summed()
     return type(value)(map(_sums, value)) if type(value) in (list, tuple) else value
 
 

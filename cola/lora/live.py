@@ -25,18 +25,19 @@ from cola.common.distributed import (
     whole,
 )
 from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like
-from cola.lora import per_layer, quantized
+from cola.lora import per_layer, quantized, row_targets
 from cola.lora.config import LayerPlan, LinkConfig
 from cola.lora.init import Pair
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
-from cola.lora.link import Factor, LayerReport, Link
-from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
+from cola.lora.link import Factor, LayerReport, Link, Rows
+from cola.lora.names import called, listed, modules_by_name, require_plain_name, shared_weights, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.reading import LinkedEmbedding
 from cola.lora.selected import selecting
 from cola.lora.start import Starts
 from cola.lora.targets import WHOLE, borrowers, find_peft_layers, find_saved, find_targets, require_dropped
+from cola.lora.token_rows import TokenRows, train_rows
 from cola.lora.trainable import Trainable
 from cola.lora.unsaved import SaveStatus, restore_save, warn_on_save
 
@@ -88,15 +89,18 @@ class LiveLink:
         narrow = functools.partial(per_layer.narrowed, config)
         modules = {path: inside[path] for path in tuned}
         modules = modules or find_targets(model, config.target_modules, narrow, config.target_parameters)
+        heads = [*config.modules_to_save, *per_layer.heads_to_train(config, inside)]
+        saved = find_saved(model, heads, modules)
+        rows = row_targets.find_rows(model, config.trainable_token_indices, saved)
+        row_targets.require_no_link(rows, modules, config.target_modules)
         if not tuned:
-            require_unwrapped(model, {path: module.weight for path, module in modules.items()})  # type: ignore[misc]
+            every = {**modules, **{path: row.layer for path, row in rows.items()}}
+            require_unwrapped(model, {path: module.weight for path, module in every.items()})  # type: ignore[misc]
             require_dropped(config.lora_dropout, modules)
-        whole = [*config.modules_to_save, *per_layer.heads_to_train(config, inside)]
-        saved = find_saved(model, whole, modules)
         if not tuned:
             plans = {path: LayerPlan(config, *own) for path, own in per_layer.first_values(config, modules).items()}
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
-        for path in modules:
+        for path in (*modules, *rows):
             require_plain_name(path)  # refuse before training what could not be saved under its name
         self._fit_ranks(modules)
         drawn = {  # PEFT's layers have their first link already
@@ -125,6 +129,9 @@ class LiveLink:
             for owner in module.modules():
                 for name in owner._parameters:
                     self.trainable.add(owner, name)
+        self.rows = {path: train_rows(row.layer, row.indices, row.others) for path, row in rows.items()}
+        for layer in self.rows.values():
+            self.trainable.add(layer, TokenRows.entries[0])
         for parameter in unwrap(model).parameters():
             parameter.requires_grad_(False)
         for parameter in (*self.adapters(), *self.trained().values()):
@@ -182,8 +189,38 @@ class LiveLink:
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The extra trained parameters (biases, heads), by canonical path."""
+        """The extra trained parameters (biases, heads, rows), by canonical path."""
         return self.trainable.parameters()
+
+    def row_names(self) -> dict[str, tuple[str, TokenRows]]:
+        """The weights with trained rows, by each of their names: the layer's path, and the layer."""
+        shared, found = shared_weights(self.model), {}
+        for path, layer in self.rows.items():
+            own = f"{path}.weight".lstrip(".")
+            for name in dict.fromkeys((own, *shared.get(id(layer.plain_weight), ()))):
+                found[name] = path, layer
+        return found
+
+    def trained_rows(self) -> dict[str, Rows]:
+        """Copies on the CPU of the rows that are trained, by name of the weight."""
+        copies = {
+            path: Rows(layer.row_indices.cpu(), whole(layer.trained_rows.detach()).cpu().clone())
+            for path, layer in self.rows.items()
+        }
+        return {name: copies[path] for name, (path, _) in self.row_names().items()}
+
+    def take_rows(self, links: Iterable[Link]) -> None:
+        """Go on from the rows of the weights, and from those that ``links``, which are tied, have recorded."""
+        links = list(links)
+        for name, (_, layer) in self.row_names().items():
+            mine = layer.row_indices.cpu()
+            values = whole(layer.plain_weight.detach())[layer.row_indices].to(layer.trained_rows.dtype)
+            recorded = [link.rows[name] for link in links if name in link.rows]
+            for rows in recorded:  # more precise than the weight may be
+                here = torch.isin(mine, rows.indices)
+                places = torch.searchsorted(rows.indices, mine[here])
+                values[here.to(values.device)] = rows.values[places].to(values)
+            layer.take(values)
 
     def zero_first(self, path: str) -> str:
         """Name of the factor of a layer that usually starts at zero."""
@@ -264,6 +301,12 @@ class LiveLink:
                 )
             if self.rounding_of(path) == "compensated":
                 self._residual(path)
+        for path, rows in self.rows.items():
+            if not torch.isfinite(whole(rows.trained_rows.detach()).to(rows.plain_weight.dtype)).all():
+                raise KnotError(
+                    f"link {self.index} is not tied: the trained rows of {path!r} have non-finite values. Nothing has "
+                    "been changed: go back to a checkpoint"
+                )
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Factor]:
@@ -297,7 +340,8 @@ class LiveLink:
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
-        return Factor(A, B, self.plans[path].scaling_of(index), self.rounding_of(path))
+        layer, scaling = self.layers[path], self.plans[path].scaling_of(index)
+        return Factor(A, B, scaling, self.rounding_of(path), form=layer.kind.form(layer.holder))
 
     @torch.no_grad()
     def begin(self, index: int, link: Mapping[str, Factor]) -> None:
@@ -360,6 +404,8 @@ class LiveLink:
     def tie(self, index: int, link: Mapping[str, Factor]) -> dict[str, Tie]:
         """Add ``s·B A`` of link ``index`` to the weights, in place, and return each layer's tie of the whole link.
 
+        The trained rows are written into their weights.
+
         Raises KnotError if a stored weight is further from the exact sum than rounding explains.
         """
         ties = {}
@@ -369,6 +415,8 @@ class LiveLink:
             if start is not None:
                 done = replace(done, delta=factor.norm(), lost=math.hypot(start.lost, done.lost))
             ties[path] = done
+        for rows in self.rows.values():
+            rows.write()
         self.starts.clear()
         return ties
 
@@ -397,6 +445,9 @@ class LiveLink:
             if isinstance(layer, AdaptedLayer):
                 release(unwrap(self.model), *layer.held)
             layer.detach(spent=spent)
+        for rows in self.rows.values():
+            release(unwrap(self.model), rows, rows.entries)
+            rows.detach()
         restore_save(self.saves)
         quantized.release_layout(self._held)
         for name, parameter in unwrap(self.model).named_parameters():
@@ -417,7 +468,7 @@ class LiveLink:
         A, B = whole(layer.lora_A.detach())[..., : layer.rank, :], whole(layer.lora_B.detach())[..., : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
-        return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
+        return Factor(A, B, layer.scaling, self.rounding_of(path), pair, layer.kind.form(layer.holder))
 
     @torch.no_grad()
     def add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:

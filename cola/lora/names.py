@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cola.lora import peft
 from cola.lora.kinds import kind_of
 from cola.lora.parameter import ParameterView, entries_of, view_of
+from cola.lora.token_rows import TokenRows
 
 # parts that torch.compile, DDP, FSDP and activation checkpointing add to a module's path
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -101,6 +102,7 @@ def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict
     if kind is not None:
         left_out.update(kind.added)
         held.update(kind.parts(module) if parameters else {})
+    left_out.update(TokenRows.entries if isinstance(module, TokenRows) else ())
     return {
         f"{path}.{name}" if path else name: tensor
         for name, tensor in held.items()

@@ -7,6 +7,7 @@ lie next to it in the module, and the module's code finds ``W + s·B A`` where i
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair, rebind
@@ -111,7 +112,8 @@ class LinkedParameter(AdaptedLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "parameter"
+        owner, _ = cast(LinkedParameter, module).place
+        return "attention input" if isinstance(owner, nn.MultiheadAttention) else "parameter"
 
     @classmethod
     def is_transposed(cls, module: nn.Module) -> bool:
@@ -259,7 +261,7 @@ def reading(plain: type[nn.Module], names: tuple[str, ...]) -> type[ReadsParamet
     """The class for modules of class ``plain`` with links on these parameters."""
     if (plain, names) not in _CLASSES:
         own: dict[str, Any] = {name: _property(name) for name in names}
-        own.update(plain_class=plain, lora_names=names)
+        own.update(plain_class=plain, lora_names=names, forward=torch.compiler.disable(ReadsParameters.forward))
         _CLASSES[plain, names] = type(f"Linked{plain.__name__}", (ReadsParameters, plain), own)
     return _CLASSES[plain, names]
 

@@ -28,10 +28,14 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian"}
 #: the nearest init for some other values; "kaiming" for the rest
 _NEAREST = {"orthogonal": "orthogonal", "eva": "orthogonal"}
+_PLAIN = (
+    "a chain goes on with PEFT's linear layers alone. Give the model without an adapter, and name the layer in "
+    "LinkConfig(target_modules=...)"
+)
 #: fields of LoraConfig that a chain cannot honour, and why; the layers themselves show all others
 _REFUSED = {
-    "trainable_token_indices": "trains rows of an embedding, which a chain does not record, so that exports and "
-    "unload() would lose them: train the whole embedding by modules_to_save instead",
+    "trainable_token_indices": "trains rows of an embedding in PEFT's own module, which a chain would not record: give "
+    "the rows to the chain, by LinkConfig(trainable_token_indices=...)",
     "layer_replication": "repeats layers that share their weights, so that a knot in one would change the others: "
     "first make the larger model with separate weights",
 }
@@ -138,7 +142,7 @@ def refusal(module: Any, *, own: bool = False) -> str | None:
     ):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
     if len(module.lora_embedding_A):
-        return "is an embedding with a PEFT adapter: a chain's links go on linear layers, so leave it out of LoraConfig"
+        return f"is an embedding with a PEFT adapter: {_PLAIN}"
     names = list(module.lora_A.keys())
     if len(names) != 1:
         return (
@@ -158,7 +162,7 @@ def refusal(module: Any, *, own: bool = False) -> str | None:
     if module.lora_bias.get(name):
         return "has lora_bias=True, an update in addition to s·BA: leave it off"
     if type(module.lora_A[name]) is not nn.Linear or type(module.lora_B[name]) is not nn.Linear:
-        return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers"
+        return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers: {_PLAIN}"
     return None
 
 

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from cola.lora.per_layer import PER_LAYER
+from cola.lora.per_layer import PER_LAYER, TOKENS
 
 #: fields of LoraConfig that say nothing about training, or (``fan_in_fan_out``) what a layer's kind says already
 _NEUTRAL = (
@@ -24,8 +24,6 @@ _WAYS_OUT = {
     "bias": "has no place in a LinkConfig, which trains 'none' or 'lora_only' of the adapted layers: add other biases "
     "by opt.add_param_group",
     "inference_mode": "freezes the adapter, and a link is trained: leave it out",
-    "trainable_token_indices": "trains rows of an embedding, which a chain does not record: train the whole embedding "
-    "by modules_to_save",
     "layer_replication": "changes the model: make the larger model first",
     "ensure_weight_tying": "is not needed: shared weights in modules_to_save stay shared, so leave it out",
     "megatron_config": "belongs to Megatron's layers, which carry no links: leave it out",
@@ -72,7 +70,7 @@ def carried(config: Any) -> dict[str, Any]:
     if str(given.get("init_lora_weights")).lower() == "gaussian":
         del given["init_lora_weights"]
         found["init"] = "gaussian"
-    for name in PER_LAYER:
+    for name in (*PER_LAYER, TOKENS):
         value = given.pop(name, None)
         if value is not None:
             found[name] = getattr(value, "value", sorted(value) if isinstance(value, set) else value)

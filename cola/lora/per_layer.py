@@ -18,6 +18,8 @@ PER_LAYER = (
     "task_type",
     "target_parameters",
 )
+#: another one, which is not about layers with links
+TOKENS = "trainable_token_indices"
 
 #: PEFT's task types -> names of the heads that it trains
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {
@@ -63,6 +65,24 @@ def require_valid(link: Any) -> None:
                 raise ValueError(f"{name}={{{pattern!r}: {value!r}}} must give {kind}")
     if link.task_type is not None:
         choice("task_type", link.task_type, tuple(TASK_HEADS))
+    _require_tokens(link.trainable_token_indices)
+
+
+def _require_tokens(chosen: Any) -> None:
+    if chosen is None:
+        return
+    named = isinstance(chosen, Mapping)
+    for name, indices in chosen.items() if named else ((None, chosen),):
+        if not isinstance(indices, Sequence) or isinstance(indices, str) or not isinstance(name, str | None):
+            raise TypeError(
+                f"{TOKENS}={chosen!r:.80} must be a list of token ids, or a dict of embeddings' names and such lists"
+            )
+        if not indices or not all(integer(i) is not None and i >= 0 for i in indices):
+            raise ValueError(f"{TOKENS}={chosen!r:.80} must hold token ids, from 0")
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"{TOKENS}={chosen!r:.80} names a token twice")
+    if named and not chosen:
+        raise ValueError(f"{TOKENS}={{}} is empty: leave it out for none")
 
 
 def narrowed(link: Any, paths: Collection[str]) -> list[str]:

@@ -6,8 +6,10 @@ The code is left as it is, and finds ``W + s·B A`` where it reads ``self.weight
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from cola.common.distributed import is_sharded
 from cola.lora.layer import LINEAR, AdaptedLayer, class_over, empty, rebind
 from cola.lora.linked_weight import linked
 
@@ -17,10 +19,26 @@ class ReadingLayer(AdaptedLayer):
 
     linear: ClassVar[bool] = False
 
+    @classmethod
+    def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
+        """As `AdaptedLayer.over`; `torch.compile` leaves the forward as it is."""
+        made = super().over(plain)
+        if "forward" not in vars(made):
+            made.forward = torch.compiler.disable(plain.forward)
+        return made
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """``W + s·B A``, for the layer's own code."""
-        return read(self, self.plain_weight, self.training)
+        return self.read(self.plain_weight, self.training)
+
+    def read(self, plain: Tensor, training: bool) -> Tensor:
+        """The weight with the link, to read in place of ``plain``."""
+        if is_sharded(plain):  # FSDP2 looks for its own parameter; layers compute with whole ones
+            return plain
+        left, right = self.kind.sides(self, self.lora_A, self.lora_B)
+        dropout = self.lora_dropout if training else 0.0
+        return linked(plain, left, right, self.scaling, dropout, f"the weight of a {self.plain_class.__name__}")
 
     @property
     def plain_weight(self) -> Tensor:
@@ -41,13 +59,6 @@ class ReadingLayer(AdaptedLayer):
         return type(module).forward
 
 
-def read(layer: AdaptedLayer, plain: Tensor, training: bool) -> Tensor:
-    """The weight of ``layer`` with its link, to read in place of ``plain``."""
-    left, right = layer.kind.sides(layer, layer.lora_A, layer.lora_B)
-    dropout = layer.lora_dropout if training else 0.0
-    return linked(plain, left, right, layer.scaling, dropout, f"the weight of a {layer.plain_class.__name__}")
-
-
 class LinkedReadLinear(ReadingLayer):
     """A subclass of nn.Linear with a forward of its own, or one that its parent reads without calling it."""
 
@@ -63,7 +74,7 @@ class LinkedReadLinear(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "attention" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
+        return "attention output" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
 
 
 #: the output projection of nn.MultiheadAttention
@@ -80,7 +91,9 @@ class LinkedEmbedding(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "embedding"
+        plain = module.plain_class if isinstance(module, AdaptedLayer) else type(module)
+        looks_up = plain.forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if looks_up else "table"
 
     @classmethod
     def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:
@@ -91,40 +104,52 @@ class LinkedEmbedding(ReadingLayer):
 
     def lend(self, others: Sequence[nn.Module]) -> None:
         """Let linear layers that share the weight (output heads) read it with the link."""
-        self.borrowers = tuple(others)
-        for other in others:
-            other.__class__ = Borrowing.over(type(other))
-            vars(other)["lender"] = (self,)  # in a tuple, so that it is no child
+        lend(self, others)
 
     def detach(self, *, spent: bool = False) -> None:
         """As `AdaptedLayer.detach`; the layers that share the weight get their classes back, too."""
-        for other in vars(self).pop("borrowers", ()):
-            del vars(other)["lender"]
-            other.__class__ = other.plain_class
-            rebind(other)
+        take_back(self)
         super().detach(spent=spent)
 
 
 class Borrowing(nn.Module):
-    """A layer that shares its weight with an embedding, and reads it with the embedding's link."""
+    """A layer that shares its weight with another, and reads it as that one does: with a link, or with trained rows."""
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
-    lender: tuple[LinkedEmbedding]
+    lender: tuple[Any]
 
     @classmethod
     def over(cls, plain: type[nn.Module]) -> Any:
         """This class, derived for layers of class ``plain``."""
-        return class_over(Borrowing, plain)
+        made = class_over(Borrowing, plain)
+        made.forward = torch.compiler.disable(plain.forward)
+        return made
 
     @property
     def weight(self) -> Tensor:
-        """``W + s·B A``, for the layer's own code."""
+        """The weight as the lender reads it."""
         plain = self._parameters["weight"]
         assert plain is not None
-        return read(self.lender[0], plain, self.training)
+        return self.lender[0].read(plain, self.training)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return empty, (Borrowing, self.plain_class), self.__dict__
+
+
+def lend(lender: Any, others: Sequence[nn.Module]) -> None:
+    """Let layers that share the lender's weight read it as the lender does."""
+    lender.borrowers = tuple(others)
+    for other in others:
+        other.__class__ = Borrowing.over(type(other))
+        vars(other)["lender"] = (lender,)  # in a tuple, so that it is no child
+
+
+def take_back(lender: nn.Module) -> None:
+    """Undo `lend`."""
+    for other in vars(lender).pop("borrowers", ()):
+        del vars(other)["lender"]
+        other.__class__ = other.plain_class
+        rebind(other)
 
 
 class LinkedConvolution(ReadingLayer):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cola.common.distributed import whole
 from cola.lora.names import listed, modules_by_name, parameters_by_name, shared_weights
+from cola.lora.token_rows import TokenRows
 
 logger = logging.getLogger("cola")
 
@@ -60,11 +61,15 @@ class Trainable:
     def values(self) -> dict[str, Tensor]:
         """Copies of their values on the CPU, as a link records them.
 
-        A shared parameter is listed under every path, for models that do not share it.
+        A shared parameter is listed under every path, for models that do not share it. Rows of a weight are left out:
+        a link records them as such.
         """
         shared, parameters = shared_weights(self.model), parameters_by_name(self.model)
         values: dict[str, Tensor] = {}
+        rows = {id(owner.trained_rows) for owner, _ in self._held if isinstance(owner, TokenRows)}
         for path, parameter in self.parameters().items():
+            if id(parameter) in rows:
+                continue
             values[path] = whole(parameter.detach()).cpu().clone()
             for other in shared.get(id(parameter), ()):
                 if other != path:
@@ -94,7 +99,7 @@ def require_apart(param_group: dict[str, Any], weights: Mapping[str, Tensor]) ->
         if id(weight) in held:
             raise ValueError(
                 f"param_group holds the weight of the adapted layer {path!r}, which its links are tied into: train the "
-                "layer by its link or as a whole (modules_to_save), not both"
+                "layer by its link (or its trained rows) or as a whole (modules_to_save), not both"
             )
 
 

@@ -28,7 +28,8 @@ class LinkGroups(OptimizerWrapper):
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base, and unfreeze those of the model."""
-        require_apart(param_group, {path: layer.plain_weight for path, layer in self.live.layers.items()})
+        carriers = {**self.live.layers, **self.live.rows}
+        require_apart(param_group, {path: layer.plain_weight for path, layer in carriers.items()})
         self.base.add_param_group(param_group)
         before = self.live.trained()
         factors = {id(p) for p in self.live.adapters()}

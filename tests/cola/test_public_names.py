@@ -33,8 +33,8 @@ NAMES = {
         "apply base delta effective_rank from_peft keep layers live load load_state_dict missing norms overlap plot "
         "save singular_values state_dict summary to_peft undo",
     ),
-    "Link": (cola.Link(0, 0, {}, {}, REPORT), object(), "factors index rank report seed step trained"),
-    "Factor": (FACTOR, object(), "A B cpu delta norm rank rounding scaling shape start triples"),
+    "Link": (cola.Link(0, 0, {}, {}, REPORT), object(), "factors index rank report rows seed step trained"),
+    "Factor": (FACTOR, object(), "A B cpu delta form norm rank rounding scaling shape start triples"),
     "KnotReport": (REPORT, object(), "delta_norm index layers loss lost lost_norm rank seconds share step to_dict"),
     "LayerReport": (cola.LayerReport(1.0, 0.0, "nearest"), object(), "delta_norm lost_norm rounding share weight_norm"),
     "ChainSummary": (cola.Chain().summary(), object(), "rows texts title to_dict to_frame"),
@@ -43,7 +43,7 @@ NAMES = {
         object(),
         "alpha_pattern bias dtype exclude_modules init known_ranks layers_pattern layers_to_transform lora_alpha "
         "lora_dropout modules_to_save r rank_change rank_of rank_pattern residual_device scaling scaling_of "
-        "target_modules target_parameters task_type train",
+        "target_modules target_parameters task_type train trainable_token_indices",
     ),
     "Signal": (cola.Signal(1), object(), "epoch loss mean opt step"),
     "NeverKnots": (cola.NeverKnots(), object(), POLICY),

@@ -300,10 +300,10 @@ REFUSED = {
     ),
     "base at two places": (with_a_base_at_two_places, r"has its base layer at '.*again' as well"),
     "two methods": (with_two_methods, "is no LoRA layer, so a chain would leave out"),
-    "tokens": (lambda: wrapped(trainable_token_indices=[1]), "trainable_token_indices=.* trains rows of an embedding"),
+    "tokens": (lambda: wrapped(trainable_token_indices=[1]), "trainable_token_indices=.* trains rows of an"),
     "tokens, injected": (
         lambda: wrapped(how="inject", trainable_token_indices={"embed_tokens": [1]}),
-        "trainable_token_indices=.* train the whole embedding by modules_to_save",
+        r"trainable_token_indices=.* give the rows to the chain, by LinkConfig\(trainable_token_indices=",
     ),
 }  # fmt: skip
 

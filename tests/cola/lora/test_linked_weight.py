@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
 from cola.lora import linked_weight
-from cola.lora.linked_weight import RULES, linked, summed
+from cola.lora.linked_weight import RULES, LinkedWeight, linked
 from tests.kinds import KINDS
 
 pytestmark = pytest.mark.numerics
@@ -92,7 +92,7 @@ def never_summed(monkeypatch):
     def refuse(weight):
         raise AssertionError("the sum was formed")
 
-    monkeypatch.setattr(linked_weight, "summed", refuse)
+    monkeypatch.setattr(LinkedWeight, "summed", refuse)
 
 
 def at(name, table=OPERATIONS, dtype=torch.float64):
@@ -226,12 +226,12 @@ def test_it_looks_like_the_weight():
     assert w.stride() == w.plain.stride()
     assert w.is_contiguous()
     assert w.is_floating_point()
-    assert repr(w) == repr(summed(w))
-    assert w.tolist() == summed(w).tolist()
+    assert repr(w) == repr(w.summed())
+    assert w.tolist() == w.summed().tolist()
     cast = w.to(torch.float64)
     assert (cast.dtype, cast.plain.dtype) == (torch.float64, torch.float64)
     torch.testing.assert_close(
-        F.linear(torch.eye(6, dtype=torch.float64), cast).T, summed(w).double(), rtol=0, atol=1e-6
+        F.linear(torch.eye(6, dtype=torch.float64), cast).T, w.summed().double(), rtol=0, atol=1e-6
     )
     assert not w.detach().left.requires_grad
     w.requires_grad_()
@@ -252,10 +252,10 @@ def test_it_looks_like_the_weight():
 )  # fmt: skip
 def test_a_change_in_place_would_be_lost_and_is_refused(change):
     w = weight()
-    before = summed(w)
+    before = w.summed()
     with pytest.raises(RuntimeError, match=r"^W is changed by .* while it carries a link.*exclude_modules"):
         change(w)
-    assert torch.equal(summed(w), before)
+    assert torch.equal(w.summed(), before)
     assert torch.zeros(4, 6, dtype=w.dtype).add_(w).equal(before)  # reading is no change
 
 
