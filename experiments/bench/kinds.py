@@ -44,7 +44,8 @@ def experts(way: str, settings: Settings) -> Case:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    width, tokens = (32, 16) if settings.smoke else (256, 512)
+    # batched_mm copies the experts of each token, and is for few
+    width, tokens = (32, 16) if settings.smoke else (256, 32 if way == "batched_mm" else 512)
     config = MixtralConfig(hidden_size=width, intermediate_size=2 * width, num_local_experts=8, num_experts_per_tok=2)
     config._experts_implementation = way
     x = torch.randn(1, tokens, width, generator=settings.generator()).requires_grad_()
