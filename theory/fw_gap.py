@@ -22,7 +22,7 @@ from theory.command_line import Help, drawn, make_folder, progress, require
 if __name__ == "__main__":
     require("numpy", "scipy")  # before the modules that import them
 
-from theory.checks import FAIL, PASS, VACUOUS, Check, significance
+from theory.checks import FAIL, PASS, VACUOUS, Check, noise, significance
 from theory.checks.record import STRUCTURAL
 from theory.gradient_estimators import Minibatch
 from theory.problems.instances import INSTANCES, TIGHT
@@ -134,7 +134,7 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
     names, rules, sizes = options.instance or TIGHT, options.step or ["theorem"], options.batch or [None]
     horizons_of = {name: options.T or INSTANCES[name].horizons for name in names}
     runs = sum(map(len, horizons_of.values())) * len(rules) * len(errors) * len(sizes) * len(seeds)
-    level = significance.share(2 * runs)
+    level = significance.share(noise.STATISTICAL * runs)
     for name in names:
         for rule, (epsilon, rho), batch in itertools.product(rules, errors, sizes):
             shown = {

@@ -9,6 +9,7 @@ draws          statement                                                        
 =============  =====================================================================  =================
 Gaussian       the mean, with known variance                                          `normal`
 Gaussian       the sum of squares                                                     `chi_squared`
+binary         a count                                                                `binomial`
 Gaussian       a Lipschitz function, or a martingale with Gaussian steps, from above  `gaussian_excess`
 bounded        the mean, with known variance and range                                `bernstein`
 any            a mean over few runs, with estimated variance                          `student`
@@ -64,6 +65,20 @@ def chi_squared(degrees: int, level: float = LEVEL) -> tuple[float, float]:
     [0.972, 1.029]
     """
     return float(stats.chi2.ppf(level / 2, degrees)) / degrees, float(stats.chi2.isf(level / 2, degrees)) / degrees
+
+
+def binomial(draws: int, chance: float, level: float = LEVEL, tests: int = 1) -> tuple[int, int]:
+    """Between which two counts the number of hits in independent draws lies.
+
+    Args:
+        draws: their number. chance: of a hit. level: probability that any of the counts lies outside.
+        tests: how many counts share the level.
+
+    >>> binomial(102_400, 1 / 400, tests=400)
+    (157, 370)
+    """
+    tail = level / (2 * tests)
+    return int(stats.binom.ppf(tail, draws, chance)), int(stats.binom.isf(tail, draws, chance))
 
 
 def gaussian_excess(deviation: float, level: float = LEVEL) -> float:

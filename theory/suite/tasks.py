@@ -132,7 +132,7 @@ def single(
         gradient: estimator of the gradient, exact by default.
         sigma: size of the noise to add for an estimated gradient if the problem draws no batches.
         tag: suffix of the label.
-        level: of each check of an estimated gradient; there are at most two.
+        level: of each statistical check of an estimated gradient; there are at most three.
     """
     problem = INSTANCES[name].build(T, seed)
     if gradient is not None and gradient.noisy and not isinstance(problem, StochasticProblem):

@@ -86,7 +86,7 @@ def test_levels_add_up_to_the_familys():
 def test_a_named_run_of_many_keeps_to_the_familys_level(tmp_path):
     from theory import fw_gap
 
-    arguments = ["--instance", "F", "--T", *["2"] * 60, "--batch", "1", "--seeds", "1", "--no-plots"]
+    arguments = ["--instance", "F", "--T", *["2"] * 40, "--batch", "1", "--seeds", "1", "--no-plots"]
     tasks = fw_gap.chosen(fw_gap.parser().parse_args(arguments))
     assert tasks[0].run.args[0].keywords["level"] == share(120) < LEVEL
 
