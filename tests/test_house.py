@@ -118,7 +118,7 @@ def test_theory_imports_downward(name, path):
 #: what joins theory to cola, lowest first
 LLM = [
     "theory.real_run",
-    *(f"theory.real_run.{part}" for part in ("sketch", "decomposition", "probe", "chains", "plots")),
+    *(f"theory.real_run.{part}" for part in ("sketch", "decomposition", "probe", "dense", "chains", "plots")),
     "theory.llm_gap",
 ]
 
