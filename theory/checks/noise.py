@@ -201,7 +201,7 @@ def noise_bound(run: Run) -> Check:
     if p.sigma is None or not run.snapshots:
         return vacuous("noise <= sigma", "no sigma is claimed, or no snapshots")
     ends = (run.snapshots[0][1], run.snapshots[-1][1])
-    seen = max(math.sqrt(float(np.sum(_centred(p, W) ** 2)) / p.samples) for W in ends)
+    seen = max(math.sqrt(float(np.mean(np.sum(_centred(p, W) ** 2, axis=1)))) for W in ends)
     return at_most("noise <= sigma", seen, p.sigma, 64 * float(np.finfo(p.dtype).eps) * p.sigma)
 
 

@@ -20,7 +20,7 @@ HORIZONS = (60, 120, 240, 480)
 
 @pytest.mark.parametrize("adversary", ["away", "stall"])
 def test_epsilon_ladder(adversary):
-    rungs = ladders.epsilon_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.0, 0.05, 0.2), range(3), adversary)
+    rungs = ladders.epsilon_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.0, 0.05, 0.2), 3, adversary)
     assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
     means = [rung.average.mean for rung in rungs]
     assert means == sorted(means)
@@ -30,15 +30,15 @@ def test_epsilon_ladder(adversary):
 
 @pytest.mark.parametrize("adversary", ["away", "stall"])
 def test_rho_ladder_has_no_floor(adversary):
-    rungs = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (1.0, 0.5, 0.2), range(3), adversary)
+    rungs = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (1.0, 0.5, 0.2), 3, adversary)
     assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
     assert rungs[-1].average.mean > 1.5 * rungs[-1].runs[0].scale
-    long = ladders.rho_ladder(lambda s: trace_quadratic(8), 4800, (0.2,), [0], adversary)[0]
+    long = ladders.rho_ladder(lambda s: trace_quadratic(8), 4800, (0.2,), 1, adversary)[0]
     assert long.average.mean < 0.4 * rungs[-1].average.mean  # 16 times the steps, a quarter of the gap
 
 
 def test_batch_ladder_shows_the_bias_and_the_estimate_without_it():
-    rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 1.0), 200, (1, 16, 256), range(4))
+    rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 1.0), 200, (1, 16, 256), 4)
     assert all(check.verdict != FAIL for rung in rungs for check in rung.checks)
     bias = [rung.extra["reported"].mean / rung.average.mean for rung in rungs]
     assert bias == sorted(bias, reverse=True)
@@ -66,8 +66,8 @@ def test_the_interval_of_a_table_is_students():
 def test_a_bound_above_every_gap_says_nothing():
     assert expected_at_most("x", 1.0, 2.0, 0.1, largest=1.5).verdict == VACUOUS
     assert expected_at_most("x", 1.0, 0.3, 0.1, largest=0.2).verdict == FAIL
-    rung = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.01,), range(3))[0]
+    rung = ladders.rho_ladder(lambda s: trace_quadratic(8, seed=s), 300, (0.01,), 3)[0]
     assert rung.checks[-1].verdict == VACUOUS
-    noisy = ladders.batch_ladder(NoisyProblem(trace_quadratic(), 2.0), 300, (1,), range(3))[0]
+    noisy = ladders.batch_ladder(NoisyProblem(trace_quadratic(), 2.0), 300, (1,), 3)[0]
     check = next(check for check in noisy.checks if check.name.startswith("E avg g <= 1.5 s + noise"))
     assert check.verdict == VACUOUS
