@@ -1,7 +1,7 @@
 """Checks of a run: `audit` makes every check that applies, and each of them can fail.
 
 A new statement about any run goes to `theory.checks.record`, the definition of a step rule to
-`theory.checks.steps`, a new bound to `theory.checks.bounds`, and a
+`theory.checks.steps`, that of an estimator to `theory.checks.estimators`, a new bound to `theory.checks.bounds`, and a
 statement about estimated gradients or about groups of runs to `theory.checks.noise` or `theory.checks.rates`.
 Statements about random draws are judged at the level of `theory.checks.significance`.
 """

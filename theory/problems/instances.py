@@ -64,6 +64,7 @@ SETS: dict[str, Callable[[], Oracle]] = {
     "product": lambda: Product([TraceBall(1.0, (4, 3)), TraceBall(0.5, (3, 4))]),
 }
 
+# the average gap is of order 1/sqrt(T); on G, the last, in units of s alone and far below the bound
 TIGHT = ("A", "A-ray", "B", "B2", "F", "G")
 DECADES = (100, 316, 1000, 3162, 10_000)
 
