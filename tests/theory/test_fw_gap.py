@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from tests.theory.checks import mutations
 from theory import fw_gap
 from theory.checks import audit, significance
+from theory.command_line import one_thread
 from theory.frank_wolfe import frank_wolfe
 from theory.problems.instances import INSTANCES, TIGHT
 from theory.suite import plots, tasks
@@ -100,6 +102,27 @@ def test_any_whole_number_is_a_seed(seed, tmp_path):
     options = ["--instance", "tanh", "A-ray", "--batch", "4", "--T", "20", "--seeds", "2", "--no-plots"]
     assert fw_gap.main([*options, "--seed", str(seed), "--out", str(tmp_path)]) == 0
     assert len({row["seed"] for row in lines(tmp_path)}) == 4  # two runs of each instance, with draws of their own
+
+
+def test_blas_gets_one_thread_unless_the_environment_says_otherwise(monkeypatch):
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+    environment = {"MKL_NUM_THREADS": "3"}
+    monkeypatch.setattr(os, "environ", environment)
+    one_thread()
+    assert environment == {"MKL_NUM_THREADS": "3"}
+    environment.clear()
+    one_thread()
+    assert environment == dict.fromkeys(names, "1")
+
+
+def test_the_table_shows_the_seed_of_a_run_and_the_number_of_runs(capsys, tmp_path, monkeypatch):
+    few = [Task("batches", lambda: tasks.batch_task((4,), 3, seed=5, T=20)), Task("A", lambda: [tasks.single("A", 20)])]
+    monkeypatch.setattr(tasks, "standard", lambda *args: few)
+    assert fw_gap.main(["--no-plots", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^F batch 4 +3 runs +20 ", out, re.MULTILINE)
+    assert re.search(r"^A +0 +20 ", out, re.MULTILINE)
+    assert len(set(lines(tmp_path)[0]["seeds"])) == 3
 
 
 def test_a_seed_that_is_no_whole_number_is_refused(capsys):

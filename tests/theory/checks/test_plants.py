@@ -15,7 +15,7 @@ from theory.checks import audit, failures, noise
 from theory.frank_wolfe import frank_wolfe
 from theory.gradient_estimators import SPIDER, SVRF, Minibatch, Momentum
 from theory.iterates import inner
-from theory.oracles import AdditiveError, MultiplicativeError, TraceBall
+from theory.oracles import AdditiveError, MultiplicativeError
 from theory.oracles.inexact import _Inexact
 from theory.problems import FiniteSum, NoisyProblem, quadratic
 from theory.problems.instances import SETS
@@ -100,13 +100,16 @@ def halved(kind):
     return wrong
 
 
+def small_sigma(self, *args, **kwargs):
+    REGRESSION(self, *args, **kwargs)
+    self.sigma /= 20
+
+
 def no_shrinking(self, constants, T):
     return BACKTRACKING(Backtracking(shrink=1.0), constants, T)
 
 
-BACKTRACKING = Backtracking.begin
-STEP = theorem.theorem_step
-BALL, MINIBATCH = TraceBall.__call__, Minibatch.begin
+REGRESSION, BACKTRACKING, STEP = Regression.__init__, Backtracking.begin, theorem.theorem_step
 
 # name: the plant, the checks of a run under it, and the names of those that must fail, each by itself
 PLANTS = {
@@ -185,6 +188,11 @@ PLANTS = {
         patched(FiniteSum, "draw", lambda self, rng, batch: rng.integers(self.samples - 1, size=batch)),
         lambda: estimated(Minibatch(8)),
         {"every term is drawn alike"},
+    ),
+    "sigma of a finite sum too small": (
+        patched(Regression, "__init__", small_sigma),
+        lambda: estimated(Minibatch(8)),
+        {"noise <= sigma"},
     ),
     "the first sample is drawn twice as often": (
         patched(FiniteSum, "draw", lambda self, rng, batch: np.maximum(rng.integers(-1, self.samples, size=batch), 0)),
