@@ -182,21 +182,22 @@ class _Reservoir:
 
     def __init__(self, size: int, T: int, rng: np.random.Generator):
         self.size, self.T, self.rng = size, T, rng
-        self.kept: dict[int, tuple[int, Point]] = {}
+        self.ends: list[tuple[int, Point]] = []
+        self.drawn: list[tuple[int, Point]] = []
 
     def offer(self, t: int, W: Point) -> None:
-        """Keep a copy of ``W_t`` or not; places from -2 hold the first and the last iterate."""
+        """Keep a copy of ``W_t`` or not: iterate t is drawn with probability ``size / t``, and replaces another."""
         if self.size == 0:
             return
+        if t in (1, self.T):
+            self.ends.append((t, W.copy()))
         place = t - 1 if t <= self.size else int(self.rng.integers(t))
         if place < self.size:
-            self.kept[place] = (t, W.copy())
-        if t in (1, self.T):
-            self.kept[-2 if t == 1 else -1] = (t, W.copy())
+            self.drawn[place : place + 1] = [(t, W.copy())]
 
     def sorted(self) -> list[tuple[int, Point]]:
         """The kept iterates by t, each once."""
-        return sorted(dict(self.kept.values()).items())
+        return sorted(dict(self.ends + self.drawn).items())
 
 
 class _Recorder:
