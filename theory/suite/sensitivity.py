@@ -53,13 +53,18 @@ def seen(name: str, constant: str, factor: float, T: int | None = None) -> bool 
     return None if checks is None else bool(failures(checks))
 
 
+def signs(name: str, constant: str) -> tuple[int, ...]:
+    """In which directions a constant of an instance can be wrong; ``sigma`` of a finite sum is a bound too."""
+    bound = constant == "sigma" and isinstance(INSTANCES[name].build(1, 0), StochasticProblem)
+    return (-1,) if bound or CONSTANTS[constant] else (-1, 1)
+
+
 def least(name: str, constant: str) -> float | None:
     """The least percentage of `PERCENT` at which a wrong constant is seen; NaN if none is, None if there is none."""
-    signs = (-1,) if CONSTANTS[constant] else (-1, 1)
     low, high = 0, len(PERCENT)
     while low < high:
         middle = (low + high) // 2
-        verdicts = [seen(name, constant, 1 + sign * PERCENT[middle] / 100) for sign in signs]
+        verdicts = [seen(name, constant, 1 + sign * PERCENT[middle] / 100) for sign in signs(name, constant)]
         if None in verdicts:
             return None
         low, high = (low, middle) if all(verdicts) else (middle + 1, high)
@@ -72,7 +77,7 @@ HEAD = "| instance | T | β | M | C_f | D | R | σ | ε |\n" + "|---" * (2 + len
 
 def row(name: str) -> str:
     """The table's row of an instance: for each constant, by how much it must be off before a check fails."""
-    cells = [_shown(least(name, constant), bound) for constant, bound in CONSTANTS.items()]
+    cells = [_shown(least(name, constant), len(signs(name, constant)) == 1) for constant in CONSTANTS]
     return f"| {name} | {HORIZONS[name]} | " + " | ".join(cells) + " |"
 
 
