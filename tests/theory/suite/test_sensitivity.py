@@ -64,6 +64,7 @@ def test_the_command_prints_the_row(capsys, monkeypatch):
     assert fw_gap.main(["--sensitivity", "--instance", "A"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == HEAD.splitlines()
-    assert re.fullmatch(r"\| A \| 20 (\| [−±][\d.]+ % ){6}\| [−±][\d.]+ % \|", shown[2]), shown
+    # few draws of a single entry do not tell the size of the noise
+    assert re.fullmatch(r"\| A \| 20 (\| −[\d.]+ % ){3}(\| ±0\.1 % ){2}\| no \| ±0\.1 % \|", shown[2]), shown
     assert fw_gap.main(["--sensitivity", "--instance", "quadratic-l1-interior"]) == 2
     assert "--sensitivity has no instance 'quadratic-l1-interior'" in capsys.readouterr().err
