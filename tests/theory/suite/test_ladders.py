@@ -1,6 +1,11 @@
 """The ladders at small sizes; each is also shown to fail where it should."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,9 @@ from theory.suite import ladders
 pytestmark = pytest.mark.numerics
 
 HORIZONS = (60, 120, 240, 480)
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+# a feature of the processor that each of OpenBLAS's kernel families needs
+KERNELS = {"Nehalem": "sse4_2", "Sandybridge": "avx", "Haswell": "avx2", "SkylakeX": "avx512f"}
 
 
 @pytest.mark.parametrize("adversary", ["away", "stall"])
@@ -71,3 +79,30 @@ def test_a_bound_above_every_gap_says_nothing():
     noisy = ladders.batch_ladder(NoisyProblem(trace_quadratic(), 2.0), 300, (1,), 3)[0]
     check = next(check for check in noisy.checks if check.name.startswith("E avg g <= 1.5 s + noise"))
     assert check.verdict == VACUOUS
+
+
+VERDICTS = """
+import json
+from theory.suite import tasks
+rows = [*tasks.batch_task((1, 4096), 2, T=500), *tasks.estimators_task(0)]
+print(json.dumps([[row.label, row.average, [[c.name, c.verdict] for c in row.checks]] for row in rows]))
+"""
+
+
+@pytest.mark.long
+def test_verdicts_do_not_depend_on_the_kernels():
+    """At b = 4096 a run is chaotic: after some hundred steps kernels differ in the digits, and not in a verdict."""
+    shown = []
+    for family in ("Nehalem", "Sandybridge", "Haswell", "SkylakeX"):
+        # OpenBLAS does as it is told on processors that cannot, so newer kernels only where they run
+        if KERNELS[family] in CPU:
+            environment = {**os.environ, "OPENBLAS_CORETYPE": family, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-c", VERDICTS]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            shown.append(json.loads(done.stdout))
+    if len(shown) < 2:
+        pytest.skip("needs two families of OpenBLAS's kernels")
+    for rows in shown[1:]:
+        for (label, average, verdicts), (_, other, others) in zip(shown[0], rows, strict=True):
+            assert verdicts == others, label
+            assert other == pytest.approx(average, rel=0.05)
