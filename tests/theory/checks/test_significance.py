@@ -40,7 +40,7 @@ COARSE = 0.01  # a level at which 20,000 repeats show whether it is kept
 
 def seldom(wrong, level=COARSE):
     """Whether a frequency over the repeats agrees with a probability of at most ``level``, within 5 deviations."""
-    return np.mean(wrong) <= level + 5 * math.sqrt(level * (1 - level) / REPEATS)
+    return np.mean(wrong) <= level + 5 * math.sqrt(level * (1 - level) / len(wrong))
 
 
 def often(wrong, level=COARSE):
@@ -70,7 +70,7 @@ def test_counts_keep_their_level():
 def test_evidence_against_a_mean_of_zero_keeps_its_level_and_adds_up():
     """Biases of 4.5 deviations pass each rung, and four of them together do not, whatever their signs."""
     draws = np.random.default_rng(3).standard_normal((REPEATS, 4))
-    assert seldom(np.array([e_value(z) for z in draws]) >= 1 / COARSE)
+    assert seldom(np.array([e_value(z) for z in draws[:2000]]) >= 1 / COARSE)
     small = [4.5, -4.5, 4.5, -4.5]
     assert max(np.abs(small)) < normal(1.0)
     assert e_value(small) > 1 / LEVEL
@@ -106,7 +106,7 @@ def test_a_named_run_of_many_keeps_to_the_familys_level(tmp_path):
     assert tasks[0].run.args[0].keywords["level"] == share(120) < LEVEL
 
 
-def standardised(repeats=30, T=40):
+def standardised(repeats=30, T=20):
     """Per repeat and batch size the two-batch and the chi-squared statistic, in standard deviations."""
     problem, out = NoisyProblem(trace_quadratic(6), 1.0), []
     for i in range(repeats):
@@ -211,7 +211,7 @@ def test_batches_that_do_not_grow_are_seen():
         runs = [frank_wolfe(problem, T, gradient=Minibatch(64), seed=seed, snapshots=0) for T in horizons]
         return rates.fitted_slope(horizons, [run.average for run in runs])
 
-    slopes = [slope(seed) for seed in range(16)]
+    slopes = [slope(seed) for seed in range(10)]
     check = rates.rates_check(slopes)
     assert check.verdict == FAIL
-    assert "16 outside" in check.detail
+    assert "10 outside, 8 allowed" in check.detail
