@@ -170,8 +170,8 @@ def gaussian_noise(runs: Sequence[Run], batch: int, level: float = LEVEL) -> Che
 def every_term(run: Run, level: float = LEVEL) -> Check:
     """The draws of a finite sum take each of its N terms equally often, and nothing else.
 
-    Each count is binomial, so its interval is exact. With 256 draws per term a term that is never drawn, or drawn one
-    and a half times as often as it should be, lies outside.
+    Each count is binomial, so its interval is exact. With 256 draws per term a term that is never drawn, or drawn
+    twice as often as the others, lies outside.
     """
     p = run.problem
     assert isinstance(p, FiniteSum)

@@ -239,7 +239,7 @@ def batch_ladder(problem: NoisyProblem, T: int, batches: Sequence[int], seeds: i
         ]
         extra = {"reported": interval(reported), "two batches": interval(unbiased), "bound": Interval(bound, 0.0)}
         extra["gap minus error"] = interval([float((run.gap - run.error).mean()) for run in runs])
-        # without noise the deviation is zero, and what is left is rounding
+        # without noise the deviation is zero, and only rounding is left
         rungs.append(Rung(b, runs, checks, extra, off / deviation if deviation > rounding else 0.0))
     evidence = e_value([rung.deviations for rung in rungs])
     detail = "deviations " + ", ".join(f"{rung.deviations:.2f}" for rung in rungs)

@@ -1,4 +1,4 @@
-"""The README's table of what is seen: each cell holds, and the percentage below it does not."""
+"""The README's table of sensitivities: each cell holds, and the percentage below it does not."""
 
 import math
 import re
