@@ -126,7 +126,7 @@ def test_theory_imports_downward(name, path):
 
 
 #: what joins theory to cola, lowest first
-PARTS = ["balls", "sketch", "snapshots", "decomposition", "probe", "chains", "plots", "kinds", "side_by_side"]
+PARTS = ["balls", "sketch", "snapshots", "decomposition", "probe", "dense", "chains", "plots", "kinds", "side_by_side"]
 LLM = [
     "theory.real_run",
     *(f"theory.real_run.{part}" for part in PARTS),
