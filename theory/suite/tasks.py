@@ -227,7 +227,7 @@ def momentum_task(name: str, averaged: bool, seeds: int, seed: int = 0) -> list[
     """The rate with one sample per step on the ``"trace"`` or the ``"spectral"`` ball: ``T^(-1/4)`` with momentum."""
     started, problem = time.perf_counter(), momentum.problem(name)
     label = f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
-    draws = momentum.run_seeds(seed, seeds, label)
+    draws = run_seeds(seed, seeds, label)
     groups = [momentum.momentum_runs(problem, averaged, draw) for draw in draws]
     slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in groups]
     longest = [group[-1] for group in groups]
