@@ -1,4 +1,4 @@
-"""Keeps the library's own arithmetic independent of torch's ambient modes.
+"""Torch's ambient modes, and how the library's own arithmetic is kept independent of them.
 
 The default device and dtype need no context: every call that creates a tensor names its own.
 """
@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 
@@ -29,3 +30,8 @@ def unaffected() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))  # this switches gradients on
             stack.enter_context(torch.no_grad())
         yield
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode AD is active, for which the library's autograd functions have no rule."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
