@@ -28,6 +28,7 @@ class Family:
         look: colour, line and marker in pictures.
         rates: to choose from.
         start: rank -> the rate with which a search begins.
+        against: the family that it is compared with at every rank.
     """
 
     label: str
@@ -35,10 +36,12 @@ class Family:
     look: tuple[str, str, str]
     rates: tuple[float, ...] = ADAPTERS
     start: Callable[[int], float] = lambda rank: 1.6e-2 if rank <= 4 else 8e-3
+    against: str = "lora"
 
     def arm(self, rank: int) -> Arm:
-        """The method at this rank, compared with LoRA of rank r."""
-        return Arm(self.label.format(r=rank), self.method(rank), self.rates, self.start(rank), lora(rank))
+        """The method at this rank, compared with `against` of the same rank."""
+        reference = f"{self.against}-{rank}"
+        return Arm(self.label.format(r=rank), self.method(rank), self.rates, self.start(rank), reference)
 
 
 def lora(rank: int) -> str:
@@ -74,6 +77,11 @@ def b_alone(
     )
 
 
+def peft_adapter(kind: str) -> Callable[[int], Method]:
+    """PEFT's LoRA or DoRA with s = 1."""
+    return lambda rank: Method(kind, ranks=(rank,), alpha=rank)
+
+
 FULL = CEILING
 RECOMMENDED = "b-selected"
 
@@ -96,6 +104,8 @@ FAMILIES: Mapping[str, Family] = {
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,
     ),
+    "peft": Family("LoRA of PEFT, r = {r}", peft_adapter("peft"), (style.GREY, "-", "o")),
+    "dora": Family("DoRA of PEFT, r = {r}", peft_adapter("dora"), (style.GREEN, "-", "o"), against="peft"),
 }  # fmt: skip
 """Name -> family, in the order of tables."""
 
