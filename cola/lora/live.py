@@ -4,9 +4,10 @@ It holds modules, never Parameters, which frameworks (FSDP2) replace: each knot 
 """
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,8 @@ from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, LayerReport, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
 from cola.lora.peft import PeftLayer, link_config, require_whole
+from cola.lora.parted import Parted, parting
+from cola.lora.parts import parts_of
 from cola.lora.reading import LinkedEmbedding
 from cola.lora.selected import selecting
 from cola.lora.start import Starts
@@ -95,6 +98,11 @@ class LiveLink:
         if not tuned:
             plans = {path: LayerPlan(config, *own) for path, own in per_layer.first_values(config, modules).items()}
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
+        if config.parts:
+            kinds = {path: known_kind(module) for path, module in modules.items()}
+            shapes = {path: kind.shape(modules[path]) if kind.linear else None for path, kind in kinds.items()}
+            for path, parts in parts_of(config, shapes, inside).items():
+                self.plans[path] = replace(self.plans[path], parts=parts)
         for path in modules:
             require_plain_name(path)  # refuse before training what could not be saved under its name
         self._fit_ranks(modules)
@@ -142,6 +150,8 @@ class LiveLink:
         small: list[str] = []
         for path, module in list(modules.items()):
             shape, plan = known_kind(module).shape(module)[-2:], self.plans[path]
+            if plan.parts:
+                continue  # each of them fits
             rank = max(plan.known_ranks() or (plan.rank_of(0),))
             if rank > min(shape) and self.config.target_modules in WHOLE and len(modules) > 1:
                 small.append(path)  # a small classification head, say
@@ -309,8 +319,19 @@ class LiveLink:
                     "here: give r as a sequence, or the largest rank first"
                 )
             layer.put(factor.A, factor.B, factor.scaling, mask=mask)
+            self._divide(path, index)
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
+
+    def blocks(self, index: int, following: int) -> dict[str, list[tuple[Tensor, slice, slice]]]:
+        """The rows of each part, and its directions in two links, by the layers whose parts have links of their own."""
+        found = {}
+        for path, plan in self.plans.items():
+            if plan.parts:
+                old, new = (_slices(plan.part_ranks(link)) for link in (index, following))
+                device = self.layers[path].lora_B.device
+                found[path] = [(part.rows.to(device), o, n) for part, o, n in zip(plan.parts, old, new)]
+        return found
 
     def make_room(self, rooms: Mapping[str, int]) -> None:
         """Give layers whose Parameters have become smaller than this their zeros beyond the rank again."""
@@ -337,6 +358,7 @@ class LiveLink:
                 *stack, out, inner = layer.kind.shape(layer.holder)
                 A, B = layer.lora_A.new_zeros(*stack, rank, inner), layer.lora_B.new_zeros(*stack, out, rank)
                 layer.put(A, B, scaling, mask=mask)
+            self._divide(path, index)
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Continue with copies of these residual buffers, on the device that the configuration sets."""
@@ -413,7 +435,9 @@ class LiveLink:
     def factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""
         layer, start = self.layers[path], self.starts.of.get(path)
-        A, B = whole(layer.lora_A.detach())[..., : layer.rank, :], whole(layer.lora_B.detach())[..., : layer.rank]
+        A, B = whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
+        B = layer.within(B) if isinstance(layer, Parted) else B
+        A, B = A[..., : layer.rank, :], B[..., : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
         return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
@@ -435,6 +459,12 @@ class LiveLink:
             self.residuals[path] = residual_like(weight, self.config.residual_device or weight.device)
         return self.residuals[path]
 
+    def _divide(self, path: str, index: int) -> None:
+        """Tell a layer with parts which of link ``index``'s directions are whose."""
+        layer, plan = self.layers[path], self.plans[path]
+        if isinstance(layer, Parted):
+            layer.divide(plan.parts, plan.part_ranks(index))
+
     def _masks(self, tensor: Tensor) -> bool:
         change = self.config.rank_change
         return change == "mask" or (change == "auto" and not shapes_are_free(tensor))
@@ -454,14 +484,21 @@ class LiveLink:
         dtype = self.config._dtype_for(weight)
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
         adapted = known_kind(module).over(type(module))
-        module.__class__ = selecting(adapted) if self.config._selects else adapted
+        adapted = selecting(adapted) if self.config._selects else adapted
+        module.__class__ = parting(adapted) if self.plans[path].parts else adapted
         assert isinstance(module, AdaptedLayer)
-        known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
+        known, scaling = self.plans[path].known_ranks(), self.plans[path].scaling_of(0)
         room = max(known or (A.shape[-2],)) if self._masks(weight) else A.shape[-2]
         empty = A.new_zeros(*A.shape[:-2], room, A.shape[-1]), B.new_zeros(*B.shape[:-1], room)
         module.attach(*empty, scaling, 0.0)
         module.put(A, B, scaling, mask=True)
         module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
+        self._divide(path, 0)
         if isinstance(module, LinkedEmbedding):
             module.lend(borrowers(self.model, path, module))
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends)]

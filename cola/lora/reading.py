@@ -43,7 +43,7 @@ class ReadingLayer(AdaptedLayer):
 
 def read(layer: AdaptedLayer, plain: Tensor, training: bool) -> Tensor:
     """The weight of ``layer`` with its link, to read in place of ``plain``."""
-    left, right = layer.kind.sides(layer, layer.lora_A, layer.lora_B)
+    left, right = layer.kind.sides(layer, layer.lora_A, layer.lora_up)
     dropout = layer.lora_dropout if training else 0.0
     return linked(plain, left, right, layer.scaling, dropout, f"the weight of a {layer.plain_class.__name__}")
 
