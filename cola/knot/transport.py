@@ -46,9 +46,7 @@ def transport(base: Optimizer, old: Pairs, new: Pairs, blocks: Mapping[str, Sequ
             base.state.pop(new_A, None)
         elif new_A in base.state:
             after = whole(new_B.detach())
-            turns = [
-                (slice(None), o, n, *_rotation(B[..., rows, o].mT, after[..., rows, n].mT)) for rows, o, n in mine
-            ]
+            turns = [(slice(None), o, n, *_rotation(B[..., rows, o].mT, after[..., rows, n].mT)) for rows, o, n in mine]
             _carry(base, new_A, A.shape, turns, transposed=True)
 
 

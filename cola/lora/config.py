@@ -12,10 +12,10 @@ from torch import Tensor
 
 from cola.common.arguments import choice, integer, names
 from cola.knot.tie import TIEABLE
-from cola.lora.init import INITS, PAIRS, Init, LinkStart, Pair, draw, generator
-from cola.lora.peft_options import carried, is_lora_config, require_known
 from cola.lora import parts as fused
+from cola.lora.init import INITS, PAIRS, Init, LinkStart, Pair, draw, generator
 from cola.lora.parts import Part
+from cola.lora.peft_options import carried, is_lora_config, require_known
 from cola.lora.per_layer import require_valid
 
 T = TypeVar("T")
@@ -225,7 +225,8 @@ class LayerPlan:
         parts: those that have links of their own; the layer's link has the sum of their ranks.
 
     A schedule of ranks ``r_0, r_1, …`` takes a layer that starts with R to ``R·r_k/r_0``, rounded half up and at least
-    1; a part likewise. The layer's scale is constant under ``"constant"`` and follows the layer's rank under ``"alpha/r"`` and ``"rslora"``.
+    1; likewise a part. The layer's scale is constant under ``"constant"`` and follows its rank (with parts, the rank
+    that it would have without) under ``"alpha/r"`` and ``"rslora"``.
 
     >>> plan = LayerPlan(LinkConfig(r=(8, 4), scaling="alpha/r"), rank=3, scaling=2.0)
     >>> plan.rank_of(1), plan.scaling_of(1)

@@ -32,7 +32,7 @@ class LinkStart:
         rank: the rank r.
         scaling: the scale s.
         link: index of the link, from 0.
-        part: name of the layer's part (``LinkConfig(parts=...)``), whose rows ``shape`` then counts; None for a whole layer.
+        part: name of the part (``LinkConfig(parts=...)``), whose rows are then those of ``shape``; None for a layer.
         expert: which of the weight's matrices, where it holds several (fused experts); each is asked for by itself.
         generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
         opt: the `ChainOptimizer`, which still carries the previous link; None for the first link. At a knot its factors

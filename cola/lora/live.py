@@ -32,9 +32,9 @@ from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, LayerReport, Link
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, unwrap
-from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.parted import Parted, parting
 from cola.lora.parts import parts_of
+from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.reading import LinkedEmbedding
 from cola.lora.selected import selecting
 from cola.lora.start import Starts

@@ -82,25 +82,19 @@ def _gate_up(mlp: Any) -> Layout:
     return 1, dict.fromkeys(("gate", "up"), mlp.gate_up_proj.out_features // 2)
 
 
-#: class of the module that holds the projection -> the projection's name, and its layout; transformers' code
+#: class of the module (of transformers) that holds the projection -> the projection's name, and its layout
 LAYOUTS: Mapping[str, tuple[str, Callable[[Any], Layout]]] = {
     "GPT2Attention": ("c_attn", _gpt2),
-    "DecisionTransformerGPT2Attention": ("c_attn", _gpt2),
-    "ImageGPTAttention": ("c_attn", _gpt2),
     "GPTBigCodeAttention": ("c_attn", _bigcode),
     "MptAttention": ("Wqkv", lambda a: _equal(a.hidden_size)),
     "DbrxAttention": ("Wqkv", lambda a: _grouped(a.num_heads, a.num_key_value_heads, a.head_dim)),
     "ModernBertAttention": ("Wqkv", lambda a: _equal(a.config.num_attention_heads * a.head_dim)),
     "Phi3Attention": ("qkv_proj", _phi3),
-    "Phi4MultimodalAttention": ("qkv_proj", _phi3),
     "GPTNeoXAttention": ("query_key_value", lambda a: _by_head(a.config.num_attention_heads, a.head_size)),
-    "GPTNeoXJapaneseAttention": ("query_key_value", lambda a: _by_head(a.num_attention_heads, a.head_size)),
     "BloomAttention": ("query_key_value", lambda a: _by_head(a.num_heads, a.head_dim)),
     "PersimmonAttention": ("query_key_value", lambda a: _by_head(a.num_heads, a.head_dim)),
     "FalconAttention": ("query_key_value", _falcon),
-    **dict.fromkeys(
-        ("Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP", "Glm4vTextMLP", "DiaMLP"), ("gate_up_proj", _gate_up)
-    ),
+    **dict.fromkeys(("Phi3MLP", "GlmMLP", "Glm4MLP", "Glm4vTextMLP", "DiaMLP"), ("gate_up_proj", _gate_up)),
 }
 
 
@@ -212,7 +206,7 @@ def _require_disjoint(path: str, parts: Sequence[Part]) -> None:
 
 
 def joined(pairs: Sequence[tuple[Tensor, Tensor]], parts: Sequence[Part], out: int) -> tuple[Tensor, Tensor]:
-    """The parts' factors (A_p, B_p) as those of one link: the A under each other, each B in its own rows and columns."""
+    """The parts' factors (A_p, B_p) as those of one link: the A stacked, each B in its own rows and columns."""
     ranks = [len(A) for A, _ in pairs]
     B = pairs[0][1].new_zeros(out, sum(ranks))
     for part, (_, own), columns in zip(parts, pairs, B.split(ranks, 1)):

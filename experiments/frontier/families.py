@@ -120,11 +120,12 @@ def arms(ranks: Iterable[int], families: Iterable[str], *, gate: bool = True) ->
 
     Args:
         ranks: of the LoRAs.
-        families: names in `FAMILIES`; ``"lora"`` is always in.
-        gate: add full fine-tuning and LoRA of rank 3r, which `tasks.Gate` needs.
+        families: names in `FAMILIES`; those that they are compared with are added.
+        gate: add LoRA, full fine-tuning and LoRA of rank 3r, which `tasks.Gate` needs.
     """
     found: dict[str, Arm] = {}
-    chosen, ranks = set(families) | {"lora"}, list(ranks)
+    chosen, ranks = set(families), list(ranks)
+    chosen |= {FAMILIES[name].against for name in chosen} | ({"lora"} if gate else set())
     for rank in ranks:
         for name, family in FAMILIES.items():
             if name in chosen:

@@ -88,7 +88,9 @@ class Cell(Circumstances):
         if self.dev is not None and self.dev < 1:
             raise ValueError(f"dev={self.dev}: at least 1 is needed")
         if self.method.kind in OUTSIDE_TRAINER:
-            raise ValueError(f"method={self.method.kind!r} does not go through the Trainer: it is a method of the frontier")
+            raise ValueError(
+                f"method={self.method.kind!r} does not go through the Trainer: it is a method of the frontier"
+            )
         if self.method.trains and not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: a method that trains needs a positive, finite learning rate")
 
