@@ -104,7 +104,7 @@ FAMILIES: Mapping[str, Family] = {
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,
     ),
-    "peft": Family("LoRA of PEFT, r = {r}", peft_adapter("peft"), (style.GREY, "-", "o")),
+    "peft": Family("LoRA of PEFT, r = {r}", peft_adapter("peft"), (style.GREY, "-", "o"), against="peft"),
     "dora": Family("DoRA of PEFT, r = {r}", peft_adapter("dora"), (style.GREEN, "-", "o"), against="peft"),
 }  # fmt: skip
 """Name -> family, in the order of tables."""
