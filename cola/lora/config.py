@@ -248,6 +248,11 @@ class LayerPlan:
         """Ranks of the parts of link ``link``; empty without parts."""
         return [self._stepped(part.rank, link) for part in self.parts]
 
+    def blocks(self, link: int, following: int) -> list[tuple[Tensor, slice, slice]]:
+        """The rows of each part, and its directions in two links."""
+        old, new = (fused.slices(self.part_ranks(index)) for index in (link, following))
+        return [(part.rows, *directions) for part, *directions in zip(self.parts, old, new)]
+
     def _stepped(self, rank: int, link: int) -> int:
         usual, first = self.config.rank_of(link), self.config.rank_of(0)
         return max(1, (2 * rank * usual + first) // (2 * first))

@@ -4,10 +4,9 @@ It holds modules, never Parameters, which frameworks (FSDP2) replace: each knot 
 """
 
 import functools
-import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -323,16 +322,6 @@ class LiveLink:
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
 
-    def blocks(self, index: int, following: int) -> dict[str, list[tuple[Tensor, slice, slice]]]:
-        """The rows of each part, and its directions in two links, by the layers whose parts have links of their own."""
-        found = {}
-        for path, plan in self.plans.items():
-            if plan.parts:
-                old, new = (_slices(plan.part_ranks(link)) for link in (index, following))
-                device = self.layers[path].lora_B.device
-                found[path] = [(part.rows.to(device), o, n) for part, o, n in zip(plan.parts, old, new)]
-        return found
-
     def make_room(self, rooms: Mapping[str, int]) -> None:
         """Give layers whose Parameters have become smaller than this their zeros beyond the rank again."""
         for path, layer in self.layers.items():
@@ -497,8 +486,3 @@ class LiveLink:
         self._divide(path, 0)
         if isinstance(module, LinkedEmbedding):
             module.lend(borrowers(self.model, path, module))
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    ends = list(itertools.accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends)]

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -205,10 +206,19 @@ def _require_disjoint(path: str, parts: Sequence[Part]) -> None:
             owner[row] = part.name
 
 
+def slices(ranks: Sequence[int]) -> list[slice]:
+    """The directions of each part in a link of these ranks.
+
+    >>> slices([8, 4])
+    [slice(0, 8, None), slice(8, 12, None)]
+    """
+    return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks))]
+
+
 def joined(pairs: Sequence[tuple[Tensor, Tensor]], parts: Sequence[Part], out: int) -> tuple[Tensor, Tensor]:
     """The parts' factors (A_p, B_p) as those of one link: the A stacked, each B in its own rows and columns."""
     ranks = [len(A) for A, _ in pairs]
     B = pairs[0][1].new_zeros(out, sum(ranks))
-    for part, (_, own), columns in zip(parts, pairs, B.split(ranks, 1)):
-        columns[part.rows] = own
+    for part, (_, own), directions in zip(parts, pairs, slices(ranks)):
+        B[part.rows, directions] = own
     return torch.cat([A for A, _ in pairs]), B
