@@ -21,6 +21,7 @@ FLOORS = [
     [
         "cola.lora.init",
         "cola.lora.per_layer",
+        "cola.lora.parts",
         "cola.lora.peft_options",
         "cola.lora.config",
         "cola.lora.linked_weight",
@@ -30,6 +31,7 @@ FLOORS = [
         "cola.lora.parameter",
         "cola.lora.conv1d",
         "cola.lora.selected",
+        "cola.lora.parted",
     ],
     ["cola.lora.quantized_codes", "cola.lora.stacked", "cola.lora.quantized", "cola.lora.kinds", "cola.lora.peft"],
     ["cola.lora.names", "cola.lora.defaults", "cola.lora.targets", "cola.lora.row_targets", "cola.lora.link"],
