@@ -21,6 +21,7 @@ FLOORS = [
     [
         "cola.lora.init",
         "cola.lora.per_layer",
+        "cola.lora.parts",
         "cola.lora.peft_options",
         "cola.lora.config",
         "cola.lora.linked_weight",
@@ -30,6 +31,7 @@ FLOORS = [
         "cola.lora.parameter",
         "cola.lora.conv1d",
         "cola.lora.selected",
+        "cola.lora.parted",
     ],
     ["cola.lora.quantized_codes", "cola.lora.stacked", "cola.lora.quantized", "cola.lora.kinds", "cola.lora.peft"],
     ["cola.lora.names", "cola.lora.defaults", "cola.lora.targets", "cola.lora.row_targets", "cola.lora.link"],
@@ -126,7 +128,7 @@ def test_theory_imports_downward(name, path):
 
 
 #: what joins theory to cola, lowest first
-PARTS = ["balls", "sketch", "snapshots", "decomposition", "probe", "chains", "plots", "kinds", "side_by_side"]
+PARTS = ["balls", "sketch", "snapshots", "decomposition", "probe", "dense", "chains", "plots", "kinds", "side_by_side"]
 LLM = [
     "theory.real_run",
     *(f"theory.real_run.{part}" for part in PARTS),

@@ -57,6 +57,10 @@ def imported(
         if not key.endswith(_DELTA):
             continue
         layer = key.removeprefix(prefix).removesuffix(_DELTA)
+        try:
+            require_plain_name(layer)
+        except ValueError as error:
+            raise StoreError(f"{path}: {error}") from None
         given = chosen
         if isinstance(chosen, dict):
             given = next((own for name, own in chosen.items() if layer.endswith(name)), None)

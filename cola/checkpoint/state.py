@@ -263,8 +263,7 @@ _ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")
 
 def arguments_of(live: LiveLink, reset: str) -> dict[str, Any]:
     """The arguments of a `ChainOptimizer` that a resumed run must share, as JSON values."""
-    own = {path: (plan.rank, plan.scaling) for path, plan in live.plans.items()}
-    layers = {path: [*shape, *(own[path] if None not in own[path] else ())] for path, shape in live.shapes().items()}
+    layers = {path: [*shape, *live.plans[path].describe()] for path, shape in live.shapes().items()}
     values = (layers, live.seed, live.rounding, live.quantized, reset, live.config._describe())
     return dict(zip(_ARGUMENTS, values, strict=True))
 

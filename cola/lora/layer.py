@@ -159,6 +159,7 @@ class AdaptedLayer(nn.Module):
             (`cola.lora.selected`).
         lora_B: out×r; the same Parameter from `attach` to `detach`.
         lora_down: what `times` takes for A, usually A itself.
+        lora_up: B as the layer computes with it, usually B itself.
         scaling: the scale s.
         lora_dropout: probability that training drops an input of the link (the plain layer's input is never dropped).
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
@@ -344,6 +345,11 @@ class AdaptedLayer(nn.Module):
         """A."""
         return self.lora_A
 
+    @property
+    def lora_up(self) -> Tensor:
+        """B."""
+        return self.lora_B
+
     def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
         """Make (A, B) the link; the Parameters stay the same objects.
 
@@ -365,7 +371,7 @@ class AdaptedLayer(nn.Module):
 
     def link(self, x: Tensor) -> Tensor:
         """``s·B A x`` in x's dtype; dropout, where set, acts on x in training."""
-        A, B = _used(self.lora_down, self.lora_B, x.dtype)
+        A, B = _used(self.lora_down, self.lora_up, x.dtype)
         return self.scaling * F.linear(times(A, F.dropout(x, self.lora_dropout, self.training)), B)
 
     @property
@@ -428,7 +434,7 @@ class LoRALinear(AdaptedLayer):
         plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or transformed()
         if plain_operations or (dropout and _records(x)):
             return self.reference(x)
-        return LowRankLinear.apply(x, weight, self.bias, self.lora_down, self.lora_B, self.scaling, dropout)
+        return LowRankLinear.apply(x, weight, self.bias, self.lora_down, self.lora_up, self.scaling, dropout)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same function, from ordinary operations."""

@@ -32,6 +32,8 @@ from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, LayerReport, Link, Rows
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, shared_weights, unwrap
+from cola.lora.parted import Parted, parting
+from cola.lora.parts import parts_of
 from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.reading import LinkedEmbedding
 from cola.lora.selected import selecting
@@ -100,6 +102,11 @@ class LiveLink:
         if not tuned:
             plans = {path: LayerPlan(config, *own) for path, own in per_layer.first_values(config, modules).items()}
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
+        if config.parts:
+            kinds = {path: known_kind(module) for path, module in modules.items()}
+            shapes = {path: kind.shape(modules[path]) if kind.linear else None for path, kind in kinds.items()}
+            for path, parts in parts_of(config, shapes, inside).items():
+                self.plans[path] = replace(self.plans[path], parts=parts)
         for path in (*modules, *rows):
             require_plain_name(path)  # refuse before training what could not be saved under its name
         self._fit_ranks(modules)
@@ -143,6 +150,8 @@ class LiveLink:
         small: list[str] = []
         for path, module in list(modules.items()):
             shape, plan = known_kind(module).shape(module)[-2:], self.plans[path]
+            if plan.parts:
+                continue  # each of them fits
             rank = max(plan.known_ranks() or (plan.rank_of(0),))
             if rank > min(shape) and self.config.target_modules in WHOLE and len(modules) > 1:
                 small.append(path)  # a small classification head, say
@@ -354,6 +363,7 @@ class LiveLink:
                     "here: give r as a sequence, or the largest rank first"
                 )
             layer.put(factor.A, factor.B, factor.scaling, mask=mask)
+            self._divide(path, index)
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
 
@@ -382,6 +392,7 @@ class LiveLink:
                 *stack, out, inner = layer.kind.shape(layer.holder)
                 A, B = layer.lora_A.new_zeros(*stack, rank, inner), layer.lora_B.new_zeros(*stack, out, rank)
                 layer.put(A, B, scaling, mask=mask)
+            self._divide(path, index)
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Continue with copies of these residual buffers, on the device that the configuration sets."""
@@ -466,7 +477,9 @@ class LiveLink:
     def factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""
         layer, start = self.layers[path], self.starts.of.get(path)
-        A, B = whole(layer.lora_A.detach())[..., : layer.rank, :], whole(layer.lora_B.detach())[..., : layer.rank]
+        A, B = whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
+        B = layer.within(B) if isinstance(layer, Parted) else B
+        A, B = A[..., : layer.rank, :], B[..., : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
         return Factor(A, B, layer.scaling, self.rounding_of(path), pair, layer.kind.form(layer.holder))
@@ -488,6 +501,12 @@ class LiveLink:
             self.residuals[path] = residual_like(weight, self.config.residual_device or weight.device)
         return self.residuals[path]
 
+    def _divide(self, path: str, index: int) -> None:
+        """Tell a layer with parts which of link ``index``'s directions are whose."""
+        layer, plan = self.layers[path], self.plans[path]
+        if isinstance(layer, Parted):
+            layer.divide(plan.parts, plan.part_ranks(index))
+
     def _masks(self, tensor: Tensor) -> bool:
         change = self.config.rank_change
         return change == "mask" or (change == "auto" and not shapes_are_free(tensor))
@@ -507,14 +526,16 @@ class LiveLink:
         dtype = self.config._dtype_for(weight)
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
         adapted = known_kind(module).over(type(module))
-        module.__class__ = selecting(adapted) if self.config._selects else adapted
+        adapted = selecting(adapted) if self.config._selects else adapted
+        module.__class__ = parting(adapted) if self.plans[path].parts else adapted
         assert isinstance(module, AdaptedLayer)
-        known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
+        known, scaling = self.plans[path].known_ranks(), self.plans[path].scaling_of(0)
         room = max(known or (A.shape[-2],)) if self._masks(weight) else A.shape[-2]
         empty = A.new_zeros(*A.shape[:-2], room, A.shape[-1]), B.new_zeros(*B.shape[:-1], room)
         module.attach(*empty, scaling, 0.0)
         module.put(A, B, scaling, mask=True)
         module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
+        self._divide(path, 0)
         if isinstance(module, LinkedEmbedding):
             module.lend(borrowers(self.model, path, module))

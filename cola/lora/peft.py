@@ -286,7 +286,7 @@ def link_config(
     ranks = [rank for rank, _ in own.values()]
     meant = ranks if config.r == default.r else [config.rank_of(0)]
     counts = Counter(values for values in own.values() if values[0] in meant)
-    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER)
+    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", "parts", *PER_LAYER)
     for name in given:
         value = getattr(config, name)
         if value != getattr(default, name):

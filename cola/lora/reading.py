@@ -36,7 +36,7 @@ class ReadingLayer(AdaptedLayer):
         """The weight with the link, to read in place of ``plain``."""
         if is_sharded(plain):  # FSDP2 looks for its own parameter; layers compute with whole ones
             return plain
-        left, right = self.kind.sides(self, self.lora_A, self.lora_B)
+        left, right = self.kind.sides(self, self.lora_A, self.lora_up)
         dropout = self.lora_dropout if training else 0.0
         return linked(plain, left, right, self.scaling, dropout, f"the weight of a {self.plain_class.__name__}")
 

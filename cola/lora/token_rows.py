@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cola.common.contexts import transformed
 from cola.common.distributed import copy_whole, is_sharded, part_here, whole
 from cola.lora.layer import class_over, empty, rebind
 from cola.lora.linked_weight import LinkedWeight, wrapper
@@ -54,7 +55,7 @@ class RowsWeight(LinkedWeight):
 
 def with_rows(plain: Tensor, indices: Tensor, rows: Tensor, title: str = "a weight") -> RowsWeight:
     """``plain`` with other rows; see `RowsWeight`."""
-    trained = torch.is_grad_enabled() and rows.requires_grad
+    trained = torch.is_grad_enabled() and rows.requires_grad and not transformed()
     weight: Any = _Replaced.apply(plain, indices, rows) if trained else wrapper(RowsWeight, plain)
     weight.plain, weight.numbers, weight.rows, weight.title = plain, indices, rows, title
     return weight
@@ -90,8 +91,8 @@ def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:
     flat = x.reshape(-1, x.shape[-1])
     out = F.linear(flat, w.plain, bias)
     own = F.linear(flat, w.rows.to(w.plain.dtype), None if bias is None else bias[w.numbers])
-    # in place, because logits are large
-    return out.index_copy_(-1, w.numbers, own.to(out.dtype)).view(*x.shape[:-1], -1)
+    put = torch.index_copy if transformed() else Tensor.index_copy_  # in place, because logits are large
+    return put(out, -1, w.numbers, own.to(out.dtype)).view(*x.shape[:-1], -1)
 
 
 def _cast(w: Any, *args: Any, **options: Any) -> Any:

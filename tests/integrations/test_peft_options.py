@@ -10,7 +10,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, LinkConfig, NeverKnots, StepKnots
 from cola.lora.config import link_config_of
-from cola.lora.per_layer import PER_LAYER
+from cola.lora.per_layer import PER_LAYER, TOKENS
 from tests.models import tiny_opt
 
 peft = pytest.importorskip("peft")
@@ -301,6 +301,7 @@ CARRIED = {
     "gaussian": ({"init_lora_weights": "gaussian"}, {"init": "gaussian"}),
     "rslora": ({"use_rslora": True}, {"scaling": "rslora"}),
     "neutral": ({"revision": "main", "fan_in_fan_out": True}, {}),
+    "rows of new tokens": ({"trainable_token_indices": [7, 3]}, {"trainable_token_indices": [7, 3]}),
     "a task": ({"task_type": "CAUSAL_LM"}, {"task_type": "CAUSAL_LM"}),
     "a head that the task trains": (
         {"task_type": "SEQ_CLS", "modules_to_save": ["score", "lm_head"]},
@@ -338,13 +339,13 @@ NEEDS_OTHERS = {"layers_pattern", "megatron_config", "loftq_config", "eva_config
                 "use_qalora", "arrow_config"}  # fmt: skip
 NOT_A_SETTING = {"qalora_group_size", "megatron_core", "revision", "runtime_config", "peft_type", "auto_mapping",
                  "peft_version", "base_model_name_or_path", "fan_in_fan_out"}  # fmt: skip
-for field in sorted(VALUES.keys() - set(PER_LAYER) - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING):
+for field in sorted(VALUES.keys() - {*PER_LAYER, TOKENS} - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING):
     NOT_CARRIED[field] = VALUES[field], rf"{field}=.*(leave it out|modules_to_save|larger model first)"
 
 
 def test_every_field_is_carried_over_refused_or_no_setting():
     taken = {name for name, what in FIELDS.items() if what == TAKEN}
-    taken |= set(PER_LAYER)
+    taken |= {*PER_LAYER, TOKENS}
     names = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert names - taken - NOT_CARRIED.keys() - NEEDS_OTHERS - NOT_A_SETTING == set()
 
@@ -391,7 +392,6 @@ WORDS = {
         r"modules_to_save='head' must be a list",
     ),
     "rslora": (lambda: LinkConfig(use_rslora=True), r"LinkConfig: use_rslora=True .*scaling='rslora'"),
-    "a parameter": (lambda: LinkConfig(target_parameters=["x"]), r"target_parameters=\['x'\] .*leave it out"),
     "init": (lambda: LinkConfig(init_lora_weights="gaussian"), r"init_lora_weights='gaussian' .*choose init"),
     "a typing error": (lambda: LinkConfig(lora_alhpa=2), r"lora_alhpa=2 is unknown .*did you mean lora_alpha\?"),
     "unknown": (lambda: LinkConfig(zzz=2), r"LinkConfig: zzz=2 is unknown to a LinkConfig: leave it out"),

@@ -64,8 +64,6 @@ class NewtonSchulzBall(SpectralBall):
         (0.75, 1.0)
     """
 
-    attains_diameter = False
-
     def __init__(self, tau: float, shape: tuple[int, int], steps: int = 5, scaled: bool = True):
         super().__init__(tau, shape)
         self.steps, self.scaled, self.exact = count("steps", steps, "the steps of the iteration"), scaled, False

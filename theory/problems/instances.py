@@ -68,6 +68,7 @@ SETS: dict[str, Callable[[], Oracle]] = {
     ),
 }
 
+# the average gap is of order 1/sqrt(T); on G, the last, in units of s alone and far below the bound
 TIGHT = ("A", "A-ray", "B", "B2", "F", "G")
 DECADES = (100, 316, 1000, 3162, 10_000)
 

@@ -28,7 +28,6 @@ from theory.frank_wolfe import Run, frank_wolfe
 from theory.gradient_estimators import FixedMomentum
 from theory.oracles import SpectralBall, TraceBall
 from theory.problems import NoisyProblem, quadratic
-from theory.seeds import generator
 from theory.step_sizes import PowerStep
 
 HORIZONS = (64, 256, 1024)
@@ -48,12 +47,6 @@ def problem(name: str) -> NoisyProblem:
         return NoisyProblem(quadratic("momentum, trace ball", TraceBall(1.0, (ORDER, ORDER)), target), 2.0)
     ball = SpectralBall(1.0, (ORDER, ORDER))
     return NoisyProblem(quadratic("momentum, spectral ball", ball, 0.5 * np.eye(ORDER)), math.sqrt(ORDER))
-
-
-def run_seeds(seed: int, seeds: int, name: str) -> list[int]:
-    """Seeds of independent runs, others for every seed and every name."""
-    stream = int.from_bytes(name.encode())
-    return [int(generator(seed, stream, i).integers(1 << 53)) for i in range(seeds)]
 
 
 def momentum_runs(p: NoisyProblem, averaged: bool, seed: int, horizons: Sequence[int] = HORIZONS) -> list[Run]:

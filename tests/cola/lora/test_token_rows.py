@@ -109,6 +109,21 @@ def test_rows_have_the_gradient_of_the_whole_weight(case):
         assert layer._parameters["weight"].grad is None
 
 
+def test_rows_follow_transforms():
+    model = Net(tied=True)
+    chained(model)
+    loss_of(model).backward()
+    rows = model.embed.trained_rows
+
+    def loss(rows):
+        logits = torch.func.functional_call(model, {"embed.trained_rows": rows}, (IDS,))
+        return F.cross_entropy(logits.flatten(0, 1), IDS.roll(1).flatten())
+
+    assert torch.allclose(torch.func.grad(loss)(rows.detach()), rows.grad)
+    several = torch.func.vmap(loss)(torch.stack([rows.detach(), rows.detach() + 1]))
+    assert torch.allclose(several[0], loss_of(model))
+
+
 def test_rows_alone_move_and_the_record_gives_them_back(case, tmp_path):
     make, rows = case
     model, base = make(), make()
