@@ -59,14 +59,16 @@ class Shared(nn.Module):
 
 
 class Attention(nn.Module):
-    """An attention on itself."""
+    """An attention on itself, or on parts of itself."""
 
-    def __init__(self, batch_first: bool = True) -> None:
+    def __init__(self, batch_first: bool = True, keys: int = 8, values: int = 8) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.widths = keys, values
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=keys, vdim=values)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]
+        keys, values = (x[..., :width] for width in self.widths)
+        return self.attention(x, keys, values, need_weights=False)[0]
 
 
 class Mixed(nn.Module):
@@ -142,6 +144,11 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(Attention, (2, 5, 8), ("attention.in_proj_weight", "attention.out_proj")),
     "attention, batch second": Kind(
         lambda: Attention(False), (5, 2, 8), ("attention.in_proj_weight", "attention.out_proj")
+    ),
+    "attention of other widths": Kind(
+        lambda: Attention(keys=6, values=4),
+        (2, 5, 8),
+        tuple(f"attention.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")),
     ),
     "encoder layer": Kind(
         lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),

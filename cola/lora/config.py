@@ -47,7 +47,7 @@ class LinkConfig:
         lora_alpha: sets the first link's scale, ``s = lora_alpha / r``.
         target_modules: layers to adapt: module names (a whole path or its end), a regular expression for the whole
             path, ``"all-linear"`` (every linear layer but output embeddings and the heads of transformers'
-            classifiers), ``"all"`` (these, and embeddings, convolutions, fused experts, the packed projections of
+            classifiers), ``"all"`` (these, and embeddings, convolutions, fused experts, the projections of
             nn.MultiheadAttention), or None for query and value projections; in a vision-language model only the
             language model's.
         lora_dropout: probability that training drops an input of the link; of embeddings, whose inputs are indices,

@@ -109,7 +109,7 @@ def reachable(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def is_stacked(path: str, module: nn.Module, name: str, parameter: Tensor) -> bool:
     """Whether a parameter stacks the matrices of several experts, or of an attention's three projections."""
     if isinstance(module, nn.MultiheadAttention):
-        return name == "in_proj_weight"
+        return name.endswith("proj_weight")  # one for all three, or one for each where keys have another width
     expert = "expert" in f"{path}.{type(module).__name__}.{name}".lower()
     return expert and parameter.dim() == 3 and kind_of(module) is None and not name.endswith(("bias", *FACTORS))
 
