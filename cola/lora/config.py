@@ -251,7 +251,7 @@ class LayerPlan:
     def blocks(self, link: int, following: int) -> list[tuple[Tensor, slice, slice]]:
         """The rows of each part, and its directions in two links."""
         old, new = (fused.slices(self.part_ranks(index)) for index in (link, following))
-        return [(part.rows, *directions) for part, *directions in zip(self.parts, old, new)]
+        return [(part.rows, o, n) for part, o, n in zip(self.parts, old, new)]
 
     def _stepped(self, rank: int, link: int) -> int:
         usual, first = self.config.rank_of(link), self.config.rank_of(0)
