@@ -22,7 +22,9 @@ from cola import (
     StepKnots,
 )
 
-KINDS = ("lora", "cola", "finetune", "galore", "icl", "zero-shot")
+KINDS = ("lora", "cola", "finetune", "galore", "peft", "dora", "icl", "zero-shot")
+OUTSIDE_TRAINER = ("galore", "peft", "dora")
+"""The kinds that the paper's cells do not have; the frontier has them."""
 BASES: Mapping[str, type[torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "SGD": torch.optim.SGD,
@@ -41,8 +43,9 @@ class Method:
 
     Attributes:
         kind: ``"lora"`` (one link), ``"cola"``, ``"finetune"`` (all weights), ``"galore"`` (the targets' weights, by
-            gradients projected to rank r), ``"icl"`` (demonstrations in the prompt) or ``"zero-shot"``; the last two
-            train nothing.
+            gradients projected to rank r), ``"peft"`` and ``"dora"`` (PEFT's LoRA and its DoRA, which trains the
+            norm of each row of W + sBA too), ``"icl"`` (demonstrations in the prompt) or ``"zero-shot"``; the last
+            two train nothing.
         base: base optimizer, a key of `BASES`.
         ranks: of the links; the last repeats.
         links: length of the chain, or the longest that ``"plateau"``, ``"progress"`` and ``"gap"`` may make.
@@ -115,7 +118,7 @@ class Method:
             name += {"epochs": str(self.links), "plateau": f"-plateau{self.links}"}.get(
                 self.knots, f"-{self.knots.replace('=', '').replace(',', '.')}-{self.links}"
             )
-        if self.adapts or self.kind == "galore":
+        if self.adapts or self.kind in OUTSIDE_TRAINER:
             name += "-r" + ".".join(map(str, self.ranks)) + (f"-a{self.alpha:g}" if self.alpha != 16 else "")
             name += "-B" if self.train == "B" else ""
             name += f"-{self.init}" if self.init != "gaussian" else ""
@@ -202,6 +205,8 @@ class Method:
             raise ValueError(f"kind={self.kind!r} trains nothing")
         if self.kind == "galore":
             return self._galore(model, lr, targets)
+        if self.kind in ("peft", "dora"):
+            return self._peft(model, lr, targets, seed)
         if not self.adapts:
             return base(model.parameters(), **self.base_kwargs(lr))
         return ChainOptimizer(
@@ -218,14 +223,30 @@ class Method:
         """GaLore's AdamW with its own defaults: a new projection every 200 steps, scale 0.25."""
         from galore_torch import GaLoreAdamW
 
-        adapted = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=1, target_modules=targets))
-        weights = [layer.plain_weight for layer in adapted.live.layers.values()]
-        adapted.finish(merge=False)
+        weights = [model.get_parameter(f"{path}.weight") for path in _target_paths(model, targets)]
         model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
         own = {"rank": self.ranks[0], "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
         return GaLoreAdamW([{"params": weights, **own}], **self.base_kwargs(lr), no_deprecation_warning=True)
+
+    def _peft(
+        self, model: nn.Module, lr: float, targets: str | Sequence[str] | None, seed: int
+    ) -> torch.optim.Optimizer:
+        """PEFT's adapter, drawn by the seed, on the layers that a link would have."""
+        from experiments.peft_adapter import AdapterAdamW
+
+        paths = _target_paths(model, targets)
+        adapter = {"r": self.ranks[0], "lora_alpha": self.alpha, "use_dora": self.kind == "dora"}
+        return AdapterAdamW(model, paths, seed, adapter, **self.base_kwargs(lr))
+
+
+def _target_paths(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
+    """The layers that a link would have."""
+    adapted = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=1, target_modules=targets))
+    paths = list(adapted.live.layers)
+    adapted.finish(merge=False)
+    return paths
 
 
 def _steps(knots: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import os
 import sys
 import tempfile
 import time
@@ -33,6 +34,16 @@ def require(*packages: str) -> None:
         print(f"error: {names} not installed: pip install {names}, or in the clone pip install -e '.[theory]'",
               file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
+
+
+def one_thread() -> None:
+    """Keep BLAS to one thread unless the environment names a number; call it before NumPy is imported.
+
+    The suite's matrices are small, and a second thread only costs time.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+    if not any(name in os.environ for name in names):
+        os.environ.update(dict.fromkeys(names, "1"))
 
 
 def make_folder(out: Path) -> None:

@@ -10,6 +10,7 @@ records the measurements that `theory.checks` judges.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,9 @@ from theory.problems import Problem
 from theory.seeds import generator
 from theory.step_sizes import Constants, Situation, Step, TheoremStep
 
+# points of more entries are too large to keep many of them
+_LARGE = 512**2
+
 
 @dataclass(eq=False)
 class Run:
@@ -35,12 +39,13 @@ class Run:
         gap_upper: (T,) certified upper end of ``g_t``.
         support: (T,) the term ``max_V <-grad, V>`` of the gap.
         descent: (T,) ``<grad L(W_t), W_t - V_t>`` with the true gradient.
+        seen_descent: (T,) ``<G_t, W_t - V_t>`` with the estimated gradient, which the step rule sees.
         error: (T,) ``eps_t``, by which ``V_t`` misses the minimum under the true gradient.
         distance2: (T,) ``|V_t - W_t|_F^2``.
         eta: (T,) the steps.
         noise: (T,) ``|G_t - grad L(W_t)|_F``; zero for the full gradient.
         slack: (T,) width of the oracle's interval for the support of ``-G_t``.
-        snapshots: a few ``(t, W_t)``, for the checks that recompute.
+        snapshots: ``(t, W_t)`` at random t, for the checks that recompute; with the first and the last iterate.
         final: ``W_{T+1}``.
         problem, oracle, step, estimator, seed: the arguments of the run.
     """
@@ -55,6 +60,7 @@ class Run:
     gap_upper: np.ndarray
     support: np.ndarray
     descent: np.ndarray
+    seen_descent: np.ndarray
     error: np.ndarray
     distance2: np.ndarray
     eta: np.ndarray
@@ -104,7 +110,7 @@ def frank_wolfe(
     oracle: Oracle | None = None,
     gradient: Estimator | None = None,
     seed: int = 0,
-    snapshots: int = 4,
+    snapshots: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Run:
     """Run Algorithm 2 for T iterations.
@@ -117,7 +123,9 @@ def frank_wolfe(
             the gap.
         gradient: estimator of the gradient; by default `FullGradient`.
         seed: of all randomness; runs with equal arguments repeat bit for bit on the same machine.
-        snapshots: number of iterates to keep for the checks, 0 for large problems.
+        snapshots: number of random iterates to keep for the checks, besides the first and the last; 0 keeps none. By
+            default 32, and 2 above 512 x 512. Whether W_t is kept is drawn after iteration t is measured, so no
+            measurement depends on it.
         progress: called with t after each iteration.
 
     Returns:
@@ -140,11 +148,14 @@ def frank_wolfe(
     oracle = reference if oracle is None else oracle
     if oracle.shape != reference.shape:
         raise ValueError(f"oracle must answer for shape {reference.shape}, got {oracle.shape}: give the problem's set")
-    # three independent streams, so that another oracle does not change the batches of a run
-    batches, answers, measuring = generator(seed).spawn(3)
+    # independent streams, so that another oracle does not change the batches of a run
+    batches, answers, measuring, keeping = generator(seed).spawn(4)
     estimate = gradient.begin(problem, batches)
     rule = step.begin(Constants(problem.M, problem.beta, oracle.diameter), T)
-    record = _Recorder(problem, oracle, gradient, T, snapshots, measuring)
+    record = _Recorder(problem, oracle, gradient, T, measuring)
+    if snapshots is None:
+        snapshots = 32 if math.prod(oracle.shape) <= _LARGE else 2
+    kept = _Reservoir(snapshots, T, keeping)
 
     W = problem.start()
     value, G = problem.evaluate(W)
@@ -153,38 +164,57 @@ def frank_wolfe(
         G_t = estimate(t, W, G)
         answer = oracle(G_t, at=W, rng=answers)
         eta = rule(record.before(t, W, G, G_t, answer))
+        kept.offer(t, W)
         W.move(answer.vertex, eta)
         value, G = problem.evaluate(W) if t < T else (problem.value(W), G)
         record.after(t, eta, value)
         if progress is not None:
             progress(t)
-    return Run(problem, oracle, step, gradient, seed, record.value, final=W, snapshots=record.kept, **record.arrays)
+    return Run(problem, oracle, step, gradient, seed, record.value, final=W, snapshots=kept.sorted(), **record.arrays)
+
+
+class _Reservoir:
+    """Keeps random iterates of a run, and the first and the last (reservoir sampling, Vitter's algorithm R).
+
+    Args:
+        size: number of random iterates; with 0 none is kept. T: of the run. rng: draws which ones.
+    """
+
+    def __init__(self, size: int, T: int, rng: np.random.Generator):
+        self.size, self.T, self.rng = size, T, rng
+        self.ends: list[tuple[int, Point]] = []
+        self.drawn: list[tuple[int, Point]] = []
+
+    def offer(self, t: int, W: Point) -> None:
+        """Keep a copy of ``W_t`` or not: iterate t is drawn with probability ``size / t``, and replaces another."""
+        if self.size == 0:
+            return
+        if t in (1, self.T):
+            self.ends.append((t, W.copy()))
+        place = t - 1 if t <= self.size else int(self.rng.integers(t))
+        if place < self.size:
+            self.drawn[place : place + 1] = [(t, W.copy())]
+
+    def sorted(self) -> list[tuple[int, Point]]:
+        """The kept iterates by t, each once."""
+        return sorted(dict(self.ends + self.drawn).items())
 
 
 class _Recorder:
     """Fills the arrays of a `Run`; index t - 1 belongs to iteration t.
 
     Args:
-        problem, oracle, estimator, T: those of the run. snapshots: number of iterates to keep.
-        rng: for the problem's oracle, which measures the gap.
+        problem, oracle, estimator, T: those of the run. rng: for the problem's oracle, which measures the gap.
     """
 
-    def __init__(
-        self, problem: Problem, oracle: Oracle, estimator: Estimator, T: int, snapshots: int, rng: np.random.Generator
-    ):
+    def __init__(self, problem: Problem, oracle: Oracle, estimator: Estimator, T: int, rng: np.random.Generator):
         self.problem, self.oracle, self.estimator, self.rng = problem, oracle, estimator, rng
         self.value = np.zeros(T + 1)
-        names = ("gap", "gap_upper", "support", "descent", "error", "distance2", "eta", "noise", "slack")
-        self.arrays = {name: np.zeros(T) for name in names}
-        self.kept: list[tuple[int, Point]] = []
-        # evenly spread in log t, with the first and the last
-        spread = [1, *np.geomspace(1, T, min(snapshots, T)), T] if snapshots > 0 else []
-        self.keep = {round(float(t)) for t in spread}
+        names = ("gap", "gap_upper", "support", "descent", "seen_descent", "error", "distance2", "eta", "noise")
+        self.arrays = {name: np.zeros(T) for name in (*names, "slack")}
 
     def before(self, t: int, W: Point, G: Gradient, G_t: Gradient, answer: Answer) -> Situation:
         """Measure iteration t before its move, with the true gradient ``G``; returns the step rule's input."""
-        if t in self.keep:
-            self.kept.append((t, W.copy()))
         V, i, reference = answer.vertex, t - 1, self.problem.oracle
         shared = self.oracle is reference and G_t is G
         truth = answer if shared else reference(G, at=W, rng=self.rng)
@@ -196,6 +226,7 @@ class _Recorder:
             "gap_upper": truth.certified + outward,
             "support": truth.attained,
             "descent": outward - pairing,
+            "seen_descent": outward - pairing if G_t is G else W.inner(G_t) - inner(G_t, V),
             "slack": answer.certified - answer.attained,
             "error": truth.attained + pairing,
             "distance2": W.distance2(V),
@@ -203,8 +234,8 @@ class _Recorder:
         }
         for name, number in measured.items():
             self.arrays[name][i] = number
-        seen_descent = outward - pairing if G_t is G else W.inner(G_t) - inner(G_t, V)
-        return Situation(t, self.value[i], seen_descent, measured["distance2"], _trial(self.problem, W, V))
+        trial = _trial(self.problem, W, V)
+        return Situation(t, self.value[i], measured["seen_descent"], measured["distance2"], trial)
 
     def after(self, t: int, eta: float, value: float) -> None:
         """Record the move of iteration t, and check that loss and gap are finite."""

@@ -17,17 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from theory.command_line import Help, drawn, make_folder, progress, require
+from theory.command_line import Help, drawn, make_folder, one_thread, progress, require
 
 if __name__ == "__main__":
+    one_thread()
     require("numpy", "scipy")  # before the modules that import them
 
-from theory.checks import FAIL, PASS, VACUOUS, Check, significance
+from theory.checks import FAIL, PASS, VACUOUS, Check, noise, significance
 from theory.checks.record import STRUCTURAL
 from theory.gradient_estimators import Minibatch
 from theory.problems.instances import INSTANCES, TIGHT
+from theory.seeds import run_seeds
 from theory.step_sizes import STEPS, Step
-from theory.suite import plots, tasks
+from theory.suite import plots, sensitivity, tasks
 from theory.suite.tasks import Record, Task
 
 ORACLES = ("own", "lanczos", "additive", "multiplicative")
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--T", nargs="+", type=int, metavar="T", help="horizons, each a separate run (default: the instance's)"
     )
     out.add_argument("--seeds", type=int, metavar="N", help="runs per rung of a ladder (default: 8)")
-    out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed, any whole number")
+    out.add_argument("--seed", type=int, default=0, metavar="N", help="any whole number, each with draws of its own")
     out.add_argument("--epsilon", nargs="+", type=float, metavar="EPS", help="additive errors of the oracle")
     out.add_argument("--rho", nargs="+", type=float, metavar="RHO", help="fractions of the gap that the oracle keeps")
     out.add_argument(
@@ -63,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
         "--sigma", type=float, metavar="S", help="noise for --batch where a problem draws no batches (default: 2)"
     )
     out.add_argument("--out", type=Path, default=Path("runs/fw_gap"), metavar="DIR", help="results and pictures")
+    out.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="show how far each constant of the named instances may be off before a check fails, and stop",
+    )
     out.add_argument("--list", action="store_true", help="list instances and step rules, and stop")
     out.add_argument("--no-plots", action="store_true", help="write no pictures (matplotlib is then not needed)")
     return out
@@ -71,9 +78,15 @@ def parser() -> argparse.ArgumentParser:
 def listing() -> str:
     """The output of ``--list``."""
     width = max(map(len, INSTANCES))
-    lines = ["instances (with their standard horizons):"]
-    for name, instance in INSTANCES.items():
-        lines.append(f"  {name:{width}}  {instance.about} [{', '.join(map(str, instance.horizons))}]")
+    lines, near = [], TIGHT[:-1]
+    for title, names in (
+        ("tight instances [standard horizons]: the average gap is close to the bound", near),
+        ("loose instances: they guard the code rather than the constants", [n for n in INSTANCES if n not in near]),
+    ):
+        lines.append(title)
+        for name in names:
+            instance = INSTANCES[name]
+            lines.append(f"  {name:{width}}  {instance.about} [{', '.join(map(str, instance.horizons))}]")
     lines += ["step rules:", "  " + ", ".join(STEPS), "oracles:", "  " + ", ".join(ORACLES)]
     return "\n".join(lines)
 
@@ -129,12 +142,11 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
     errors = [(e, 1.0) for e in options.epsilon or []] if kind == "additive" else [(0.0, 1.0)]
     if kind == "multiplicative":
         errors = [(0.0, rho) for rho in options.rho]
-    random = bool(options.batch)
-    seeds = range(options.seed, options.seed + _seeds(options)) if random else [options.seed]
+    count = _seeds(options) if options.batch else 1
     names, rules, sizes = options.instance or TIGHT, options.step or ["theorem"], options.batch or [None]
     horizons_of = {name: options.T or INSTANCES[name].horizons for name in names}
-    runs = sum(map(len, horizons_of.values())) * len(rules) * len(errors) * len(sizes) * len(seeds)
-    level = significance.share(2 * runs)
+    runs = sum(map(len, horizons_of.values())) * len(rules) * len(errors) * len(sizes) * count
+    level = significance.share(noise.STATISTICAL * runs)
     for name in names:
         for rule, (epsilon, rho), batch in itertools.product(rules, errors, sizes):
             shown = {
@@ -151,15 +163,23 @@ def grid(options: argparse.Namespace) -> Iterator[Task]:
                 tasks.single, name, oracle=oracle, gradient=gradient, sigma=options.sigma, tag=tag, level=level
             )
             rated = name if not tag else None
-            yield Task(name + tag, partial(_cell, cell, rated, STEPS[rule], horizons_of[name], seeds))
+            draws = {T: _draws(options, name + tag, T) for T in horizons_of[name]}
+            yield Task(name + tag, partial(_cell, cell, rated, STEPS[rule], draws))
 
 
-def _cell(
-    run: Callable[..., Record], rated: str | None, step: Step, horizons: Sequence[int], seeds: Sequence[int]
-) -> list[Record]:
-    """The records of one setting, with the rate of the plain algorithm on a near-tight instance."""
-    out = [run(T=T, step=step, seed=seed) for T in horizons for seed in seeds]
-    if rated in TIGHT and len(horizons) >= 4:
+def _draws(options: argparse.Namespace, label: str, T: int) -> list[int]:
+    """The seeds of the runs of one setting: the command's own where nothing but data is drawn, else new ones."""
+    return run_seeds(options.seed, _seeds(options), label, f"{T}") if options.batch else [options.seed]
+
+
+def _cell(run: Callable[..., Record], rated: str | None, step: Step, draws: dict[int, list[int]]) -> list[Record]:
+    """The records of one setting, with the rate of the plain algorithm on a near-tight instance.
+
+    Args:
+        run: one run. rated: the instance's name, or None. step: rule. draws: horizon -> seeds.
+    """
+    out = [run(T=T, step=step, seed=seed) for T, seeds in draws.items() for seed in seeds]
+    if rated in TIGHT and len(draws) >= 4:
         out.append(tasks.rate_record(rated, out))
     return out
 
@@ -178,22 +198,37 @@ def _prominence(check: Check) -> tuple[int, float]:
 def table(records: Sequence[Record]) -> str:
     """One row per record: ratios to ``s``, the tightest margin, and the numbers of verdicts."""
     width = max(24, *(len(record.label) for record in records))
+    seeds = [f"{record.seeds[0]}" if len(record.seeds) == 1 else f"{len(record.seeds)} runs" for record in records]
+    seed_width = max(6, *map(len, seeds))
     head = (
-        f"{'instance':{width}} {'T':>6} {'avg gap':>10} {'avg/s':>7} {'min/s':>7}"
+        f"{'instance':{width}} {'seed':>{seed_width}} {'T':>6} {'avg gap':>10} {'avg/s':>7} {'min/s':>7}"
         f"  {'tightest bound (slack left)':<42}"
         f" {'P/F/V':>9}  verdict"
     )
     lines = [head, "-" * len(head)]
-    for r in records:
+    for r, seed in zip(records, seeds):
         nearest = min(r.checks, key=_prominence)
         tight = f"{nearest.name[:32]} ({nearest.margin:+.1%})"
         counts = f"{r.count(PASS)}/{r.count(FAIL)}/{r.count(VACUOUS)}"
         lines.append(
-            f"{r.label:{width}} {r.T:>6} {r.average:>10.4g}"
+            f"{r.label:{width}} {seed:>{seed_width}} {r.T:>6} {r.average:>10.4g}"
             f" {r.average / r.scale:>7.3f} {r.smallest / r.scale:>7.3f}"
             f"  {tight:<42} {counts:>9}  {r.verdict}"
         )
     return "\n".join(lines)
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    """Print the table of `theory.suite.sensitivity` for the named instances, by default all but the quadratics."""
+    names = options.instance or list(sensitivity.HORIZONS)
+    unknown = [name for name in names if name not in sensitivity.HORIZONS]
+    if unknown:
+        known = ", ".join(sensitivity.HORIZONS)
+        print(f"error: --sensitivity has no instance {unknown[0]!r}: choose from {known}", file=sys.stderr)
+        return 2
+    rows = [sensitivity.row(name) for name in progress(names, "instance", str)]
+    print("\n".join([sensitivity.HEAD, *rows]))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,6 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print(listing())
         return 0
+    if options.sensitivity:
+        return _sensitivity(options)
     started = time.perf_counter()
     records: list[Record] = []
     try:
@@ -220,12 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [(r, c) for r in records for c in r.checks if c.verdict == FAIL]
     for record, check in failed:
         sides = f"{check.measured:.6g} against {check.bound:.6g}"
-        print(f"FAIL {record.label} (T = {record.T}): {check.name}: {sides}; {check.detail}")
+        detail = f"; {check.detail}" if check.detail else ""
+        print(f"FAIL {record.label} (T = {record.T}): {check.name}: {sides}{detail}")
     counts = {v: sum(r.count(v) for r in records) for v in (PASS, FAIL, VACUOUS)}
     print(f"\n{len(records)} rows, checks: " + ", ".join(f"{n} {v}" for v, n in counts.items()))
     levels = [c.level for r in records for c in r.checks if c.level]
     if levels:
-        chance = f"one run in {1 / sum(levels):,.0f} at most"
+        chance = f"one run in {1 / sum(levels):,.0f} at most (the family's level: {significance.FAMILY:g})"
         print(f"{len(levels)} of them are statistical: a false alarm among them in {chance}")
     print(f"results: {options.out / 'results.jsonl'}")
     if not options.no_plots:

@@ -1,7 +1,7 @@
 """The Frank-Wolfe gap of a real fine-tuning run, link by link: the command ``python -m theory.llm_gap``.
 
 `GapProbe` (real_run/probe.py) measures a chain, `Decomposition` (real_run/decomposition.py) splits its average gap
-into three terms, and real_run/chains.py trains the chains.
+into three terms, real_run/dense.py measures it again by other means, and real_run/chains.py trains the chains.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ if __name__ == "__main__":
 import numpy as np
 
 from theory.arguments import count, positive
+from theory.checks import FAIL, PASS, VACUOUS, failures
 from theory.real_run import chains, plots
+from theory.real_run.balls import NAMES
 from theory.real_run.decomposition import Decomposition, LayerGap, Probe
+from theory.real_run.dense import recheck
 from theory.real_run.probe import GapProbe
+from theory.real_run.snapshots import Snapshots
 
-__all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "main", "parser"]
+__all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "Snapshots", "main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         "--delta", type=float, metavar="D", help="radius of K per layer (default: the smallest that holds the run)"
     )
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
+    out.add_argument(
+        "--ball", choices=NAMES, default="rank", help="K: by atoms of a rank, capped, or Muon's spectral ball"
+    )
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")
     out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, but no interval")
@@ -58,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 if the decomposition holds up to rounding, 1 if not, 2 for a bad argument."""
+    """Run the command; returns 0 if every check holds up to rounding, 1 if not, 2 for a bad argument."""
     options = parser().parse_args(arguments)
     try:
         count("--epochs", options.epochs, "passes over the training text")
@@ -75,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.arm = "cola-3" if options.arm is None else options.arm
         run = chains.train(options)
         result = run.probe.decompose(eta=options.eta, delta=options.delta)
+        checks = recheck(run.probe, result)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dumps({"kind": "link", "link": t, "loss": probe.loss, "layers": _layers_as_dict(probe)})
         for t, probe in sorted(run.probe.probes.items())
     ]
-    lines.append(json.dumps({"kind": "chain", "model": options.model, "seed": options.seed, **result.as_dict()}))
+    chain = {"kind": "chain", "model": options.model, "seed": options.seed, **result.as_dict()}
+    lines.append(json.dumps({**chain, "checks": [check.as_dict() for check in checks]}))
     (options.out / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"results: {options.out / 'results.jsonl'}")
     print(drawn(lambda: [plots.chain_gap(result, options.out / "chain_gap.png")]))
@@ -92,7 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result.identity_error() > tolerance:
         print(f"FAIL the decomposition is off by {result.identity_error():.3g}, above rounding ({tolerance:.3g})")
         return 1
-    return 0
+    for check in failures(checks):
+        print(f"FAIL {check.name}: off by {check.measured:.3g}; {check.detail}")
+    verdicts = ", ".join(f"{sum(c.verdict == v for c in checks)} {v}" for v in (PASS, FAIL, VACUOUS))
+    print(f"measured again without hooks, by dense gradients and differences of the loss: {verdicts}")
+    return 1 if failures(checks) else 0
 
 
 def _layers_as_dict(probe: Probe) -> dict[str, dict[str, Any]]:

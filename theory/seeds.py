@@ -1,4 +1,4 @@
-"""Random generators: a different one for every seed and stream."""
+"""Random generators and seeds of runs: a different one for every seed and stream."""
 
 from __future__ import annotations
 
@@ -31,3 +31,20 @@ def generator(seed: int, *stream: int) -> np.random.Generator:
     size = abs(int(seed))
     entropy = [size, *stream] if stream else size
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(_NEGATIVE,) if seed < 0 else ()))
+
+
+def run_seeds(seed: int, count: int, *names: str) -> list[int]:
+    """Seeds of independent runs: others for every seed and every name, so that no two rungs share a draw.
+
+    Args:
+        seed: of the command, any whole number. count: how many runs. names: such as the ladder and its setting.
+
+    Returns:
+        Numbers below 2**53, which every reader of JSON keeps.
+
+    >>> first, second, third = (set(run_seeds(*of)) for of in ((0, 8, "b 1"), (1, 8, "b 1"), (0, 8, "b 16")))
+    >>> len(first | second | third)
+    24
+    """
+    stream = [int.from_bytes(name.encode()) for name in names]
+    return [int(generator(seed, *stream, i).integers(1 << 53)) for i in range(count)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cola.lora import peft
 from cola.lora.layer import AdaptedLayer
@@ -40,6 +40,7 @@ class Architecture:
         task: PEFT's ``task_type`` for such a model, e.g. ``"CAUSAL_LM"``; None if it has none.
         modules: paths of the modules that hold no tensor, in their children either.
         aliases: other paths of modules that are registered at several places, by the first path.
+        shared: other names of the weights that several modules share as a whole, by the name that comes first.
         changed: how the base model differs from the original model, as a clause; None if it does not.
     """
 
@@ -50,6 +51,7 @@ class Architecture:
     modules: tuple[str, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     changed: str | None = None
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Architecture":
@@ -65,12 +67,15 @@ class Architecture:
             modules=tuple(path for path in base_modules(model) if path and path not in held),
             aliases=aliases(model),
             changed=peft.changed_base(called(model)),
+            shared=_shared(base_tensors(model)),
         )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         found = asdict(self)
-        return {**found, "modules": list(self.modules), "aliases": {p: list(n) for p, n in self.aliases.items()}}
+        for key in ("aliases", "shared"):
+            found[key] = {path: list(names) for path, names in found[key].items()}
+        return {**found, "modules": list(self.modules)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Architecture":
@@ -84,10 +89,11 @@ class Architecture:
             if not (isinstance(word, str) or (word is None and key not in ("name", "library"))):
                 raise TypeError(f"{key}={word!r:.40}")
         lists = {path: tuple(names) for path, names in value["aliases"].items()}
+        shared = {name: tuple(names) for name, names in value.get("shared", {}).items()}
         modules = tuple(value["modules"])
-        if not all(isinstance(name, str) for names in (modules, *lists.values()) for name in names):
-            raise TypeError("modules or aliases hold something other than names")
-        return cls(modules=modules, aliases=lists, **words)
+        if not all(isinstance(name, str) for names in (modules, *lists.values(), *shared.values()) for name in names):
+            raise TypeError("modules, aliases or shared hold something other than names")
+        return cls(modules=modules, aliases=lists, shared=shared, **words)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -126,6 +132,13 @@ def holders(names: Iterable[str]) -> set[str]:
             found.add(path)
             path = path.rpartition(".")[0]
     return found
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {first: tuple(others) for first, *others in names.values() if others}
 
 
 def _task(model: nn.Module, name: str) -> str | None:

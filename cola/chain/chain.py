@@ -159,9 +159,10 @@ class Chain:
         links' scales are folded into B.
 
         ``target_modules`` lists the layers' plain names if these select the adapted layers alone, otherwise their
-        paths. If neither works, or the base model's modules are not known, it is a regular expression. In mixtures of
-        experts PEFT takes names like ``gate_proj`` for parts of the fused experts, so layers with those names go to
-        ``target_parameters``. ``task_type`` or ``auto_mapping`` tell ``AutoPeftModel…`` the base model's class.
+        paths. If neither works, or the base model's modules are not known, it is a regular expression.
+        ``target_parameters`` names fused experts and other single parameters; in mixtures of experts also layers with
+        names like ``gate_proj``, which PEFT takes for parts of the experts. ``task_type`` or ``auto_mapping`` tell
+        ``AutoPeftModel…`` the base model's class.
 
         Args:
             directory: for ``adapter_model.safetensors`` and ``adapter_config.json``; created if it does not exist.
@@ -176,7 +177,9 @@ class Chain:
             ValueError: r is not positive; the chain is empty; PEFT would adapt other layers, or had changed the base
                 model before training (``init_lora_weights="pissa"``, …); or PEFT's format has no place for something
                 that training has moved: part of a module (a norm's running statistics, without its weight), the
-                model's own tensors, or a layer that the model has at several places. Nothing is written then.
+                model's own tensors, a layer that the model has at several places, or a layer that PEFT computes in
+                another way (attention's output projection, convolutions with groups, tables with a forward of their
+                own). Nothing is written then.
             RuntimeError: links were not kept, or were lost.
         """
         self._complete("to_peft()")
@@ -290,7 +293,7 @@ class Chain:
         return plot.figure(self)
 
     def delta(self, layer: str) -> Tensor:
-        """``Σ s B A`` of one layer in float64, out×in."""
+        """``Σ s B A`` of one layer in float64, out×in, or E×out×in."""
         return torch.stack([factor.delta() for factor in self._factors(layer)]).sum(0)
 
     def norms(self) -> dict[str, list[float]]:

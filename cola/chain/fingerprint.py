@@ -32,9 +32,10 @@ class LayerPrint:
         dtype: e.g. ``"bfloat16"``.
         transposed: whether it is stored in×out (transformers' Conv1D).
         digest: of its bytes; None if they could not be read (a tensor on the meta device).
-        form: how the layer uses it: ``"linear"``, ``"embedding"``, ``"convolution"`` (``"grouped convolution"`` if it
-            has groups, dilation or padding other than zeros), ``"attention"`` (of nn.MultiheadAttention), or
-            ``"parameter"``, whose path is the weight's own name.
+        form: how the layer uses it: ``"linear"``, ``"embedding"``, ``"table"`` (an embedding with a forward of its own,
+            as of positions), ``"convolution"`` (``"grouped convolution"`` if it
+            has groups, dilation or padding other than zeros), ``"attention output"`` (of nn.MultiheadAttention), or, if
+            the path is the weight's own name, ``"attention input"`` or ``"parameter"``.
     """
 
     shape: tuple[int, ...]
@@ -254,7 +255,7 @@ def _about(layer: LayerPrint) -> dict[str, Any]:
 
 def weight_of(path: str, form: str = "linear") -> str:
     """Name of the weight of the layer at ``path``, whose print has this form."""
-    if form == "parameter":
+    if form in ("parameter", "attention input"):
         return path
     return f"{path}.weight" if path else "weight"
 

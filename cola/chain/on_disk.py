@@ -299,11 +299,16 @@ def link_to_parts(link: Link) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "index": link.index,
         "seed": link.seed,
-        "layers": {path: {"scaling": f.scaling, "rounding": f.rounding} for path, f in link.factors.items()},
+        "layers": {path: _about(factor) for path, factor in link.factors.items()},
         "trained": list(link.trained),
         **({"rows": list(link.rows)} if link.rows else {}),
         "report": pack(asdict(link.report), "report", {}),
     }
+
+
+def _about(factor: Factor) -> dict[str, Any]:
+    about: dict[str, Any] = {"scaling": factor.scaling, "rounding": factor.rounding}
+    return about if factor.form == "linear" else {**about, "form": factor.form}
 
 
 def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Link:
@@ -323,7 +328,12 @@ def link_from_parts(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -
         start = (tensors[f"A0:{path}"], tensors[f"B0:{path}"]) if f"A0:{path}" in tensors else None
         if start is not None and (start[0].shape != A.shape or start[1].shape != B.shape):
             raise ValueError(f"the start of layer {path!r} does not fit its factors")
-        factors[path] = Factor(A, B, float(scaling), rounding, start)  # an integer could be larger than torch takes
+        form = about.get("form", "linear")
+        if not isinstance(form, str):
+            raise ValueError(f"layer {path!r} has the form {form!r:.40}")
+        factors[path] = Factor(
+            A, B, float(scaling), rounding, start, form
+        )  # an integer could be larger than torch takes
     trained = {}
     for path in content["trained"]:
         require_plain_name(path)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from cola.chain import peft_targets, peft_tokens, replay, spectrum, tensorfile
+from cola.chain import peft_forms, peft_targets, peft_tokens, replay, spectrum, tensorfile
 from cola.chain.files import write
 from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import delta_norm
@@ -40,25 +39,27 @@ def to_peft(
             "Save the merged model instead; or train from an init that leaves the base alone, like "
             "init_lora_weights=True"
         )
+    first = {path: next(link.factors[path] for link in links if path in link.factors) for path in paths}
+    forms = peft_forms.forms_of(first, base)
+    forms.require_known()
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks, errors, norms = {}, {}, {}
     for path in paths:
         require_plain_name(path)
         factors = [link.factors[path] for link in links if path in link.factors]
         dtype = torch.promote_types(factors[0].A.dtype, torch.float32)  # s·B may not fit half precision
-        if r is None or r >= sum(len(A) for f in factors for A, _, _ in f.triples()):
+        if r is None or r >= sum(A.shape[-2] for f in factors for A, _, _ in f.triples()):
             (B, A), errors[path] = spectrum.stack(factors), 0.0
             norms[path] = delta_norm(B, A, 1.0)
         else:
             A, B, values = spectrum.truncate(factors, r)
-            errors[path], norms[path] = values[r:].norm().item(), values.norm().item()
-        ranks[path] = A.shape[0]
+            errors[path], norms[path] = values[..., r:].norm().item(), values.norm().item()
+        ranks[path] = A.shape[-2]
         pairs[path] = A.to(dtype), B.to(dtype)
     rank = max(ranks.values())
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in pairs.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = pad(A, (0, 0, 0, rank - len(A)))
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = pad(B, (0, rank - len(A)))
+        tensors.update({PREFIX + key: value for key, value in forms.tensors(path, A, B, rank).items()})
     biases, saved = _trained(links, paths)
     _require_whole(saved, paths, base)
     tensors.update(biases)
@@ -68,7 +69,7 @@ def to_peft(
     name = base_model or (base.name if base is not None else None)
     inside = all(key.endswith(".base_layer.bias") for key in biases)
     bias = "none" if not biases else "lora_only" if inside else "all"
-    config = _config(rank, paths, base, name, bias, sorted({_owner(key) for key in saved})) | tokens
+    config = _config(rank, forms, base, name, bias, sorted({_owner(key) for key in saved})) | tokens
     account = {"ranks": ranks, "error": errors, "norm": norms, "links": [link.rank for link in links]}
     write(directory / WEIGHTS, tensorfile.dump(tensors, metadata={"format": "pt"}))
     write(directory / CONFIG, json.dumps(config, indent=2).encode())
@@ -77,10 +78,11 @@ def to_peft(
 
 
 def _config(
-    rank: int, paths: Sequence[str], base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
+    rank: int, forms: peft_forms.Forms, base: Fingerprint | None, name: str | None, bias: str, saved: list[str]
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json``; alpha = r, so s = 1."""
-    flipped = base is not None and any(base.layers[path].transposed for path in paths if path in base.layers)
+    linear = [path for path, form in forms.of.items() if form == "linear"]
+    flipped = base is not None and any(base.layers[path].transposed for path in linear if path in base.layers)
     return {
         "peft_type": "LORA",
         **peft_targets.task(saved, base),
@@ -92,7 +94,8 @@ def _config(
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": bias,
-        **peft_targets.choose(paths, saved, base),
+        **peft_targets.choose(forms, saved, base),
+        **({"ensure_weight_tying": True} if forms.ties() else {}),
         "modules_to_save": saved or None,
         "fan_in_fan_out": flipped,
         "init_lora_weights": True,

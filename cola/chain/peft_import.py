@@ -1,6 +1,6 @@
 """Reads a LoRA adapter in PEFT's format as a link, without needing PEFT.
 
-Only a plain ``s·B A`` on linear layers can be a link. Everything else is refused with the reason, because an adapter
+Only a plain ``s·B A`` can be a link. Everything else is refused with the reason, because an adapter
 that is half understood would silently give wrong weights.
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from cola.chain import peft_tokens, tensorfile
+from cola.chain import peft_forms, peft_tokens, tensorfile
 from cola.chain.files import MAX_JSON, StoreError, parse, read
 from cola.chain.peft_export import CONFIG, PREFIX, WEIGHTS
 from cola.common.arguments import is_finite
 from cola.common.contexts import unaffected
 from cola.knot.tie import RECORDED, TIEABLE
-from cola.lora.link import Factor, KnotReport, LayerReport, Link, used_rank
+from cola.lora.link import Factor, KnotReport, LayerReport, Link, are_factors, used_rank
 from cola.lora.names import require_plain_name
 from cola.lora.peft import CHANGES_BASE
 from cola.lora.per_layer import TOKENS
@@ -71,10 +71,8 @@ def _require_plain_lora(config: Mapping[str, Any], path: Path) -> None:
                 f"{path} has {name}={value!r:.60}: such an adapter is not a plain s·B A, so it cannot be a link"
             )
     parameters = config.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(str(name).endswith(".weight") for name in parameters):
-        raise StoreError(
-            f"{path} has target_parameters={parameters!r:.60}: only weights of linear layers can be in a link"
-        )
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise StoreError(f"{path} has target_parameters={parameters!r:.60}, which are no names")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(CHANGES_BASE):
         raise StoreError(
@@ -87,7 +85,9 @@ def _sort(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path, rounding: str
 ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
     """The file's tensors: factors by layer, and values that were trained in addition."""
-    factors, trained = {}, {}
+    factors: dict[str, Factor] = {}
+    trained: dict[str, Tensor] = {}
+    attentions = peft_forms.attentions(key.removeprefix(PREFIX) for key in tensors)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         try:
@@ -96,35 +96,54 @@ def _sort(
             raise StoreError(f"{path}: {error}") from None
         if len(name) > 512:
             raise StoreError(f"{path} has a name of {len(name)} characters: {name[:60]!r}…")
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            B = tensors.get(key.removesuffix("A.weight") + "B.weight")
-            factors[layer] = _factor(layer, tensor, B, config, path, rounding)
-        elif name.endswith(".lora_B.weight"):
-            if key.removesuffix("B.weight") + "A.weight" not in tensors:
+        layer, found, end = name.rpartition(".lora_A") if name.endswith(".lora_A.weight") else ("", "", "")
+        if not found and name.endswith(".lora_embedding_A"):
+            layer, found, end = name.rpartition(".lora_embedding_A")
+        if found:
+            B = tensors.get(f"{key.removesuffix('A' + end)}B{end}")
+            form = "embedding" if "embedding" in found else "attention" if layer in attentions else ""
+            where, factor = _factor(layer, tensor, B, config, path, rounding, form)
+            if factor.form != "attention output":  # which is zero
+                factors[where] = factor
+        elif name.endswith((".lora_B.weight", ".lora_embedding_B")):
+            if re.sub(r"B(\.weight)?$", r"A\1", key) not in tensors:
                 raise StoreError(f"{path} has {key!r:.120} without its lora_A")
         elif "lora_" in name:
-            raise StoreError(f"{path} has {key!r:.120}: not part of a plain LoRA on linear layers")
+            raise StoreError(f"{path} has {key!r:.120}: not part of a plain LoRA")
         else:
             trained[name.replace(".base_layer.bias", ".bias")] = tensor
     if not factors:
         raise StoreError(f"{path} holds no LoRA factors")
-    return factors, trained
+    return (peft_forms.without_heads(factors) if config.get("ensure_weight_tying") else factors), trained
 
 
-def _factor(layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], path: Path, rounding: str) -> Factor:
-    if B is None or A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0] or {A.dtype, B.dtype} - set(TIEABLE):
-        raise StoreError(f"{path}: lora_A and lora_B of layer {layer!r:.120} are not factors of a linear layer")
-    r, alpha = A.shape[0], _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha"), path)
-    if _by_pattern(config.get("rank_pattern"), layer, config.get("r"), path) != r:
-        raise StoreError(f"{path}: layer {layer!r:.120} has rank {r}, but {CONFIG} says otherwise")
-    if r == 0:
-        raise StoreError(f"{path}: layer {layer!r:.120} has rank 0")
+def _factor(
+    layer: str, A: Tensor, B: Tensor | None, config: Mapping[str, Any], path: Path, rounding: str, form: str
+) -> tuple[str, Factor]:
+    """The layer's path and factor."""
+    if B is None or {A.dtype, B.dtype} - set(TIEABLE) or A.dim() < 2 or B.dim() < 2:
+        raise StoreError(f"{path}: lora_A and lora_B of layer {layer!r:.120} are not factors of a layer")
+    r = _by_pattern(config.get("rank_pattern"), layer, config.get("r"), path)
+    if form == "embedding":
+        found: Any = layer, A, B, "embedding"
+    elif not A.shape[0] or r < 1 or r != int(r):
+        raise StoreError(f"{path}: layer {layer!r:.120} has rank {A.shape[0]}, but {CONFIG} says {r:g}")
+    else:
+        named = config.get("target_parameters") or []
+        found = peft_forms.read(layer, A, B, int(r), named, attention=form == "attention")
+    if isinstance(found, str):
+        raise StoreError(f"{path}: layer {layer!r:.120} {found}")
+    where, A, B, form = found
+    if not are_factors(A, B):
+        raise StoreError(f"{path}: lora_A and lora_B of layer {layer!r:.120} are not factors of a layer")
+    if r != A.shape[-2]:
+        raise StoreError(f"{path}: layer {layer!r:.120} has rank {A.shape[-2]}, but {CONFIG} says otherwise")
+    alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha"), path)
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     rank = max(used_rank(A, B), 1)  # an export pads all layers to one rank
     if rank < r:
-        A, B = A[:rank].clone(), B[:, :rank].clone()
-    return Factor(A, B, scaling, rounding)
+        A, B = A[..., :rank, :].clone(), B[..., :rank].clone()
+    return where, Factor(A, B, scaling, rounding, form=form)
 
 
 @functools.lru_cache(maxsize=1 << 14)

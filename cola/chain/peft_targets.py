@@ -10,6 +10,7 @@ from typing import Any
 
 from cola.chain.architecture import Architecture, holders
 from cola.chain.fingerprint import Fingerprint, weight_of
+from cola.chain.peft_forms import Forms
 from cola.lora.per_layer import TASK_HEADS
 
 #: by the model_type of mixtures in transformers 5, names of layers that PEFT takes for parts of fused experts
@@ -38,32 +39,34 @@ _RENAMED = {
 }
 
 
-def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
+def choose(forms: Forms, saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:
     """The entries of ``adapter_config.json`` that select the adapted layers.
 
     Args:
-        paths: of the adapted layers.
+        forms: of the adapted layers.
         saved: paths of the modules that are stored whole.
         base: has the names of all tensors and the architecture, if they are known.
 
     Returns:
         ``target_modules``: the layers' names if these select the adapted layers alone, else their paths, else a regular
-        expression. ``target_parameters``: the weights of layers that PEFT would otherwise take for parts of fused
-        experts, or None.
+        expression. ``target_parameters``: single parameters, and the weights of layers that PEFT would otherwise take
+        for parts of fused experts; or None.
 
     Raises:
         ValueError: PEFT would adapt other layers, or refuse one; the message names it.
     """
     built = base.architecture if base is not None else None
     tensors = set(base.prints()) if base is not None and base.others is not None else set()
+    paths, single = forms.modules(), forms.parameters()
     modules = holders(tensors).union(paths, built.modules if built is not None else ())
     _require_free(paths, saved, modules, built)
     fused = _fused(built, tensors)
     apart = [path for path in paths if path.rpartition(".")[2] in fused]
     plain = [path for path in paths if path not in set(apart)]
-    expression = "|".join(map(re.escape, plain))
+    expression: Any = "|".join(map(re.escape, plain)) or []
+    parameters = [*_parameters(single, tensors), *map(weight_of, apart)] or None
     if built is None and not fused:
-        return {"target_modules": expression, "target_parameters": None}  # it fits, whatever the other modules
+        return {"target_modules": expression, "target_parameters": parameters}  # it fits, whatever the other modules
     _require_parameters(apart, tensors, base)
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in plain))
     for listed in (names, plain):
@@ -76,8 +79,14 @@ def choose(paths: Sequence[str], saved: Sequence[str], base: Fingerprint | None)
                 f"PEFT cannot tell the adapted layers of this mixture from {other!r}, whose path ends as one of theirs "
                 "does: save the merged model instead"
             )
-        return {"target_modules": expression, "target_parameters": None}
-    return {"target_modules": listed, "target_parameters": [weight_of(path) for path in apart] or None}
+        return {"target_modules": expression, "target_parameters": parameters}
+    return {"target_modules": listed, "target_parameters": parameters}
+
+
+def _parameters(single: Sequence[str], tensors: Collection[str]) -> list[str]:
+    """Names by which PEFT finds these parameters alone: the last two parts, if they suffice."""
+    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in single))
+    return short if tensors and _selected(short, tensors) == set(single) else list(single)
 
 
 def task(saved: Sequence[str], base: Fingerprint | None) -> dict[str, Any]:

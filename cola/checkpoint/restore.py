@@ -132,12 +132,13 @@ def check(saved: RunState, live: LiveLink, base: Optimizer) -> None:
         raise ValueError("the parameters that were added by add_param_group have other shapes than in the saved run")
     if saved.A.keys() != live.layers.keys():
         raise ValueError(f"the saved live link is on {sorted(saved.A)}, here it is on {sorted(live.layers)}")
-    for path, (out, inner) in live.shapes().items():
+    for path, (*stack, out, inner) in live.shapes().items():
         A, B, rank = saved.A[path], saved.B[path], live.plans[path].rank_of(index)
-        if A.shape != (rank, inner) or B.shape != (out, rank):
+        wanted_A, wanted_B = (*stack, rank, inner), (*stack, out, rank)
+        if A.shape != wanted_A or B.shape != wanted_B:
             raise ValueError(
                 f"the saved live link of layer {path!r} is {tuple(B.shape)} by {tuple(A.shape)}, here it would be "
-                f"({out}, {rank}) by ({rank}, {inner})"
+                f"{wanted_B} by {wanted_A}"
             )
         start_A, start_B = saved.start_A.get(path, A), saved.start_B.get(path, B)
         if start_A.shape != A.shape or start_B.shape != B.shape:

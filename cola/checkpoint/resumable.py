@@ -373,7 +373,7 @@ class Resumable(LinkGroups):
             loss=None if self._loss is None else float(self._loss),
             A={path: factor.A for path, factor in link.items()},
             B={path: factor.B for path, factor in link.items()},
-            layers={path: (factor.scaling, factor.rounding) for path, factor in link.items()},
+            layers={path: (factor.scaling, factor.rounding, factor.form) for path, factor in link.items()},
             shared=self.live.trainable.aliases(),
             rows={n: (f"{p}.{l.entries[0]}".lstrip("."), l.row_indices.tolist()) for n, (p, l) in rows.items()},
             trained=self.live.trained(),

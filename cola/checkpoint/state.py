@@ -169,7 +169,7 @@ class RunState:
         loss: of the last step.
         extras: state dicts of the objects in `ChainOptimizer.register_for_checkpointing`, by name.
         A, B: factors of the live link, by layer.
-        layers: scale of the live link and rounding of its tie, by layer; empty without A and B.
+        layers: scale of the live link, rounding of its tie and form, by layer; empty without A and B.
         shared: further paths of the parameters in ``trained``, with the path that they have there.
         rows: names of weights with trained rows, with the path that these have in ``trained``, and their indices.
         start_A, start_B: the factors that the live link began with, for layers whose weight gave their product back.
@@ -188,7 +188,7 @@ class RunState:
     extras: Mapping[str, Any] = field(default_factory=dict)
     A: Mapping[str, Tensor] = field(default_factory=dict)
     B: Mapping[str, Tensor] = field(default_factory=dict)
-    layers: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, tuple[str, list[int]]] = field(default_factory=dict)
     start_A: Mapping[str, Tensor] = field(default_factory=dict)
@@ -243,11 +243,12 @@ def decode(
         raise ValueError("what rounding lost when a link began is no number")
     live = unpack(content["live"], {})
     layers, shared = live["layers"], live["shared"]
+    layers = {path: (*layer, "linear")[:3] for path, layer in layers.items()}  # older states have no forms
     if layers.keys() != named["A"].keys() or not all(
-        isinstance(layer, tuple) and len(layer) == 2 and is_finite(layer[0]) and layer[1] in RECORDED
+        len(layer) == 3 and is_finite(layer[0]) and layer[1] in RECORDED and isinstance(layer[2], str)
         for layer in layers.values()
     ):
-        raise ValueError(f"the scales and roundings of its live link are {layers!r:.80}")
+        raise ValueError(f"the scales, roundings and forms of its live link are {layers!r:.80}")
     if not all(isinstance(path, str) and first in named["trained"] for path, first in shared.items()):
         raise ValueError(f"its shared parameters are {shared!r:.80}")
     rows = live.get("rows", {})
@@ -262,8 +263,7 @@ _ARGUMENTS = ("layers", "seed", "rounding", "quantized", "reset", "link")
 
 def arguments_of(live: LiveLink, reset: str) -> dict[str, Any]:
     """The arguments of a `ChainOptimizer` that a resumed run must share, as JSON values."""
-    own = {path: (plan.rank, plan.scaling) for path, plan in live.plans.items()}
-    layers = {path: [*shape, *(own[path] if None not in own[path] else ())] for path, shape in live.shapes().items()}
+    layers = {path: [*shape, *live.plans[path].describe()] for path, shape in live.shapes().items()}
     values = (layers, live.seed, live.rounding, live.quantized, reset, live.config._describe())
     return dict(zip(_ARGUMENTS, values, strict=True))
 

@@ -62,9 +62,9 @@ def read_untied_link(directory: Path, chain: Chain) -> UntiedLink | None:
 
 def _link(state: RunState) -> Link:
     factors = {}
-    for path, (scaling, rounding) in state.layers.items():
+    for path, (scaling, rounding, form) in state.layers.items():
         start = (state.start_A[path], state.start_B[path]) if path in state.start_A else None
-        factors[path] = Factor(state.A[path], state.B[path], scaling, rounding, start)
+        factors[path] = Factor(state.A[path], state.B[path], scaling, rounding, start, form)
     shared = {path: state.trained[first] for path, first in state.shared.items()}
     layers = {path: LayerReport(factor.norm(), math.nan, factor.rounding) for path, factor in factors.items()}
     counters = state.counters

@@ -7,6 +7,7 @@ are settings of users and schedulers, and stay.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola.knot.tie import KnotError
-from cola.knot.transport import require_known, transport
+from cola.knot.transport import Block, require_known, transport
 
 Factory = Callable[[list[dict[str, Any]]], Optimizer]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -173,7 +174,12 @@ def require_keepable(base: Optimizer, reset: Reset, make: Factory) -> None:
 
 
 def carried_over(
-    base: Optimizer, reset: Reset, old: Pairs, new: Pairs, ranks: Mapping[str, int]
+    base: Optimizer,
+    reset: Reset,
+    old: Pairs,
+    new: Pairs,
+    ranks: Mapping[str, int],
+    blocks: Mapping[str, Sequence[Block]] | None = None,
 ) -> dict[Any, Any] | None:
     """Compute the base's state for the next link from its state for the old one.
 
@@ -186,6 +192,7 @@ def carried_over(
         old: the factors of the old link.
         new: the Parameters, with the values of the next link.
         ranks: ranks of the next link, by layer; the Parameters may have room for more.
+        blocks: as in `transport`.
 
     Returns:
         State by Parameter; None if all of it stays.
@@ -196,7 +203,7 @@ def carried_over(
         Exception: any that the function raises.
     """
     if reset == "transport":
-        reset = transport
+        reset = partial(transport, blocks=blocks)
     if not callable(reset):
         for path, (A, _) in old.items():
             if A.shape[-2] != ranks[path]:

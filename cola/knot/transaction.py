@@ -41,7 +41,8 @@ class NextLink:
                 new = {path: (layer.lora_A, layer.lora_B) for path, layer in self.live.layers.items()}
                 ranks = {path: factor.rank for path, factor in self.link.items()}
                 pairs = {path: (factor.A, factor.B) for path, factor in old.items()}
-                self._state = carried_over(opt.base, reset, pairs, new, ranks)
+                blocks = {p: plan.blocks(present, index) for p, plan in self.live.plans.items() if plan.parts}
+                self._state = carried_over(opt.base, reset, pairs, new, ranks, blocks)
         finally:
             self.live.begin(present, old)
             self.live.make_room(rooms)

@@ -5,10 +5,10 @@ row space of A alone. In the new link's directions this is ``M R`` with ``R = (A
 pseudo-inverse because the rows of A need not be orthonormal). The second moment V is rotated by way of the variance:
 ``|(V − M²)(R∘R) + (M R)²|``. For the share of a new direction that the old ones do not reach, the mean of V's row is
 added; otherwise the first steps in new random directions would be too long. Where both factors are trained, A's moments
-begin anew.
+begin anew. Where the parts of a layer have links of their own, each is rotated by itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +18,36 @@ from torch.optim import Optimizer
 from cola.common.distributed import copy_whole, is_sharded, whole
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
+#: a part of a layer: its output rows, and its directions in the old and in the new link
+Block = tuple[Any, slice, slice]
+_WHOLE: Block = (slice(None), slice(None), slice(None))
 
 #: entries of a base's state that are sums of gradients, and those that are sums of their squares
 _FIRST, _SECOND = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq")
 
 
 @torch.no_grad()
-def transport(base: Optimizer, old: Pairs, new: Pairs) -> None:
+def transport(base: Optimizer, old: Pairs, new: Pairs, blocks: Mapping[str, Sequence[Block]] | None = None) -> None:
     """Rotate the base's moments from the old links' directions into the new links', the rule of ``reset="transport"``.
 
     Args:
         base: with the state of the old link; Adam-like, or SGD with momentum.
         old: factors (A, B) of the link that ends, by layer.
         new: the Parameters of the link that begins.
+        blocks: the parts of those layers whose parts have links of their own.
     """
     for path, (A, B) in old.items():
         new_A, new_B = new[path]
+        mine = (blocks or {}).get(path, (_WHOLE,))
         if new_B in base.state:
-            _carry(base, new_B, B.shape, *_rotation(A, whole(new_A.detach())))
+            after = whole(new_A.detach())
+            turns = [(rows, o, n, *_rotation(A[..., o, :], after[..., n, :])) for rows, o, n in mine]
+            _carry(base, new_B, B.shape, turns)
             base.state.pop(new_A, None)
         elif new_A in base.state:
-            _carry(base, new_A, A.shape, *_rotation(B.mT, whole(new_B.detach()).mT), transposed=True)
+            after = whole(new_B.detach())
+            turns = [(slice(None), o, n, *_rotation(B[..., rows, o].mT, after[..., rows, n].mT)) for rows, o, n in mine]
+            _carry(base, new_A, A.shape, turns, transposed=True)
 
 
 def _rotation(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,19 +88,24 @@ def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() >= 2}
 
 
+#: a `Block` with its rotation and the unknown shares
+_Turn = tuple[Any, slice, slice, Tensor, Tensor]
+
+
 def _carry(
-    base: Optimizer, parameter: Any, shape: torch.Size, rotation: Tensor, unknown: Tensor, *, transposed: bool = False
+    base: Optimizer, parameter: Any, shape: torch.Size, turns: Sequence[_Turn], *, transposed: bool = False
 ) -> None:
-    state = base.state[parameter]
+    state, room = base.state[parameter], parameter.shape[-2 if transposed else -1]
     tensors = _moments(state)
     # beyond the old rank a masked Parameter's state is zero
     moments = {name: _cut(whole(value), shape, transposed).double() for name, value in tensors.items()}
-    mean = moments.get("exp_avg")
     for name, value in moments.items():
-        turned = value @ rotation
-        if name in _SECOND and mean is not None:
-            turned = ((value - mean**2) @ rotation**2 + (mean @ rotation) ** 2).abs()
-            turned += unknown * value.mean(-1, keepdim=True)
+        mean = moments.get("exp_avg") if name in _SECOND else None
+        turned = value.new_zeros(*value.shape[:-1], room)
+        for rows, old, new, rotation, unknown in turns:
+            turned[..., rows, new] = _turned(
+                value[..., rows, old], None if mean is None else mean[..., rows, old], rotation, unknown
+            )
         turned = turned.mT if transposed else turned
         turned = turned.to(tensors[name].dtype).contiguous()
         if is_sharded(parameter):
@@ -99,6 +113,14 @@ def _carry(
             copy_whole(state[name], turned)
         else:
             state[name] = turned
+
+
+def _turned(value: Tensor, mean: Tensor | None, rotation: Tensor, unknown: Tensor) -> Tensor:
+    """A first moment in the new directions; a second one if the first, ``mean``, is given with it."""
+    if mean is None:
+        return value @ rotation
+    turned = ((value - mean**2) @ rotation**2 + (mean @ rotation) ** 2).abs()
+    return turned + unknown * value.mean(-1, keepdim=True)
 
 
 def _cut(value: Tensor, shape: torch.Size, transposed: bool) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cola.common.arguments import choice, integer, names
 from cola.knot.tie import TIEABLE
+from cola.lora import parts as fused
 from cola.lora.init import INITS, PAIRS, Init, LinkStart, Pair, draw, generator
+from cola.lora.parts import Part
 from cola.lora.peft_options import carried, is_lora_config, require_known
 from cola.lora.per_layer import require_valid
 
@@ -79,8 +81,14 @@ class LinkConfig:
         trainable_token_indices: rows to train whole while the rest of the weight stays frozen, as for new tokens: token
             ids of the model's input embedding, or a dict of names of embeddings or output heads -> ids. Layers that
             share the weight have the same rows.
+        parts: links of their own for the parts of fused projections: a regular expression for the end of the path ->
+            part -> rank of its first link, as in ``{"qkv_proj": {"q": 8, "k": 4, "v": 8}}``. A part that is left out
+            carries no link. The rows of q, k, v, gate and up are known for the fused layers of many models of
+            transformers; elsewhere give (rank, rows), with the output rows as a range or a list of ranges:
+            ``{"q": (8, range(0, 64))}``. Each part starts as a layer of its rows would. All share the layer's scale,
+            and a schedule of ranks takes each down in proportion. B is stored with its zeros, out×Σr.
 
-    Names and meanings are PEFT's.
+    Names and meanings are PEFT's, but for ``parts``, which PEFT does not have.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -109,6 +117,7 @@ class LinkConfig:
     task_type: str | None = None
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = field(default=None, hash=False)
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         choice("bias", self.bias, ("none", "lora_only"))
@@ -144,6 +153,7 @@ class LinkConfig:
         if self.target_parameters is not None:
             names("target_parameters", self.target_parameters)
         require_valid(self)
+        fused.require_valid(self.parts)
 
     def rank_of(self, link: int) -> int:
         """Rank of link ``link`` (from 0)."""
@@ -217,9 +227,11 @@ class LayerPlan:
     Args:
         config: the configuration of all layers.
         rank, scaling: the first link's, where this layer differs (PEFT's ``rank_pattern``, ``alpha_pattern``).
+        parts: those that have links of their own; the layer's link has the sum of their ranks.
 
     A schedule of ranks ``r_0, r_1, …`` takes a layer that starts with R to ``R·r_k/r_0``, rounded half up and at least
-    1. Its scale is constant under ``"constant"`` and follows the layer's rank under ``"alpha/r"`` and ``"rslora"``.
+    1; likewise a part. The layer's scale is constant under ``"constant"`` and follows its rank (with parts, the rank
+    that it would have without) under ``"alpha/r"`` and ``"rslora"``.
 
     >>> plan = LayerPlan(LinkConfig(r=(8, 4), scaling="alpha/r"), rank=3, scaling=2.0)
     >>> plan.rank_of(1), plan.scaling_of(1)
@@ -229,20 +241,32 @@ class LayerPlan:
     config: LinkConfig
     rank: int | None = None
     scaling: float | None = None
+    parts: tuple[Part, ...] = ()
 
     def rank_of(self, link: int) -> int:
         """Rank of link ``link`` (from 0)."""
-        usual = self.config.rank_of(link)
-        if self.rank is None:
-            return usual
-        first = self.config.rank_of(0)
-        return max(1, (2 * self.rank * usual + first) // (2 * first))
+        if self.parts:
+            return sum(self.part_ranks(link))
+        return self.config.rank_of(link) if self.rank is None else self._stepped(self.rank, link)
+
+    def part_ranks(self, link: int) -> list[int]:
+        """Ranks of the parts of link ``link``; empty without parts."""
+        return [self._stepped(part.rank, link) for part in self.parts]
+
+    def blocks(self, link: int, following: int) -> list[tuple[Tensor, slice, slice]]:
+        """The rows of each part, and its directions in two links."""
+        old, new = (fused.slices(self.part_ranks(index)) for index in (link, following))
+        return [(part.rows, before, after) for part, before, after in zip(self.parts, old, new)]
+
+    def _stepped(self, rank: int, link: int) -> int:
+        usual, first = self.config.rank_of(link), self.config.rank_of(0)
+        return max(1, (2 * rank * usual + first) // (2 * first))
 
     def scaling_of(self, link: int) -> float:
         """Scale s of link ``link``."""
         if self.rank is None or self.scaling is None:
             return self.config.scaling_of(link)
-        share = self.rank / self.rank_of(link)
+        share = self.rank / self._stepped(self.rank, link)
         return self.scaling * {"constant": 1.0, "alpha/r": share, "rslora": math.sqrt(share)}[self.config.scaling]
 
     def draw(
@@ -257,11 +281,27 @@ class LayerPlan:
         looks_up: bool = False,
     ) -> Pair:
         """Draw A and B of link ``link`` for the layer at ``path``, on the CPU; see `cola.lora.init.draw`."""
-        rank = self.rank_of(link)
+        if not self.parts:
+            start = self._start(path, shape, self.rank_of(link), seed, link, opt)
+            return draw(self.config.init, self.config.train, start, dtype, looks_up=looks_up)
+        pairs = []
+        for part, rank in zip(self.parts, self.part_ranks(link)):
+            start = self._start(path, (len(part.rows), shape[1]), rank, seed, link, opt, part.name)
+            pairs.append(draw(self.config.init, self.config.train, start, dtype))
+        return fused.joined(pairs, self.parts, shape[0])
+
+    def _start(
+        self, path: str, shape: tuple[int, ...], rank: int, seed: int, link: int, opt: Any, part: str | None = None
+    ) -> LinkStart:
+        own = path if part is None else f"{path}:{part}"
         if rank > min(shape[-2:]):
-            raise ValueError(f"r={rank} of link {link} is above the rank of layer {path!r}, {shape[-2]}x{shape[-1]}")
-        start = LinkStart(path, shape, rank, self.scaling_of(link), link, generator(seed, link, path), opt)
-        return draw(self.config.init, self.config.train, start, dtype, looks_up=looks_up)
+            raise ValueError(f"r={rank} of link {link} is above the rank of layer {own!r}, {shape[-2]}x{shape[-1]}")
+        return LinkStart(path, shape, rank, self.scaling_of(link), link, generator(seed, link, own), opt, part=part)
+
+    def describe(self) -> list[Any]:
+        """Where the layer differs from the configuration, as JSON values, for a checkpoint to compare."""
+        own = [] if self.rank is None or self.scaling is None else [self.rank, self.scaling]
+        return [*own, *(part.describe() for part in self.parts)]
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that the layer's links may have; None if a callable decides."""

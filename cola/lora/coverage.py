@@ -9,10 +9,10 @@ from torch import nn
 from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
 from cola.lora.kinds import is_quantized, kind_of, known_kind
-from cola.lora.layer import FACTORS, AdaptedLayer
+from cola.lora.layer import FACTORS
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
-from cola.lora.parameter import ReadsParameters
+from cola.lora.parameter import entries_of
 from cola.lora.targets import WHOLE, is_stacked, obstacles
 from cola.lora.token_rows import TokenRows
 
@@ -232,7 +232,7 @@ class _Groups:
             return group, self._why(f"{path}.{name}".lstrip("."))
         own = kind_of(module)
         if own is None or name != "weight":
-            return "other", f"a {type(module).__name__} is no layer of a known kind"
+            return "other", f"a {type(module).__name__} is no layer of a known kind: see target_parameters"
         reason = self.obstacles.get(path, "")
         if own.linear and reason and not reason.startswith("already carries"):
             if reason.startswith("is tied"):
@@ -260,8 +260,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
     seen: set[int] = set()
     for path, module in modules_by_name(model).items():
         for name, parameter in () if id(module) in unused else module._parameters.items():
-            entries = module.entries if isinstance(module, AdaptedLayer | ReadsParameters | TokenRows) else FACTORS
-            factor = name in entries or not set(FACTORS).isdisjoint(path.split("."))
+            own = TokenRows.entries if isinstance(module, TokenRows) else entries_of(module)
+            factor = name in (own or FACTORS) or not set(FACTORS).isdisjoint(path.split("."))
             if parameter is not None and not factor and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield path, module, name, parameter

@@ -32,6 +32,7 @@ class LinkStart:
         rank: the rank r.
         scaling: the scale s.
         link: index of the link, from 0.
+        part: name of the part (``LinkConfig(parts=...)``), whose rows are then those of ``shape``; None for a layer.
         expert: which of the weight's matrices, where it holds several (fused experts); each is asked for by itself.
         generator: a CPU generator seeded by (seed, link, path), so that equal keys draw equal values everywhere.
         opt: the `ChainOptimizer`, which still carries the previous link; None for the first link. At a knot its factors
@@ -46,6 +47,7 @@ class LinkStart:
     generator: torch.Generator
     opt: Any = None
     expert: int | None = None
+    part: str | None = None
 
 
 Init = Callable[[LinkStart], Tensor | Pair]

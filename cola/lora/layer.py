@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from cola.common.contexts import transformed
 from cola.common.distributed import copy_whole
 from cola.knot.sharded import obstacle_anywhere, tie_anywhere
 from cola.knot.tie import KnotError, Tie, tolerance
@@ -159,6 +159,7 @@ class AdaptedLayer(nn.Module):
             (`cola.lora.selected`).
         lora_B: out×r; the same Parameter from `attach` to `detach`.
         lora_down: what `times` takes for A, usually A itself.
+        lora_up: B as the layer computes with it, usually B itself.
         scaling: the scale s.
         lora_dropout: probability that training drops an input of the link (the plain layer's input is never dropped).
         rank: the link's rank; the Parameters may be larger, with zeros beyond it, where shapes cannot change.
@@ -305,7 +306,7 @@ class AdaptedLayer(nn.Module):
             link: (A, B, s).
             rounding: one of `cola.knot.tie.ROUNDINGS`.
             seed: for stochastic rounding.
-            memory: the residual buffer of compensated rounding; None for other roundings.
+            memory: the residual buffer of compensated rounding, in the weight's shape; None for other roundings.
 
         Raises:
             KnotError: the stored weight is further from the exact sum than rounding explains.
@@ -313,7 +314,8 @@ class AdaptedLayer(nn.Module):
         A, B, scaling = link
         weight = cls.matrix(module)
         left, right = cls.sides(module, A, B)
-        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=memory)
+        residual = None if memory is None else memory.view(weight.shape)
+        done = tie_anywhere(weight, left, right, scaling, rounding=rounding, seed=seed, residual=residual)
         limit = tolerance(weight, done, A.shape[-2])
         if not (math.isfinite(limit) and done.deviation <= limit):
             raise KnotError(
@@ -343,6 +345,11 @@ class AdaptedLayer(nn.Module):
         """A."""
         return self.lora_A
 
+    @property
+    def lora_up(self) -> Tensor:
+        """B."""
+        return self.lora_B
+
     def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
         """Make (A, B) the link; the Parameters stay the same objects.
 
@@ -364,7 +371,7 @@ class AdaptedLayer(nn.Module):
 
     def link(self, x: Tensor) -> Tensor:
         """``s·B A x`` in x's dtype; dropout, where set, acts on x in training."""
-        A, B = _used(self.lora_down, self.lora_B, x.dtype)
+        A, B = _used(self.lora_down, self.lora_up, x.dtype)
         return self.scaling * F.linear(times(A, F.dropout(x, self.lora_dropout, self.training)), B)
 
     @property
@@ -424,10 +431,10 @@ class LoRALinear(AdaptedLayer):
             return type(self).forward(self, x)
         weight = self.weight.t() if self.transposed else self.weight
         dropout = self.lora_dropout if self.training else 0.0
-        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or _transformed()
+        plain_operations = weight.requires_grad or torch.is_autocast_enabled(x.device.type) or transformed()
         if plain_operations or (dropout and _records(x)):
             return self.reference(x)
-        return LowRankLinear.apply(x, weight, self.bias, self.lora_down, self.lora_B, self.scaling, dropout)
+        return LowRankLinear.apply(x, weight, self.bias, self.lora_down, self.lora_up, self.scaling, dropout)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same function, from ordinary operations."""
@@ -461,11 +468,6 @@ def _bound_to(module: nn.Module, value: Any) -> bool:
 def _records(x: Tensor) -> bool:
     """Whether the call is being compiled or captured: a seed drawn now would be reused by every later call."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _transformed() -> bool:
-    """Whether `torch.func` or forward-mode AD is active, for which the autograd function has no rule."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def class_over(kind: type, plain: type[nn.Module]) -> Any:

@@ -153,6 +153,7 @@ class Factor:
         A: r×in, B: out×r, as they were trained; E×r×in and E×out×r where one weight holds E matrices (fused experts).
         scaling: s.
         rounding: how the tie was rounded; on a quantised layer ``"stack"`` or ``"requantize"``.
+        form: how the layer uses its weight, as in `LayerPrint`.
         start: (A₀, B₀) of a link that did not start at zero; ``s·B₀ A₀`` was subtracted from the weight at its start.
 
     The link adds ``ΔW = s·B A`` to the weight, or ``s·(B A − B₀ A₀)`` if it has a ``start``.
@@ -163,6 +164,7 @@ class Factor:
     scaling: float
     rounding: str
     start: Pair | None = None
+    form: str = "linear"
 
     def __repr__(self) -> str:
         sizes = "×".join(map(str, self.shape))

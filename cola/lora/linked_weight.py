@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cola.common.contexts import transformed
+
 logger = logging.getLogger("cola")
 
 
@@ -27,6 +29,7 @@ class LinkedWeight(Tensor):
         scaling: s.
         dropout: probability that an input of the link's product is dropped.
         title: names the weight in messages.
+        matrices: those of a stack once they were asked for, by whether a graph was recorded.
 
     >>> W = linked(torch.ones(2, 3), torch.ones(2, 1), torch.ones(1, 3), 0.5)
     >>> F.linear(torch.ones(3), W)
@@ -41,6 +44,7 @@ class LinkedWeight(Tensor):
     scaling: float
     dropout: float
     title: str
+    matrices: dict[bool, tuple["LinkedWeight", ...]]
 
     #: what happens where a function has no rule, and where not even the sum can be given, as the ends of messages
     formed: ClassVar[str] = (
@@ -67,7 +71,13 @@ class LinkedWeight(Tensor):
         found = NotImplemented if rule is None else rule(*args, **kwargs)
         if found is not NotImplemented:
             return found
-        if name == "__get__" or name in _ABOUT:  # its shape, its dtype, …
+        if name in _ASSIGN or (name.endswith("_") and not name.endswith("__")):
+            for weight in _all(args[:1] or [*kwargs.values()][:1], {}):
+                raise RuntimeError(
+                    f"{weight.title} is changed by {name} while it carries a link, and the change would be lost: "
+                    "finish() the chain first, or leave the layer out of target_modules (exclude_modules)"
+                )
+        if name in ("__get__", "__set__") or name in _ABOUT:  # its shape, its dtype, …
             weights = [w for w in (*args, *kwargs.values()) if isinstance(w, LinkedWeight)]
             about = func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in kwargs.items()})
             if not isinstance(about, Tensor):
@@ -92,10 +102,10 @@ def linked(
     plain: Tensor, left: Tensor, right: Tensor, scaling: float, dropout: float = 0.0, title: str = "a weight"
 ) -> LinkedWeight:
     """``plain`` with a link on it; see `LinkedWeight`."""
-    trained = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    trained = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad) and not transformed()
     weight: Any = _Joined.apply(plain, left, right, scaling) if trained else wrapper(LinkedWeight, plain)
     weight.plain, weight.left, weight.right = plain, left, right
-    weight.scaling, weight.dropout, weight.title = scaling, dropout, title
+    weight.scaling, weight.dropout, weight.title, weight.matrices = scaling, dropout, title, {}
     return weight
 
 
@@ -177,10 +187,6 @@ def _matmul(x: Any, y: Any, **options: Any) -> Any:
     return _plus(x.plain @ y, left @ (right @ _dropped(x, y)), x)
 
 
-def _rmatmul(y: Any, x: Any) -> Any:
-    return _matmul(x, y)
-
-
 def _grouped(x: Any, w: Any, offs: Tensor | None = None, **options: Any) -> Any:
     """Rows of x up to each of ``offs`` times one matrix of the stack."""
     if any(value is not None for value in options.values()) or not isinstance(w, LinkedWeight):
@@ -197,11 +203,19 @@ def _grouped(x: Any, w: Any, offs: Tensor | None = None, **options: Any) -> Any:
     return _plus(grouped(x, w.plain), grouped(grouped(_dropped(w, x), left), right), w)
 
 
-def _embedding(ids: Any, w: Any, padding_idx: int | None = None, *args: Any, **options: Any) -> Any:
-    if not isinstance(w, LinkedWeight):
+def _embedding(
+    ids: Any,
+    w: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not isinstance(w, LinkedWeight) or max_norm is not None:
         return NotImplemented
-    rows = F.embedding(ids, w.left, padding_idx)
-    return _plus(F.embedding(ids, w.plain, padding_idx, *args, **options), rows.to(w.right.dtype) @ w.right, w)
+    rows = F.embedding(ids, w.left, padding_idx, scale_grad_by_freq=scale_grad_by_freq)  # A's gradient is dense
+    return _plus(F.embedding(ids, w.plain, padding_idx), rows.to(w.right.dtype) @ w.right, w)
 
 
 def _conv(
@@ -245,14 +259,11 @@ def _unbound(w: Any, dim: int = 0) -> Any:
     """The matrices of a stack; one node of the graph serves all of them."""
     if w.dim() != 3 or dim not in (0, -3):
         return NotImplemented
-    if not hasattr(w, "matrices"):
+    recorded = torch.is_grad_enabled()  # matrices that were taken without a graph have no gradient later
+    if recorded not in w.matrices:
         parts = zip(w.plain.unbind(), w.left.unbind(), w.right.unbind())
-        w.matrices = tuple(_like(w, *part) for part in parts)
-    return w.matrices
-
-
-def _iterated(w: Any) -> Any:
-    return iter(_unbound(w)) if w.dim() == 3 else NotImplemented
+        w.matrices[recorded] = tuple(_like(w, *part) for part in parts)
+    return w.matrices[recorded]
 
 
 def _turned(w: Any, *dims: int, **names: int) -> Any:
@@ -272,6 +283,15 @@ def _cast(w: Any, *args: Any, **options: Any) -> Any:
     return _like(w, plain, w.left.to(plain.device), w.right.to(plain.device))
 
 
+def _detached(w: Any) -> Any:
+    return _like(w, w.plain.detach(), w.left.detach(), w.right.detach())
+
+
+def _required(w: Any, requires_grad: bool = True) -> Any:
+    w.plain.requires_grad_(requires_grad)
+    return w
+
+
 def _like(w: LinkedWeight, plain: Tensor, left: Tensor, right: Tensor) -> LinkedWeight:
     return linked(plain, left, right, w.scaling, w.dropout, w.title)
 
@@ -281,15 +301,14 @@ RULES: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     **{conv: functools.partial(_conv, function=conv) for conv in (F.conv1d, F.conv2d, F.conv3d)},
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm), _matmul),
-    Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: _rmatmul,
     Tensor.__getitem__: _item,
     **dict.fromkeys((torch.unbind, Tensor.unbind), _unbound),
-    Tensor.__iter__: _iterated,
     **dict.fromkeys((torch.t, Tensor.t, torch.transpose, Tensor.transpose), _turned),
     Tensor.T.__get__: _turned,  # type: ignore[attr-defined]
     Tensor.mT.__get__: _turned_last,  # type: ignore[attr-defined]
     Tensor.to: _cast,
+    **dict.fromkeys((Tensor.detach, Tensor.data.__get__), _detached),  # type: ignore[attr-defined]
+    Tensor.requires_grad_: _required,
 }
 """Function -> what computes it."""
 
@@ -297,8 +316,15 @@ RULES: dict[Any, Callable[..., Any]] = {
 _ABOUT = frozenset(
     (
         "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point",
-        "ndimension", "nelement", "numel", "requires_grad_", "size", "storage_offset", "stride", "__len__",
+        "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "__len__",
+    )
+)  # fmt: skip
+#: operators that change their first argument
+_ASSIGN = frozenset(
+    (
+        "__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__",
+        "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
     )
 )  # fmt: skip
 #: functions for people who look at a weight
-_READS = frozenset(("__repr__", "detach", "clone", "__get__", "item", "tolist"))
+_READS = frozenset(("__repr__", "clone", "__get__", "item", "tolist"))

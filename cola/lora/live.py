@@ -27,10 +27,13 @@ from cola.common.distributed import (
 from cola.knot.tie import ROUNDINGS, KnotError, Tie, key, residual_like
 from cola.lora import per_layer, quantized, row_targets
 from cola.lora.config import LayerPlan, LinkConfig
+from cola.lora.init import Pair
 from cola.lora.kinds import is_quantized, known_kind
 from cola.lora.layer import FACTORS, AdaptedLayer, Triple
 from cola.lora.link import Factor, LayerReport, Link, Rows
 from cola.lora.names import called, listed, modules_by_name, require_plain_name, shared_weights, unwrap
+from cola.lora.parted import Parted, parting
+from cola.lora.parts import parts_of
 from cola.lora.peft import PeftLayer, link_config, require_whole
 from cola.lora.reading import LinkedEmbedding
 from cola.lora.selected import selecting
@@ -99,18 +102,16 @@ class LiveLink:
         if not tuned:
             plans = {path: LayerPlan(config, *own) for path, own in per_layer.first_values(config, modules).items()}
         self.plans = {path: plans.get(path, LayerPlan(config)) for path in modules}
+        if config.parts:
+            kinds = {path: known_kind(module) for path, module in modules.items()}
+            shapes = {path: kind.shape(modules[path]) if kind.linear else None for path, kind in kinds.items()}
+            for path, parts in parts_of(config, shapes, inside).items():
+                self.plans[path] = replace(self.plans[path], parts=parts)
         for path in (*modules, *rows):
             require_plain_name(path)  # refuse before training what could not be saved under its name
         self._fit_ranks(modules)
         drawn = {  # PEFT's layers have their first link already
-            path: self.plans[path].draw(
-                path,
-                known_kind(module).shape(module),
-                seed=seed,
-                link=0,
-                dtype=config._dtype_for(module.weight),  # type: ignore[arg-type]
-                looks_up=known_kind(module).looks_up,
-            )
+            path: self._draw(path, module, 0, config._dtype_for(module.weight))  # type: ignore[arg-type]
             for path, module in ({} if tuned else modules).items()
         }
         device = config.residual_device
@@ -149,6 +150,8 @@ class LiveLink:
         small: list[str] = []
         for path, module in list(modules.items()):
             shape, plan = known_kind(module).shape(module)[-2:], self.plans[path]
+            if plan.parts:
+                continue  # each of them fits
             rank = max(plan.known_ranks() or (plan.rank_of(0),))
             if rank > min(shape) and self.config.target_modules in WHOLE and len(modules) > 1:
                 small.append(path)  # a small classification head, say
@@ -323,23 +326,31 @@ class LiveLink:
     def prepare(self, index: int, opt: Any = None) -> dict[str, Factor]:
         """Draw link ``index``; ``opt`` is the `ChainOptimizer`, for inits that look at it. Changes nothing."""
         drawn = {}
-        for path, shape in self.shapes().items():
-            dtype = self.layers[path].lora_B.dtype
-            A, B = self.plans[path].draw(
-                path,
-                shape,
-                seed=self.seed,
-                link=index,
-                dtype=dtype,
-                opt=opt if index else None,
-                looks_up=self.layers[path].kind.looks_up,
-            )
-            drawn[path] = self.factor_of(index, path, A, B)
+        for path, layer in self.layers.items():
+            pair = self._draw(path, layer.holder, index, layer.lora_B.dtype, opt if index else None)
+            drawn[path] = self.factor_of(index, path, *pair)
         return drawn
+
+    def _draw(self, path: str, module: nn.Module, index: int, dtype: torch.dtype, opt: Any = None) -> Pair:
+        kind = known_kind(module)
+        A, B = self.plans[path].draw(
+            path,
+            kind.shape(module),
+            seed=self.seed,
+            link=index,
+            dtype=dtype,
+            opt=opt,
+            looks_up=kind.looks_up,
+        )
+        padding = getattr(module, "padding_idx", None)
+        if kind.looks_up and padding is not None and not self.config._selects:
+            A[:, padding] = 0  # its row is not trained: neither is it moved by B alone
+        return A, B
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
-        return Factor(A, B, self.plans[path].scaling_of(index), self.rounding_of(path))
+        layer, scaling = self.layers[path], self.plans[path].scaling_of(index)
+        return Factor(A, B, scaling, self.rounding_of(path), form=layer.kind.form(layer.holder))
 
     @torch.no_grad()
     def begin(self, index: int, link: Mapping[str, Factor]) -> None:
@@ -352,6 +363,7 @@ class LiveLink:
                     "here: give r as a sequence, or the largest rank first"
                 )
             layer.put(factor.A, factor.B, factor.scaling, mask=mask)
+            self._divide(path, index)
             layer.lora_A.grad = layer.lora_B.grad = None
         self.index = self.note.tied = index
 
@@ -380,6 +392,7 @@ class LiveLink:
                 *stack, out, inner = layer.kind.shape(layer.holder)
                 A, B = layer.lora_A.new_zeros(*stack, rank, inner), layer.lora_B.new_zeros(*stack, out, rank)
                 layer.put(A, B, scaling, mask=mask)
+            self._divide(path, index)
 
     def take_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Continue with copies of these residual buffers, on the device that the configuration sets."""
@@ -463,10 +476,12 @@ class LiveLink:
     def factor(self, path: str) -> Factor:
         """The link's share of one layer, cut to its rank; views, not copies."""
         layer, start = self.layers[path], self.starts.of.get(path)
-        A, B = whole(layer.lora_A.detach())[..., : layer.rank, :], whole(layer.lora_B.detach())[..., : layer.rank]
+        A, B = whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
+        B = layer.within(B) if isinstance(layer, Parted) else B
+        A, B = A[..., : layer.rank, :], B[..., : layer.rank]
         # the model may have been moved to another device since the link began
         pair = None if start is None else (start.A.to(A.device), start.B.to(A.device))
-        return Factor(A, B, layer.scaling, self.rounding_of(path), pair)
+        return Factor(A, B, layer.scaling, self.rounding_of(path), pair, layer.kind.form(layer.holder))
 
     @torch.no_grad()
     def add(self, path: str, link: Triple, index: int, purpose: str) -> Tie:
@@ -484,6 +499,12 @@ class LiveLink:
             weight = self.layers[path].plain_weight
             self.residuals[path] = residual_like(weight, self.config.residual_device or weight.device)
         return self.residuals[path]
+
+    def _divide(self, path: str, index: int) -> None:
+        """Tell a layer with parts which of link ``index``'s directions are whose."""
+        layer, plan = self.layers[path], self.plans[path]
+        if isinstance(layer, Parted):
+            layer.divide(plan.parts, plan.part_ranks(index))
 
     def _masks(self, tensor: Tensor) -> bool:
         change = self.config.rank_change
@@ -504,14 +525,16 @@ class LiveLink:
         dtype = self.config._dtype_for(weight)
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
         adapted = known_kind(module).over(type(module))
-        module.__class__ = selecting(adapted) if self.config._selects else adapted
+        adapted = selecting(adapted) if self.config._selects else adapted
+        module.__class__ = parting(adapted) if self.plans[path].parts else adapted
         assert isinstance(module, AdaptedLayer)
-        known, scaling = self.config.known_ranks(), self.plans[path].scaling_of(0)
+        known, scaling = self.plans[path].known_ranks(), self.plans[path].scaling_of(0)
         room = max(known or (A.shape[-2],)) if self._masks(weight) else A.shape[-2]
         empty = A.new_zeros(*A.shape[:-2], room, A.shape[-1]), B.new_zeros(*B.shape[:-1], room)
         module.attach(*empty, scaling, 0.0)
         module.put(A, B, scaling, mask=True)
         module.lora_dropout, module.allowed_ranks = self.config.lora_dropout, known
         self.layers[path] = module
+        self._divide(path, 0)
         if isinstance(module, LinkedEmbedding):
             module.lend(borrowers(self.model, path, module))

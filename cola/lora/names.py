@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cola.lora import peft
 from cola.lora.kinds import kind_of
-from cola.lora.layer import AdaptedLayer
-from cola.lora.parameter import ParameterView, ReadsParameters, view_of
+from cola.lora.parameter import ParameterView, entries_of, view_of
 from cola.lora.token_rows import TokenRows
 
 # parts that torch.compile, DDP, FSDP and activation checkpointing add to a module's path
@@ -97,10 +96,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def tensors_of(path: str, module: nn.Module, *, parameters: bool = True) -> dict[str, torch.Tensor]:
     """The module's own persistent buffers, and its parameters other than a link's, by name."""
-    left_out = {
-        *module._non_persistent_buffers_set,
-        *(module.entries if isinstance(module, AdaptedLayer | ReadsParameters) else ()),
-    }
+    left_out = {*module._non_persistent_buffers_set, *entries_of(module)}
     held = {**(module._parameters if parameters else {}), **module._buffers}
     kind = kind_of(module)
     if kind is not None:

@@ -7,6 +7,7 @@ lie next to it in the module, and the module's code finds ``W + s·B A`` where i
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair, rebind
@@ -99,6 +100,8 @@ class LinkedParameter(AdaptedLayer):
     lora_dropout = _of_live("lora_dropout")
     rank = _of_live("rank")
     allowed_ranks = _of_live("allowed_ranks")
+    held = ParameterView.held
+    weight_name = ParameterView.weight_name
 
     @classmethod
     def parameter(cls, module: nn.Module) -> nn.Parameter | None:
@@ -109,7 +112,8 @@ class LinkedParameter(AdaptedLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "parameter"
+        owner, _ = cast(LinkedParameter, module).place
+        return "attention input" if isinstance(owner, nn.MultiheadAttention) else "parameter"
 
     @classmethod
     def is_transposed(cls, module: nn.Module) -> bool:
@@ -142,7 +146,7 @@ class LinkedParameter(AdaptedLayer):
     def live(self) -> _Live:
         """The link's state."""
         owner, name = self.place
-        return cast(ReadsParameters, owner).links[name]
+        return cast(ReadsParameters, owner).lora_links[name]
 
     @property
     def lora_A(self) -> nn.Parameter:  # type: ignore[override]
@@ -156,10 +160,10 @@ class LinkedParameter(AdaptedLayer):
 
     def _hold(self, A: Tensor, B: Tensor) -> None:
         owner, name = self.place
-        links = {**(owner.links if isinstance(owner, ReadsParameters) else {}), name: _Live()}
+        links = {**(owner.lora_links if isinstance(owner, ReadsParameters) else {}), name: _Live()}
         plain = owner.plain_class if isinstance(owner, ReadsParameters) else type(owner)
         owner.__class__ = reading(plain, tuple(links))
-        vars(owner)["links"], vars(owner)["open"] = links, None
+        vars(owner)["lora_links"], vars(owner)["lora_open"] = links, None
         for own, factor in zip(self.names, (A, B)):
             owner.register_parameter(own, nn.Parameter(factor))
 
@@ -173,12 +177,12 @@ class LinkedParameter(AdaptedLayer):
         owner, name = self.place
         for own in self.names:
             del owner._parameters[own]
-        links = {other: live for other, live in cast(ReadsParameters, owner).links.items() if other != name}
+        links = {other: live for other, live in cast(ReadsParameters, owner).lora_links.items() if other != name}
         plain = cast(ReadsParameters, owner).plain_class
         owner.__class__ = reading(plain, tuple(links)) if links else plain
-        vars(owner)["links"] = links
+        vars(owner)["lora_links"] = links
         if not links:
-            del vars(owner)["links"], vars(owner)["open"]
+            del vars(owner)["lora_links"], vars(owner)["lora_open"]
         rebind(owner)
         self.__class__ = ParameterView  # type: ignore[assignment]
 
@@ -186,34 +190,36 @@ class LinkedParameter(AdaptedLayer):
 class ReadsParameters(nn.Module):
     """A module with links on some of its parameters. `reading` puts this class in front of the module's own.
 
+    Its attributes begin with ``lora_``, so that they hide none of the module's own.
+
     Attributes:
-        links: the links by the parameters' names.
-        open: the linked weights of the forward pass that is running, so that reading one again is free.
+        lora_links: the links by the parameters' names.
+        lora_open: the linked weights of the forward pass that is running, so that reading one again is free.
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
-    read: ClassVar[tuple[str, ...]] = ()
-    links: dict[str, _Live]
-    open: dict[str, LinkedWeight] | None
+    lora_names: ClassVar[tuple[str, ...]] = ()
+    lora_links: dict[str, _Live]
+    lora_open: dict[str, LinkedWeight] | None
 
     @property
-    def entries(self) -> tuple[str, ...]:
+    def lora_entries(self) -> tuple[str, ...]:
         """Names of the links' Parameters."""
-        return tuple(f"{name}_{factor}" for name in self.links for factor in FACTORS)
+        return tuple(f"{name}_{factor}" for name in self.lora_links for factor in FACTORS)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's."""
         if not isinstance(self, ReadsParameters):  # a hook kept this bound method after the chain was finished
             return type(self).forward(self, *args, **kwargs)
-        vars(self)["open"] = {}
+        vars(self)["lora_open"] = {}
         try:
             return self.plain_class.forward(self, *args, **kwargs)
         finally:
-            vars(self)["open"] = None
+            vars(self)["lora_open"] = None
 
-    def linked(self, name: str) -> LinkedWeight:
+    def lora_weight(self, name: str) -> LinkedWeight:
         """The parameter with its link."""
-        opened = vars(self).get("open")
+        opened = vars(self).get("lora_open")
         if opened is not None and name in opened:
             return opened[name]
         view = cast(LinkedParameter, view_of(self, name))
@@ -227,19 +233,26 @@ class ReadsParameters(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As any module's, after making room for links of other permitted ranks."""
-        for name in self.links:
+        for name in self.lora_links:
             view = cast(LinkedParameter, view_of(self, name))
             make_room(view, *(state_dict.get(prefix + own) for own in view.names))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.plain_class, self.read), self.__dict__
+        return _empty, (self.plain_class, type(self).lora_names), self.__dict__
+
+
+def entries_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes of a module that make up live links."""
+    if isinstance(module, ReadsParameters):
+        return module.lora_entries
+    return module.entries if isinstance(module, AdaptedLayer) else ()
 
 
 def view_of(owner: nn.Module, name: str) -> ParameterView:
     """The view of a parameter, with its link if it has one."""
     view = ParameterView(owner, name)
-    if isinstance(owner, ReadsParameters) and name in owner.links:
+    if isinstance(owner, ReadsParameters) and name in owner.lora_links:
         view.__class__ = LinkedParameter.over(ParameterView)  # type: ignore[assignment]
     return view
 
@@ -248,7 +261,7 @@ def reading(plain: type[nn.Module], names: tuple[str, ...]) -> type[ReadsParamet
     """The class for modules of class ``plain`` with links on these parameters."""
     if (plain, names) not in _CLASSES:
         own: dict[str, Any] = {name: _property(name) for name in names}
-        own.update(plain_class=plain, read=names)
+        own.update(plain_class=plain, lora_names=names, forward=torch.compiler.disable(ReadsParameters.forward))
         _CLASSES[plain, names] = type(f"Linked{plain.__name__}", (ReadsParameters, plain), own)
     return _CLASSES[plain, names]
 
@@ -257,7 +270,7 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[ReadsParameters]] =
 
 
 def _property(name: str) -> Any:
-    return property(lambda self: self.linked(name))
+    return property(lambda self: self.lora_weight(name))
 
 
 def _empty(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -28,6 +28,10 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian"}
 #: the nearest init for some other values; "kaiming" for the rest
 _NEAREST = {"orthogonal": "orthogonal", "eva": "orthogonal"}
+_PLAIN = (
+    "a chain goes on with PEFT's linear layers alone. Give the model without an adapter, and name the layer in "
+    "LinkConfig(target_modules=...)"
+)
 #: fields of LoraConfig that a chain cannot honour, and why; the layers themselves show all others
 _REFUSED = {
     "trainable_token_indices": "trains rows of an embedding in PEFT's own module, which a chain would not record: give "
@@ -138,7 +142,7 @@ def refusal(module: Any, *, own: bool = False) -> str | None:
     ):
         return "already carries a link: another ChainOptimizer owns this model; call its finish() first"
     if len(module.lora_embedding_A):
-        return "is an embedding with a PEFT adapter: a chain's links go on linear layers, so leave it out of LoraConfig"
+        return f"is an embedding with a PEFT adapter: {_PLAIN}"
     names = list(module.lora_A.keys())
     if len(names) != 1:
         return (
@@ -158,7 +162,7 @@ def refusal(module: Any, *, own: bool = False) -> str | None:
     if module.lora_bias.get(name):
         return "has lora_bias=True, an update in addition to s·BA: leave it off"
     if type(module.lora_A[name]) is not nn.Linear or type(module.lora_B[name]) is not nn.Linear:
-        return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers"
+        return f"is a {type(module).__name__} of PEFT, whose factors are not plain linear layers: {_PLAIN}"
     return None
 
 
@@ -282,7 +286,7 @@ def link_config(
     ranks = [rank for rank, _ in own.values()]
     meant = ranks if config.r == default.r else [config.rank_of(0)]
     counts = Counter(values for values in own.values() if values[0] in meant)
-    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", *PER_LAYER)
+    given = ("target_modules", "lora_dropout", "bias", "modules_to_save", "dtype", "parts", *PER_LAYER)
     for name in given:
         value = getattr(config, name)
         if value != getattr(default, name):

@@ -27,7 +27,9 @@ _WAYS_OUT = {
     "layer_replication": "changes the model: make the larger model first",
     "ensure_weight_tying": "is not needed: shared weights in modules_to_save stay shared, so leave it out",
     "megatron_config": "belongs to Megatron's layers, which carry no links: leave it out",
-    "use_dora": _NO_LINK, "lora_bias": _NO_LINK, "use_qalora": _NO_LINK, "use_bdlora": _NO_LINK,
+    "use_dora": "trains norms next to a link's s·BA, which gain no more than a LoRA of their bytes "
+    '(experiments/RESULTS.md, "DoRA"): leave it out',
+    "lora_bias": _NO_LINK, "use_qalora": _NO_LINK, "use_bdlora": _NO_LINK,
     "velora_config": _NO_LINK, "kasa_config": _NO_LINK, "monteclora_config": _NO_LINK, "arrow_config": _NO_LINK,
     "alora_invocation_tokens": _NO_LINK,
 }  # fmt: skip

@@ -39,7 +39,7 @@ def require_valid(link: Any) -> None:
         ValueError, TypeError: one is out of range.
     """
     if isinstance(link.exclude_modules, str):
-        _expression("exclude_modules", link.exclude_modules)
+        expression("exclude_modules", link.exclude_modules)
     elif link.exclude_modules is not None:
         names("exclude_modules", link.exclude_modules)
     indices = _indices(link)
@@ -52,13 +52,13 @@ def require_valid(link: Any) -> None:
     if not isinstance(link.layers_pattern, str | None):
         names("layers_pattern", link.layers_pattern)
     for pattern in _patterns(link):
-        _expression("layers_pattern", pattern)
+        expression("layers_pattern", pattern)
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(link, name)
         if not isinstance(patterns, Mapping):
             raise TypeError(f"{name}={patterns!r} must be a dict of regular expressions; leave it out for none")
         for pattern, value in patterns.items():
-            _expression(name, pattern)
+            expression(name, pattern)
             whole = name == "alpha_pattern" or integer(value) is not None
             if not (whole and is_finite(value) and value > 0):
                 kind = "a positive integer" if name == "rank_pattern" else "a positive number"
@@ -146,13 +146,18 @@ def first_values(link: Any, paths: Iterable[str]) -> dict[str, tuple[int, float]
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(link, name):
             if (name, pattern) not in used:
-                # a later pattern may match only layers that an earlier one has taken
-                if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
-                    why = "is never reached: an earlier pattern matches all of its layers"
-                else:
-                    why = f"matches none of the adapted layers, {_called(paths, pattern)}"
-                raise ValueError(f"{name}={{{pattern!r}: …}} {why}")
+                raise unmatched(name, pattern, paths)
     return found
+
+
+def unmatched(option: str, pattern: str, paths: Collection[str]) -> ValueError:
+    """The error of a pattern for the end of the path that decides for none of the layers ``paths``."""
+    # a later pattern may match only layers that an earlier one has taken
+    if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+        why = "is never reached: an earlier pattern matches all of its layers"
+    else:
+        why = f"matches none of the adapted layers, {_called(paths, pattern)}"
+    return ValueError(f"{option}={{{pattern!r}: …}} {why}")
 
 
 def heads_to_train(link: Any, paths: Collection[str]) -> list[str]:
@@ -175,7 +180,8 @@ def heads_to_train(link: Any, paths: Collection[str]) -> list[str]:
     return [name for name in there if name not in link.modules_to_save]
 
 
-def _expression(option: str, pattern: Any) -> None:
+def expression(option: str, pattern: Any) -> None:
+    """Raise ValueError unless ``pattern`` is a regular expression."""
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:

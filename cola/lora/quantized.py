@@ -136,7 +136,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
         if not isinstance(self, QuantizedLinear):  # a hook kept this bound method after the chain was finished
             return type(self).forward(self, x)
         link_input = F.dropout(x, self.lora_dropout, self.training)
-        return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_B)
+        return StackedLinear.forward(self, x) + self.scaling * thin(link_input, self.lora_A, self.lora_up)
 
     def reference(self, x: Tensor) -> Tensor:
         """The slow twin: the same function, from the decoded weight."""
@@ -144,7 +144,7 @@ class QuantizedLinear(AdaptedLayer, StackedLinear):
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         out = F.linear(x.float(), weight, None if bias is None else bias.float())
         link_input = F.dropout(x.float(), self.lora_dropout, self.training)
-        return (out + self.scaling * thin(link_input, self.lora_A, self.lora_B)).to(x.dtype)
+        return (out + self.scaling * thin(link_input, self.lora_A, self.lora_up)).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         AdaptedLayer._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)

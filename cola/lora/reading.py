@@ -6,6 +6,7 @@ The code is left as it is, and finds ``W + s·B A`` where it reads ``self.weight
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cola.common.distributed import is_sharded
@@ -18,6 +19,14 @@ class ReadingLayer(AdaptedLayer):
 
     linear: ClassVar[bool] = False
 
+    @classmethod
+    def over(cls, plain: type[nn.Module]) -> "type[AdaptedLayer]":
+        """As `AdaptedLayer.over`; `torch.compile` leaves the forward as it is."""
+        made = super().over(plain)
+        if "forward" not in vars(made):
+            made.forward = torch.compiler.disable(plain.forward)
+        return made
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """``W + s·B A``, for the layer's own code."""
@@ -27,7 +36,7 @@ class ReadingLayer(AdaptedLayer):
         """The weight with the link, to read in place of ``plain``."""
         if is_sharded(plain):  # FSDP2 looks for its own parameter; layers compute with whole ones
             return plain
-        left, right = self.kind.sides(self, self.lora_A, self.lora_B)
+        left, right = self.kind.sides(self, self.lora_A, self.lora_up)
         dropout = self.lora_dropout if training else 0.0
         return linked(plain, left, right, self.scaling, dropout, f"the weight of a {self.plain_class.__name__}")
 
@@ -65,7 +74,7 @@ class LinkedReadLinear(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "attention" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
+        return "attention output" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
 
 
 #: the output projection of nn.MultiheadAttention
@@ -82,7 +91,9 @@ class LinkedEmbedding(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "embedding"
+        plain = module.plain_class if isinstance(module, AdaptedLayer) else type(module)
+        looks_up = plain.forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if looks_up else "table"
 
     @classmethod
     def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:
@@ -110,7 +121,9 @@ class Borrowing(nn.Module):
     @classmethod
     def over(cls, plain: type[nn.Module]) -> Any:
         """This class, derived for layers of class ``plain``."""
-        return class_over(Borrowing, plain)
+        made = class_over(Borrowing, plain)
+        made.forward = torch.compiler.disable(plain.forward)
+        return made
 
     @property
     def weight(self) -> Tensor:

@@ -78,7 +78,7 @@ def _able(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]
 
 def _by_parameters(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
     """The layers whose weights are the parameters with these names, or with these ends of names."""
-    found: dict[str, nn.Module] = {}
+    found: dict[str, str] = {}
     every = {f"{path}.{own}".lstrip("."): path for path, module in modules.items() for own in module._parameters}
     for name in names:
         full = [parameter for parameter in every if f".{parameter}".endswith(f".{name}")]
@@ -88,11 +88,9 @@ def _by_parameters(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[
             raise ValueError(f"target_parameters: no parameter is called {name!r}{hint}")
         for parameter in full:
             whole = parameter.endswith(".weight") and kind_of(modules[every[parameter]]) is not None
-            path = every[parameter] if whole else parameter
-            layer = layer_at(modules, path)
-            assert layer is not None
-            found[path] = layer
-    return found
+            found[parameter] = every[parameter] if whole else parameter
+    layers = {found[name]: layer_at(modules, found[name]) for name in every if name in found}  # in the model's order
+    return {path: layer for path, layer in layers.items() if layer is not None}
 
 
 def reachable(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -152,8 +150,9 @@ def find_peft_layers(model: nn.Module) -> dict[str, nn.Module]:
         path = paths.get(id(base), type(base).__name__)
         if isinstance(getattr(layer, "parameter_name", None), str):
             raise ValueError(
-                f"PEFT's layer {path!r} adapts the parameter {layer.parameter_name!r} by itself (target_parameters), "
-                "and a chain's links go on whole linear layers: leave it out of LoraConfig(target_parameters=...)"
+                f"PEFT's layer {path!r} adapts the parameter {layer.parameter_name!r} by itself (target_parameters): a "
+                "chain goes on with PEFT's linear layers alone. Give the model without an adapter, and name the "
+                "parameter in LinkConfig(target_parameters=...)"
             )
         reason = peft.refusal(layer) or (reasons[path] if path in reasons else refusal(base))
         if reason is not None:

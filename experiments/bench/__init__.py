@@ -4,7 +4,7 @@
     python -m experiments bench --rows layer/fp32 tie knot
 
 Contenders run interleaved, in a random order within each round, on the same number of threads. A row is the ratio
-within rounds: its median, and its 10 % and 90 % points. Rows: layer, step, overhead, tie, compiled, knot, chain,
+within rounds: its median, and its 10 % and 90 % points. Rows: layer, kinds, step, overhead, tie, compiled, knot, chain,
 export, import, scaling, cost. bench.md, bench.json and, with scaling, scaling.png land in --out.
 
 --gpu measures a GPU instead: layer, step, knot and chain in bf16 on the shapes of OPT-1.3B and Llama-2-7B, ties against
@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from experiments.bench import compiled, cost, export, gpu, knot, layer, report, scaling, step, tie
+from experiments.bench import compiled, cost, export, gpu, kinds, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
 from experiments.command_line import count, positive
 from experiments.models import require
 from experiments.report.progress import Progress
 from experiments.tiny import tiny_opt
 
-GROUPS = (layer, step, tie, compiled, knot, export, scaling, cost)
+GROUPS = (layer, kinds, step, tie, compiled, knot, export, scaling, cost)
 ON_A_GPU = (gpu, cost)
 
 

@@ -28,6 +28,7 @@ class Family:
         look: colour, line and marker in pictures.
         rates: to choose from.
         start: rank -> the rate with which a search begins.
+        against: the family that it is compared with at every rank.
     """
 
     label: str
@@ -35,10 +36,12 @@ class Family:
     look: tuple[str, str, str]
     rates: tuple[float, ...] = ADAPTERS
     start: Callable[[int], float] = lambda rank: 1.6e-2 if rank <= 4 else 8e-3
+    against: str = "lora"
 
     def arm(self, rank: int) -> Arm:
-        """The method at this rank, compared with LoRA of rank r."""
-        return Arm(self.label.format(r=rank), self.method(rank), self.rates, self.start(rank), lora(rank))
+        """The method at this rank, compared with `against` of the same rank."""
+        reference = f"{self.against}-{rank}"
+        return Arm(self.label.format(r=rank), self.method(rank), self.rates, self.start(rank), reference)
 
 
 def lora(rank: int) -> str:
@@ -74,6 +77,11 @@ def b_alone(
     )
 
 
+def peft_adapter(kind: str) -> Callable[[int], Method]:
+    """PEFT's LoRA or DoRA with s = 1."""
+    return lambda rank: Method(kind, ranks=(rank,), alpha=rank)
+
+
 FULL = CEILING
 RECOMMENDED = "b-selected"
 
@@ -96,6 +104,8 @@ FAMILIES: Mapping[str, Family] = {
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,
     ),
+    "peft": Family("LoRA of PEFT, r = {r}", peft_adapter("peft"), (style.GREY, "-", "o"), against="peft"),
+    "dora": Family("DoRA of PEFT, r = {r}", peft_adapter("dora"), (style.GREEN, "-", "o"), against="peft"),
 }  # fmt: skip
 """Name -> family, in the order of tables."""
 
@@ -110,11 +120,12 @@ def arms(ranks: Iterable[int], families: Iterable[str], *, gate: bool = True) ->
 
     Args:
         ranks: of the LoRAs.
-        families: names in `FAMILIES`; ``"lora"`` is always in.
-        gate: add full fine-tuning and LoRA of rank 3r, which `tasks.Gate` needs.
+        families: names in `FAMILIES`; those that they are compared with are added.
+        gate: add LoRA, full fine-tuning and LoRA of rank 3r, which `tasks.Gate` needs.
     """
     found: dict[str, Arm] = {}
-    chosen, ranks = set(families) | {"lora"}, list(ranks)
+    chosen, ranks = set(families), list(ranks)
+    chosen |= {FAMILIES[name].against for name in chosen} | ({"lora"} if gate else set())
     for rank in ranks:
         for name, family in FAMILIES.items():
             if name in chosen:

@@ -70,7 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments map`: 0; 1 if a run failed, or a cell of the map is missing; 2 for bad arguments."""
     tiny_opt.quiet()
     try:
-        chosen = families.arms(arguments.ranks, arguments.methods, gate=False)
+        chosen = families.arms(arguments.ranks, ["lora", *arguments.methods], gate=False)
         task, cluster = task_of(arguments), requested(arguments)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
         for plan in plans.values():

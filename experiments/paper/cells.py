@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from experiments.command_line import count
-from experiments.methods import Method
+from experiments.methods import OUTSIDE_TRAINER, Method
 from experiments.sweep import Outcome, RateSearch
 
 DTYPES = ("float32", "bfloat16", "float16", "bf16-mixed")
@@ -87,8 +87,10 @@ class Cell(Circumstances):
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.dev is not None and self.dev < 1:
             raise ValueError(f"dev={self.dev}: at least 1 is needed")
-        if self.method.kind == "galore":
-            raise ValueError("method='galore' does not go through the Trainer: it is a method of the frontier")
+        if self.method.kind in OUTSIDE_TRAINER:
+            raise ValueError(
+                f"method={self.method.kind!r} does not go through the Trainer: it is a method of the frontier"
+            )
         if self.method.trains and not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: a method that trains needs a positive, finite learning rate")
 

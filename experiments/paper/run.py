@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiments import tasks
 from experiments.command_line import add_offline, count, positive
-from experiments.methods import BASES, KINDS, NAMED_KNOTS, Method
+from experiments.methods import BASES, KINDS, NAMED_KNOTS, OUTSIDE_TRAINER, Method
 from experiments.paper import cells, tables
 from experiments.paper.cells import Cell
 from experiments.paper.published import protocol
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--method",
         required=True,
-        choices=[kind for kind in KINDS if kind != "galore"],
+        choices=[kind for kind in KINDS if kind not in OUTSIDE_TRAINER],
         help="how the model is trained or prompted",
     )
     method.add_argument("--base", choices=list(BASES), default="AdamW", help="base optimizer")

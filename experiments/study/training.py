@@ -66,7 +66,7 @@ def train(
     factor: Callable[[int, Sequence[int]], float],
     between: Callable[[], object] = lambda: None,
 ) -> Trained:
-    """Fine-tune `model` in place on batches of token ids, and finish the chain if there is one.
+    """Fine-tune `model` in place on batches of token ids, and finish the chain or merge the adapter if there is one.
 
     Args:
         model: a causal language model of transformers.
@@ -100,6 +100,7 @@ def train(
             state_bytes = state_bytes or trained_bytes(optimizer)
             schedule.step()
             optimizer.zero_grad()
-    if isinstance(optimizer, ChainOptimizer):
-        optimizer.finish()
+    finish = getattr(optimizer, "finish", None)  # of a chain, and of PEFT's adapters
+    if finish is not None:
+        finish()
     return Trained(losses, knots, parameters, state_bytes)

@@ -5,6 +5,7 @@ import io
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,24 @@ import transformers
 from torch import Tensor, nn
 
 from cola import ChainOptimizer, LinkConfig, StepKnots
+from cola.lora.parameter import LinkedParameter
+from cola.lora.reading import LinkedConvolution, LinkedEmbedding, LinkedReadLinear
 from tests.breadth.inputs import inputs_for, output_of
 from tests.breadth.tiny import tiny_config
 
-MODES: dict[str, Any] = {"default": None, "all-linear": "all-linear"}
+MODES: dict[str, Any] = {"default": None, "all-linear": "all-linear", "all": "all"}
+#: learning rates; small where links are on every convolution, because fifty of them would amplify each rounding
+RATES = {"default": 1e-2, "all-linear": 1e-2, "all": 1e-3}
+#: modes whose chains are exported as well
+EXPORTED = ("default", "all-linear")
+#: kinds of layers that have code of their own, in words, and how they are known
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "fused experts": lambda x: isinstance(x, LinkedParameter) and not isinstance(x.place[0], nn.MultiheadAttention),
+    "embeddings": lambda x: isinstance(x, LinkedEmbedding),
+    "convolutions": lambda x: isinstance(x, LinkedConvolution),
+    "nn.MultiheadAttention": lambda x: isinstance(x, LinkedParameter) and isinstance(x.place[0], nn.MultiheadAttention),
+    "linear layers with a forward of their own": lambda x: isinstance(x, LinkedReadLinear) and x.form(x) == "linear",
+}
 #: above this a model is not tiny, and its architecture is passed over
 LARGEST = 6_000_000
 HOLDS = "holds"
@@ -56,6 +71,8 @@ def build(name: str) -> nn.Module:
 def outcomes(name: str) -> dict[str, str]:
     """Per mode, and per mode's export, what became of it: see `HOLDS`; a refusal begins with "refused: ".
 
+    "kinds" has the names in `KINDS` of the layers that ``target_modules="all"`` reached.
+
     Raises:
         Untried: the architecture cannot be made tiny or fed.
     """
@@ -68,21 +85,28 @@ def outcomes(name: str) -> dict[str, str]:
             raise Untried(str(error)) from None
     found = {}
     for mode, targets in MODES.items():
-        found[mode], found[f"{mode} export"] = _chain(base, inputs, targets)
+        found[mode], export, kinds = _chain(base, inputs, targets, RATES[mode], mode in EXPORTED)
+        if mode in EXPORTED:
+            found[f"{mode} export"] = export
+        else:
+            found["kinds"] = ", ".join(kinds)
     return found
 
 
-def _chain(base: nn.Module, inputs: dict[str, Any], targets: Any) -> tuple[str, str]:
+def _chain(
+    base: nn.Module, inputs: dict[str, Any], targets: Any, rate: float, exported: bool
+) -> tuple[str, str, list[str]]:
     model, said = copy.deepcopy(base), _Said()
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     logging.getLogger("cola").addHandler(said)
     try:
         try:
             opt = ChainOptimizer(
-                torch.optim.AdamW, model, StepKnots(at=[2]), link=LinkConfig(r=2, target_modules=targets), lr=1e-2
+                torch.optim.AdamW, model, StepKnots(at=[2]), link=LinkConfig(r=2, target_modules=targets), lr=rate
             )
         except ValueError as error:
-            return f"refused: {error}", "-"
+            return f"refused: {error}", "-", []
+        kinds = [name for name, known in KINDS.items() if any(map(known, opt.live.layers.values()))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             _train(opt, model, inputs, 4)
@@ -103,7 +127,7 @@ def _chain(base: nn.Module, inputs: dict[str, Any], targets: Any) -> tuple[str, 
     opt.chain.apply(fresh)
     for (path, p), q in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         assert torch.equal(p, q), f"Chain.apply differs at {path}"
-    return HOLDS, _export(base, inputs, opt, tied)
+    return HOLDS, _export(base, inputs, opt, tied) if exported else "-", kinds
 
 
 def _export(base: nn.Module, inputs: dict[str, Any], opt: ChainOptimizer, tied: Tensor) -> str:

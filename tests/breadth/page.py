@@ -15,6 +15,7 @@ COLUMNS = {
     "PEFT export": "default export",
     "all-linear": "all-linear",
     "PEFT export of all-linear": "all-linear export",
+    "all": "all",
 }
 
 #: what refusals say, and how the page puts it
@@ -34,7 +35,7 @@ INTRODUCTION = """# Models
 
 `python -m tests.breadth` writes this page, and `make test-long` measures it again. With random weights in tiny sizes,
 transformers {transformers} and PEFT {peft}, {tried} of {all} architectures were tried: two links with a knot between
-them, on inputs of the right kind, for the default targets and for `target_modules="all-linear"`. An
+them, on inputs of the right kind, for the default targets, for `target_modules="all-linear"` and for `"all"`. An
 architecture **holds** if
 
 - the output before and after each tie agrees to fp32 rounding,
@@ -44,6 +45,15 @@ architecture **holds** if
 
 Everything else is refused with a reason: a model before training, an export before it writes anything.
 
+"""
+
+KINDS = """## Layers with code of their own
+
+These read their weight in their own code, and `"all"` puts links on them; experts as transformers computes them by
+default. An architecture may have several kinds.
+
+| kind of layer | architectures | hold |
+|---|---|---|
 """
 
 
@@ -78,6 +88,12 @@ def render(found: dict[str, Any]) -> str:
         mine = [one for one in tried.values() if kind in (None, one["kind"])]
         cells = [str(sum(one[key] == "holds" for one in mine)) for key in COLUMNS.values()]
         text += f"| {kind or '**all**'} | {len(mine)} | {' | '.join(cells)} |\n"
+    text += (
+        f"\n## Layers with code of their own\n\n{KINDS}\n\n| kind of layer | architectures | hold |\n|---|---|---|\n"
+    )
+    for kind in dict.fromkeys(kind for one in tried.values() for kind in one["kinds"].split(", ") if kind):
+        mine = [one for one in tried.values() if kind in one["kinds"].split(", ")]
+        text += f"| {kind} | {len(mine)} | {sum(one['all'] == 'holds' for one in mine)} |\n"
     text += "\n## Refused\n\n"
     for title, key in COLUMNS.items():
         reasons = defaultdict(list)

@@ -34,7 +34,7 @@ NAMES = {
         "save singular_values state_dict summary to_peft undo",
     ),
     "Link": (cola.Link(0, 0, {}, {}, REPORT), object(), "factors index rank report rows seed step trained"),
-    "Factor": (FACTOR, object(), "A B cpu delta norm rank rounding scaling shape start triples"),
+    "Factor": (FACTOR, object(), "A B cpu delta form norm rank rounding scaling shape start triples"),
     "KnotReport": (REPORT, object(), "delta_norm index layers loss lost lost_norm rank seconds share step to_dict"),
     "LayerReport": (cola.LayerReport(1.0, 0.0, "nearest"), object(), "delta_norm lost_norm rounding share weight_norm"),
     "ChainSummary": (cola.Chain().summary(), object(), "rows texts title to_dict to_frame"),
@@ -42,7 +42,7 @@ NAMES = {
         LINK,
         object(),
         "alpha_pattern bias dtype exclude_modules init known_ranks layers_pattern layers_to_transform lora_alpha "
-        "lora_dropout modules_to_save r rank_change rank_of rank_pattern residual_device scaling scaling_of "
+        "lora_dropout modules_to_save parts r rank_change rank_of rank_pattern residual_device scaling scaling_of "
         "target_modules target_parameters task_type train trainable_token_indices",
     ),
     "Signal": (cola.Signal(1), object(), "epoch loss mean opt step"),
@@ -56,8 +56,8 @@ NAMES = {
         cola.AdaptedLayer,
         nn.Module,
         "added attach borrowers detach entries factors form held holder is_transposed kind linear link looks_up "
-        "lora_down matches matrix obstacle over parameter parts plain_class plain_weight put put_back quantized "
-        "refusal shape sides tie transposed weight_name",
+        "lora_down lora_up matches matrix obstacle over parameter parts plain_class plain_weight put put_back "
+        "quantized refusal shape sides tie transposed weight_name",
     ),
 }
 

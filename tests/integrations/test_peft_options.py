@@ -392,7 +392,6 @@ WORDS = {
         r"modules_to_save='head' must be a list",
     ),
     "rslora": (lambda: LinkConfig(use_rslora=True), r"LinkConfig: use_rslora=True .*scaling='rslora'"),
-    "a parameter": (lambda: LinkConfig(target_parameters=["x"]), r"target_parameters=\['x'\] .*leave it out"),
     "init": (lambda: LinkConfig(init_lora_weights="gaussian"), r"init_lora_weights='gaussian' .*choose init"),
     "a typing error": (lambda: LinkConfig(lora_alhpa=2), r"lora_alhpa=2 is unknown .*did you mean lora_alpha\?"),
     "unknown": (lambda: LinkConfig(zzz=2), r"LinkConfig: zzz=2 is unknown to a LinkConfig: leave it out"),

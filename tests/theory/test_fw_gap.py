@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import pytest
 
 from tests.theory.checks import mutations
 from theory import fw_gap
-from theory.checks import audit
+from theory.checks import audit, significance
+from theory.command_line import one_thread
 from theory.frank_wolfe import frank_wolfe
-from theory.problems.instances import INSTANCES
+from theory.problems.instances import INSTANCES, TIGHT
 from theory.suite import plots, tasks
 from theory.suite.tasks import Task
 
@@ -27,6 +29,8 @@ def test_list_names_every_instance(capsys):
     assert fw_gap.main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in INSTANCES)
+    tight, loose = out.split("loose instances")
+    assert all(f"  {name} " in (tight if name in TIGHT[:-1] else loose) for name in INSTANCES)
 
 
 def test_one_instance_writes_table_json_and_pictures(tmp_path, capsys):
@@ -97,7 +101,28 @@ def test_any_whole_number_is_a_seed(seed, tmp_path):
     """The options draw from every stream of the command: data, batches, oracles, and checks of an estimate."""
     options = ["--instance", "tanh", "A-ray", "--batch", "4", "--T", "20", "--seeds", "2", "--no-plots"]
     assert fw_gap.main([*options, "--seed", str(seed), "--out", str(tmp_path)]) == 0
-    assert {row["seed"] for row in lines(tmp_path)} == {seed, seed + 1}
+    assert len({row["seed"] for row in lines(tmp_path)}) == 4  # two runs of each instance, with draws of their own
+
+
+def test_blas_gets_one_thread_unless_the_environment_says_otherwise(monkeypatch):
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+    environment = {"MKL_NUM_THREADS": "3"}
+    monkeypatch.setattr(os, "environ", environment)
+    one_thread()
+    assert environment == {"MKL_NUM_THREADS": "3"}
+    environment.clear()
+    one_thread()
+    assert environment == dict.fromkeys(names, "1")
+
+
+def test_the_table_shows_the_seed_of_a_run_and_the_number_of_runs(capsys, tmp_path, monkeypatch):
+    few = [Task("batches", lambda: tasks.batch_task((4,), 3, seed=5, T=20)), Task("A", lambda: [tasks.single("A", 20)])]
+    monkeypatch.setattr(tasks, "standard", lambda *args: few)
+    assert fw_gap.main(["--no-plots", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^F batch 4 +3 runs +20 ", out, re.MULTILINE)
+    assert re.search(r"^A +0 +20 ", out, re.MULTILINE)
+    assert len(set(lines(tmp_path)[0]["seeds"])) == 3
 
 
 def test_a_seed_that_is_no_whole_number_is_refused(capsys):
@@ -125,7 +150,9 @@ def test_a_failing_check_sets_the_exit_status_and_is_named(tmp_path, capsys, mon
     broken = Task("broken", lambda: [tasks.run_record("broken", run, 0.0, audit(run))])
     monkeypatch.setattr(tasks, "standard", lambda *args: [broken])
     assert fw_gap.main(["--no-plots", "--out", str(tmp_path)]) == 1
-    assert "FAIL broken (T = 400): curvature <= beta: 4 against 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAIL broken (T = 400): curvature <= beta: 4 against 1" in out
+    assert not re.search(r"^FAIL .*; *$", out, re.MULTILINE)
     assert lines(tmp_path)[0]["verdict"] == "FAIL"
 
 
@@ -164,6 +191,9 @@ def test_standard_suite_passes(tmp_path):
     assert fw_gap.main(["--out", str(tmp_path)]) == 0
     rows = lines(tmp_path)
     assert len(rows) > 100
+    levels = [check["level"] for row in rows for check in row["checks"] if check["level"]]
+    assert 30 < len(levels) <= significance.CHECKS
+    assert sum(levels) <= significance.FAMILY
     assert len(list(tmp_path.glob("*.png"))) == 5
 
 

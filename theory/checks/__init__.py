@@ -1,15 +1,16 @@
 """Checks of a run: `audit` makes every check that applies, and each of them can fail.
 
-A new statement about any run goes to `theory.checks.record`, a new bound to `theory.checks.bounds`, and a
+A new statement about any run goes to `theory.checks.record`, the definition of a step rule to
+`theory.checks.steps`, that of an estimator to `theory.checks.estimators`, a new bound to `theory.checks.bounds`, and a
 statement about estimated gradients or about groups of runs to `theory.checks.noise` or `theory.checks.rates`.
 Statements about random draws are judged at the level of `theory.checks.significance`.
 """
 
 from theory.checks.bounds import bounds_on
 from theory.checks.check import FAIL, PASS, VACUOUS, Check, failures
-from theory.checks.record import CHECKS, step_size
+from theory.checks.record import CHECKS
+from theory.checks.steps import step_size
 from theory.frank_wolfe import Run
-from theory.step_sizes import TheoremStep
 
 __all__ = ["FAIL", "PASS", "VACUOUS", "Check", "audit", "failures"]
 
@@ -20,7 +21,4 @@ def audit(run: Run) -> list[Check]:
     Returns:
         The checks, those of the theorem last. A run is sound if none of them FAILs.
     """
-    out = [check(run) for check in CHECKS.values()]
-    if isinstance(run.step, TheoremStep):
-        out.append(step_size(run))
-    return out + bounds_on(run)
+    return [*(check(run) for check in CHECKS.values()), step_size(run), *bounds_on(run)]

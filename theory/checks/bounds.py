@@ -9,13 +9,14 @@ import numpy as np
 from theory import theorem
 from theory.checks.check import Check, at_most, vacuous
 from theory.checks.record import pairing_rounding, value_rounding
+from theory.checks.steps import promised_step
 from theory.frank_wolfe import Run
 from theory.step_sizes import ShortStep, TheoremStep
 
 
 def two_sided(run: Run) -> Check:
     """``avg (g - eps)`` lies in ``drop/(eta T) -+ eta beta D^2/2``; at the theorem's step ``s (drop/M -+ 1/2)``."""
-    p, eta = run.problem, _constant_step(run)
+    p, eta = run.problem, promised_step(run)
     low, high = theorem.two_sided(run.drop, p.M, p.beta, run.oracle.diameter, run.T, eta)
     seen = float((run.gap - run.error).mean())
     tolerance = pairing_rounding(run) + 2 * value_rounding(run) / (eta * run.T)
@@ -29,13 +30,6 @@ def two_sided(run: Run) -> Check:
         vacuous=low <= 0 and _silent(run, high),
         detail=f"[{low:.4g}, {high:.4g}] {kind}",
     )
-
-
-def _constant_step(run: Run) -> float:
-    """The step that the rule promises, computed from the constants and not read from the record."""
-    assert isinstance(run.step, TheoremStep)
-    p = run.problem
-    return theorem.theorem_step(p.M, p.beta, run.oracle.diameter, run.T, run.step.factor)
 
 
 def _error_term(run: Run) -> float:
@@ -74,7 +68,7 @@ def multiple_of_scale(run: Run, constant: float, name: str) -> Check:
 def constant_step(run: Run) -> Check:
     """``avg g <= M/(eta T) + eta beta D^2/2 + eps`` for a multiple of the theorem's step, or a clipped one."""
     p = run.problem
-    bound = theorem.constant_step_bound(p.M, p.beta, run.oracle.diameter, run.T, _constant_step(run))
+    bound = theorem.constant_step_bound(p.M, p.beta, run.oracle.diameter, run.T, promised_step(run))
     return _bounded(
         "constant-step bound", run, bound + _error_term(run), detail=f"avg/s = {run.average / run.scale:.4f}"
     )
@@ -82,7 +76,7 @@ def constant_step(run: Run) -> Check:
 
 def sharp(run: Run) -> Check:
     """``avg g <= drop/(eta T) + beta eta R^2 (1 + 1/(eta T)) / (2 (1 - eta)) + eps``."""
-    eta = _constant_step(run)
+    eta = promised_step(run)
     bound = theorem.sharp_bound(run.drop, run.problem.beta, run.oracle.circumradius, run.T, eta)
     if not math.isfinite(bound):
         return vacuous("sharp bound", "eta = 1", measured=run.average, bound=bound)
@@ -117,7 +111,7 @@ def bounds_on(run: Run) -> list[Check]:
         short = isinstance(run.step, ShortStep) and not run.estimator.noisy and run.oracle.exact and not erring
         return [weighted(run), short_step(run)] if short else [weighted(run)]
     out = [two_sided(run) if run.oracle.exact else weighted(run)]
-    if run.step.factor == 1 and _constant_step(run) < 1:
+    if run.step.factor == 1 and promised_step(run) < 1:
         out.append(multiple_of_scale(run, theorem.PAPER, "theorem: 2 s"))
         out.append(multiple_of_scale(run, theorem.FROM_SUBOPTIMALITY, "sharper: 1.5 s"))
     else:

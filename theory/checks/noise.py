@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from theory.checks.check import FAIL, PASS, Check, at_most, vacuous
-from theory.checks.significance import LEVEL, bernstein, chi_squared, normal
+from theory.checks.estimators import estimates
+from theory.checks.significance import LEVEL, bernstein, binomial, chi_squared, normal
 from theory.frank_wolfe import Run
 from theory.gradient_estimators import Minibatch
 from theory.iterates import Point, as_array
@@ -166,15 +167,57 @@ def gaussian_noise(runs: Sequence[Run], batch: int, level: float = LEVEL) -> Che
     return Check(name, verdict, margin, ratio, 1.0, detail, level)
 
 
+def every_term(run: Run, level: float = LEVEL) -> Check:
+    """The draws of a finite sum take each of its N terms equally often, and nothing else.
+
+    Each count is binomial, so its interval is exact. With 256 draws per term a term that is never drawn, or drawn
+    twice as often as the others, lies outside.
+    """
+    p = run.problem
+    assert isinstance(p, FiniteSum)
+    assert p.samples is not None
+    draws = 256 * p.samples
+    index = np.asarray(p.draw(generator(run.seed, 4), draws))
+    wrong = index.size != draws or int(index.min()) < 0 or int(index.max()) >= p.samples
+    low, high = binomial(draws, 1 / p.samples, level, p.samples)
+    counts = np.bincount(np.clip(index, 0, p.samples - 1), minlength=p.samples)
+    worst = int(np.argmax(np.abs(counts - draws / p.samples)))
+    margin = -1.0 if wrong else min(float(counts.min()) - low, high - float(counts.max())) * p.samples / draws
+    return Check(
+        "every term is drawn alike",
+        PASS if margin >= 0 else FAIL,
+        margin,
+        float(counts[worst]),
+        draws / p.samples,
+        f"term {worst}: {counts[worst]} of {draws} draws, allowed {low} to {high}",
+        level,
+    )
+
+
+def noise_bound(run: Run) -> Check:
+    """``sigma`` of a finite sum bounds the noise of one draw, computed from all terms at both ends of the run."""
+    p = run.problem
+    assert isinstance(p, FiniteSum)
+    if p.sigma is None or not run.snapshots:
+        return vacuous("noise <= sigma", "no sigma is claimed, or no snapshots")
+    ends = (run.snapshots[0][1], run.snapshots[-1][1])
+    seen = max(math.sqrt(float(np.mean(np.sum(_centred(p, W) ** 2, axis=1)))) for W in ends)
+    return at_most("noise <= sigma", seen, p.sigma, 64 * float(np.finfo(p.dtype).eps) * p.sigma)
+
+
+#: how many of the checks of one run are statements about random draws, at most
+STATISTICAL = 3
+
+
 def estimate_checks(run: Run, level: float = LEVEL) -> list[Check]:
-    """The checks of this module that apply to one run; there are at most two."""
+    """The checks of one run's estimated gradient; `STATISTICAL` of them are statements about random draws."""
     known = define(run)
     seen = np.zeros((0, 0)) if known is None else second_estimates(run)
-    out = [definition(run, seen, known, level)]
+    out = [estimates(run), definition(run, seen, known, level)]
     batch = getattr(run.estimator, "batch", None)
     if isinstance(run.problem, NoisyProblem):
         if isinstance(run.estimator, Minibatch) and isinstance(batch, int):
             out.append(gaussian_noise([run], batch, level))
     elif isinstance(run.problem, FiniteSum):
-        out.append(sample_noise(run, seen, known, level))
+        out += [sample_noise(run, seen, known, level), every_term(run, level), noise_bound(run)]
     return out

@@ -10,12 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from theory import theorem
 from theory.checks.check import FAIL, PASS, VACUOUS, Check, at_most, vacuous
 from theory.frank_wolfe import Run
-from theory.iterates import DensePoint, Gradient, ObservedMatrix, ObservedPoint, as_array, inner
+from theory.iterates import DensePoint, Gradient, LowRank, ObservedMatrix, ObservedPoint, Vertex, as_array, inner
 from theory.oracles import Oracle, TraceBall
-from theory.step_sizes import TheoremStep
 
 # above this size a dense SVD per snapshot would cost more than the run
 DENSE_SVD_LIMIT = 512
@@ -108,31 +106,58 @@ def value_range(run: Run) -> Check:
     return at_most("range <= M", seen, run.problem.M, 2 * value_rounding(run))
 
 
-def _opposite(run: Run, oracle: Oracle) -> float:
-    """The distance between an oracle's vertices for a random gradient and its negative."""
-    probe, W, rng = _probe(run, np.random.default_rng(0)), run.problem.start(), np.random.default_rng(0)
-    first, second = (oracle(X, at=W, rng=rng).vertex for X in (probe, _negative(probe)))
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return float(np.linalg.norm(first - second))
-    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
-        return 0.0
-    cross = float(((first.left.T @ second.left) * (first.right @ second.right.T)).sum())
-    return math.sqrt(max(0.0, first.norm2 + second.norm2 - 2 * cross))
+def _opposites(run: Run, oracle: Oracle, pairs: int = 4) -> list[tuple[Vertex, Vertex]]:
+    """An oracle's vertices for random gradients and their negatives."""
+    W, out = run.problem.start(), []
+    for i in range(pairs):
+        probe = _probe(run, np.random.default_rng([0, i]))
+        # both from one start: Lanczos then finds opposite vertices for opposite gradients
+        first, second = (oracle(X, at=W, rng=np.random.default_rng(i)).vertex for X in (probe, _negative(probe)))
+        out.append((first, second))
+    return out
+
+
+def _distance(first: Vertex, second: Vertex) -> float:
+    """``|first - second|_F``."""
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        cross = float(((first.left.T @ second.left) * (first.right @ second.right.T)).sum())
+        return math.sqrt(max(0.0, first.norm2 + second.norm2 - 2 * cross))
+    return float(np.linalg.norm(as_array(first) - as_array(second)))
 
 
 def distances(run: Run) -> Check:
     """``|V_t - W_t| <= D``, and vertices for opposite gradients are at most ``D`` apart too."""
-    seen = max(_opposite(run, run.oracle), math.sqrt(float(run.distance2.max())))
+    seen = max(_distance(*pair) for pair in _opposites(run, run.oracle))
+    seen = max(seen, math.sqrt(float(run.distance2.max())))
     return at_most("distance <= D", seen, run.oracle.diameter, 64 * run.T * unit(run) * run.oracle.diameter)
 
 
 def diameter(run: Run) -> Check:
-    """``D`` is attained: the set's vertices for opposite gradients are at least ``D`` apart."""
-    own, name = run.problem.oracle, "D is attained"
-    if not (own.exact and own.attains_diameter):
-        return vacuous(name, "not known to be attained by opposite vertices", bound=own.diameter)
-    seen, tolerance = _opposite(run, own), 64 * max(own.shape) * unit(run) * own.diameter
-    return at_most(name, own.diameter, seen, tolerance, detail=f"opposite vertices are {seen:.6g} apart")
+    """``D`` is attained: of the set's vertices for random gradients, two are ``D`` apart."""
+    own = run.problem.oracle
+    seen, tolerance = max(_distance(*pair) for pair in _opposites(run, own)), _vertex_rounding(run) * own.diameter
+    return at_most("D is attained", own.diameter, seen, tolerance, detail=f"two vertices are {seen:.6g} apart")
+
+
+def circumradius(run: Run) -> Check:
+    """``R`` is attained and holds: of the vertices for random gradients, the furthest lies ``R`` from the centre."""
+    own, vertices = run.problem.oracle, [V for pair in _opposites(run, run.problem.oracle) for V in pair]
+    if own.centre is None:
+        seen = max(math.sqrt(V.norm2) if isinstance(V, LowRank) else float(np.linalg.norm(V)) for V in vertices)
+    else:
+        seen = max(float(np.linalg.norm(as_array(V) - own.centre)) for V in vertices)
+    return at_most(
+        "R is attained",
+        abs(seen - own.circumradius),
+        0.0,
+        _vertex_rounding(run) * own.circumradius,
+        detail=f"R = {own.circumradius:.6g}, the furthest vertex lies {seen:.6g} from the centre",
+    )
+
+
+def _vertex_rounding(run: Run) -> float:
+    """The relative rounding error of a vertex's length."""
+    return 64 * max(run.oracle.shape) * unit(run)
 
 
 def vertices(run: Run) -> Check:
@@ -155,21 +180,6 @@ def error_sign(run: Run) -> Check:
     return at_most("error >= 0", float(below[worst]), 0.0, pairing_rounding(run), detail=f"tightest at t = {worst + 1}")
 
 
-def step_size(run: Run) -> Check:
-    """The steps are the theorem's, recomputed from ``M, beta, D, T``."""
-    assert isinstance(run.step, TheoremStep)
-    p = run.problem
-    eta = theorem.theorem_step(p.M, p.beta, run.oracle.diameter, run.T, run.step.factor)
-    clipped = " (clipped to 1)" if eta == 1.0 else ""
-    return at_most(
-        "step",
-        float(np.abs(run.eta - eta).max()),
-        0.0,
-        4 * unit(run) * eta,
-        detail=f"eta = {eta:.4g}{clipped}",
-    )
-
-
 def oracle_error(run: Run) -> Check:
     """``eps_t`` is at most the error that the oracle and the gradient estimator admit to.
 
@@ -188,6 +198,29 @@ def oracle_error(run: Run) -> Check:
         pairing_rounding(run),
         detail=f"tightest at t = {worst + 1}; mean error {run.error.mean():.3g}",
     )
+
+
+def error_spent(run: Run) -> Check:
+    """An oracle that errs on purpose spends its error: at least ``min(eps, g)``, or ``(1 - rho) g``.
+
+    The adversary *away* has the width of ``K`` to spend, which is at least the gap; the snapshots show it. An
+    estimated gradient moves the error and the gap by ``D |G_t - grad|`` at most.
+    """
+    oracle, name = run.oracle, "error is spent"
+    if oracle.epsilon == 0 and oracle.rho == 1:
+        return vacuous(name, "the oracle does not err on purpose")
+    noise = oracle.diameter * run.noise
+    room = np.maximum(0.0, run.gap - noise)
+    if getattr(oracle, "adversary", "") == "away" and oracle.rho == 1 and _small(run):
+        set_ = run.problem.oracle
+        for t, W in run.snapshots:
+            G = as_array(run.problem.gradient(W))
+            room[t - 1] = max(room[t - 1], set_.support(G) + set_.support(-G) - 2 * noise[t - 1])
+    due = np.minimum(oracle.epsilon, room) if oracle.rho == 1 else (1 - oracle.rho) * room
+    short = due - noise - run.error
+    worst = int(np.argmax(short))
+    detail = f"tightest at t = {worst + 1}; mean error {run.error.mean():.3g}, due {due.mean():.3g}"
+    return at_most(name, float(short[worst]), 0.0, pairing_rounding(run), detail=detail)
 
 
 def _small(run: Run) -> bool:
@@ -271,7 +304,7 @@ def _negative(G: Gradient) -> Gradient:
     return ObservedMatrix(G.pattern, -G.values) if isinstance(G, ObservedMatrix) else -G
 
 
-#: the checks of every run, by name; `step_size` is made only where the theorem's step was taken
+#: the checks of every run, by name
 CHECKS: dict[str, Callable[[Run], Check]] = {
     "identity": identity,
     "descent": descent,
@@ -280,6 +313,7 @@ CHECKS: dict[str, Callable[[Run], Check]] = {
     "range <= M": value_range,
     "distance <= D": distances,
     "D is attained": diameter,
+    "R is attained": circumradius,
     "vertex in K": vertices,
     "error >= 0": error_sign,
     "feasible": feasible,
@@ -287,5 +321,6 @@ CHECKS: dict[str, Callable[[Run], Check]] = {
     "gap = dense SVD": dense_gap,
     "gradient": gradient,
     "oracle error": oracle_error,
+    "error is spent": error_spent,
 }
 STRUCTURAL = CHECKS.keys() | {"step"}

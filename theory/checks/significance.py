@@ -9,13 +9,11 @@ draws          statement                                                        
 =============  =====================================================================  =================
 Gaussian       the mean, with known variance                                          `normal`
 Gaussian       the sum of squares                                                     `chi_squared`
+binary         a count                                                                `binomial`
 Gaussian       a Lipschitz function, or a martingale with Gaussian steps, from above  `gaussian_excess`
 bounded        the mean, with known variance and range                                `bernstein`
-any            a mean over few runs, with estimated variance                          `student`
+Gaussian       the means of several rungs together, with known variances              `e_value`
 =============  =====================================================================  =================
-
-`student` is exact for Gaussian samples only. The one check that uses it has a margin of some eighty standard
-deviations; see ``theory/README.md``.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import numpy as np
 from scipy import stats
 
 FAMILY = 1e-6
-"""The probability of a false alarm in one run of the command, over all checks."""
+"""The probability of a false alarm in one run of the command, over all checks: the family's level."""
 
 CHECKS = 100
 """The number of checks that share `FAMILY`; the standard suite makes a third of them."""
@@ -66,6 +64,29 @@ def chi_squared(degrees: int, level: float = LEVEL) -> tuple[float, float]:
     return float(stats.chi2.ppf(level / 2, degrees)) / degrees, float(stats.chi2.isf(level / 2, degrees)) / degrees
 
 
+def binomial(draws: int, chance: float, level: float = LEVEL, tests: int = 1) -> tuple[int, int]:
+    """Between which two counts the number of hits in independent draws lies.
+
+    Args:
+        draws: their number. chance: of a hit. level: probability that any of the counts lies outside.
+        tests: how many counts share the level.
+
+    >>> binomial(102_400, 1 / 400, tests=400)
+    (157, 370)
+    """
+    tail = level / (2 * tests)
+    return int(stats.binom.ppf(tail, draws, chance)), int(stats.binom.isf(tail, draws, chance))
+
+
+def at_most_hits(draws: int, chance: float, level: float = LEVEL) -> int:
+    """The number of hits in independent draws that is exceeded with a probability of at most ``level``.
+
+    >>> at_most_hits(16, 0.1), at_most_hits(4, 0.1)
+    (11, 4)
+    """
+    return int(stats.binom.isf(level, draws, chance))
+
+
 def gaussian_excess(deviation: float, level: float = LEVEL) -> float:
     """How far above its mean a number with tails ``exp(-x^2 / (2 deviation^2))`` may be.
 
@@ -94,13 +115,20 @@ def bernstein(
     return (linear + np.sqrt(linear**2 + 2 * draws * variance * log)) / draws
 
 
-def student(samples: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """The mean of Gaussian samples, and how far it may be from its expectation: infinitely far for one sample."""
-    values = np.asarray(samples, dtype=float)
-    if values.size < 2:
-        return float(values.mean()), math.inf
-    quantile = float(stats.t.isf(level / 2, values.size - 1))
-    return float(values.mean()), quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
+def e_value(z: Sequence[float], bets: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> float:
+    """The evidence of several standard Gaussian numbers together against a mean of zero, whatever their signs.
+
+    It is the mean over the bets l of the product over the numbers of ``exp(-l^2/2) cosh(l z)``. Each factor has
+    expectation 1, so by Markov's inequality the value reaches ``1 / level`` with a probability of at most ``level``.
+    This holds for any number of rungs, also if the next one is chosen after a look at those before it.
+
+    >>> e_value([0.3, -1.2, 0.7]) < 1, e_value([4.0, -4.0, 4.0]) > 1 / 1e-8
+    (True, True)
+    """
+    values = np.abs(np.asarray(z, dtype=float))
+    # cosh without overflow: log cosh x = x + log(1 + exp(-2x)) - log 2
+    logs = [float(np.sum(b * values + np.log1p(np.exp(-2 * b * values)) - math.log(2) - b * b / 2)) for b in bets]
+    return float(np.mean(np.exp(np.minimum(logs, 700.0))))
 
 
 def power(shift: float, threshold: float, deviation: float) -> float:

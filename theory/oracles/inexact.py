@@ -27,6 +27,7 @@ class _Inexact(Oracle):
             raise ValueError(f'adversary must be "away" or "stall", got {adversary!r}: pick one of them')
         self.oracle, self.adversary = oracle, adversary
         self.shape, self.diameter, self.circumradius = oracle.shape, oracle.diameter, oracle.circumradius
+        self.centre = oracle.centre
         self.exact = True
 
     def _worse(self, G: Gradient, at: Point, rng: np.random.Generator, best: Answer, error: float) -> Answer:

@@ -63,8 +63,6 @@ class TraceBall(_SingularOracle):
         (4.0, 6.0)
     """
 
-    attains_diameter = True
-
     def __init__(
         self,
         delta: float,
@@ -96,8 +94,6 @@ class TraceBall(_SingularOracle):
 class SpectralBall(_SingularOracle):
     """``{sigma_1(W) <= tau}``: ``V = -tau U V'``, the polar factor; ``D = 2 tau sqrt(min(m, n))``."""
 
-    attains_diameter = True
-
     def __init__(self, tau: float, shape: tuple[int, int]):
         super().__init__(shape, "svd", 1.0, 0)
         self.tau = positive("tau", tau, "the largest singular value allowed")
@@ -125,8 +121,6 @@ class RankBall(_SingularOracle):
     Its vertices are links of rank r and bounded Frobenius norm. ``r = 1`` is the trace ball and
     ``r = min(m, n)`` the Frobenius ball. The gap is ``delta (sum_{i<=r} sigma_i^2)^(1/2) + <G, W>``.
     """
-
-    attains_diameter = True
 
     def __init__(self, delta: float, rank: int, shape: tuple[int, int]):
         super().__init__(shape, "svd", 1.0, 0)

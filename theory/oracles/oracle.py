@@ -37,19 +37,19 @@ class Oracle(ABC):
         shape: shape of the points of ``K``.
         diameter: ``D = max |V - W|_F`` over ``K``.
         circumradius: ``R``, the radius of the smallest ball around ``K``.
+        centre: of that ball; None for the origin.
         epsilon: the additive error ``eps`` that the oracle admits to; 0 unless it errs on purpose.
         rho: the fraction of the gap that its vertices keep at least; 1 unless it errs on purpose.
         exact: whether ``attained == certified`` always.
-        attains_diameter: whether the vertices for opposite gradients are ``D`` apart.
     """
 
     shape: tuple[int, ...]
     diameter: float
     circumradius: float
+    centre: np.ndarray | None = None
     epsilon: float = 0.0
     rho: float = 1.0
     exact: bool = True
-    attains_diameter: bool = False
 
     @abstractmethod
     def __call__(self, G: Gradient, *, at: Point, rng: np.random.Generator) -> Answer:

@@ -31,7 +31,8 @@ class Product(Oracle):
         self.diameter = math.sqrt(sum(part.diameter**2 for part in self.parts))
         self.circumradius = math.sqrt(sum(part.circumradius**2 for part in self.parts))
         self.exact = all(part.exact for part in self.parts)
-        self.attains_diameter = all(part.attains_diameter for part in self.parts)
+        centres = [np.zeros(part.shape) if part.centre is None else part.centre for part in self.parts]
+        self.centre = np.concatenate([centre.ravel() for centre in centres])
 
     def split(self, W: np.ndarray) -> list[np.ndarray]:
         """Views of the layers in a vector of all weights, each in its shape."""

@@ -19,8 +19,6 @@ def _length(name: str, n: int) -> tuple[int]:
 class L1Ball(Oracle):
     """``{|x|_1 <= delta}`` in n dimensions: ``V = -delta sign(G_i) e_i`` at the largest ``|G_i|``; D = 2 delta."""
 
-    attains_diameter = True
-
     def __init__(self, delta: float, n: int):
         self.delta = positive("delta", delta, "the l1 radius of K")
         self.shape, self.diameter, self.circumradius = _length("n", n), 2 * self.delta, self.delta
@@ -46,13 +44,12 @@ class L1Ball(Oracle):
 class Simplex(Oracle):
     """``{x >= 0, sum x = delta}``: ``V = delta e_i`` at the smallest ``G_i``; ``D = sqrt(2) delta``."""
 
-    attains_diameter = True
-
     def __init__(self, n: int, delta: float = 1.0):
         self.delta = positive("delta", delta, "the sum of the entries")
         self.shape = _length("n", n)
         self.diameter = math.sqrt(2) * self.delta if n > 1 else 0.0
         self.circumradius = self.delta * math.sqrt(1 - 1 / n)
+        self.centre = np.full(self.shape, self.delta / n)
 
     def __call__(self, G: Gradient, *, at: Point, rng: np.random.Generator) -> Answer:
         """The corner at the smallest entry."""
@@ -81,14 +78,13 @@ class Simplex(Oracle):
 class Box(Oracle):
     """``{low <= x_i <= high}``: ``V_i = low`` where ``G_i > 0``, else ``high``; ``D = (high - low) sqrt(n)``."""
 
-    attains_diameter = True
-
     def __init__(self, low: float, high: float, n: int = 1):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"low must lie below high and both be finite, got {low!r} and {high!r}: swap or fix them")
         self.low, self.high, self.shape = float(low), float(high), _length("n", n)
         self.diameter = (self.high - self.low) * math.sqrt(n)
         self.circumradius = self.diameter / 2
+        self.centre = np.full(self.shape, (self.low + self.high) / 2)
 
     def __call__(self, G: Gradient, *, at: Point, rng: np.random.Generator) -> Answer:
         """The corner opposite to the gradient's signs."""
@@ -112,8 +108,6 @@ class Box(Oracle):
 
 class FrobeniusBall(Oracle):
     """``{|W|_F <= delta}`` for any shape: ``V = -delta G / |G|_F``; ``D = 2 delta``. The l2 ball for vectors."""
-
-    attains_diameter = True
 
     def __init__(self, delta: float, shape: tuple[int, ...]):
         self.delta = positive("delta", delta, "the Frobenius radius of K")

@@ -21,12 +21,13 @@ from theory.checks.check import at_most
 from theory.checks.significance import LEVEL
 from theory.frank_wolfe import Run, frank_wolfe
 from theory.gradient_estimators import ESTIMATORS, Estimator
-from theory.oracles import AdditiveError, MultiplicativeError, Oracle, TraceBall
+from theory.oracles import AdditiveError, MultiplicativeError, NewtonSchulzBall, Oracle, SpectralBall, TraceBall
 from theory.problems import NoisyProblem, Problem, StochasticProblem
 from theory.problems.instances import INSTANCES, TIGHT
 from theory.problems.tight import magnitude_counterexample, one_step_worst_case, trace_quadratic
+from theory.seeds import run_seeds
 from theory.step_sizes import STEPS, Step, TheoremStep
-from theory.suite import ladders
+from theory.suite import ladders, momentum, restarts
 
 
 @dataclass
@@ -53,6 +54,11 @@ class Record:
     def verdict(self) -> str:
         """FAIL if any check fails, PASS if any other passes, else VACUOUS."""
         return FAIL if self.count(FAIL) else PASS if self.count(PASS) else VACUOUS
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of its runs, each once."""
+        return self.facts.get("seeds") or sorted({run.seed for run in self.runs})
 
     def as_json(self) -> str:
         """The record as a JSON line, without the runs."""
@@ -132,7 +138,7 @@ def single(
         gradient: estimator of the gradient, exact by default.
         sigma: size of the noise to add for an estimated gradient if the problem draws no batches.
         tag: suffix of the label.
-        level: of each check of an estimated gradient; there are at most two.
+        level: of each statistical check of an estimated gradient; there are at most three.
     """
     problem = INSTANCES[name].build(T, seed)
     if gradient is not None and gradient.noisy and not isinstance(problem, StochasticProblem):
@@ -163,7 +169,8 @@ def ladder_record(label: str, kind: str, rungs: list[ladders.Rung], seconds: flo
     out = []
     for rung in rungs:
         run = rung.runs[0]
-        facts: dict[str, Any] = {kind: rung.setting, "seeds": len(rung.runs), "half_width": rung.average.half}
+        seeds = [run.seed for run in rung.runs]
+        facts: dict[str, Any] = {kind: rung.setting, "seeds": seeds, "half_width": rung.average.half}
         facts |= {key: value.mean for key, value in rung.extra.items()}
         smallest = float(np.mean([r.smallest for r in rung.runs]))
         out.append(
@@ -184,34 +191,65 @@ def ladder_record(label: str, kind: str, rungs: list[ladders.Rung], seconds: flo
     return out
 
 
-def oracle_task(kind: str, settings: Sequence[float], seeds: Sequence[int], T: int = 1000) -> list[Record]:
+def oracle_task(kind: str, settings: Sequence[float], seeds: int, seed: int = 0, T: int = 1000) -> list[Record]:
     """The ladder of kind ``"epsilon"`` or ``"rho"`` on F from random vertices, against both adversaries."""
     label, ladder = {"epsilon": ("eps", ladders.epsilon_ladder), "rho": ("rho", ladders.rho_ladder)}[kind]
     out = []
     for adversary in ("away", "stall"):
         started = time.perf_counter()
-        rungs = ladder(lambda s: trace_quadratic(seed=s), T, settings, seeds, adversary)
+        rungs = ladder(lambda s: trace_quadratic(seed=s), T, settings, seeds, adversary, seed)
         out += ladder_record(f"F {label} {adversary}", kind, rungs, time.perf_counter() - started)
     return out
 
 
-def batch_task(batches: Sequence[int], seeds: Sequence[int], T: int = 1000, sigma: float = 2.0) -> list[Record]:
+def batch_task(batches: Sequence[int], seeds: int, seed: int = 0, T: int = 1000, sigma: float = 2.0) -> list[Record]:
     """The batch ladder on F with Gaussian noise."""
     started = time.perf_counter()
-    rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(), sigma), T, batches, seeds)
+    rungs = ladders.batch_ladder(NoisyProblem(trace_quadratic(), sigma), T, batches, seeds, seed)
     return ladder_record("F batch", "batch", rungs, time.perf_counter() - started)
 
 
-def growing_batches(seeds: Sequence[int]) -> list[Record]:
+def growing_batches(seeds: int, seed: int = 0) -> list[Record]:
     """``b = sigma^2 T/(M beta)`` keeps the slope of -1/2."""
     started, problem = time.perf_counter(), NoisyProblem(trace_quadratic(), 2.0)
-    runs = [ladders.growing_batch_runs(problem, (60, 120, 240, 480), seed) for seed in seeds]
+    draws = run_seeds(seed, seeds, "growing batches")
+    runs = [ladders.growing_batch_runs(problem, (60, 120, 240, 480), draw) for draw in draws]
     slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in runs]
     longest = [group[-1] for group in runs]
     average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
     checks = [rates.rates_check(slopes)]
     seconds = time.perf_counter() - started
-    return [Record("F b ~ T rate", "rate", longest[0].T, average, smallest, longest[0].scale, checks, seconds)]
+    facts, last = {"seeds": draws}, longest[0]
+    return [Record("F b ~ T rate", "rate", last.T, average, smallest, last.scale, checks, seconds, facts)]
+
+
+def momentum_task(name: str, averaged: bool, seeds: int, seed: int = 0) -> list[Record]:
+    """The rate with one sample per step on the ``"trace"`` or the ``"spectral"`` ball: ``T^(-1/4)`` with momentum."""
+    started, problem = time.perf_counter(), momentum.problem(name)
+    label = f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
+    draws = run_seeds(seed, seeds, label)
+    groups = [momentum.momentum_runs(problem, averaged, draw) for draw in draws]
+    slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in groups]
+    longest = [group[-1] for group in groups]
+    average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
+    checks = [check for run in groups[0] for check in audit(run)]
+    checks += [momentum.noise_check(runs) for runs in zip(*groups)]
+    tolerance = momentum.slope_tolerance(problem)
+    checks.append(momentum.falls_check(slopes, tolerance) if averaged else momentum.stalled_check(slopes))
+    facts, last = {"seeds": draws}, longest[0]
+    seconds = time.perf_counter() - started
+    return [Record(label, "rate", last.T, average, smallest, last.scale, checks, seconds, facts)]
+
+
+def restarts_task(seed: int) -> list[Record]:
+    """A chain that fails at the rate 1/L, and its projected variant; the column of the gap is the growth per link."""
+    started = time.perf_counter()
+    plain, projected, grows, shrinks = restarts.restart_checks(seed)
+    seconds, T = (time.perf_counter() - started) / 2, restarts.LINKS
+    return [
+        Record("chain at 1/L", "restarts", T, grows, grows, 1.0, plain, seconds),
+        Record("chain at 1/L, projected", "restarts", T, shrinks, shrinks, 1.0, projected, seconds),
+    ]
 
 
 def constants_task() -> list[Record]:
@@ -233,9 +271,24 @@ def constants_task() -> list[Record]:
     return out
 
 
+def muon_task(seed: int) -> list[Record]:
+    """Muon's oracle on the spectral ball, with the optimum inside and on the boundary."""
+
+    def muon(problem: Problem) -> Oracle:
+        ball = problem.oracle
+        assert isinstance(ball, SpectralBall)
+        return NewtonSchulzBall(ball.tau, (ball.shape[0], ball.shape[1]))
+
+    names = [f"quadratic-spectral-{where}" for where in ("interior", "boundary")]
+    return [single(name, 400, seed=seed, oracle=muon, tag=" Newton-Schulz") for name in names]
+
+
 def estimators_task(seed: int) -> list[Record]:
     """Every estimator on a finite sum."""
-    return [single("tanh", 1000, gradient=e, seed=seed, tag=f" {e.name}") for e in ESTIMATORS]
+    return [
+        single("tanh", 1000, gradient=e, seed=run_seeds(seed, 1, "estimators", e.name)[0], tag=f" {e.name}")
+        for e in ESTIMATORS
+    ]
 
 
 def standard(
@@ -248,10 +301,9 @@ def standard(
     """The tasks of the standard suite.
 
     Args:
-        seeds: runs per rung of a ladder. seed: the first of them. epsilons, rhos, batches: the rungs.
+        seeds: runs per rung of a ladder. seed: of all draws. epsilons, rhos, batches: the rungs.
     """
-    many = range(seed, seed + seeds)
-    few = many[: max(2, seeds // 2)]
+    few = max(2, seeds // 2)
     for name in TIGHT:
         yield Task(f"{name}: rate", partial(rate, name, INSTANCES[name].horizons, seed))
     for name, T in (("A", 1000), ("F", 1000), ("B2", 1000), ("G", 200)):
@@ -259,12 +311,17 @@ def standard(
             if step != TheoremStep():
                 yield Task(f"{name}: {step.name}", partial(_one, name, T, seed, step, f" {step.name}"))
     yield Task("constants", constants_task)
-    yield Task("epsilon ladder", partial(oracle_task, "epsilon", epsilons, few))
-    yield Task("rho ladder", partial(oracle_task, "rho", rhos, few))
-    yield Task("batch ladder", partial(batch_task, batches, many))
-    # short runs, but twice as many: at this level Student's interval is wide for few samples
-    yield Task("growing batches", partial(growing_batches, range(seed, seed + 2 * seeds)))
+    yield Task("epsilon ladder", partial(oracle_task, "epsilon", epsilons, few, seed))
+    yield Task("rho ladder", partial(oracle_task, "rho", rhos, few, seed))
+    yield Task("batch ladder", partial(batch_task, batches, seeds, seed))
+    # short runs, but twice as many: their slopes are counted, and fewer than nine could not fail at this level
+    yield Task("growing batches", partial(growing_batches, 2 * seeds, seed))
     yield Task("estimators", partial(estimators_task, seed))
+    yield Task("chain at 1/L", partial(restarts_task, seed))
+    for ball, averaged in (("trace", True), ("spectral", True), ("spectral", False)):
+        named = f"{ball} ball, {'momentum' if averaged else 'one sample'}"
+        yield Task(named, partial(momentum_task, ball, averaged, 2 * seeds, seed))
+    yield Task("Muon's oracle", partial(muon_task, seed))
     for name, instance in INSTANCES.items():
         if name not in TIGHT:
             yield Task(name, partial(_one, name, instance.horizons[0], seed))

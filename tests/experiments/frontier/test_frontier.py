@@ -32,6 +32,8 @@ def test_every_arm_is_compared_with_lora_of_its_rank():
     assert [arm.reference for arm in arms.values()] == ["lora-2", "lora-2", "lora-6", "lora-6", "lora-6", "lora-2"]
     assert arms["b-selected-2"].method.ranks == (4,)
     assert list(families.arms([2], ["chain-10"], gate=False)) == ["lora-2", "chain-10-2"]
+    dora = families.arms([2], ["dora"], gate=False)
+    assert {name: arm.reference for name, arm in dora.items()} == {"peft-2": "peft-2", "dora-2": "peft-2"}
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -159,3 +161,27 @@ def test_galore_trains_the_targets_alone():
     assert [not torch.equal(p, old) for p, old in zip(model.parameters(), before)] == [True, False, False, False]
     # weight, gradient, two moments of 2×8, projector of 8×2
     assert trained_bytes(optimizer) == 4 * (64 + 64 + 3 * 16)
+
+
+@pytest.mark.parametrize(("kind", "magnitudes"), [("peft", 0), ("dora", 8)])
+def test_pefts_adapters_are_drawn_by_the_seed_and_merged_at_the_end(kind, magnitudes):
+    pytest.importorskip("peft")
+    drawn = []
+    for seed in (0, 0, 1):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        state = torch.get_rng_state()
+        method = Method(kind, ranks=(2,), alpha=2)
+        optimizer = method.optimizer(model, lr=0.1, seed=seed, epochs=1, steps_per_epoch=9, targets=["0"])
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn.append(model[0].lora_A["default"].weight.clone())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    model(x).square().sum().backward()
+    optimizer.step()
+    # weight, gradient and two moments of A, B and the rows' norms; AdamW's count of steps for each
+    assert trained_bytes(optimizer) == 4 * (4 * (2 * 16 + magnitudes) + 2 + bool(magnitudes))
+    trained = model(x).detach()
+    optimizer.finish()
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    torch.testing.assert_close(model(x), trained)

@@ -96,11 +96,11 @@ def test_the_suite_catches_a_broken_estimator(kind, begin, monkeypatch):
 def test_the_batch_ladder_catches_noise_of_another_size(scale, monkeypatch):
     draw = NoisyProblem.draw
     monkeypatch.setattr(NoisyProblem, "draw", lambda self, rng, b: scale(b) * draw(self, rng, b))
-    rung = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 1.0), 200, (16,), range(4))[0]
+    rung = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 1.0), 200, (16,), 4)[0]
     failed = [check.name for check in rung.checks if check.verdict == FAIL]
     assert "noise = sigma / sqrt(b) (b = 16)" in failed
 
 
 def test_without_noise_none_is_recorded():
-    rung = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 0.0), 20, (4,), range(2))[0]
+    rung = ladders.batch_ladder(NoisyProblem(trace_quadratic(10), 0.0), 20, (4,), 2)[0]
     assert next(check for check in rung.checks if check.name.startswith("noise")).verdict == PASS

@@ -55,8 +55,11 @@ def test_zero_chain_is_flat_in_units_of_s_and_the_check_can_fail():
     assert FAIL in {check.verdict for check in rates.flatness_check(fast)}
 
 
-def test_one_seed_says_nothing_of_an_expected_slope():
+def test_slopes_are_counted_and_few_seeds_say_nothing():
     assert rates.rates_check([-0.4]).verdict == VACUOUS
+    assert rates.rates_check([-0.5] * 4).verdict == VACUOUS
+    assert rates.rates_check([-0.49] * 11 + [-0.4] * 5).verdict == PASS
+    assert rates.rates_check([-0.49] * 4 + [-0.4] * 12).verdict == FAIL
 
 
 def test_expectations_are_judged_by_the_whole_interval():
