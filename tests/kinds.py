@@ -69,6 +69,31 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Mixed(nn.Module):
+    """Each kind of layer in one model of 6 inputs and 3 outputs, for runs of several processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Scaled(6, 8)
+        self.table = nn.Embedding(5, 8)
+        self.experts = nn.Parameter(torch.empty(EXPERTS, 8, 8))
+        self.conv = nn.Conv1d(2, 4, 3, padding=1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(16, 3)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = (x[:, :4] > 0).sum(1)
+        h = torch.tanh(self.first(x) + self.table(signs))
+        chosen = F.one_hot(signs % EXPERTS, EXPERTS).to(h.dtype)
+        h = torch.tanh(sum(chosen[:, e : e + 1] * F.linear(h, one) for e, one in enumerate(self.experts)))
+        h = torch.tanh(self.conv(h.unflatten(1, (2, 4))))
+        return self.head(self.attention(h, h, h, need_weights=False)[0].flatten(1))
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a tiny model of one kind is made, what it takes and which of its layers carry links."""

@@ -234,7 +234,8 @@ def _conv(
         return NotImplemented
     left, right = _factors(w, x)
     down = right.reshape(-1, *w.plain.shape[1:])
-    down = down.repeat(groups, *[1] * (down.dim() - 1))
+    if groups > 1:
+        down = down.repeat(groups, *[1] * (down.dim() - 1))
     up = left.reshape(*left.shape, *[1] * (w.plain.dim() - 2))
     reduced = function(_dropped(w, x), down, None, stride, padding, dilation, groups)
     return _plus(function(x, w.plain, bias, stride, padding, dilation, groups), function(reduced, up, groups=groups), w)

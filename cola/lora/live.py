@@ -452,12 +452,13 @@ class LiveLink:
             spent: the link has been tied or dropped, so PEFT's layers, which stay, must not add it again.
         """
         self.starts.restore()
+        held = [layer.held for layer in self.layers.values() if isinstance(layer, AdaptedLayer)]
+        held += [(rows, rows.entries) for rows in self.rows.values()]
+        for holder, names in held:  # all before the first detach, which takes FSDP2's class from the holder
+            release(unwrap(self.model), holder, names)
         for layer in self.layers.values():
-            if isinstance(layer, AdaptedLayer):
-                release(unwrap(self.model), *layer.held)
             layer.detach(spent=spent)
         for rows in self.rows.values():
-            release(unwrap(self.model), rows, rows.entries)
             rows.detach()
         restore_save(self.saves)
         quantized.release_layout(self._held)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from cola.common.distributed import is_sharded
 from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair, rebind
 from cola.lora.linked_weight import LinkedWeight, linked
 
@@ -217,12 +218,14 @@ class ReadsParameters(nn.Module):
         finally:
             vars(self)["lora_open"] = None
 
-    def lora_weight(self, name: str) -> LinkedWeight:
+    def lora_weight(self, name: str) -> Tensor:
         """The parameter with its link."""
         opened = vars(self).get("lora_open")
         if opened is not None and name in opened:
             return opened[name]
         view = cast(LinkedParameter, view_of(self, name))
+        if opened is None and is_sharded(view.plain_weight):
+            return view.plain_weight  # FSDP2 looks for its own parameter; modules compute with whole ones
         left, right = LinkedParameter.sides(view, view.lora_A, view.lora_B)
         dropout = view.lora_dropout if self.training else 0.0
         title = f"{self.plain_class.__name__}.{name}"

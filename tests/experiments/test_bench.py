@@ -18,6 +18,7 @@ from tests.kernels import kernels
 pytest.importorskip("peft", reason="PEFT is what the benchmark compares with")
 SMOKE = Settings(smoke=True)
 NAMES = ["layer/bf16/1024x768", "step/llama", "overhead", "tie/bf16/4096", "chain", "export", "scaling"]
+NAMES += ["kinds/experts/grouped_mm", "kinds/embedding", "kinds/tie"]
 
 
 def test_from_end_to_end(tmp_path, capsys):

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from cola import ChainOptimizer, GapKnots, LinkConfig, PlateauKnots, StepKnots, log_to
+from tests.kinds import Mixed
 from tests.models import BODY, Net, batch
 
 ROWS = 8
@@ -52,6 +53,7 @@ def run(words):
     parser.add_argument("--plateau", action="store_true")
     parser.add_argument("--ranks", default="4")
     parser.add_argument("--selected", action="store_true", help="train B alone on selected inputs, tie by gain")
+    parser.add_argument("--mixed", action="store_true", help="a model of all kinds of layers")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--resume", type=Path)
@@ -59,7 +61,7 @@ def run(words):
     parser.add_argument("--dcp", choices=["nested", "flat"], help="save in shards, with the chain beside the state")
     args = parser.parse_args(words)
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = Net(dtype=getattr(torch, args.dtype))
+    model = Mixed() if args.mixed else Net(dtype=getattr(torch, args.dtype))
     policy = StepKnots(at=[int(k) for k in args.knots.split(",")])
     if args.plateau:
         policy = PlateauKnots(patience=0, window=2, threshold=0.2)
@@ -67,7 +69,8 @@ def run(words):
         policy = GapKnots(share=0.9, window=2)
     ranks = tuple(int(r) for r in args.ranks.split(","))
     own = SELECTED if args.selected else {}
-    link = LinkConfig(r=ranks, lora_alpha=4, target_modules=BODY, dtype=getattr(torch, args.dtype), **own)
+    targets = "all" if args.mixed else BODY
+    link = LinkConfig(r=ranks, lora_alpha=4, target_modules=targets, dtype=getattr(torch, args.dtype), **own)
     reset = "transport" if args.selected else "state"
     opt = ChainOptimizer(torch.optim.AdamW, model, policy, link=link, reset=reset, lr=0.02)
     told = []

@@ -101,7 +101,7 @@ def sizes_of_sums(model, base, x):
     [(name, dtype) for name in LAYERS for dtype in DTYPES if not ("grouped" in name and dtype == torch.float64)],
     ids=str,
 )
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     m=st.integers(1, 6), n=st.integers(1, 6), r=st.integers(1, 3), g=st.sampled_from([1, 2]),
     kernel=st.integers(1, 3), stride=st.integers(1, 2), mode=st.sampled_from(["zeros", "circular", "reflect"]),
@@ -144,7 +144,7 @@ OPTIONS = {
     "compensated": {"rounding": "compensated", "dtype": torch.bfloat16},
     "stochastic": {"rounding": "stochastic", "dtype": torch.float16},
 }
-CASES = [pytest.param(k, o, id=f"{k}-{o}") for k in KINDS for o in OPTIONS]
+CASES = [pytest.param(kind, option, id=f"{kind}-{option}") for kind in KINDS for option in OPTIONS]
 
 
 def begun(kind, option, at=(2,)):
@@ -185,9 +185,15 @@ def test_a_chain_holds(kind, option, tmp_path):
 RESUMED = ["plain", "smaller ranks", "masked ranks", "B on selected inputs", "compensated"]
 
 
-@pytest.mark.parametrize("way", ["directory", "state dicts"])
-@pytest.mark.parametrize("option", RESUMED)
-@pytest.mark.parametrize("kind", KINDS)
+#: the ways of reading experts differ in nothing that is saved
+SAVED = [kind for kind in KINDS if "gathered" not in kind and "grouped" not in kind]
+
+
+@pytest.mark.parametrize(
+    ("way", "option"),
+    [("directory", option) for option in RESUMED] + [("state dicts", option) for option in RESUMED[:2]],
+)
+@pytest.mark.parametrize("kind", SAVED)
 def test_a_resumed_run_goes_on_bit_for_bit(kind, option, way, tmp_path):
     """In the middle of the second link."""
     at = (2, 5)
