@@ -27,7 +27,7 @@ def test_every_command_is_in_the_reference(capsys):
     commands = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
     assert {"inspect", "verify", "merge"} <= set(commands)
     expected = {f"cola.cli {name}" for name in commands} | {f"experiments.__main__ {name}" for name in COMMANDS}
-    assert expected | {"theory.fw_gap", "theory.llm_gap"} <= shown
+    assert expected | {"theory.fw_gap", "theory.llm_gap", "theory.links"} <= shown
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)

@@ -116,10 +116,12 @@ def test_theory_imports_downward(name, path):
 
 
 #: what joins theory to cola, lowest first
+PARTS = ["balls", "sketch", "snapshots", "decomposition", "probe", "dense", "chains", "plots", "kinds", "side_by_side"]
 LLM = [
     "theory.real_run",
-    *(f"theory.real_run.{part}" for part in ("sketch", "decomposition", "probe", "dense", "chains", "plots")),
+    *(f"theory.real_run.{part}" for part in PARTS),
     "theory.llm_gap",
+    "theory.links",
 ]
 
 
@@ -133,7 +135,7 @@ def test_the_gap_of_a_real_run_imports_downward(name):
 
 
 def test_what_joins_theory_to_cola_is_listed():
-    assert set(LLM) == {name for name, _ in modules("theory") if name.startswith(("theory.real_run", "theory.llm"))}
+    assert set(LLM) == {name for name, _ in modules("theory") if name.startswith(("theory.real_run", "theory.l"))}
 
 
 @pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules("experiments")])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from theory.arguments import count
+from theory.arguments import count, fraction
 from theory.iterates import Gradient, Point
 from theory.problems import Problem, StochasticProblem
 
@@ -132,6 +132,46 @@ class Momentum(Estimator):
         """A weighted mean of two independent batches."""
         share = 3**-self.power
         return 0.0, 1 - share, share, self.batch
+
+
+@dataclass(frozen=True)
+class FixedMomentum(Estimator):
+    """``d_t = (1 - share) d_{t-1} + share g_t`` with one share for the run, as in Muon and Lion; ``d_1 = g_1``.
+
+    With a share of ``T^(-1/2)`` and steps of ``T^(-3/4)`` one sample per step is enough for a gap of ``T^(-1/4)``.
+
+    Args:
+        share: in (0, 1]; 1 is a fresh batch in every step. batch: samples per step.
+    """
+
+    share: float
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        fraction("share", self.share, "the weight of the newest batch")
+        count("batch", self.batch, "the number of samples per step")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``momentum of share 0.1, batch 1``."""
+        return f"momentum of share {self.share:.3g}, batch {self.batch}"
+
+    def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
+        """Starts from the first batch."""
+        source = _stochastic(problem, "FixedMomentum")
+        average: np.ndarray | None = None
+
+        def estimate(t: int, W: Point, G: Gradient) -> Gradient:
+            nonlocal average
+            fresh = source.batch_gradient(W, source.draw(rng, self.batch))
+            average = fresh if average is None else (1 - self.share) * average + self.share * fresh
+            return average
+
+        return estimate
+
+    def second(self) -> tuple[float, float, float, int]:
+        """A weighted mean of two independent batches."""
+        return 0.0, 1 - self.share, self.share, self.batch
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ import numpy as np
 from theory.arguments import count, positive
 from theory.checks import FAIL, PASS, VACUOUS, failures
 from theory.real_run import chains, plots
+from theory.real_run.balls import NAMES
 from theory.real_run.decomposition import Decomposition, LayerGap, Probe
 from theory.real_run.dense import recheck
 from theory.real_run.probe import GapProbe
+from theory.real_run.snapshots import Snapshots
 
-__all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "main", "parser"]
+__all__ = ["Decomposition", "GapProbe", "LayerGap", "Probe", "Snapshots", "main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         "--delta", type=float, metavar="D", help="radius of K per layer (default: the smallest that holds the run)"
     )
     out.add_argument("--rank", type=int, default=1, metavar="R", help="rank of the atoms of K; 1 is the trace ball")
+    out.add_argument(
+        "--ball", choices=NAMES, default="rank", help="K: by atoms of a rank, capped, or Muon's spectral ball"
+    )
     out.add_argument("--probe-batches", type=int, default=4, metavar="N", help="microbatches of the fixed loss")
     out.add_argument("--sketch", type=int, default=32, metavar="K", help="columns of the gradient sketch")
     out.add_argument("--fresh", action="store_true", help="score on other batches: unbiased, but no interval")

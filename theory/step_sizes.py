@@ -149,6 +149,27 @@ class RootStep(Step):
         return lambda now: 1 / math.sqrt(now.t)
 
 
+@dataclass(frozen=True)
+class PowerStep(Step):
+    """The constant step ``factor T^power``, clipped to 1; ``T^(-3/4)`` is that of momentum at a fixed batch."""
+
+    power: float = -0.75
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("factor", self.factor, "the multiple of the power of T")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``T^-0.75``, with the factor in front."""
+        return f"{'' if self.factor == 1 else f'{self.factor:g} '}T^{self.power:g}"
+
+    def begin(self, constants: Constants, T: int) -> Rule:
+        """The same step in every iteration; uses no constant of the problem."""
+        eta = min(1.0, self.factor * T**self.power)
+        return lambda situation: eta
+
+
 STEPS: dict[str, Step] = {
     step.name: step
     for step in (

@@ -2,6 +2,7 @@
 
 from theory.oracles.inexact import AdditiveError, MultiplicativeError
 from theory.oracles.matrices import CappedTraceBall, RankBall, SpectralBall, TraceBall
+from theory.oracles.newton_schulz import NewtonSchulzBall
 from theory.oracles.oracle import Answer, Oracle
 from theory.oracles.product import Product
 from theory.oracles.vectors import Box, FrobeniusBall, L1Ball, Simplex
@@ -14,6 +15,7 @@ __all__ = [
     "FrobeniusBall",
     "L1Ball",
     "MultiplicativeError",
+    "NewtonSchulzBall",
     "Oracle",
     "Product",
     "RankBall",

@@ -62,6 +62,10 @@ SETS: dict[str, Callable[[], Oracle]] = {
     "rank2": lambda: RankBall(1.0, 2, (5, 4)),
     "capped2": lambda: CappedTraceBall(1.0, 2, (5, 4)),
     "product": lambda: Product([TraceBall(1.0, (4, 3)), TraceBall(0.5, (3, 4))]),
+    # Scion's norms: rows of an embedding, a hidden layer, the entries of a head
+    "scion": lambda: Product(
+        [Product([FrobeniusBall(2.0, (4,))] * 5), SpectralBall(1.0, (4, 4)), Box(-0.25, 0.25, 20)]
+    ),
 }
 
 # the average gap is of order 1/sqrt(T); on G, the last, in units of s alone and far below the bound

@@ -99,7 +99,7 @@ def _random(options: argparse.Namespace) -> Trained:
 
 
 def _probe_options(options: argparse.Namespace, fresh: Sequence[Any]) -> dict[str, Any]:
-    chosen = {name: getattr(options, name) for name in ("sketch", "rank", "seed")}
+    chosen = {name: getattr(options, name) for name in ("sketch", "rank", "ball", "seed")}
     return {**chosen, "fresh": fresh if options.fresh else None}
 
 

@@ -1,9 +1,9 @@
 """The average Frank-Wolfe gap of a chain, split into loss drop, curvature and oracle error.
 
 A chain is Algorithm 2 with ``V_t = W_t + B_t A_t / eta``: the trained link replaces the best vertex of K. For a
-layer, ``g = delta sigma_1(G) + <G, dW>``, where ``G`` is the gradient at the frozen weight and ``dW`` the sum of
-the links so far. The gaps of the layers add up over the product set. delta is a choice, so it is reported
-together with sigma_1.
+layer on the trace ball, ``g = delta sigma_1(G) + <G, dW>``, where ``G`` is the gradient at the frozen weight and ``dW``
+the sum of the links so far; `theory.real_run.balls` has the other balls. The gaps of the layers add up over the product
+set. delta is a choice, so it is reported together with sigma_1.
 
 The decomposition is exact for any training: ``avg g = (L_1 - L_{T+1})/(eta T) + (eta/2) avg c + avg eps``. Chains
 are too short for the theorem's bound to say anything, but the decomposition holds for them too.
@@ -21,7 +21,7 @@ import torch
 
 from cola import Link
 from theory.arguments import positive
-from theory.oracles.matrices import support_norm
+from theory.real_run.balls import Ball
 from theory.real_run.sketch import LowRankPair
 
 
@@ -30,10 +30,11 @@ class LayerGap:
     """One layer at the start of one link.
 
     Attributes:
-        sigma: leading singular values of ``Q'G``; each is at most that of the gradient.
+        sigma: leading singular values of ``Q'G``, as many as the ball needs; each is at most that of the gradient.
         residual: bound on ``|(I - QQ')G|`` in the spectral norm: 0 for an exact range, infinite on fresh batches.
         pairing: ``<G, dW_t>``. moved: ``<G, B_t A_t>``, negative if the link descends.
-        scored: ``u'Gv`` on fresh batches for the vertex of the first pass, or None.
+        scored: ``<G, -V>`` on fresh batches for the vertex V of radius 1 from the first pass, or None.
+        side: the smaller side of the layer.
     """
 
     sigma: tuple[float, ...]
@@ -41,12 +42,12 @@ class LayerGap:
     pairing: float
     moved: float
     scored: float | None = None
+    side: int = 0
 
-    def strength(self, rank: int) -> tuple[float, float]:
-        """The interval for ``(sum_{i<=rank} sigma_i^2)^(1/2)``; ``sigma_1`` for rank 1, the trace ball."""
-        low2 = float(np.sum(np.square(self.sigma[:rank])))
-        rounding = 1 + 64 * float(np.finfo(np.float32).eps)
-        return math.sqrt(low2), math.sqrt(low2 + rank * self.residual**2) * rounding
+    def strength(self, ball: Ball | int) -> tuple[float, float]:
+        """The interval for the support of a ball of radius 1; a rank stands for the ball of atoms of that rank."""
+        ball = Ball("rank", ball) if isinstance(ball, int) else ball
+        return ball.support(np.array(self.sigma), self.residual, self.side or len(self.sigma))
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ class Decomposition:
     """The gaps of a chain and the terms of their average; arrays have one entry per link.
 
     Attributes:
-        eta: the step. delta: radius per layer. rank: of the atoms of K (1: the trace ball).
+        eta: the step. delta: radius per layer. ball: the kind of K (by default the trace ball).
         loss: (T+1,) ``L_1 .. L_{T+1}``. low, high: the interval of ``g_t``.
         error_low, error_high: the interval of ``eps_t = g_t + <G, B_t A_t>/eta``.
         alignment: (T, 2) both ends of ``rho_t = 1 - eps_t/g_t``.
         curvature: ``c_t``. distance2: ``|V_t - W_t|^2``.
-        per_layer: path -> (T, 2) interval of the layer's gap.
+        per_layer: path -> (T, 2) interval of the layer's gap. sides: path -> the layer's smaller side.
         others_moved: whether training moved other parameters than the adapters; ``c_t`` includes their effect.
     """
 
     eta: float
     delta: dict[str, float]
-    rank: int
+    ball: Ball
     loss: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -85,6 +86,12 @@ class Decomposition:
     distance2: np.ndarray
     per_layer: dict[str, np.ndarray] = field(repr=False, default_factory=dict)
     others_moved: bool = False
+    sides: dict[str, int] = field(repr=False, default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the ball's atoms."""
+        return self.ball.rank
 
     @property
     def terms(self) -> dict[str, float]:
@@ -98,8 +105,8 @@ class Decomposition:
 
     @property
     def diameter(self) -> float:
-        """``D`` of the product set, ``D^2 = sum 4 delta_l^2``."""
-        return math.sqrt(sum(4 * d * d for d in self.delta.values()))
+        """``D`` of the product set, ``D^2 = sum D_l^2``; on rank-r balls ``D_l = 2 delta_l``."""
+        return math.sqrt(sum((d * self.ball.diameter(self.sides[path])) ** 2 for path, d in self.delta.items()))
 
     def identity_error(self) -> float:
         """The distance of the three terms' sum from the average gap, which is rounding only.
@@ -114,7 +121,8 @@ class Decomposition:
         lists = ("loss", "low", "high", "error_low", "error_high", "alignment", "curvature", "distance2")
         return {
             "eta": self.eta,
-            "rank": self.rank,
+            "ball": self.ball.name,
+            "rank": self.ball.rank,
             "delta": self.delta,
             "D": self.diameter,
             **{name: getattr(self, name).tolist() for name in lists},
@@ -154,17 +162,17 @@ def decompose(
     last_loss: float,
     eta: float,
     radius: Mapping[str, float],
-    rank: int,
+    ball: Ball,
 ) -> Decomposition:
     """Decompose the average gap of a chain whose links are all measured.
 
     Args:
         links: the chain. probes: one per link, measured at its start.
         last_loss: the fixed loss after the last link, ``L_{T+1}``.
-        eta: the step. radius: of K per layer, from `radii`. rank: of the atoms of K.
+        eta: the step. radius: of K per layer, from `radii`. ball: the kind of K.
     """
     loss = np.array([*(probe.loss for probe in probes), last_loss])
-    per_layer = {path: np.array([_gap(probe.layers[path], radius[path], rank) for probe in probes]) for path in radius}
+    per_layer = {path: np.array([_gap(probe.layers[path], radius[path], ball) for probe in probes]) for path in radius}
     gaps = sum(per_layer.values())
     assert isinstance(gaps, np.ndarray)
     moved = np.array([sum(layer.moved for layer in probe.layers.values()) for probe in probes])
@@ -174,7 +182,7 @@ def decompose(
     return Decomposition(
         eta,
         dict(radius),
-        rank,
+        ball,
         loss,
         gaps[:, 0],
         gaps[:, 1],
@@ -185,14 +193,20 @@ def decompose(
         np.array([sum(f.norm() ** 2 for f in link.factors.values()) for link in links]) / eta**2,
         per_layer,
         any(link.trained for link in links),
+        {path: _side(links[0], path) for path in radius},
     )
 
 
-def radii(links: Sequence[Link], eta: float, delta: float | Mapping[str, float] | None, rank: int) -> dict[str, float]:
+def _side(link: Link, path: str) -> int:
+    factor = link.factors[path]
+    return min(factor.B.shape[0], factor.A.shape[1])
+
+
+def radii(links: Sequence[Link], eta: float, delta: float | Mapping[str, float] | None, ball: Ball) -> dict[str, float]:
     """The radius of each layer's set, checked to contain every W_t and V_t.
 
     Args:
-        links: the chain, with at least one link. eta: the step. rank: of the atoms of K.
+        links: the chain, with at least one link. eta: the step. ball: the kind of K.
         delta: the radius of all layers, or one per layer; None chooses the smallest.
 
     Raises:
@@ -203,9 +217,9 @@ def radii(links: Sequence[Link], eta: float, delta: float | Mapping[str, float] 
         sizes = []
         for t, link in enumerate(links):
             behind, (left, right) = stack(links[:t], path), factors(link, path)
-            sizes.append(_size(behind, rank))
+            sizes.append(_size(behind, ball))
             scaled = (left / eta, right)
-            sizes.append(_size(scaled if behind is None else _join(behind, scaled), rank))
+            sizes.append(_size(scaled if behind is None else _join(behind, scaled), ball))
         needed[path] = max(sizes)
     if delta is None:
         return needed
@@ -222,19 +236,19 @@ def radii(links: Sequence[Link], eta: float, delta: float | Mapping[str, float] 
     return chosen
 
 
-def _gap(layer: LayerGap, delta: float, rank: int) -> tuple[float, float]:
-    """Both ends of ``delta (sum sigma_i^2)^(1/2) + <G, dW>``; on fresh batches one unbiased value."""
+def _gap(layer: LayerGap, delta: float, ball: Ball) -> tuple[float, float]:
+    """Both ends of ``delta support(G) + <G, dW>``; on fresh batches one unbiased value."""
     if layer.scored is not None:
         value = delta * layer.scored + layer.pairing
         return value, value
-    low, high = layer.strength(rank)
+    low, high = layer.strength(ball)
     return delta * low + layer.pairing, delta * high + layer.pairing
 
 
 def factors(link: Link, path: str) -> LowRankPair:
-    """A link's update of one layer, ``s B`` and ``A`` in float64."""
-    factor = link.factors[path]
-    return factor.scaling * factor.B.double(), factor.A.double()
+    """A link's update of one layer in float64, ``s B`` and ``A``, less the product that it started at, if any."""
+    triples = link.factors[path].triples()
+    return torch.cat([s * B.double() for _, B, s in triples], dim=1), torch.cat([A.double() for A, _, _ in triples])
 
 
 def _join(first: LowRankPair, second: LowRankPair) -> LowRankPair:
@@ -249,9 +263,9 @@ def stack(links: Sequence[Link], path: str) -> LowRankPair | None:
     return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs], dim=0)
 
 
-def _size(pair: LowRankPair | None, rank: int) -> float:
-    """The gauge of ``left @ right`` in the unit rank-r ball, from QR decompositions of both factors."""
+def _size(pair: LowRankPair | None, ball: Ball) -> float:
+    """The gauge of ``left @ right`` in the ball of radius 1, from QR decompositions of both factors."""
     if pair is None:
         return 0.0
     left, right = torch.linalg.qr(pair[0])[1], torch.linalg.qr(pair[1].T)[1]
-    return support_norm(torch.linalg.svdvals(left @ right.T).numpy(), rank)
+    return ball.gauge(torch.linalg.svdvals(left @ right.T).cpu().numpy())

@@ -90,7 +90,8 @@ def _gap(twin: _Twin, result: Decomposition, t: int, path: str) -> Check:
     G = twin.gradient(path, probe.batches if probe.fresh is None else probe.fresh)
     behind = stack(list(probe.chain)[:t], path)
     pairing = 0.0 if behind is None else float(torch.sum(G * (behind[0] @ behind[1])))
-    support = result.delta[path] * float(torch.linalg.svdvals(G)[: result.rank].norm())
+    sigma = torch.linalg.svdvals(G).numpy()
+    support = result.delta[path] * result.ball.support(sigma, 0.0, sigma.size)[0]
     exact, (low, high) = support + pairing, result.per_layer[path][t]
     off = max(low - exact, abs(layer.pairing - pairing), exact - high if probe.fresh is None else -np.inf)
     # sums over tokens in the precision of the model

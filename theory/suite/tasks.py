@@ -21,13 +21,13 @@ from theory.checks.check import at_most
 from theory.checks.significance import LEVEL
 from theory.frank_wolfe import Run, frank_wolfe
 from theory.gradient_estimators import ESTIMATORS, Estimator
-from theory.oracles import AdditiveError, MultiplicativeError, Oracle, TraceBall
+from theory.oracles import AdditiveError, MultiplicativeError, NewtonSchulzBall, Oracle, SpectralBall, TraceBall
 from theory.problems import NoisyProblem, Problem, StochasticProblem
 from theory.problems.instances import INSTANCES, TIGHT
 from theory.problems.tight import magnitude_counterexample, one_step_worst_case, trace_quadratic
 from theory.seeds import run_seeds
 from theory.step_sizes import STEPS, Step, TheoremStep
-from theory.suite import ladders
+from theory.suite import ladders, momentum, restarts
 
 
 @dataclass
@@ -223,6 +223,35 @@ def growing_batches(seeds: int, seed: int = 0) -> list[Record]:
     return [Record("F b ~ T rate", "rate", last.T, average, smallest, last.scale, checks, seconds, facts)]
 
 
+def momentum_task(name: str, averaged: bool, seeds: int, seed: int = 0) -> list[Record]:
+    """The rate with one sample per step on the ``"trace"`` or the ``"spectral"`` ball: ``T^(-1/4)`` with momentum."""
+    started, problem = time.perf_counter(), momentum.problem(name)
+    label = f"b = 1, {name}, {'momentum' if averaged else 'plain'} rate"
+    draws = momentum.run_seeds(seed, seeds, label)
+    groups = [momentum.momentum_runs(problem, averaged, draw) for draw in draws]
+    slopes = [rates.fitted_slope([r.T for r in group], [r.average for r in group]) for group in groups]
+    longest = [group[-1] for group in groups]
+    average, smallest = (float(np.mean([getattr(r, what) for r in longest])) for what in ("average", "smallest"))
+    checks = [check for run in groups[0] for check in audit(run)]
+    checks += [momentum.noise_check(runs) for runs in zip(*groups)]
+    tolerance = momentum.slope_tolerance(problem)
+    checks.append(momentum.falls_check(slopes, tolerance) if averaged else momentum.stalled_check(slopes))
+    facts, last = {"seeds": draws}, longest[0]
+    seconds = time.perf_counter() - started
+    return [Record(label, "rate", last.T, average, smallest, last.scale, checks, seconds, facts)]
+
+
+def restarts_task(seed: int) -> list[Record]:
+    """A chain that fails at the rate 1/L, and its projected variant; the column of the gap is the growth per link."""
+    started = time.perf_counter()
+    plain, projected, grows, shrinks = restarts.restart_checks(seed)
+    seconds, T = (time.perf_counter() - started) / 2, restarts.LINKS
+    return [
+        Record("chain at 1/L", "restarts", T, grows, grows, 1.0, plain, seconds),
+        Record("chain at 1/L, projected", "restarts", T, shrinks, shrinks, 1.0, projected, seconds),
+    ]
+
+
 def constants_task() -> list[Record]:
     """The constants: instances that must exceed the paper's 2 s, and two that attain 1.5 s and 2.5 s."""
     out = []
@@ -240,6 +269,18 @@ def constants_task() -> list[Record]:
         checks = [at_most(f"{constant} s is attained at T = 1", abs(ratio - constant), 0.0, 4 * np.finfo(float).eps)]
         out.append(run_record(f"one step {constant}", run, 0.0, checks))
     return out
+
+
+def muon_task(seed: int) -> list[Record]:
+    """Muon's oracle on the spectral ball, with the optimum inside and on the boundary."""
+
+    def muon(problem: Problem) -> Oracle:
+        ball = problem.oracle
+        assert isinstance(ball, SpectralBall)
+        return NewtonSchulzBall(ball.tau, (ball.shape[0], ball.shape[1]))
+
+    names = [f"quadratic-spectral-{where}" for where in ("interior", "boundary")]
+    return [single(name, 400, seed=seed, oracle=muon, tag=" Newton-Schulz") for name in names]
 
 
 def estimators_task(seed: int) -> list[Record]:
@@ -276,6 +317,11 @@ def standard(
     # short runs, but twice as many: their slopes are counted, and fewer than nine could not fail at this level
     yield Task("growing batches", partial(growing_batches, 2 * seeds, seed))
     yield Task("estimators", partial(estimators_task, seed))
+    yield Task("chain at 1/L", partial(restarts_task, seed))
+    for ball, averaged in (("trace", True), ("spectral", True), ("spectral", False)):
+        named = f"{ball} ball, {'momentum' if averaged else 'one sample'}"
+        yield Task(named, partial(momentum_task, ball, averaged, 2 * seeds, seed))
+    yield Task("Muon's oracle", partial(muon_task, seed))
     for name, instance in INSTANCES.items():
         if name not in TIGHT:
             yield Task(name, partial(_one, name, instance.horizons[0], seed))

@@ -42,6 +42,7 @@ SETS = {
     "capped 1": CappedTraceBall(0.8, 1, MATRIX),
     "capped 2": CappedTraceBall(0.8, 2, MATRIX),
     "product": Product([TraceBall(1.0, (3, 2)), L1Ball(2.0, 4), SpectralBall(0.5, (2, 2))]),
+    "scion": Product([Product([FrobeniusBall(1.4, (2,))] * 3), SpectralBall(1.0, (2, 2)), Box(-0.5, 0.5, 6)]),
 }
 # an SVD of a 4 x 3 matrix errs by a few units in the last place of its norm
 ULPS = 64 * np.finfo(float).eps
