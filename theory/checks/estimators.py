@@ -8,7 +8,7 @@ import numpy as np
 
 from theory.checks.check import Check, at_most, vacuous
 from theory.frank_wolfe import Run
-from theory.gradient_estimators import SPIDER, SVRF, Estimator, Minibatch, Momentum
+from theory.gradient_estimators import SPIDER, SVRF, Estimator, FixedMomentum, Minibatch, Momentum
 from theory.iterates import DensePoint, Point, as_array
 from theory.problems import StochasticProblem
 from theory.seeds import generator
@@ -25,6 +25,9 @@ def reference(
             out.append(p.batch_gradient(W, p.draw(rng, size)))
         elif isinstance(estimator, Momentum):
             fresh, r = p.batch_gradient(W, p.draw(rng, estimator.batch)), (t + 1) ** -estimator.power
+            out.append(fresh if t == 1 else (1 - r) * out[-1] + r * fresh)
+        elif isinstance(estimator, FixedMomentum):
+            fresh, r = p.batch_gradient(W, p.draw(rng, estimator.batch)), estimator.share
             out.append(fresh if t == 1 else (1 - r) * out[-1] + r * fresh)
         elif isinstance(estimator, SVRF | SPIDER):
             since = (t - 1) % estimator.period

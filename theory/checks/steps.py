@@ -11,7 +11,7 @@ from theory.checks.record import unit
 from theory.frank_wolfe import Run
 from theory.iterates import inner
 from theory.seeds import generator
-from theory.step_sizes import Backtracking, OpenLoop, RootStep, ShortStep, TheoremStep
+from theory.step_sizes import Backtracking, OpenLoop, PowerStep, RootStep, ShortStep, TheoremStep
 
 # steps of backtracking that are taken again; its estimate of the curvature has settled by then
 AGAIN = 32
@@ -33,6 +33,8 @@ def step_size(run: Run) -> Check:
         expected = 2 / (t + 1)
     elif isinstance(run.step, RootStep):
         expected = t**-0.5
+    elif isinstance(run.step, PowerStep):
+        expected = np.full(run.T, min(1.0, run.step.factor * run.T**run.step.power))
     elif isinstance(run.step, ShortStep):
         curvature = run.problem.beta * run.distance2
         slope = np.maximum(run.seen_descent, 0)
