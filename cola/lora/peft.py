@@ -200,7 +200,12 @@ class PeftLayer:
 
     @property
     def plain_weight(self) -> Tensor:
-        """The base layer's stored weight."""
+        """The base layer's stored weight, without the link."""
+        return self.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
         return self.module.base_layer.weight
 
     @property
