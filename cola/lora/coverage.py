@@ -13,6 +13,7 @@ from cola.lora.layer import FACTORS
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
 from cola.lora.parameter import entries_of
+from cola.lora.reading import LinkedConvolution
 from cola.lora.targets import WHOLE, is_stacked, obstacles
 from cola.lora.token_rows import TokenRows
 
@@ -240,7 +241,8 @@ class _Groups:
             return "refused linear layers", f"{path} {reason}"
         if own.linear:
             return "other linear layers", self.linear
-        return "embeddings" if own.looks_up else "convolutions", self._why(path)
+        group = "convolutions" if issubclass(own, LinkedConvolution) else "other linear layers"
+        return "embeddings" if own.looks_up else group, self._why(path)
 
     def _why(self, path: str) -> str:
         """Why a layer that only ``target_modules="all"`` reaches carries no link."""

@@ -63,7 +63,6 @@ class LinkedReadLinear(ReadingLayer):
     """A subclass of nn.Linear with a forward of its own, or one that its parent reads without calling it."""
 
     plain_class = nn.Linear
-    linear = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -98,6 +97,8 @@ class LinkedEmbedding(ReadingLayer):
     @classmethod
     def refusal(cls, module: nn.Module, *, stacked: bool = False) -> str | None:
         """As `AdaptedLayer.refusal`."""
+        if any(c.__module__.split(".")[0] == "bitsandbytes" for c in type(module).__mro__):
+            return f"is bitsandbytes' {type(module).__name__}, whose weight is stored as codes"
         if getattr(module, "max_norm", None) is not None:
             return "has max_norm, by which looking up a row changes the weight"
         return super().refusal(module, stacked=stacked)

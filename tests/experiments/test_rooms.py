@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 #: lower rooms first; rooms of one floor do not import one another
-FLOORS = [["hub"], ["files", "command_line", "hardware", "memory", "report", "smollm", "tasks"],
+FLOORS = [["hub"], ["files", "command_line", "hardware", "memory", "report", "smollm", "tasks", "peft_adapter"],
           ["tiny", "sweep", "methods"], ["models"], ["paper", "study", "bench"], ["frontier", "gpu"],
           ["__main__"]]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

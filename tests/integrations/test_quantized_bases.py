@@ -124,7 +124,7 @@ REFUSED = {
     "rearranged": (rearranged, ["0"], "was rearranged by bitsandbytes for evaluation on this CPU.*: load the model"),
     "forward": (lambda: net(Doubled), BODY, "is a Doubled that overrides forward"),
     "dispatched": (dispatched, BODY, "has had its forward replaced on the instance"),
-    "embedding": (Embedded, ["table"], "is an Embedding4bit: links go on nn.Linear"),
+    "embedding": (Embedded, ["table"], "is bitsandbytes' Embedding4bit, whose weight"),
 }  # fmt: skip
 
 
