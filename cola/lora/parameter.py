@@ -112,8 +112,9 @@ class LinkedParameter(AdaptedLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        owner, _ = cast(LinkedParameter, module).place
-        return "attention input" if isinstance(owner, nn.MultiheadAttention) else "parameter"
+        owner, name = cast(LinkedParameter, module).place
+        packed = isinstance(owner, nn.MultiheadAttention) and name == "in_proj_weight"
+        return "attention input" if packed else "parameter"
 
     @classmethod
     def is_transposed(cls, module: nn.Module) -> bool:
