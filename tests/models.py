@@ -92,6 +92,17 @@ def tiny_gpt2(seed: int = 0, **changes):
     return seeded(GPT2LMHeadModel, GPT2Config(**config), seed)
 
 
+def tiny_mixtral(seed: int = 0, **changes):
+    """A random Mixtral of one layer, whose file on disk has its experts one by one."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_local_experts": 3, **changes,
+    }  # fmt: skip
+    return seeded(MixtralForCausalLM, MixtralConfig(**config), seed)
+
+
 def seeded(kind, config, seed: int):
     """A model whose weights follow from ``seed``; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):

@@ -33,9 +33,9 @@ class LayerPrint:
         transposed: whether it is stored in×out (transformers' Conv1D).
         digest: of its bytes; None if they could not be read (a tensor on the meta device).
         form: how the layer uses it: ``"linear"``, ``"embedding"``, ``"table"`` (an embedding with a forward of its own,
-            as of positions), ``"convolution"`` (``"grouped convolution"`` if it
-            has groups, dilation or padding other than zeros), ``"attention output"`` (of nn.MultiheadAttention), or, if
-            the path is the weight's own name, ``"attention input"`` or ``"parameter"``.
+            as of positions), ``"linear with own forward"``, ``"convolution"`` (``"grouped convolution"`` if it has
+            groups, dilation or padding other than zeros), ``"attention output"`` (of nn.MultiheadAttention), or, if the
+            path is the weight's own name, ``"attention input"`` or ``"parameter"``.
     """
 
     shape: tuple[int, ...]

@@ -42,6 +42,8 @@ class Forms:
             reason = None
             if form == "attention output":
                 reason = "because PEFT 0.21 adds the update of nn.MultiheadAttention's output projection twice"
+            elif form == "linear with own forward":
+                reason = "because PEFT adds B A x to the output, and the layer's own forward may do something else"
             elif form == "table":
                 reason = (
                     "because PEFT looks up the layer's inputs themselves, and its own forward makes indices of them"

@@ -166,19 +166,25 @@ def _plus(out: Tensor, link: Tensor, w: LinkedWeight) -> Tensor:
     return torch.add(out, link.to(out.dtype), alpha=w.scaling)
 
 
+def _of_matrices(w: LinkedWeight) -> bool:
+    """Whether the factors have W's shape; a convolution's W is a matrix with its kernels in rows."""
+    return w.left.dim() == w.dim()
+
+
 def _factors(w: LinkedWeight, x: Tensor) -> tuple[Tensor, Tensor]:
     return w.left.to(x.dtype), w.right.to(x.dtype)
 
 
 def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:
-    if not isinstance(w, LinkedWeight) or isinstance(x, LinkedWeight) or w.dim() != 2 or w.left.dim() != 2:
+    if not isinstance(w, LinkedWeight) or isinstance(x, LinkedWeight) or w.dim() != 2:
         return NotImplemented
     left, right = _factors(w, x)
     return _plus(F.linear(x, w.plain, bias), F.linear(F.linear(_dropped(w, x), right), left), w)
 
 
 def _matmul(x: Any, y: Any, **options: Any) -> Any:
-    if options or (isinstance(x, LinkedWeight) and isinstance(y, LinkedWeight)):
+    both = isinstance(x, LinkedWeight) and isinstance(y, LinkedWeight)
+    if options or both or not _of_matrices(x if isinstance(x, LinkedWeight) else y):
         return NotImplemented
     if isinstance(y, LinkedWeight):
         left, right = _factors(y, x)
@@ -191,7 +197,7 @@ def _grouped(x: Any, w: Any, offs: Tensor | None = None, **options: Any) -> Any:
     """Rows of x up to each of ``offs`` times one matrix of the stack."""
     if any(value is not None for value in options.values()) or not isinstance(w, LinkedWeight):
         return NotImplemented
-    if isinstance(x, LinkedWeight) or w.dim() != 3 or x.dim() != 2:
+    if isinstance(x, LinkedWeight) or w.dim() != 3 or x.dim() != 2 or not _of_matrices(w):
         return NotImplemented
     grouped = functools.partial(F.grouped_mm, offs=offs)
     left, right = _factors(w, x)
@@ -247,7 +253,9 @@ def _item(w: Any, index: Any) -> Any:
         return NotImplemented
     if isinstance(index, Tensor) and index.is_floating_point() | (index.dtype in (torch.bool, torch.uint8)):
         return NotImplemented
-    if w.dim() == 2 and w.left.dim() == 2:
+    if not _of_matrices(w):
+        return NotImplemented
+    if w.dim() == 2:
         return _plus(w.plain[index], (w.left[index] @ w.right).to(w.plain.dtype), w)
     if w.dim() != 3:
         return NotImplemented
@@ -258,7 +266,7 @@ def _item(w: Any, index: Any) -> Any:
 
 def _unbound(w: Any, dim: int = 0) -> Any:
     """The matrices of a stack; one node of the graph serves all of them."""
-    if w.dim() != 3 or dim not in (0, -3):
+    if w.dim() != 3 or dim not in (0, -3) or not _of_matrices(w):
         return NotImplemented
     recorded = torch.is_grad_enabled()  # matrices that were taken without a graph have no gradient later
     if recorded not in w.matrices:
@@ -270,7 +278,7 @@ def _unbound(w: Any, dim: int = 0) -> Any:
 def _turned(w: Any, *dims: int, **names: int) -> Any:
     """The transposed weight, ``Wᵀ + s·Rᵀ Lᵀ``."""
     given = {d % w.dim() for d in (*dims, *names.values())} or set(range(w.dim()))  # .T turns all
-    if w.left.dim() != w.dim() or given != {w.dim() - 1, w.dim() - 2}:
+    if not _of_matrices(w) or given != {w.dim() - 1, w.dim() - 2}:
         return NotImplemented
     return _like(w, w.plain.mT, w.right.mT, w.left.mT)
 

@@ -73,7 +73,7 @@ class LinkedReadLinear(ReadingLayer):
     @classmethod
     def form(cls, module: nn.Module) -> str:
         """As `AdaptedLayer.form`."""
-        return "attention output" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear"
+        return "attention output" if type(module).__name__.endswith(READ_BY_ATTENTION) else "linear with own forward"
 
 
 #: the output projection of nn.MultiheadAttention

@@ -135,7 +135,7 @@ class Starts:
                 if path in self.live.originals:
                     self.live.originals[path] = self.live.originals[path].bare()
             else:
-                copy_whole(layer.weight, values["weight"])
+                copy_whole(layer.plain_weight, values["weight"])
             self.of.pop(path, None)
             self.live.residuals.pop(path, None)
         self._untouched = {}
@@ -155,5 +155,5 @@ class Starts:
 
 
 def _values(layer: Any) -> dict[str, Tensor]:
-    values = quantized.parts(layer.holder) if layer.kind.quantized else {"weight": layer.weight}
+    values = quantized.parts(layer.holder) if layer.kind.quantized else {"weight": layer.plain_weight}
     return {name: value.detach().clone() for name, value in values.items()}

@@ -79,11 +79,16 @@ def _able(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]
 def _by_parameters(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
     """The layers whose weights are the parameters with these names, or with these ends of names."""
     found: dict[str, str] = {}
-    every = {f"{path}.{own}".lstrip("."): path for path, module in modules.items() for own in module._parameters}
+    every = {
+        f"{path}.{own}".lstrip("."): path
+        for path, module in modules.items()
+        for own, held in module._parameters.items()
+        if held is not None
+    }
     for name in names:
         full = [parameter for parameter in every if f".{parameter}".endswith(f".{name}")]
         if not full:
-            near = difflib.get_close_matches(name, [p.rpartition(".")[2] for p in every], n=3)
+            near = difflib.get_close_matches(name, {p.rpartition(".")[2]: p for p in every}, n=3)
             hint = f"; near are {', '.join(near)}" if near else ""
             raise ValueError(f"target_parameters: no parameter is called {name!r}{hint}")
         for parameter in full:
@@ -204,9 +209,10 @@ def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.
     """The modules to train whole: those of ``modules_to_save``, whose ``names`` are whole paths or their ends.
 
     Raises:
-        ValueError: a name matches nothing, or a module that holds a target or cannot be trained.
+        ValueError: a name matches nothing, or a module that holds a target's weight or cannot be trained.
     """
     modules = modules_by_name(model)
+    linked = {id(known_kind(layer).parameter(layer)): path for path, layer in targets.items()}
     found: list[nn.Module] = []
     for name in names:
         paths = named(modules, name)
@@ -217,6 +223,12 @@ def find_saved(model: nn.Module, names: Sequence[str], targets: Mapping[str, nn.
             if inside:
                 raise ValueError(
                     f"modules_to_save: {path!r} holds the adapted layer {inside[0]!r}: train one or the other"
+                )
+            shared = next((linked[id(p)] for p in modules[path].parameters() if id(p) in linked), None)
+            if shared is not None:
+                raise ValueError(
+                    f"modules_to_save: {path!r} shares a weight with the adapted layer {shared!r}: train one or the "
+                    "other (exclude_modules)"
                 )
             kept = [p.dtype for p in modules[path].parameters() if not p.is_floating_point()]
             if kept:

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cola.lora import peft
-from cola.lora.layer import AdaptedLayer
+from cola.lora.layer import FACTORS, AdaptedLayer
 from cola.lora.names import called
+from cola.lora.parameter import entries_of
 
 logger = logging.getLogger("cola")
 
@@ -62,10 +63,17 @@ class WarningSave:
         if missing is not None:
             status.told = True
             logger.warning("save_pretrained() %s", missing)
-        return self._save()(*args, **kwargs)
+        save = self._save()
+        if status.in_checkpoint and _KEYS in inspect.signature(save).parameters:
+            kwargs.setdefault(_KEYS, False)
+        return save(*args, **kwargs)
 
     def _save(self) -> Callable[..., Any]:
         return self.former or type(self.module).save_pretrained.__get__(self.module)  # type: ignore[attr-defined]
+
+
+#: save_pretrained's option to write experts one by one, under names that transformers' Trainer cannot load
+_KEYS = "save_original_format"
 
 
 def warn_on_save(model: nn.Module, status: SaveStatus) -> list[WarningSave]:
@@ -89,7 +97,7 @@ def restore_save(made: list[WarningSave]) -> None:
 
 
 def _carries(module: nn.Module) -> bool:
-    return isinstance(module, AdaptedLayer) or peft.is_lora_layer(module)
+    return bool(entries_of(module)) or peft.is_lora_layer(module)
 
 
 def _left_out(module: nn.Module, status: SaveStatus) -> str | None:
@@ -108,13 +116,19 @@ def _left_out(module: nn.Module, status: SaveStatus) -> str | None:
             "already: call opt.finish() (or opt.tie()) and opt.chain.to_peft(directory) for one adapter with all "
             "links, or opt.save(directory) to go on later"
         )
-    layers = [layer for layer in module.modules() if isinstance(layer, AdaptedLayer)]
-    if not any(_nonzero(layer.lora_A) and _nonzero(layer.lora_B) for layer in layers):
+    if not any(map(_is_trained, module.modules())):
         return None
     return (
         f"leaves out the live link {tied}, which is trained and not tied yet: from_pretrained ignores its lora_A "
         "and lora_B. Call opt.finish() first, or opt.tie() to go on training; opt.save(directory) writes a checkpoint"
     )
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether a link on the module, or on a parameter of it, changes what it computes."""
+    names = FACTORS if isinstance(module, AdaptedLayer) else entries_of(module)
+    factors = [getattr(module, name) for name in names]  # A and B of each link
+    return any(_nonzero(A) and _nonzero(B) for A, B in zip(factors[::2], factors[1::2]))
 
 
 def _nonzero(tensor: Tensor) -> bool:

@@ -43,8 +43,8 @@ def dispatched():
     return model
 
 
-def attention():
-    return nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+def attention(**options):
+    return nn.Sequential(nn.MultiheadAttention(8, 2, **options), nn.Linear(8, 8))
 
 
 def slashed():
@@ -80,6 +80,11 @@ TABLE = [
     ),
     (lambda: make(nn.Sequential(nn.Embedding(3, 3, max_norm=1.0)), target_modules=["0"]), ValueError, "has max_norm"),
     (lambda: make(attention(), target_parameters=["in_proj"]), ValueError, "no parameter is called 'in_proj'; near"),
+    (
+        lambda: make(attention(kdim=3), target_modules=["out_proj"], target_parameters=["in_proj_weight"]),
+        ValueError,
+        "no parameter is called 'in_proj_weight'; near are",
+    ),
     (lambda: make(attention(), target_modules=[], target_parameters=["in_proj_bias"]), ValueError, "has the shape"),
     (lambda: make(attention(), target_modules=["out_proj"], lora_dropout=0.1), ValueError, "has no effect on '0.out"),
     (lambda: make(dispatched()), ValueError, "forward replaced on the instance"),
@@ -123,6 +128,11 @@ TABLE = [
         lambda: make(modules_to_save=["first"]),
         ValueError,
         "holds the adapted layer 'first': train one or the other",
+    ),
+    (
+        lambda: make(shared_head(), target_modules="all", modules_to_save=["lm_head"]),
+        ValueError,
+        "'lm_head' shares a weight with the adapted layer 'model.decoder.embed_tokens'",
     ),
     (lambda: make(rounding="up"), ValueError, "rounding='up' is unknown: choose 'auto' or one of"),
     (lambda: make(seed="x"), TypeError, "seed='x' must be an integer"),

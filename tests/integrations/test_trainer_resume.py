@@ -7,7 +7,7 @@ import torch
 
 from cola import Chain, LinkConfig, PlateauKnots, StepKnots
 from tests.integrations.test_trainer import LINK, dropping_out, peft_model, same, trainer_of
-from tests.models import tiny_opt
+from tests.models import tiny_mixtral, tiny_opt
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,6 +41,17 @@ def test_weights_alone_resume_bit_for_bit_from_the_chain(tmp_path, kind, step, s
     assert part.state.log_history[-1]["step"] == 8
     rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
     assert [e["learning_rate"] for e in part.state.log_history if "learning_rate" in e][-1] == rates[-1]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_links_on_fused_experts_resume_bit_for_bit(tmp_path, step):
+    """In the first link and the second: save_pretrained would rename experts, and the Trainer loads by names."""
+    link = LinkConfig(r=2, lora_alpha=2, target_modules="all")
+    whole, _ = whole_run(tiny_mixtral, tmp_path, link, save_steps=2)
+    part = trainer_of(tiny_mixtral(), tmp_path / "resumed")
+    attach(part, torch.optim.AdamW, policy(), link=link)
+    part.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert same(part.model, whole.model)
 
 
 @pytest.mark.parametrize(

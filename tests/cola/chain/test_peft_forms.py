@@ -12,6 +12,7 @@ from torch import nn
 
 from cola import Chain, ChainOptimizer, EvenKnots, LinkConfig, NeverKnots
 from cola.chain.files import StoreError
+from tests.kinds import Scaled
 from tests.models import seeded, tiny_gpt2, tiny_opt
 
 SIZES = {
@@ -154,6 +155,7 @@ REFUSED = {
     "position table": (tiny_opt, {}, "embed_positions', because PEFT looks up the layer's inputs"),
     "head of another name": (tiny_gpt2, {}, "'transformer.wte', which shares its weight with 'lm_head'"),
     "output projection": (convolved, {}, "output projection twice"),
+    "forward of its own": (lambda: nn.Sequential(Scaled(3, 3)), {}, "the layer's own forward may do something else"),
     "groups": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten()), {"r": 1}, "without its groups"),
 }
 

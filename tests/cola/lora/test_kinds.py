@@ -182,7 +182,7 @@ def test_a_chain_holds(kind, option, tmp_path):
     same(base, KINDS[kind].model(dtype))
 
 
-RESUMED = ["plain", "smaller ranks", "masked ranks", "B on selected inputs", "compensated"]
+RESUMED = ["plain", "smaller ranks", "masked ranks", "two-sided", "B on selected inputs", "compensated"]
 
 
 #: the ways of reading experts differ in nothing that is saved

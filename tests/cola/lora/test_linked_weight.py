@@ -70,6 +70,11 @@ OTHERS = {
     "two weights": (lambda x, w: x @ (w.T @ w), (5, 6), (4, 6)),
     "conv_transpose2d": (F.conv_transpose2d, (2, 4, 5, 5), (4, 3, 2, 2)),
     "bilinear": (lambda x, w: F.bilinear(x, x, w), (5, 6), (4, 6, 6)),
+    # a convolution's W has three dimensions, and its factors have two
+    "kernels": (lambda x, w: F.conv1d(x, w[torch.tensor([1, 0])]), (2, 3, 7), (4, 3, 3)),
+    "one kernel": (lambda x, w: F.conv1d(x, w[1][None]), (2, 3, 7), (4, 3, 3)),
+    "kernels in a loop": (lambda x, w: F.conv1d(x, torch.stack(list(w))), (2, 3, 7), (4, 3, 3)),
+    "x @ kernels": (lambda x, w: x @ w, (5, 3), (4, 3, 3)),
 }
 SINGLE = ("grouped", "grouped, transposed", "another grouped")  # torch has no kernel in fp64
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots, StepKnots
-from tests.models import tiny_gpt2, tiny_opt
+from tests.models import tiny_gpt2, tiny_mixtral, tiny_opt
 
 pytest.importorskip("transformers")
 
@@ -84,6 +84,15 @@ def test_nothing_is_said_where_nothing_is_left_out(caplog, tmp_path, done):
     assert not words(caplog)
     model.save_pretrained(tmp_path / "c")
     assert len(words(caplog)) == 1
+
+
+def test_links_on_experts_alone_are_missed_too(caplog, tmp_path):
+    model = tiny_mixtral()
+    opt = wrap(model, target_modules=[], target_parameters=["down_proj"])
+    steps(model, opt, 1)
+    model.save_pretrained(tmp_path)
+    (said,) = words(caplog)
+    assert "leaves out the live link 0" in said
 
 
 class Inside(nn.Module):
