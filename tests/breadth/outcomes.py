@@ -29,7 +29,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "embeddings": lambda x: isinstance(x, LinkedEmbedding),
     "convolutions": lambda x: isinstance(x, LinkedConvolution),
     "nn.MultiheadAttention": lambda x: isinstance(x, LinkedParameter) and isinstance(x.place[0], nn.MultiheadAttention),
-    "linear layers with a forward of their own": lambda x: isinstance(x, LinkedReadLinear) and x.form(x) == "linear",
+    "linear layers with a forward of their own": lambda x: (
+        isinstance(x, LinkedReadLinear) and x.form(x) == "linear with own forward"
+    ),
 }
 #: above this a model is not tiny, and its architecture is passed over
 LARGEST = 6_000_000
