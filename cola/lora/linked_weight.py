@@ -71,11 +71,13 @@ class LinkedWeight(Tensor):
         found = NotImplemented if rule is None else rule(*args, **kwargs)
         if found is not NotImplemented:
             return found
-        if name in _ASSIGN or (name.endswith("_") and not name.endswith("__")):
+        replaced = func == _SET_DATA and not isinstance(args[1], LinkedWeight)  # as resize_token_embeddings does
+        if replaced or name in _ASSIGN or (name.endswith("_") and not name.endswith("__")):
             for weight in _all(args[:1] or [*kwargs.values()][:1], {}):
                 raise RuntimeError(
-                    f"{weight.title} is changed by {name} while it carries a link, and the change would be lost: "
-                    "finish() the chain first, or leave the layer out of target_modules (exclude_modules)"
+                    f"{weight.title} is changed by {'data = …' if replaced else name} while it carries a link, and the "
+                    "change would be lost, or the link would count twice: finish() the chain first, or leave the layer "
+                    "out of target_modules (exclude_modules)"
                 )
         if name in ("__get__", "__set__") or name in _ABOUT:  # its shape, its dtype, …
             weights = [w for w in (*args, *kwargs.values()) if isinstance(w, LinkedWeight)]
@@ -335,5 +337,7 @@ _ASSIGN = frozenset(
         "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
     )
 )  # fmt: skip
+#: ``weight.data = …``
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 #: functions for people who look at a weight
 _READS = frozenset(("__repr__", "clone", "__get__", "item", "tolist"))

@@ -281,9 +281,10 @@ def _usable(
         wanted = [path for path in (everything if target_modules == "all" else linear) if path not in output]
     wanted, reasons = list(narrow(wanted)) if wanted else [], obstacles(model)
     found = {path: everything[path] for path in wanted if path not in reasons}
+    reached = {id(borrower) for path, layer in found.items() for borrower in borrowers(model, path, layer)}
     by_reason: dict[str, list[str]] = {}
     for path in wanted:
-        if path in reasons:
+        if path in reasons and id(modules.get(path)) not in reached:
             by_reason.setdefault(reasons[path], []).append(path)
             if reasons[path].startswith(_UNREADY):
                 raise ValueError(f"target_modules={target_modules!r}: {_about(path, reasons[path])}")

@@ -92,7 +92,7 @@ def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:
     out = F.linear(flat, w.plain, bias)
     own = F.linear(flat, w.rows.to(w.plain.dtype), None if bias is None else bias[w.numbers])
     put = torch.index_copy if transformed() else Tensor.index_copy_  # in place, because logits are large
-    return put(out, -1, w.numbers, own.to(out.dtype)).view(*x.shape[:-1], -1)
+    return put(out, -1, w.numbers, own.to(out.dtype)).view(*x.shape[:-1], out.shape[-1])
 
 
 def _cast(w: Any, *args: Any, **options: Any) -> Any:

@@ -243,8 +243,8 @@ def test_it_looks_like_the_weight():
     assert w.plain.requires_grad
     w.requires_grad = False
     assert not w.plain.requires_grad
-    w.data = torch.zeros(4, 6)
-    assert not w.plain.any()
+    w.data = w.data.to(torch.float64)
+    assert w.plain.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,9 @@ def test_it_looks_like_the_weight():
     [
         lambda w: w.mul_(2), lambda w: w.data.clamp_(0, 1), lambda w: nn.init.normal_(w), lambda w: w.__setitem__(0, 1),
         lambda w: w.__iadd__(1), lambda w: torch._foreach_mul_([w], 2), lambda w: w.copy_(w), lambda w: F.relu_(w),
+        lambda w: setattr(w, "data", torch.zeros(6, 6)),
     ],
-    ids=["mul_", "data", "init", "item", "+=", "foreach", "copy_", "relu_"],
+    ids=["mul_", "data", "init", "item", "+=", "foreach", "copy_", "relu_", "other data"],
 )  # fmt: skip
 def test_a_change_in_place_would_be_lost_and_is_refused(change):
     w = weight()

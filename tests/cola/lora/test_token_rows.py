@@ -109,6 +109,11 @@ def test_rows_have_the_gradient_of_the_whole_weight(case):
         assert layer._parameters["weight"].grad is None
 
 
+def test_a_head_with_trained_rows_takes_no_inputs_too():
+    rows = with_rows(torch.ones(3, 2), torch.tensor([1]), torch.zeros(1, 2))
+    assert F.linear(torch.ones(2, 0, 2), rows).shape == (2, 0, 3)
+
+
 def test_rows_follow_transforms():
     model = Net(tied=True)
     chained(model)

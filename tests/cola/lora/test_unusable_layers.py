@@ -7,6 +7,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
+from tests.kinds import Shared
 
 
 def pair(odd):
@@ -131,3 +132,9 @@ def test_parameters_that_peft_adapts_by_themselves_are_refused_by_path():
     tuned = peft.inject_adapter_in_model(config, model)
     with pytest.raises(ValueError, match=r"PEFT's layer 'odd' adapts the parameter 'weight' by itself \(target_param"):
         ChainOptimizer(torch.optim.SGD, tuned, NeverKnots(), lr=0.1)
+
+
+def test_a_head_that_reads_an_embeddings_link_is_not_left_out(caplog):
+    opt = chained(Shared(), "all")
+    assert list(opt.live.layers) == ["tokens", "positions"]
+    assert "leaves out" not in caplog.text
