@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from cola.common.distributed import is_sharded
 from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair, rebind
 from cola.lora.linked_weight import LinkedWeight, linked
 
@@ -218,8 +219,13 @@ class ReadsParameters(nn.Module):
         finally:
             vars(self)["lora_open"] = None
 
-    def lora_weight(self, name: str) -> LinkedWeight:
+    def lora_weight(self, name: str) -> Tensor:
         """The parameter with its link."""
+        plain = self._parameters[name]
+        if plain is not None and is_sharded(
+            plain
+        ):  # FSDP2 looks for its own parameter; modules compute with whole ones
+            return plain
         opened = vars(self).get("lora_open")
         if opened is not None and name in opened:
             return opened[name]
