@@ -217,6 +217,18 @@ def test_fsdp2_over_a_chain_follows_the_new_parameters(group, base):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
+def test_fsdp2_after_a_pass_in_evaluation(group):
+    """The outermost module keeps its whole parameters then."""
+    model = Net()
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=2, target_modules=BODY), lr=0.02)
+    sharded(model)
+    train(opt, model, 3)
+    with torch.no_grad():
+        before = loss_of(model, 0)
+        opt.finish()
+        assert torch.isclose(loss_of(model, 0), before, atol=CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["experts one by one", "experts grouped", "embedding", "shared embedding", "conv2d"])
 def test_fsdp2_over_links_on_weights_that_are_read(group, kind):
     runs = []
