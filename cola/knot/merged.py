@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cola.common import interrupts
-from cola.common.distributed import is_sharded
+from cola.common.distributed import is_sharded, reshard
 from cola.lora import quantized
 from cola.lora.coverage import counted
 from cola.lora.layer import rebind
@@ -49,6 +49,7 @@ class Block(AbstractContextManager[nn.Module]):
             raise RuntimeError(
                 "merged() during a knot, in reset= or init=: call it in a listener of on_knot, or after step()"
             )
+        reshard(opt.live.model)
         require_mergeable(opt)
         opt._require_trainable()
         numbers = counted(opt.live.model, opt._all_in_groups())

@@ -225,6 +225,9 @@ def test_fsdp2_after_a_pass_in_evaluation(group):
     train(opt, model, 3)
     with torch.no_grad():
         before = loss_of(model, 0)
+        with pytest.raises(RuntimeError, match="this one is sharded"):
+            opt.merged().__enter__()
+        loss_of(model, 0)
         opt.finish()
         assert torch.isclose(loss_of(model, 0), before, atol=CLOSE)
 
