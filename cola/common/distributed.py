@@ -108,6 +108,13 @@ def release(model: nn.Module, layer: Any, names: tuple[str, ...]) -> None:
                 ]
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put its shards back; after a pass in evaluation the outermost module still holds whole parameters."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()  # type: ignore[operator]
+
+
 def part_here(tensor: Any) -> tuple[Tensor, tuple[slice, ...]]:
     """This process's part of a DTensor, and its place in the full tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

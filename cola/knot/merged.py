@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cola.common import interrupts
-from cola.common.distributed import is_sharded
+from cola.common.distributed import is_sharded, reshard
 from cola.lora import quantized
 from cola.lora.coverage import counted
 from cola.lora.layer import rebind
@@ -49,6 +49,7 @@ class Block(AbstractContextManager[nn.Module]):
             raise RuntimeError(
                 "merged() during a knot, in reset= or init=: call it in a listener of on_knot, or after step()"
             )
+        reshard(opt.live.model)
         require_mergeable(opt)
         opt._require_trainable()
         numbers = counted(opt.live.model, opt._all_in_groups())
@@ -127,6 +128,7 @@ class Before:
         self.values = [(tensor, tensor.detach().clone()) for tensor in odd]
         self.coded = [live.layers[path].holder for path in live.originals]
         parts = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
+        self.coded = {id(live.layers[path].plain_weight) for path in parts}  # the block has plain layers
         self.codes = {path: {name: part.clone() for name, part in own.items()} for path, own in parts.items()}
 
     def set_aside(self) -> None:
@@ -143,7 +145,11 @@ class Before:
     def watch(self) -> None:
         """Note the state of the parameters that are not put back, at the beginning of the block."""
         put_back = {id(t) for t, _ in self.moved} | {id(t) for t, _ in self.values}
+<<<<<<< HEAD
         put_back |= {id(holder.weight) for holder in self.coded}
+=======
+        put_back |= self.coded
+>>>>>>> review17
         names = {id(p): name for name, p in self.live.model.named_parameters()}
         for p, *_ in self.parameters:
             if id(p) in names and id(p) not in put_back and not p.is_inference():

@@ -16,7 +16,7 @@ from cola.lora.kinds import is_quantized
 from cola.lora.layer import AdaptedLayer
 from cola.lora.live import LiveLink
 from cola.lora.names import layer_at, modules_by_name, unwrap
-from cola.lora.parameter import ReadsParameters
+from cola.lora.parameter import ParameterView, ReadsParameters
 from cola.lora.peft import PeftLayer
 from cola.lora.token_rows import TokenRows
 
@@ -115,6 +115,8 @@ def _absence(path: str, live: LiveLink, inside: set[int], modules: Mapping[str, 
         return f"is now at {elsewhere!r}, where the chain's record would not find it: put it back"
     there = layer_at(modules, path)
     what = "has been deleted" if there is None else f"has been replaced by a {type(there).__name__}"
+    if isinstance(there, ParameterView):
+        what = "now belongs to another module"
     return f"{what}, and the live link went with it: put the adapted layer back, {_GIVE_UP}"
 
 

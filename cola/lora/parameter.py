@@ -221,6 +221,11 @@ class ReadsParameters(nn.Module):
 
     def lora_weight(self, name: str) -> Tensor:
         """The parameter with its link."""
+        plain = self._parameters[name]
+        if plain is not None and is_sharded(
+            plain
+        ):  # FSDP2 looks for its own parameter; modules compute with whole ones
+            return plain
         opened = vars(self).get("lora_open")
         if opened is not None and name in opened:
             return opened[name]

@@ -38,7 +38,7 @@ class ReadingLayer(AdaptedLayer):
             return plain
         left, right = self.kind.sides(self, self.lora_A, self.lora_up)
         dropout = self.lora_dropout if training else 0.0
-        return linked(plain, left, right, self.scaling, dropout, f"the weight of a {self.plain_class.__name__}")
+        return linked(plain, left, right, self.scaling, dropout, f"{self.plain_class.__name__}.weight")
 
     @property
     def plain_weight(self) -> Tensor:

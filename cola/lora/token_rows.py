@@ -136,7 +136,7 @@ class TokenRows(nn.Module):
         """The weight with the trained rows, to read in place of ``plain``."""
         if is_sharded(plain):  # FSDP2 looks for its own parameter; layers compute with whole ones
             return plain
-        return with_rows(plain, self.row_indices, self.trained_rows, f"the weight of a {self.plain_class.__name__}")
+        return with_rows(plain, self.row_indices, self.trained_rows, f"{self.plain_class.__name__}.weight")
 
     def write(self) -> None:
         """Write the trained rows into the stored weight."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cola.common.distributed import reshard
 from cola.knot.tie import KnotError
 from cola.lora.integrity import require_intact, require_same_weights
 from cola.lora.layer import FACTORS
@@ -80,6 +81,7 @@ class LinkGroups(OptimizerWrapper):
 
     def _require_trainable(self) -> None:
         """Check that the layers are unchanged and that the groups hold their factors."""
+        reshard(self.live.model)
         require_intact(self.live)
         held = {id(p) for group in self.param_groups for p in group["params"]}
         for path, layer in self.live.layers.items():

@@ -16,6 +16,7 @@ from cola import ChainOptimizer, GapKnots, KnotError, LinkConfig, NeverKnots, Pl
 from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import tie_
 from tests.integrations.torchrun_chain import SELECTED, deltas, trained_parameters
+from tests.kinds import KINDS
 from tests.models import BODY, Net, loss_of, train
 
 # fp32 sums in another order (per shard, then over the processes), carried through 8 steps; asked for by the design
@@ -214,6 +215,38 @@ def test_fsdp2_over_a_chain_follows_the_new_parameters(group, base):
     assert all(torch.allclose(p, q, atol=CLOSE) for p, q in zip(weights, plain.parameters()))
     loss_of(model, 0).backward()  # a pass after the links are gone
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+def test_fsdp2_after_a_pass_in_evaluation(group):
+    """The outermost module keeps its whole parameters then."""
+    model = Net()
+    opt = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=LinkConfig(r=2, target_modules=BODY), lr=0.02)
+    sharded(model)
+    train(opt, model, 3)
+    with torch.no_grad():
+        before = loss_of(model, 0)
+        with pytest.raises(RuntimeError, match="this one is sharded"):
+            opt.merged().__enter__()
+        loss_of(model, 0)
+        opt.finish()
+        assert torch.isclose(loss_of(model, 0), before, atol=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["experts one by one", "experts grouped", "embedding", "shared embedding", "conv2d"])
+def test_fsdp2_over_links_on_weights_that_are_read(group, kind):
+    runs = []
+    for shard in (sharded, lambda model: model):
+        model = KINDS[kind].model()
+        link = LinkConfig(r=2, target_modules="all")
+        opt = ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.02)
+        shard(model)
+        for step in range(3):
+            (model(KINDS[kind].inputs(step)) - 1).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        opt.finish()
+        runs.append([getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()])
+    assert all(torch.allclose(p, q, atol=CLOSE) for p, q in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("cast", [False, True])

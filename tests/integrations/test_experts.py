@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from cola import Chain, ChainOptimizer, LinkConfig, StepKnots
+from cola import Chain, ChainOptimizer, KnotError, LinkConfig, StepKnots
 from cola.lora import targets
 from cola.lora.coverage import coverage
 from cola.lora.linked_weight import LinkedWeight
@@ -156,3 +156,11 @@ def test_all_reaches_95_percent_of_published_mixtures(name, monkeypatch):
     linear, every = shares
     assert linear < 0.04
     assert every >= 0.95
+
+
+def test_experts_that_were_replaced_are_named():
+    model = mixture("Mixtral")
+    opt = chained(model)
+    model.model.layers[1].mlp.experts = copy.deepcopy(model.model.layers[1].mlp.experts)
+    with pytest.raises(KnotError, match=r"layers\.1\.mlp\.experts\.gate_up_proj' now belongs to another module"):
+        opt.tie()
