@@ -128,7 +128,6 @@ class Before:
         self.values = [(tensor, tensor.detach().clone()) for tensor in odd]
         self.coded = [live.layers[path].holder for path in live.originals]
         parts = {path: quantized.parts(live.layers[path].holder) for path in live.originals}
-        self.coded = {id(live.layers[path].plain_weight) for path in parts}  # the block has plain layers
         self.codes = {path: {name: part.clone() for name, part in own.items()} for path, own in parts.items()}
 
     def set_aside(self) -> None:
@@ -145,11 +144,7 @@ class Before:
     def watch(self) -> None:
         """Note the state of the parameters that are not put back, at the beginning of the block."""
         put_back = {id(t) for t, _ in self.moved} | {id(t) for t, _ in self.values}
-<<<<<<< HEAD
         put_back |= {id(holder.weight) for holder in self.coded}
-=======
-        put_back |= self.coded
->>>>>>> review17
         names = {id(p): name for name, p in self.live.model.named_parameters()}
         for p, *_ in self.parameters:
             if id(p) in names and id(p) not in put_back and not p.is_inference():
