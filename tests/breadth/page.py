@@ -88,9 +88,7 @@ def render(found: dict[str, Any]) -> str:
         mine = [one for one in tried.values() if kind in (None, one["kind"])]
         cells = [str(sum(one[key] == "holds" for one in mine)) for key in COLUMNS.values()]
         text += f"| {kind or '**all**'} | {len(mine)} | {' | '.join(cells)} |\n"
-    text += (
-        f"\n## Layers with code of their own\n\n{KINDS}\n\n| kind of layer | architectures | hold |\n|---|---|---|\n"
-    )
+    text += f"\n{KINDS}"
     for kind in dict.fromkeys(kind for one in tried.values() for kind in one["kinds"].split(", ") if kind):
         mine = [one for one in tried.values() if kind in one["kinds"].split(", ")]
         text += f"| {kind} | {len(mine)} | {sum(one['all'] == 'holds' for one in mine)} |\n"
