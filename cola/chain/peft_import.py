@@ -88,7 +88,7 @@ def _sort(
     factors: dict[str, Factor] = {}
     trained: dict[str, Tensor] = {}
     attentions = peft_forms.attentions(key.removeprefix(PREFIX) for key in tensors)
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # a file has no order; of one module's parameters the inner come first
         name = key.removeprefix(PREFIX)
         try:
             require_plain_name(name)

@@ -56,7 +56,7 @@ def test_an_embedding_of_bitsandbytes_is_refused(caplog):
     model.table.weight.data = torch.randint(-127, 127, (64, 64), dtype=torch.int8)
     with caplog.at_level(logging.WARNING, "cola"):
         assert list(chained(model, target_modules="all").live.layers) == ["plain"]
-    assert "leaves out table: it has a torch.int8 weight (quantised?)" in caplog.text
+    assert "leaves out table: it is bitsandbytes' Embedding8bit, whose weight is stored as codes" in caplog.text
 
 
 def test_experts_of_transformers_in_mxfp4_are_refused(caplog):
