@@ -99,6 +99,22 @@ class Minibatch(Estimator):
         return self.batch(t) if callable(self.batch) else self.batch
 
 
+def _moving_average(
+    source: StochasticProblem, batch: int, rng: np.random.Generator, share: Callable[[int], float]
+) -> Estimate:
+    """Estimates that give each new batch its ``share`` at step t; the first is the first batch."""
+    average: np.ndarray | None = None
+
+    def estimate(t: int, W: Point, G: Gradient) -> Gradient:
+        nonlocal average
+        fresh = source.batch_gradient(W, source.draw(rng, batch))
+        weight = share(t)
+        average = fresh if average is None else (1 - weight) * average + weight * fresh
+        return average
+
+    return estimate
+
+
 @dataclass(frozen=True)
 class Momentum(Estimator):
     """``d_t = (1 - r_t) d_{t-1} + r_t g_t`` with ``r_t = (t+1)^(-2/3)`` (Mokhtari et al., arXiv 1804.09554).
@@ -117,16 +133,7 @@ class Momentum(Estimator):
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
         """Starts from the first batch."""
         source = _stochastic(problem, "Momentum")
-        average: np.ndarray | None = None
-
-        def estimate(t: int, W: Point, G: Gradient) -> Gradient:
-            nonlocal average
-            fresh = source.batch_gradient(W, source.draw(rng, self.batch))
-            share = (t + 1) ** -self.power
-            average = fresh if average is None else (1 - share) * average + share * fresh
-            return average
-
-        return estimate
+        return _moving_average(source, self.batch, rng, lambda t: (t + 1) ** -self.power)
 
     def second(self) -> tuple[float, float, float, int]:
         """A weighted mean of two independent batches."""
@@ -159,15 +166,7 @@ class FixedMomentum(Estimator):
     def begin(self, problem: Problem, rng: np.random.Generator) -> Estimate:
         """Starts from the first batch."""
         source = _stochastic(problem, "FixedMomentum")
-        average: np.ndarray | None = None
-
-        def estimate(t: int, W: Point, G: Gradient) -> Gradient:
-            nonlocal average
-            fresh = source.batch_gradient(W, source.draw(rng, self.batch))
-            average = fresh if average is None else (1 - self.share) * average + self.share * fresh
-            return average
-
-        return estimate
+        return _moving_average(source, self.batch, rng, lambda t: self.share)
 
     def second(self) -> tuple[float, float, float, int]:
         """A weighted mean of two independent batches."""
