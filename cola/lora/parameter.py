@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.common.distributed import is_sharded
-from cola.lora.layer import FACTORS, AdaptedLayer, make_room, put_pair, rebind
+from cola.lora.layer import FACTORS, AdaptedLayer, make_room, rebind
 from cola.lora.linked_weight import LinkedWeight, linked
 
 
@@ -170,9 +170,8 @@ class LinkedParameter(AdaptedLayer):
             owner.register_parameter(own, nn.Parameter(factor))
 
     def put(self, A: Tensor, B: Tensor, scaling: float, *, mask: bool) -> None:
-        """As `AdaptedLayer.put`."""
-        put_pair(self.lora_A, self.lora_B, A, B, mask=mask)
-        self.rank, self.scaling = A.shape[-2], scaling
+        """As `AdaptedLayer.put`; a kind with a `put` of its own keeps A where others keep indices."""
+        super().put(A, B, scaling, mask=mask)
 
     def detach(self, *, spent: bool = False) -> None:
         """As `AdaptedLayer.detach`; the owner gets its class back with the last link."""
@@ -221,17 +220,12 @@ class ReadsParameters(nn.Module):
 
     def lora_weight(self, name: str) -> Tensor:
         """The parameter with its link."""
-        plain = self._parameters[name]
-        if plain is not None and is_sharded(
-            plain
-        ):  # FSDP2 looks for its own parameter; modules compute with whole ones
-            return plain
+        view = cast(LinkedParameter, view_of(self, name))
+        if is_sharded(view.plain_weight):  # FSDP2 looks for its own parameter; modules compute with whole ones
+            return view.plain_weight
         opened = vars(self).get("lora_open")
         if opened is not None and name in opened:
             return opened[name]
-        view = cast(LinkedParameter, view_of(self, name))
-        if opened is None and is_sharded(view.plain_weight):
-            return view.plain_weight  # FSDP2 looks for its own parameter; modules compute with whole ones
         left, right = LinkedParameter.sides(view, view.lora_A, view.lora_B)
         dropout = view.lora_dropout if self.training else 0.0
         title = f"{self.plain_class.__name__}.{name}"

@@ -68,7 +68,7 @@ def find_targets(
 
 def _able(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """``found``, each of which must be able to carry a link."""
-    reasons = obstacles(model, found)
+    reasons = obstacles(model, found) if found else {}
     for path, module in found.items():
         reason = reasons[path] if path in reasons else refusal(module)
         if reason is not None:
