@@ -12,6 +12,10 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +49,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="demo (tiny OPT, from prose to code), random (a small network), smollm2, or a folder or hub name",
     )
+    out.add_argument(
+        "--targets",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="names of a language model's layers that get links, such as q_proj v_proj",
+    )
     out.add_argument("--links", type=int, default=3, metavar="N", help="links of a run")
     out.add_argument("--steps", type=int, default=100, metavar="N", help="batches per link: a gradient of each")
     out.add_argument("--rank", type=int, default=4, metavar="R", help="rank of trained, capped and random links")
     out.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per kind")
     out.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed, of data and draws")
+    out.add_argument("--workers", type=int, default=1, metavar="N", help="kinds at a time, a process each")
     out.add_argument("--out", type=Path, default=Path("runs/links"), metavar="DIR", help="folder of the results")
     return out
 
@@ -63,25 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count("--rank", options.rank, "the rank of links")
         count("--seeds", options.seeds, "runs per kind")
         count("--seed", options.seed, "the first seed", least=0)
+        count("--workers", options.workers, "kinds at a time")
         make_folder(options.out)
-        task = random_network() if options.model == "random" else language_model(options.model)
+        task = task_of(options.model, tuple(options.targets))
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    budget = Budget(options.links, options.steps)
     task.restored()
-    untouched = task.mean_loss(task.fixed)
-    seeds = range(options.seed, options.seed + options.seeds)
-    runs: list[Measured] = []
-    with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines:
-        for kind in progress(kinds(options.rank), "kind", lambda kind: kind.name):
-            size = tuned(task, kind, budget, TUNING_SEED)
-            for seed in seeds:
-                run = run_links(task, kind, size, budget, seed)
-                assert run is not None
-                runs.append(run)
-                lines.write(json.dumps({"model": options.model, **run.as_dict()}) + "\n")
-                lines.flush()
+    untouched, runs = task.mean_loss(task.fixed), list[Measured]()
+    with (options.out / "results.jsonl").open("w", encoding="utf-8") as lines, results(options) as found:
+        for _, of_kind in zip(progress(kinds(options.rank), "kind", lambda kind: kind.name), found):
+            runs += of_kind
+            for run in of_kind:
+                lines.write(json.dumps({"model": options.model, "targets": options.targets, **run.as_dict()}) + "\n")
+            lines.flush()
     print(table(runs, untouched))
     print(f"results: {options.out / 'results.jsonl'}")
     # the decomposition is float64 arithmetic: some thousand units in the last place over links and layers
@@ -91,15 +98,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if apart else 0
 
 
-def language_model(name: str) -> Task:
-    """A language model of `experiments` with its text: the demo's task, or prose for another model.
+@contextmanager
+def results(options: argparse.Namespace) -> Iterator[Iterator[list[Measured]]]:
+    """The runs of every kind, in their order: here, or in processes of their own."""
+    work = partial(runs_of, options), range(len(kinds(options.rank)))
+    if options.workers == 1:
+        yield map(*work)
+        return
+    threads = max(1, torch.get_num_threads() // options.workers)
+    with ProcessPoolExecutor(options.workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        yield pool.map(*work)
+
+
+def runs_of(options: argparse.Namespace, place: int) -> list[Measured]:
+    """One run per seed of the kind at a place in `kinds`, with its size tuned before."""
+    task, kind = task_of(options.model, tuple(options.targets)), kinds(options.rank)[place]
+    budget = Budget(options.links, options.steps, sketch=task.width)
+    size = tuned(task, kind, budget, TUNING_SEED)
+    runs = [run_links(task, kind, size, budget, options.seed + index) for index in range(options.seeds)]
+    return [run for run in runs if run is not None]
+
+
+@cache
+def task_of(model: str, targets: tuple[str, ...]) -> Task:
+    """The task of a ``--model``, made once in a process."""
+    return random_network() if model == "random" else language_model(model, targets)
+
+
+def language_model(name: str, targets: Sequence[str] = ("all-linear",)) -> Task:
+    """A language model of `experiments` with its text: the demo's task, or prose in blocks of 64 tokens.
 
     Args:
         name: ``"demo"``, ``"smollm2"``, a folder, or a name on the hub.
+        targets: names of the layers that get links, or ``"all-linear"``.
 
     Raises:
         ImportError: transformers is missing.
         OSError: there is no such model.
+        ValueError: the model has no layer of a name.
     """
     try:
         from cola import ChainOptimizer, LinkConfig, NeverKnots
@@ -114,12 +150,10 @@ def language_model(name: str) -> Task:
     setting = demo
     if name != "demo":
         place = str(models.folder(name))  # the tokenizer is found there too
-        setting = Setting(
-            model=place, corpus=text.PROSE, targets=("all-linear",), train=2048, held_out=32, context=128, batch_size=4
-        )
+        setting = Setting(model=place, corpus=text.PROSE, train=2048, held_out=16, context=64, batch_size=2)
     model = setting.load()
     blocks = setting.blocks()
-    link = LinkConfig(r=1, target_modules="all-linear")
+    link = LinkConfig(r=1, target_modules=targets[0] if list(targets) == ["all-linear"] else list(targets))
     adapted = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link)
     layers = list(adapted.live.layers)
     adapted.finish(merge=False)

@@ -53,6 +53,11 @@ class Task:
         """The layers by path."""
         return {path: self.model.get_submodule(path) for path in self.layers}
 
+    @property
+    def width(self) -> int:
+        """The largest smaller side of a layer's weight: a sketch of so many columns finds all of a gradient."""
+        return max(min(weight_of(module).shape) for module in self.modules().values())
+
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Any]) -> float:
         """The mean loss over batches, in evaluation mode."""

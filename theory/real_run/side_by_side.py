@@ -88,7 +88,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every kind may spend: links, and batches per link. ``sketch`` is the probe's, for `GapProbe`."""
+    """What every kind may spend: links, and batches per link. `GapProbe`'s sketch is exact with `Task.width`."""
 
     links: int
     steps: int
