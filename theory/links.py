@@ -34,6 +34,8 @@ from theory.real_run.side_by_side import Budget, Measured, run_links, table, tun
 TUNING_SEED = 1 << 20
 """Of the runs that choose the sizes: far from the measured seeds."""
 
+ALL = ["all-linear"]
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -52,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--targets",
         nargs="+",
-        default=["all-linear"],
+        default=ALL,
         metavar="NAME",
         help="names of a language model's layers that get links, such as q_proj v_proj",
     )
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count("--seeds", options.seeds, "runs per kind")
         count("--seed", options.seed, "the first seed", least=0)
         count("--workers", options.workers, "kinds at a time")
+        if options.model == "random" and options.targets != ALL:
+            raise ValueError("--targets names layers of a language model: leave it out with --model random")
         make_folder(options.out)
         task = task_of(options.model, tuple(options.targets))
     except (ValueError, ImportError, OSError) as error:
@@ -125,7 +129,7 @@ def task_of(model: str, targets: tuple[str, ...]) -> Task:
     return random_network() if model == "random" else language_model(model, targets)
 
 
-def language_model(name: str, targets: Sequence[str] = ("all-linear",)) -> Task:
+def language_model(name: str, targets: Sequence[str] = ALL) -> Task:
     """A language model of `experiments` with its text: the demo's task, or prose in blocks of 64 tokens.
 
     Args:
@@ -139,7 +143,6 @@ def language_model(name: str, targets: Sequence[str] = ("all-linear",)) -> Task:
     """
     try:
         from cola import ChainOptimizer, LinkConfig, NeverKnots
-        from experiments import models
         from experiments.frontier.tasks import TASKS
         from experiments.study import text
         from experiments.study.setting import Setting
@@ -149,11 +152,10 @@ def language_model(name: str, targets: Sequence[str] = ("all-linear",)) -> Task:
     assert isinstance(demo, Setting)
     setting = demo
     if name != "demo":
-        place = str(models.folder(name))  # the tokenizer is found there too
-        setting = Setting(model=place, corpus=text.PROSE, train=2048, held_out=16, context=64, batch_size=2)
+        setting = Setting(model=name, corpus=text.PROSE, train=2048, held_out=16, context=64, batch_size=2)
     model = setting.load()
     blocks = setting.blocks()
-    link = LinkConfig(r=1, target_modules=targets[0] if list(targets) == ["all-linear"] else list(targets))
+    link = LinkConfig(r=1, target_modules=targets[0] if list(targets) == ALL else list(targets))
     adapted = ChainOptimizer(torch.optim.SGD, model, NeverKnots(), link=link)
     layers = list(adapted.live.layers)
     adapted.finish(merge=False)

@@ -103,9 +103,8 @@ class Setting:
 
     def blocks(self) -> text.Blocks:
         """The corpus, cut into blocks."""
-        return text.blocks(
-            self.corpus, None if self.over_bytes else self.model, self.context, self.train, self.held_out
-        )
+        tokenizer_of = None if self.over_bytes else str(models.folder(self.model))
+        return text.blocks(self.corpus, tokenizer_of, self.context, self.train, self.held_out)
 
     def training_text(self) -> bytes:
         """The ``train_bytes`` of the training text that are used."""

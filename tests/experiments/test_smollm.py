@@ -12,6 +12,7 @@ import torch
 
 from experiments import __main__ as command_line
 from experiments import models, smollm
+from experiments.study.setting import Setting
 from tests.experiments import small
 
 gguf = pytest.importorskip("gguf")
@@ -100,6 +101,14 @@ def test_the_model_is_that_of_the_package_and_an_ordinary_one(package, tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     x = torch.tensor([[3, 4, 5]])
     assert torch.equal(again(x).logits, model(x).logits)
+
+
+def test_a_setting_reads_its_text_with_the_models_own_tokenizer(package, tmp_path):
+    (tmp_path / "text.txt").write_text("It was great.\n\n" * 4000)
+    setting = Setting(model="smollm2", corpus=str(tmp_path / "text.txt"), context=8, train=4, held_out=2)
+    ids = setting.blocks().train
+    assert ids.shape == (4, 8)
+    assert setting.load()(input_ids=ids).logits.shape[:2] == (4, 8)
 
 
 def test_it_is_made_once_and_whole(package):

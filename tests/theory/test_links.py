@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from theory import links
 from theory.real_run.kinds import kinds
@@ -27,6 +28,19 @@ def test_command_on_a_random_network(tmp_path, capsys, monkeypatch):
         assert sum(row["terms"].values()) > 0
 
 
+def test_kinds_in_processes_of_their_own_give_the_same_results(tmp_path, capsys):
+    """One thread each, so that not even digits differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for workers in "12":
+            out = tmp_path / workers
+            assert links.main(["--model", "random", *SMALL, "--workers", workers, "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert (tmp_path / "1" / "results.jsonl").read_text() == (tmp_path / "2" / "results.jsonl").read_text()
+
+
 def test_links_of_a_tiny_language_model(tmp_path):
     """A model of `experiments`, made here; its layers are those that "all-linear" adapts."""
     pytest.importorskip("transformers")
@@ -38,6 +52,10 @@ def test_links_of_a_tiny_language_model(tmp_path):
     assert not any("lm_head" in path for path in task.layers)
     first, second = (next(task.batches(0)) for _ in range(2))
     assert first.equal(second)
+    assert task.width == 16
+    chosen = links.language_model(str(tmp_path / "model"), ["q_proj", "v_proj"]).layers
+    assert len(chosen) == 2
+    assert all(path.endswith(("q_proj", "v_proj")) for path in chosen)
     task.fixed = task.fixed[:1]
     for kind in kinds(rank=1)[:3]:
         found = run_links(task, kind, kind.start, Budget(links=1, steps=2), 0)
@@ -53,6 +71,8 @@ def test_links_of_a_tiny_language_model(tmp_path):
         (["--seeds", "0"], "--seeds must be a whole number of at least 1, got 0"),
         (["--rank", "0"], "--rank must be a whole number of at least 1, got 0"),
         (["--seed", "-1"], "--seed must be a whole number of at least 0, got -1"),
+        (["--workers", "0"], "--workers must be a whole number of at least 1, got 0"),
+        (["--model", "random", "--targets", "q_proj"], "--targets names layers of a language model"),
     ],
 )
 def test_command_names_bad_options(options, message, tmp_path, capsys):
