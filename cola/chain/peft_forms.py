@@ -50,6 +50,10 @@ class Forms:
                 )
             elif form == "grouped convolution":
                 reason = "because PEFT convolves without its groups, dilation and padding"
+            elif form == "parameter" and "." not in path:
+                reason = "because it is a parameter of the model itself, and PEFT wraps the module that has a parameter"
+            elif form == "parameter" and path.rpartition(".")[2].isdigit():
+                reason = "because PEFT wraps the module that has a parameter, and a wrapped list has no items"
             elif form == "convolution" and (self.base is None or path not in self.base.layers):
                 reason = "because the size of its kernel is not known: apply the chain to the base model first"
             elif form == "embedding" and self.heads(path) and not self._are_tied(path):

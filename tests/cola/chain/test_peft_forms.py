@@ -61,6 +61,17 @@ def convolved():
     return Convolved()
 
 
+class Loose(nn.Module):
+    """Parameters of the model itself, and in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.maps = nn.Parameter(torch.ones(4, 4)), nn.ParameterList([torch.ones(4, 4)])
+
+    def forward(self, x):
+        return x @ self.mix @ self.maps[0]
+
+
 #: model, options, and what the adapter names
 MODELS = {
     "Mixtral": (
@@ -151,11 +162,14 @@ def test_a_truncated_export_reports_its_error(name, tmp_path):
         assert torch.isclose(left.norm(), torch.tensor(error, dtype=left.dtype), rtol=1e-4, atol=1e-6)
 
 
+LOOSE = {"target_modules": []}
 REFUSED = {
     "position table": (tiny_opt, {}, "embed_positions', because PEFT looks up the layer's inputs"),
     "head of another name": (tiny_gpt2, {}, "'transformer.wte', which shares its weight with 'lm_head'"),
     "output projection": (convolved, {}, "output projection twice"),
     "forward of its own": (lambda: nn.Sequential(Scaled(3, 3)), {}, "the layer's own forward may do something else"),
+    "parameter of the model": (Loose, LOOSE | {"target_parameters": ["mix"]}, "a parameter of the model itself"),
+    "parameter in a list": (Loose, LOOSE | {"target_parameters": ["maps.0"]}, "a wrapped list has no items"),
     "groups": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten()), {"r": 1}, "without its groups"),
 }
 
