@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.command_line import positive
-from experiments.files import write_atomically
+from experiments.files import locked, write_atomically
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -94,6 +94,16 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         print("gpu: cannot begin:", *missing, sep="\n- ", file=sys.stderr)
         return 2
+    with locked(arguments.out / "lock") as held:
+        if not held:
+            print(f"gpu: another call is at work in {arguments.out}; wait for it, or choose another folder by --out",
+                  file=sys.stderr)  # fmt: skip
+            return 2
+        return work_through(arguments, end)
+
+
+def work_through(arguments: argparse.Namespace, end: float) -> int:
+    """Carry out the stages that are not done, until `end` on the monotonic clock; 0 once all are done."""
     for module, (package, without) in OPTIONAL.items():
         if not importlib.util.find_spec(module):
             print(f"{package} is not installed: {without}")

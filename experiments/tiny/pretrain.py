@@ -29,6 +29,13 @@ from experiments.report.progress import Progress
 from experiments.tiny import corpus, tiny_opt
 from experiments.tiny.loss import bits_per_byte
 
+NEEDS = (
+    ""
+    if hasattr(torch.optim, "Muon")
+    else f"pretrain needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9+"
+)
+"""What is missing, or nothing."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -92,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments pretrain`; 0, or 1 if the model learned nothing."""
+    if NEEDS:
+        print(NEEDS, file=sys.stderr)
+        return 2
     torch.set_num_threads(arguments.threads)
     tiny_opt.quiet()
     wanted = MODELS[arguments.text]
@@ -171,10 +181,8 @@ def pretrain(text: bytes, recipe: Recipe, model: OPTForCausalLM) -> OPTForCausal
 
 
 def _optimizers(model: OPTForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(
-            f"pretrain needs torch.optim.Muon, which torch {torch.__version__} lacks; install torch 2.9+"
-        )
+    if NEEDS:
+        raise RuntimeError(NEEDS)
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from experiments.__main__ import COMMANDS, main
 from experiments.frontier import demo
 from experiments.report import style
 from experiments.report.progress import Progress
+from experiments.tiny import pretrain
 
 
 def test_without_a_command_there_is_help(capsys):
@@ -186,3 +187,9 @@ def test_progress_on_a_terminal_is_a_bar():
     os.close(ours)
     assert "\r" in shown
     assert "3/3" in shown
+
+
+def test_pretrain_names_the_torch_that_it_needs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(pretrain, "NEEDS", "pretrain needs torch.optim.Muon")
+    assert main(["pretrain", "--out", str(tmp_path / "out")]) == 2
+    assert "torch.optim.Muon" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 
 from experiments import gpu
 from experiments.__main__ import main
+from experiments.files import locked
 from experiments.gpu import Stage
 
 QUIET = ("-c", "print('quiet')")
@@ -75,6 +76,14 @@ def test_too_little_disk_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "DISK", 1e9)
     assert main(["gpu", "--out", str(tmp_path)]) == 2
     assert "1e+09 are needed; choose another folder by --out" in capsys.readouterr().err
+
+
+def test_two_calls_do_not_share_a_folder(tmp_path, staged, capsys):
+    staged(("good", 60, QUIET))
+    with locked(tmp_path / "lock"):
+        assert dry(tmp_path) == 2
+    assert "another call is at work in" in capsys.readouterr().err
+    assert dry(tmp_path) == 0
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, staged, capsys):
