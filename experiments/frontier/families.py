@@ -12,10 +12,10 @@ from experiments.methods import Method
 from experiments.report import style
 from experiments.study.arms import CEILING, Arm, doubling
 
-ADAPTERS = doubling(5e-4, 9)
+ADAPTERS = doubling(5e-4, 11)
 """Learning rates to choose from."""
-WEIGHTS = doubling(1.25e-4, 8)
-"""The same for methods that train whole weights."""
+WEIGHTS = doubling(1.25e-4, 12)
+"""The same for methods that train whole weights; GaLore, which takes a quarter of each step, wants high ones."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
 from experiments.frontier.picture import draw_frontier
-from experiments.frontier.tasks import TASKS, Gate, Task, lasting
+from experiments.frontier.tasks import TASKS, Gate, Task, lasting, require_text
 from experiments.report import style
 from experiments.study.cells import name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
@@ -88,10 +88,12 @@ def main(arguments: argparse.Namespace) -> int:
     tiny_opt.quiet()
     try:
         task = task_of(arguments)
-        task = task if arguments.steps is None else lasting(task, arguments.steps)
+        if arguments.steps is not None:
+            task = lasting(task, arguments.steps)
+            require_text(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
         plan, cluster = plan_of(task, chosen, arguments.seeds), requested(arguments)
-        plan.require_possible("--ranks or --methods")
+        plan.require_possible("--ranks or --methods" + ("" if arguments.no_gate else ", or --no-gate"))
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
@@ -101,6 +103,9 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"frontier: {error}", file=sys.stderr)
         return 1
     found = rows(results)
+    if not found:
+        print("frontier: no arm is complete yet", file=sys.stderr)
+        return 1
     shown = [frontier_table(found, task.unit), *gates(found, arguments.ranks, task.per_nat)]
     stem = arguments.out / f"frontier-{arguments.task}-{task.steps()}"
     write_atomically(stem.with_suffix(".md"), "\n\n".join(shown) + "\n")
@@ -111,8 +116,7 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         print(f"not complete yet, or diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
-    if found:
-        print(style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path)))
+    print(style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path)))
     return 1 if missing and not arguments.so_far else 0
 
 

@@ -21,7 +21,7 @@ from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, lora
 from experiments.frontier.frontier import UNTOLD, add_sweep, add_task, carry_out, plan_of, task_of
-from experiments.frontier.tasks import lasting
+from experiments.frontier.tasks import lasting, require_text
 from experiments.report import stats, style
 from experiments.report.stats import Interval
 from experiments.study.comparison import Results, inside
@@ -54,7 +54,7 @@ class Place:
 
     def __str__(self) -> str:
         limits = self.difference
-        return f"{limits.mean:+.3f} ({limits.low:+.3f} to {limits.high:+.3f})"
+        return f"{limits.mean:+.3f}" + ("" if math.isnan(limits.low) else f" ({limits.low:+.3f} to {limits.high:+.3f})")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +70,13 @@ def main(arguments: argparse.Namespace) -> int:
     """Run `python -m experiments map`: 0; 1 if a run failed, or a cell of the map is missing; 2 for bad arguments."""
     tiny_opt.quiet()
     try:
+        require_chains(arguments.methods)
         chosen = families.arms(arguments.ranks, ["lora", *arguments.methods], gate=False)
         task, cluster = task_of(arguments), requested(arguments)
         plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
-        for plan in plans.values():
+        for steps, plan in plans.items():
             plan.require_possible("--ranks, --steps or --methods")
+            require_text(plan.setting, steps)
     except (ValueError, OSError) as error:
         print(f"map: {error}", file=sys.stderr)
         return 2
@@ -102,6 +104,21 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         print(f"map: {missing} cells are missing: runs diverged, or are not done yet", file=sys.stderr)
     return 1 if missing and not arguments.so_far else 0
+
+
+def require_chains(methods: Sequence[str]) -> None:
+    """Refuse methods whose win would not be a chain's.
+
+    Raises:
+        ValueError: there is no chain, or a method is neither a chain nor LoRA.
+    """
+    chains = [name for name, family in FAMILIES.items() if family.method(1).kind == "cola"]
+    other = [name for name in methods if name not in ("lora", *chains)]
+    if other or not set(chains) & set(methods):
+        raise ValueError(
+            f"--methods {' '.join(methods)}: the map compares chains with LoRA, so "
+            + (f"leave out {' and '.join(other)} (frontier takes it)" if other else f"give one of {', '.join(chains)}")
+        )
 
 
 def read(path: Path) -> list[Place]:

@@ -48,6 +48,16 @@ def lasting(task: Task, steps: int) -> Task:
     return replace(task, epochs=epochs, train=math.ceil(steps / epochs) * task.batch_size)
 
 
+def require_text(task: Task, steps: int) -> None:
+    """Refuse a length for which the text is too short.
+
+    Raises:
+        ValueError: it ends earlier.
+    """
+    if (found := task.steps()) < steps:
+        raise ValueError(f"--steps {steps}: the text ends after {found:,} steps; ask for at most so many")
+
+
 @dataclass(frozen=True)
 class Gate:
     """Whether rank binds: the gap to full fine-tuning is large, and rank closes much of it.

@@ -159,6 +159,7 @@ class Row:
         reference: the arm it is compared with; None for a reference itself, or where that arm is missing.
         reference_label: its label.
         lr: the chosen peak learning rate.
+        at_edge: whether it is an edge of those to choose from, so that a better one may lie beyond.
         tests: test loss per seed.
         dev_by_epoch: development loss after every epoch, mean over seeds.
         train_loss: mean over the last epoch and the seeds.
@@ -175,6 +176,7 @@ class Row:
     reference: str | None
     reference_label: str
     lr: float
+    at_edge: bool
     tests: tuple[float, ...]
     dev_by_epoch: tuple[float, ...]
     train_loss: float
@@ -211,6 +213,7 @@ def rows(results: Results) -> list[Row]:
                 reference=references.get(arm),
                 reference_label=plan.arms[references[arm]].label if arm in references else "",
                 lr=results.chosen(arm)[0].lr,
+                at_edge=plan.searches[arm].at_edge(results.done),
                 tests=tuple(tests),
                 dev_by_epoch=tuple(
                     _mean(column) * results.scale for column in zip(*(outcome["dev_by_epoch"] for outcome in final))

@@ -20,10 +20,10 @@ def _minus_reference(row: Row) -> str:
 
 STUDY_COLUMNS: Mapping[str, Column] = {
     "arm": lambda row: row.label,
-    "rate": lambda row: f"{row.lr:g}",
+    "rate": lambda row: _rate(row),
     "test, {unit}": lambda row: f"{row.test.mean:.4f} ± {stats.deviation(row.tests):.4f}",
     "minus its reference (95 % CI)": _minus_reference,
-    "p (Holm)": lambda row: "" if row.against is None else f"{row.against.p_holm:.2g}",
+    "p (Holm)": lambda row: "" if row.against is None else _number(row.against.p_holm, ".2g"),
     "dev, first → last epoch": lambda row: f"{row.dev_by_epoch[0]:.4f} → {row.dev_by_epoch[-1]:.4f}",
     "train": lambda row: f"{row.train_loss:.4f}",
     "knots": lambda row: f"{row.knots:.3g}",
@@ -45,10 +45,10 @@ def study_table(rows: Sequence[Row], unit: str) -> str:
 FRONTIER_COLUMNS: Mapping[str, Column] = {
     "": lambda row: row.label,
     "KiB of trained state": lambda row: f"{row.state_bytes / 1024:,.0f}",
-    "rate": lambda row: f"{row.lr:g}",
+    "rate": lambda row: _rate(row),
     "test, {unit}": lambda row: _mean(row),
     "minus LoRA of r (95 % CI)": lambda row: _difference(row),
-    "p (Holm)": lambda row: "" if row.against is None else f"{row.against.p_holm:.2g}",
+    "p (Holm)": lambda row: "" if row.against is None else _number(row.against.p_holm, ".2g"),
     "gap closed": lambda row: "" if row.against is None else _number(100 * row.gap, ".0f", " %"),
     "knots": lambda row: f"{row.knots:.3g}",
     "seconds": lambda row: f"{row.seconds:.0f}",
@@ -70,6 +70,10 @@ def _markdown(columns: Mapping[str, Column], rows: Sequence[Row], unit: str) -> 
 
 def _mean(row: Row) -> str:
     return f"{row.test.mean:.4f}" + ("" if math.isnan(row.test.low) else f" ± {row.test.half_width:.4f}")
+
+
+def _rate(row: Row) -> str:
+    return f"{row.lr:g}" + " (an edge)" * row.at_edge
 
 
 def _difference(row: Row) -> str:

@@ -46,6 +46,10 @@ class RateSearch(Generic[C]):
         """The learning rate with the lowest mean loss, the lower of two that tie; None while runs are missing."""
         return self._walk(done)[1]
 
+    def at_edge(self, done: Mapping[C, Outcome]) -> bool:
+        """Whether the chosen rate is the least or the largest of several, so that a better one may lie beyond."""
+        return len(self.rates) > 1 and self.chosen(done) in (self.rates[0], self.rates[-1])
+
     def wanted(self, done: Mapping[C, Outcome]) -> list[C]:
         """The cells wanted, given the outcomes so far: those of the search, then those of the comparison."""
         tried, rate = self._walk(done)

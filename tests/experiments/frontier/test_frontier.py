@@ -111,6 +111,20 @@ def test_the_frontier_from_end_to_end(quick, tmp_path, capsys):
     assert (tmp_path / "frontier-slow-30.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--so-far"]) == 0
     assert capsys.readouterr().out == shown
+    other = tmp_path / "other"
+    assert main([*command[:-1], str(other), "--so-far"]) == 1
+    assert "no arm is complete yet" in capsys.readouterr().err
+    assert not list(other.glob("frontier-*"))
+
+
+def test_a_single_seed_and_a_rate_at_an_edge_are_said_to_be_so(quick, tmp_path, capsys, monkeypatch):
+    short = {name: dataclasses.replace(family, rates=(8e-3, 1.6e-2)) for name, family in families.FAMILIES.items()}
+    monkeypatch.setattr(families, "FAMILIES", short)
+    command = ["frontier", "--task", "slow", "--ranks", "2", "--seeds", "1", "--no-gate", "--workers", "1"]
+    assert main([*command, "--methods", "chain-3", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("(an edge)") == 2
+    assert "nan" not in shown
 
 
 def test_the_map_from_end_to_end(quick, tmp_path, capsys):
@@ -136,10 +150,15 @@ def test_the_map_from_end_to_end(quick, tmp_path, capsys):
         (["frontier", "--task", "slow", "--seeds", "0"], "argument --seeds: 0"),
         (["frontier", "--task", "slow", "--ranks", "0"], "argument --ranks: 0"),
         (["frontier", "--task", "slow", "--ranks", "50"], "r=150 is above the rank of layer"),
-        (["frontier", "--task", "slow", "--ranks", "50"], "choose other --ranks or --methods\n"),
+        (["frontier", "--task", "slow", "--ranks", "50", "--no-gate", "--methods", "b-random-2"], "or --methods\n"),
         (["frontier", "--task", "code", "--model", "no/such"], "offline the hub is not asked, and no copy is cached"),
         (["map", "--task", "slow", "--ranks", "0"], "argument --ranks: 0"),
+        (["frontier", "--task", "slow", "--ranks", "50"], "--methods, or --no-gate\n"),
+        (["frontier", "--task", "demo", "--steps", "300000"], "--steps 300000: the text ends after "),
+        (["map", "--task", "demo", "--steps", "300000"], "--steps 300000: the text ends after "),
         (["map", "--task", "slow", "--steps", "5"], "a link needs at least one step"),
+        (["map", "--task", "slow", "--methods", "lora"], "the map compares chains with LoRA, so give one of chain-3, "),
+        (["map", "--task", "slow", "--methods", "chain-3", "galore"], "so leave out galore (frontier takes it)"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, tmp_path, capsys, monkeypatch):
