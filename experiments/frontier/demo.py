@@ -183,10 +183,11 @@ def sentence(found: list[Row], per_nat: float) -> str:
     differences = [chain - alone for chain, alone in zip(row.tests, lora_row.tests)]
     difference = math.fsum(differences) / len(differences)
     agree = sum(value * difference > 0 for value in differences)
+    p = "" if row.against is None or math.isnan(row.against.p) else f", p = {row.against.p:.2g} in a paired t test"
     gate = "".join(f"Here {said.partition(': ')[2]}.\n" for said in gates(found, [RANK], per_nat))
     return (
         f"{gate}At the bytes of LoRA r = {RANK} the chain's loss is {abs(difference):.4f} bits per byte "
-        f"{'lower' if difference < 0 else 'higher'} (so with {agree} of {len(differences)} seeds), "
+        f"{'lower' if difference < 0 else 'higher'} (so with {agree} of {len(differences)} seeds{p}), "
         f"{row.gap:.0%} of the gap to full fine-tuning.\n"
         "Where rank does not bind, or a run is short, a chain costs: experiments/RESULTS.md has the map."
     )

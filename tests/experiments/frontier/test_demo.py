@@ -10,6 +10,7 @@ import time
 import types
 
 import pytest
+import scipy.stats
 
 from cola import Chain
 from experiments.__main__ import main
@@ -95,9 +96,12 @@ def changed(results, **changes):
 
 
 def test_the_sentence_says_what_was_shown(results):
+    found = {row.arm: row.tests for row in rows(results)}
+    p = scipy.stats.ttest_rel(found[CHAINED], found["lora-4"]).pvalue
     said = sentence(rows(results), 1.0)
     assert said.startswith("Here the gap to full fine-tuning is 0.390, of which three times the rank closes 73%: rank")
-    assert "the chain's loss is 0.0995 bits per byte lower (so with 2 of 2 seeds), 26% of the gap" in said
+    assert "the chain's loss is 0.0995 bits per byte lower (so with 2 of 2 seeds, p = " in said
+    assert f"p = {p:.2g} in a paired t test), 26% of the gap" in said
     worse = changed(results, test=lambda cell, loss: loss + (cell.method.kind == "cola"))
     assert "0.9005 bits per byte higher" in sentence(rows(worse), 1.0)
     alone = Results(dataclasses.replace(results.plan, seeds=(0,)), results.done)
