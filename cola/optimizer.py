@@ -61,10 +61,10 @@ class ChainOptimizer(Resumable):
             loses nothing; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports the error.
         seed: seed of all draws. No global random state is read or changed.
         reset: what a knot does to the base's state for the factors: ``"state"`` makes it fresh, as in the paper;
-            ``"keep"`` keeps it; ``"transport"`` rotates the moments of Adam-like bases and SGD into the new link's
-            directions. Or a function of (base, old, new) that changes it and nothing else, called with the new link in
-            place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's
-            Parameters.
+            ``"keep"`` keeps it; ``"transport"`` rotates the moments of Adam-like bases, Muon and SGD into the new
+            link's directions. Or a function of (base, old, new) that changes it and nothing else, called with the new
+            link in place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the
+            base's Parameters.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         verbose: print a line per knot, in a distributed run on process 0 alone.
         **base_kwargs: for ``base``.
