@@ -182,10 +182,10 @@ class LiveLink:
         names = FACTORS if self.config.train == "both" else (f"lora_{self.config.train}",)
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """The gradients of the factor that usually starts at zero, by layer; this process's part of sharded ones."""
-        factors = (getattr(layer, self.zero_first(path)) for path, layer in self.layers.items())
-        return [local(factor.grad.detach()) for factor in factors if factor.grad is not None]
+        factors = {path: getattr(layer, self.zero_first(path)) for path, layer in self.layers.items()}
+        return {path: local(factor.grad.detach()) for path, factor in factors.items() if factor.grad is not None}
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
         """The Parameters of every layer's link, by path, but for adapters that PEFT has deleted."""
