@@ -55,8 +55,8 @@ class LinkConfig:
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules to train whole (heads, embeddings).
         init: draws the factor that does not start at zero: ``"kaiming"`` U(−1/√n, 1/√n) for input width n, as PEFT;
-            ``"gaussian"`` N(0, 1/r²); ``"orthogonal"`` rows; ``"selector"``, r inputs, shifted by r each link, so that M
-            links reach at most M·r inputs of a layer, in order, and all of them only if M ≥ in/r (with ``train="B"``
+            ``"gaussian"`` N(0, 1/r²); ``"orthogonal"`` rows; ``"selector"``, r inputs, in order, shifted by r each
+            link, so that M links reach at most M·r inputs of a layer, and all only if M ≥ in/r (with ``train="B"``
             and one rank indices are kept instead of A); or ``"two-sided"``, both factors orthonormal times a half. Or a
             function of a `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero, ``s·B A`` is
             subtracted from the weight when the link begins, so that the model computes the same.
