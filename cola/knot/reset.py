@@ -176,8 +176,8 @@ def require_keepable(base: Optimizer, reset: Reset, make: Factory) -> None:
 
 def _require_rotatable(base: Optimizer, make: Factory) -> None:
     """Raise ValueError if `transport` cannot rotate this base's state, as a step of another one like it shows."""
-    # not square, or a factored moment would have the shape of another
     device = next(p.device for group in base.param_groups for p in group["params"])
+    # no square: there a moment may have the right shape by chance
     parameter = nn.Parameter(torch.ones(3, 2, device=device))
     parameter.grad = torch.ones_like(parameter)
     unknown, why = [], ""

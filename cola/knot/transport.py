@@ -39,7 +39,7 @@ def transport(
     """Rotate the base's moments from the old links' directions into the new links', the rule of ``reset="transport"``.
 
     Args:
-        base: with the state of the old link; Adam-like, or SGD with momentum.
+        base: with the state of the old link; Adam-like, Muon, or SGD with momentum.
         old: factors (A, B) of the link that ends, by layer.
         new: the Parameters of the link that begins.
         blocks: the parts of those layers whose parts have links of their own.
