@@ -38,7 +38,7 @@ from cola.wrapper.wrapper import require_base
 
 logger = logging.getLogger("cola")
 
-#: ‖ΔW‖/‖W‖ of a layer above which the first knot warns; small models stand more (experiments/RESULTS.md, "Rates")
+#: ‖ΔW‖/‖W‖ of a layer above which a knot warns, once; small models stand more (experiments/RESULTS.md, "Rates")
 LARGE_LINK = 0.05
 
 
@@ -61,10 +61,10 @@ class ChainOptimizer(Resumable):
             loses nothing; ``"requantize"`` quantises ``W₀ + ΣsBA`` anew at each knot, and reports the error.
         seed: seed of all draws. No global random state is read or changed.
         reset: what a knot does to the base's state for the factors: ``"state"`` makes it fresh, as in the paper;
-            ``"keep"`` keeps it; ``"transport"`` rotates the moments of Adam-like bases and SGD into the new link's
-            directions. Or a function of (base, old, new) that changes it and nothing else, called with the new link in
-            place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the base's
-            Parameters.
+            ``"keep"`` keeps it; ``"transport"`` rotates the moments of Adam-like bases, Muon and SGD into the new
+            link's directions. Or a function of (base, old, new) that changes it and nothing else, called with the new
+            link in place and the old state. ``old`` and ``new`` map layers' paths to (A, B); the new ones are the
+            base's Parameters.
         keep_links: keep the tied links in `chain` (on the CPU, adapter-sized each).
         verbose: print a line per knot, in a distributed run on process 0 alone.
         **base_kwargs: for ``base``.
@@ -474,11 +474,13 @@ class ChainOptimizer(Resumable):
         logger.info("%s", report)
         if self._verbose:
             show(report)
-        if report.index == 0 and not self.finished and report.share > LARGE_LINK:
+        single = self.finished and report.index == 0  # more and shorter links are no advice then
+        if report.share > LARGE_LINK and not single and not any(r.share > LARGE_LINK for r in self.reports[:-1]):
             path = max(report.layers, key=lambda path: report.layers[path].share)
             logger.warning(
-                "the first link changed layer %r by %.1f %% of ‖W‖. On a large model more than %.0f %% is much: if the "
+                "link %d changed layer %r by %.1f %% of ‖W‖. On a large model more than %.0f %% is much: if the "
                 "held-out loss suffers, use a smaller learning rate or lora_alpha, or more and shorter links",
+                report.index,
                 path,
                 100 * report.share,
                 100 * LARGE_LINK,

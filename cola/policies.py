@@ -565,7 +565,8 @@ class GapKnots(_Windows):
     The gain is the squared norm of the gradient of B (of A, if only A is trained): how fast a gradient step on B lowers
     the loss. A fresh link has fresh directions, and the live link's best window, usually its first, shows what these
     give. The noise of batches would add to a squared norm, so the policy takes the product of the gradients of two
-    successive steps, whose mean has no noise in it. Single windows have: choose one long enough.
+    successive steps, whose mean has no noise in it. Single windows have: choose one long enough. A layer without a
+    gradient in one of the two steps, as an idle expert, is left out of their product.
 
     It keeps a copy of that gradient, and clipped gradients show it little. Checkpoints leave the copy out, so a resumed
     run misses one product and may tie later than the run that was not stopped.
@@ -590,7 +591,7 @@ class GapKnots(_Windows):
         super().__init__(window, cooldown, max_links, total_steps)
         self.share = _share("GapKnots", share)
         self.best: float | None = None
-        self._last: list[Tensor] = []  # a checkpoint leaves it out, and the next product is missing then
+        self._last: dict[str, Tensor] = {}  # a checkpoint leaves it out, and the next product is missing then
 
     @property
     def _shortest(self) -> int:
@@ -601,23 +602,24 @@ class GapKnots(_Windows):
         """True at the end of a window that ends the link."""
         if signal.opt is None:
             raise RuntimeError("GapKnots needs signal.opt, which ChainOptimizer gives: it reads the link's gradients")
-        last, self._last = self._last, [grad.clone() for grad in signal.opt.live.gradients()]
+        last, self._last = self._last, {path: grad.clone() for path, grad in signal.opt.live.gradients().items()}
         # every process of a distributed run gives a number, on the device that it trains on
-        gain = torch.full((), math.nan, device=self._last[0].device if self._last else "cpu")
-        if len(last) == len(self._last) > 0 and all(a.shape == b.shape for a, b in zip(last, self._last)):
-            products = [torch.sum(a.double() * b.double()) for a, b in zip(last, self._last)]
+        gain = torch.full((), math.nan, device=next((grad.device for grad in self._last.values()), "cpu"))
+        pairs = [(last[path], grad) for path, grad in self._last.items() if path in last]
+        if pairs and all(a.shape == b.shape for a, b in pairs):
+            products = [torch.sum(a.double() * b.double()) for a, b in pairs]
             gain = torch.stack([product.to(products[0].device) for product in products]).sum()
         return self._take(signal.step, gain, signal.mean)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `KnotPolicy.load_state_dict`; the next product is missing."""
         super().load_state_dict(state)
-        self._last = []
+        self._last = {}
 
     def knotted(self, step: int) -> None:
         """Start judging the next link."""
         super().knotted(step)
-        self.best, self._last = None, []
+        self.best, self._last = None, {}
 
     def _judge(self, mean: float) -> bool:
         if not math.isfinite(mean):

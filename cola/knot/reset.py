@@ -11,11 +11,12 @@ from functools import partial
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cola.knot.tie import KnotError
-from cola.knot.transport import Block, require_known, transport
+from cola.knot.transport import MOMENTS, Block, transport
 
 Factory = Callable[[list[dict[str, Any]]], Optimizer]
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -165,11 +166,37 @@ def reset_name(reset: Reset) -> str:
 def require_keepable(base: Optimizer, reset: Reset, make: Factory) -> None:
     """Raise ValueError if ``reset`` cannot keep or rotate this base's state; ``make`` makes another base like it."""
     if reset == "transport":
-        require_known(make)
+        _require_rotatable(base, make)
     if reset == "keep" and callable(getattr(base, "train", None)):
         raise ValueError(
             f"reset='keep' is not possible with {type(base).__name__}, whose state holds copies of the factors, which "
             "begin anew at a knot: use reset='state'"
+        )
+
+
+def _require_rotatable(base: Optimizer, make: Factory) -> None:
+    """Raise ValueError if `transport` cannot rotate this base's state, as a step of another one like it shows."""
+    device = next(p.device for group in base.param_groups for p in group["params"])
+    # no square: there a moment may have the right shape by chance
+    parameter = nn.Parameter(torch.ones(3, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    unknown, why = [], ""
+    try:
+        trial = make([{"params": [parameter]}])
+        trial.step()
+    except Exception as error:  # LBFGS needs a closure, schedule-free its train()
+        unknown, why = ["the state"], f", which raises {error!r:.200} in a trial step"
+    else:
+        for name, value in trial.state[parameter].items():
+            known = name in MOMENTS and getattr(value, "shape", None) == parameter.shape
+            if not known and any(leaf.dim() for leaf in _leaves(value)):
+                unknown.append(repr(name))
+        held = {name: getattr(value, "state", value) for name, value in vars(trial).items()}  # in inner optimizers
+        unknown += [repr(n) for n, v in held.items() if isinstance(v, dict) and v is not trial.state and parameter in v]
+    if unknown:
+        raise ValueError(
+            f"reset='transport' cannot rotate {min(unknown)} of {type(base).__name__}{why}: use Adam, AdamW, NAdam, "
+            "RAdam, Muon or SGD, or reset='state'"
         )
 
 
@@ -180,6 +207,7 @@ def carried_over(
     new: Pairs,
     ranks: Mapping[str, int],
     blocks: Mapping[str, Sequence[Block]] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> dict[Any, Any] | None:
     """Compute the base's state for the next link from its state for the old one.
 
@@ -192,7 +220,7 @@ def carried_over(
         old: the factors of the old link.
         new: the Parameters, with the values of the next link.
         ranks: ranks of the next link, by layer; the Parameters may have room for more.
-        blocks: as in `transport`.
+        blocks, scales: as in `transport`.
 
     Returns:
         State by Parameter; None if all of it stays.
@@ -203,7 +231,7 @@ def carried_over(
         Exception: any that the function raises.
     """
     if reset == "transport":
-        reset = partial(transport, blocks=blocks)
+        reset = partial(transport, blocks=blocks, scales=scales)
     if not callable(reset):
         for path, (A, _) in old.items():
             if A.shape[-2] != ranks[path]:

@@ -42,7 +42,8 @@ class NextLink:
                 ranks = {path: factor.rank for path, factor in self.link.items()}
                 pairs = {path: (factor.A, factor.B) for path, factor in old.items()}
                 blocks = {p: plan.blocks(present, index) for p, plan in self.live.plans.items() if plan.parts}
-                self._state = carried_over(opt.base, reset, pairs, new, ranks, blocks)
+                scales = {path: factor.scaling / old[path].scaling for path, factor in self.link.items()}
+                self._state = carried_over(opt.base, reset, pairs, new, ranks, blocks, scales)
         finally:
             self.live.begin(present, old)
             self.live.make_room(rooms)

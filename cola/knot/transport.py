@@ -1,18 +1,19 @@
 """The base's moments carried over a knot: rotated from the old link's directions into the new link's.
 
 With A frozen, the gradient of B is ``s·G Aᵀ`` for the gradient G of the weight, so B's first moment M knows G in the
-row space of A alone. In the new link's directions this is ``M R`` with ``R = (A⁺)ᵀ A_newᵀ`` (LDAdam's rule, with a
-pseudo-inverse because the rows of A need not be orthonormal). The second moment V is rotated by way of the variance:
-``|(V − M²)(R∘R) + (M R)²|``. For the share of a new direction that the old ones do not reach, the mean of V's row is
-added; otherwise the first steps in new random directions would be too long. Where both factors are trained, A's moments
-begin anew. Where the parts of a layer have links of their own, each is rotated by itself.
+row space of A alone. In the new link's directions and scale this is ``M R`` with ``R = s_new/s·(A⁺)ᵀ A_newᵀ`` (LDAdam's
+rule, with a pseudo-inverse because the rows of A need not be orthonormal). The second moment V is rotated by way of the
+variance: ``|(V − M²)(R∘R) + (M R)²|``. For the share of a new direction that the old ones do not reach, the mean of V's
+row is added; otherwise the first steps in new random directions would be too long. Where both factors are trained, the
+moments of the one that does not begin at zero begin anew. Where the parts of a layer have links of their own, each is
+rotated by itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cola.common.distributed import copy_whole, is_sharded, whole
@@ -22,70 +23,58 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 Block = tuple[Any, slice, slice]
 _WHOLE: Block = (slice(None), slice(None), slice(None))
 
-#: entries of a base's state that are sums of gradients, and those that are sums of their squares
-_FIRST, _SECOND = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq")
+#: entries of a base's state that are sums of squares of gradients, and all that can be rotated
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq")
+MOMENTS = ("exp_avg", "momentum_buffer", *_SECOND)
 
 
 @torch.no_grad()
-def transport(base: Optimizer, old: Pairs, new: Pairs, blocks: Mapping[str, Sequence[Block]] | None = None) -> None:
+def transport(
+    base: Optimizer,
+    old: Pairs,
+    new: Pairs,
+    blocks: Mapping[str, Sequence[Block]] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> None:
     """Rotate the base's moments from the old links' directions into the new links', the rule of ``reset="transport"``.
 
     Args:
-        base: with the state of the old link; Adam-like, or SGD with momentum.
+        base: with the state of the old link; Adam-like, Muon, or SGD with momentum.
         old: factors (A, B) of the link that ends, by layer.
         new: the Parameters of the link that begins.
         blocks: the parts of those layers whose parts have links of their own.
+        scales: the new link's scale over the old one's, by layer; None where they are the same.
     """
     for path, (A, B) in old.items():
         new_A, new_B = new[path]
-        mine = (blocks or {}).get(path, (_WHOLE,))
-        if new_B in base.state:
-            after = whole(new_A.detach())
-            turns = [(rows, o, n, *_rotation(A[..., o, :], after[..., n, :])) for rows, o, n in mine]
+        mine, scale = (blocks or {}).get(path, (_WHOLE,)), (scales or {}).get(path, 1.0)
+        after = whole(new_A.detach())
+        if new_B in base.state and (new_A not in base.state or after.any()):
+            turns = [(rows, o, n, *_rotation(A[..., o, :], scale, after[..., n, :])) for rows, o, n in mine]
             _carry(base, new_B, B.shape, turns)
             base.state.pop(new_A, None)
-        elif new_A in base.state:
+        elif new_A in base.state:  # an A that begins at zero has all of the first gradients
             after = whole(new_B.detach())
-            turns = [(slice(None), o, n, *_rotation(B[..., rows, o].mT, after[..., rows, n].mT)) for rows, o, n in mine]
+            turns = [
+                (slice(None), o, n, *_rotation(B[..., rows, o].mT, scale, after[..., rows, n].mT))
+                for rows, o, n in mine
+            ]
             _carry(base, new_A, A.shape, turns, transposed=True)
+            base.state.pop(new_B, None)
 
 
-def _rotation(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def _rotation(old: Tensor, scale: float, new: Tensor) -> tuple[Tensor, Tensor]:
     """R and the unknown share of each new direction.
 
-    R, r×r', holds the coordinates of ``new``'s rows (r'×n) in those of ``old`` (r×n), as far as these reach. The share
-    is the squared norm of the part that they do not reach, in units of the old rows' mean squared norm.
+    R, r×r', holds the coordinates of ``scale`` times ``new``'s rows (r'×n) in those of ``old`` (r×n), as far as these
+    reach. The share is the squared norm of the part that they do not reach, in units of the old rows' mean squared
+    norm, and 0 if all old rows are zero: so are the moments then.
     """
-    old, new = old.double(), new.to(old.device).double()
+    old, new = old.double(), scale * new.to(old.device).double()
     rotation = torch.linalg.pinv(old).mT @ new.mT
     unreached = new.square().sum(-1) - (old.mT @ rotation).square().sum(-2)
-    return rotation, (unreached.clamp(min=0) / old.square().sum(-1).mean(-1, keepdim=True)).unsqueeze(-2)
-
-
-def require_known(make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
-    """Raise ValueError if a base keeps state that `transport` cannot rotate, as a step on one number shows.
-
-    Args:
-        make: the base, from param groups.
-    """
-    parameter = nn.Parameter(torch.ones(1, 1, device="cpu"))
-    parameter.grad = torch.ones_like(parameter)
-    base = make([{"params": [parameter]}])
-    try:
-        base.step()
-    except TypeError:  # LBFGS needs a closure
-        unknown = {"state of a closure"}
-    else:
-        unknown = _moments(base.state[parameter]).keys() - {*_FIRST, *_SECOND}
-    if unknown:
-        raise ValueError(
-            f"reset='transport' cannot rotate {sorted(unknown)[0]!r} of {type(base).__name__}: use Adam, AdamW, NAdam, "
-            "RAdam or SGD, or reset='state'"
-        )
-
-
-def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() >= 2}
+    size = old.square().sum(-1).mean(-1, keepdim=True)
+    return rotation, torch.where(size > 0, unreached.clamp(min=0) / size, 0.0).unsqueeze(-2)
 
 
 #: a `Block` with its rotation and the unknown shares
@@ -96,7 +85,7 @@ def _carry(
     base: Optimizer, parameter: Any, shape: torch.Size, turns: Sequence[_Turn], *, transposed: bool = False
 ) -> None:
     state, room = base.state[parameter], parameter.shape[-2 if transposed else -1]
-    tensors = _moments(state)
+    tensors = {name: state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)}
     # beyond the old rank a masked Parameter's state is zero
     moments = {name: _cut(whole(value), shape, transposed).double() for name, value in tensors.items()}
     for name, value in moments.items():

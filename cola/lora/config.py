@@ -55,10 +55,11 @@ class LinkConfig:
         bias: ``"none"``, or ``"lora_only"`` to train the adapted layers' own biases.
         modules_to_save: names of modules to train whole (heads, embeddings).
         init: draws the factor that does not start at zero: ``"kaiming"`` U(−1/√n, 1/√n) for input width n, as PEFT;
-            ``"gaussian"`` N(0, 1/r²); ``"orthogonal"`` rows; ``"selector"``, r inputs, shifted by r each link (with
-            ``train="B"`` and one rank indices are kept instead of A); or ``"two-sided"``, both factors orthonormal
-            times a half. Or a function of a `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero,
-            ``s·B A`` is subtracted from the weight when the link begins, so that the model computes the same.
+            ``"gaussian"`` N(0, 1/r²); ``"orthogonal"`` rows; ``"selector"``, r inputs, in order, shifted by r each
+            link, so that M links reach at most M·r inputs of a layer, and all only if M ≥ in/r (with ``train="B"``
+            and one rank indices are kept instead of A); or ``"two-sided"``, both factors orthonormal times a half. Or a
+            function of a `LinkStart` that returns A (r×in) or a pair (A, B). If B A is not zero, ``s·B A`` is
+            subtracted from the weight when the link begins, so that the model computes the same.
         train: ``"both"`` factors, or only ``"B"`` (A is drawn and frozen) or ``"A"`` (B is drawn and frozen).
         scaling: s of later links: ``"constant"`` keeps the first link's, ``"alpha/r"`` and ``"rslora"``
             (``alpha/√r``) recompute it from each link's rank.
@@ -174,9 +175,14 @@ class LinkConfig:
 
     @property
     def _selects(self) -> bool:
-        """Whether links keep indices instead of A: a frozen A selects inputs, and all links have one rank."""
+        """Whether a link trains some of the inputs alone: its frozen A selects them."""
+        return self.train == "B" and self.init == "selector"
+
+    @property
+    def _keeps_indices(self) -> bool:
+        """Whether links keep indices instead of A: A selects inputs, and all links have one rank."""
         ranks = self.known_ranks()
-        return self.train == "B" and self.init == "selector" and ranks is not None and len(set(ranks)) == 1
+        return self._selects and ranks is not None and len(set(ranks)) == 1
 
     def known_ranks(self) -> tuple[int, ...] | None:
         """All ranks that links may have; None if a callable decides."""

@@ -189,13 +189,14 @@ def counted(model: nn.Module, others: Iterable[nn.Parameter] = ()) -> tuple[int,
 
 
 def announced(live: LiveLink) -> Coverage:
-    """The coverage of a live link, after logging it; warns if half a model is left out or a task's head frozen."""
+    """The coverage of a live link, after logging it; warns of half a model or most rows left out, and a frozen head."""
     found = covered(live)
     logger.info("%s", found.summary())
     if live.config.target_modules in WHOLE and found.share < 0.5:
         logger.warning(
             "target_modules=%r reaches less than half of the model: %s", live.config.target_modules, found.summary()
         )
+    _warn_of_rows(live)
     inner, trained = unwrap(live.model), [path.rpartition(".")[0] for path in live.trained()]
     frozen = [head for head in task_heads(inner) if not any(within(p, [head]) for p in (*live.layers, *trained))]
     if frozen:
@@ -205,6 +206,20 @@ def announced(live: LiveLink) -> Coverage:
             words = "the heads %s of %s stay frozen: if they are new, train them whole by modules_to_save=%r"
         logger.warning(words, " and ".join(map(repr, frozen)), type(inner).__name__, frozen)
     return found
+
+
+def _warn_of_rows(live: LiveLink) -> None:
+    """Warn of a layer that looks up rows, and of whose rows a link trains only a few."""
+    for path, layer in live.layers.items() if live.config._selects else ():
+        count = layer.kind.shape(layer.holder)[1]
+        if layer.kind.looks_up and layer.rank < count:
+            logger.warning(
+                "with init='selector' and train='B' a link trains %d of the %d rows of %r (%.2g %%), in the order of "
+                "their indices: leave the layer out by exclude_modules, or train the rows of chosen tokens by "
+                "trainable_token_indices",
+                layer.rank, count, path, 100 * layer.rank / count,
+            )  # fmt: skip
+            return
 
 
 class _Groups:

@@ -149,7 +149,7 @@ class LiveLink:
         """Refuse layers whose rank is below r; targets of the whole model leave them out, if others are left."""
         small: list[str] = []
         for path, module in list(modules.items()):
-            shape, plan = known_kind(module).shape(module)[-2:], self.plans[path]
+            shape, plan = self._drawn_shape(module)[-2:], self.plans[path]
             if plan.parts:
                 continue  # each of them fits
             rank = max(plan.known_ranks() or (plan.rank_of(0),))
@@ -182,10 +182,10 @@ class LiveLink:
         names = FACTORS if self.config.train == "both" else (f"lora_{self.config.train}",)
         return [getattr(layer, name) for layer in self.layers.values() for name in names]
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """The gradients of the factor that usually starts at zero, by layer; this process's part of sharded ones."""
-        factors = (getattr(layer, self.zero_first(path)) for path, layer in self.layers.items())
-        return [local(factor.grad.detach()) for factor in factors if factor.grad is not None]
+        factors = {path: getattr(layer, self.zero_first(path)) for path, layer in self.layers.items()}
+        return {path: local(factor.grad.detach()) for path, factor in factors.items() if factor.grad is not None}
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
         """The Parameters of every layer's link, by path, but for adapters that PEFT has deleted."""
@@ -332,10 +332,10 @@ class LiveLink:
         return drawn
 
     def _draw(self, path: str, module: nn.Module, index: int, dtype: torch.dtype, opt: Any = None) -> Pair:
-        kind = known_kind(module)
+        kind, shape = known_kind(module), self._drawn_shape(module)
         A, B = self.plans[path].draw(
             path,
-            kind.shape(module),
+            shape,
             seed=self.seed,
             link=index,
             dtype=dtype,
@@ -343,9 +343,18 @@ class LiveLink:
             looks_up=kind.looks_up,
         )
         padding = getattr(module, "padding_idx", None)
-        if kind.looks_up and padding is not None and not self.config._selects:
+        if shape != kind.shape(module):
+            A = torch.cat([A[:, :padding], A.new_zeros(len(A), 1), A[:, padding:]], 1)
+        elif kind.looks_up and padding is not None:
             A[:, padding] = 0  # its row is not trained: neither is it moved by B alone
         return A, B
+
+    def _drawn_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """The shape for which a link is drawn: the weight's, without the row of padding if A selects rows."""
+        kind, padding = known_kind(module), getattr(module, "padding_idx", None)
+        *stack, out, inner = kind.shape(module)
+        skips = kind.looks_up and padding is not None and self.config._selects
+        return (*stack, out, inner - skips)
 
     def factor_of(self, index: int, path: str, A: Tensor, B: Tensor) -> Factor:
         """A and B as link ``index``'s share of one layer."""
@@ -526,7 +535,7 @@ class LiveLink:
         dtype = self.config._dtype_for(weight)
         A, B = (factor.to(device=weight.device, dtype=dtype) for factor in (A, B))
         adapted = known_kind(module).over(type(module))
-        adapted = selecting(adapted) if self.config._selects else adapted
+        adapted = selecting(adapted) if self.config._keeps_indices else adapted
         module.__class__ = parting(adapted) if self.plans[path].parts else adapted
         assert isinstance(module, AdaptedLayer)
         known, scaling = self.plans[path].known_ranks(), self.plans[path].scaling_of(0)

@@ -93,14 +93,14 @@ def run(cell: StudyCell, folder: Path) -> Outcome:
 
 
 def _without_repeats() -> None:
-    """Leave out the warning of large first links, which every run of a sweep would repeat; outcomes have their size."""
+    """Leave out the warning of a large link, which every run of a sweep would repeat; outcomes have their size."""
     logger = logging.getLogger("cola")
     if _is_new not in logger.filters:
         logger.addFilter(_is_new)
 
 
 def _is_new(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("the first link changed layer")
+    return not str(record.msg).startswith("link %d changed layer")
 
 
 def fine_tune(model: nn.Module, cell: StudyCell, folder: Path | None = None) -> Outcome:

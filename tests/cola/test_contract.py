@@ -256,14 +256,14 @@ def test_a_knot_is_one_line_of_logging_and_a_report(caplog):
     assert link.report is report
 
 
-@pytest.mark.parametrize(("size", "warned"), [(0.049, False), (0.051, True)])
-def test_the_first_knot_warns_of_a_layer_that_moved_far(size, warned, caplog):
+@pytest.mark.parametrize(("size", "warns"), [(0.049, 1), (0.051, 0)])
+def test_the_first_knot_that_moves_a_layer_far_warns(size, warns, caplog):
     model, opt = chained(policy=NeverKnots())
     for layer in opt.live.layers.values():
         with torch.no_grad():
             layer.lora_A.zero_()[0, 0] = 1
             layer.lora_B[0, 0] = (size if layer is model.second else 0.01) * layer.weight.norm() / layer.scaling
-    for _ in range(2):  # the second knot is silent
+    for _ in range(3):
         with torch.no_grad():
             model.second.lora_B[0, 0] = model.second.lora_B[0, 0] or 9.0
         report = opt.tie()
@@ -272,10 +272,20 @@ def test_the_first_knot_warns_of_a_layer_that_moved_far(size, warned, caplog):
     assert first.share == first.layers["second"].share == pytest.approx(size, rel=size)
     assert f"(at most {100 * first.share:.2g} % of a layer's ‖W‖)" in str(first)
     assert report.share > 0.5
-    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(told) == warned
-    if warned:
-        assert told[0].startswith(f"the first link changed layer 'second' by {100 * first.share:.1f} % of ‖W‖")
+    (told,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    share = opt.reports[warns].share
+    assert told.startswith(f"link {warns} changed layer 'second' by {100 * share:.1f} % of ‖W‖")
+
+
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_last_link_that_moves_a_layer_far_warns_unless_it_is_the_only_one(links, caplog):
+    model, opt = chained(policy=NeverKnots())
+    for _ in range(links - 1):
+        opt.tie()
+    with torch.no_grad():
+        model.second.lora_B.fill_(9.0)
+    opt.finish()
+    assert ("link 1 changed layer 'second'" in caplog.text) == (links == 2)
 
 
 def test_knots_that_a_run_does_not_reach_are_mentioned(caplog):

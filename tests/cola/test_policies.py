@@ -168,10 +168,12 @@ class TestProgress:
 class TestGap:
     @staticmethod
     def knots(policy, gradients):
-        """The steps at which a policy ties that sees these gradients of one factor."""
+        """The steps at which a policy ties that sees these gradients: of one factor, or dicts by layer."""
         found = []
         for step, gradient in enumerate(gradients, 1):
-            live = SimpleNamespace(gradients=lambda gradient=gradient: [torch.as_tensor(gradient)])
+            by_path = gradient if isinstance(gradient, dict) else {"layer": gradient}
+            own = {path: torch.as_tensor(values) for path, values in by_path.items()}
+            live = SimpleNamespace(gradients=lambda own=own: own)
             if policy.update(Signal(step, opt=SimpleNamespace(live=live))):
                 policy.knotted(step)
                 found.append(step)
@@ -188,6 +190,14 @@ class TestGap:
         """Gradients of one norm, first parallel, then orthogonal."""
         parallel, orthogonal = [[1.0, 0.0]] * 3, [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
         assert self.knots(GapKnots(window=2), parallel + orthogonal) == [6]
+
+    def test_gradients_of_different_layers_are_not_multiplied(self):
+        alternating = [{"a": [1.0]}, {"b": [-1.0]}] * 6
+        assert self.knots(GapKnots(window=2), alternating) == []
+        # c alone is in all steps, with products as in the first test
+        falling = [2.0, 2.0, 1.6, 1.6, 1.2, 1.2]
+        mixed = [{"ab"[i % 2]: [1e3 * (-1.0) ** i], "c": [value]} for i, value in enumerate(falling)]
+        assert self.knots(GapKnots(window=2), mixed) == [6]
 
     def test_without_any_gain_it_ties_nothing(self):
         assert self.knots(GapKnots(window=2), [[0.0]] * 12) == []

@@ -106,7 +106,7 @@ class Live:
         self.live, self.step = self, step
 
     def gradients(self):
-        return [torch.full((2, 3), 1.0 / self.step)]
+        return {"layer": torch.full((2, 3), 1.0 / self.step)}
 
 
 def run(policy, first=1, last=6):

@@ -13,12 +13,11 @@ from cola.knot.transport import transport
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}
 
 
-def made(base, train="B", init="orthogonal", r=2, **kwargs):
+def made(base, train="B", init="orthogonal", r=2, scaling="constant", layer=nn.Linear, **kwargs):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 6, bias=False)).double()
-    link = LinkConfig(
-        r=r, target_modules="all-linear", train=train, init=init, lora_alpha=r if isinstance(r, int) else 2
-    )
+    model = nn.Sequential(layer(8, 6, bias=False) if layer is nn.Linear else layer(8, 6)).double()
+    alpha = r if isinstance(r, int) else 2
+    link = LinkConfig(r=r, target_modules="all", train=train, init=init, lora_alpha=alpha, scaling=scaling)
     return model, ChainOptimizer(base, model, NeverKnots(), link=link, reset="transport", **kwargs)
 
 
@@ -26,6 +25,7 @@ def steps(model, opt, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         x = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+        x = x.argmax(1) if isinstance(model[0], nn.Embedding) else x
         (model(x) * torch.arange(6)).sum().backward()
         opt.step()
         opt.zero_grad()
@@ -43,6 +43,60 @@ def test_a_constant_gradients_momentum_is_its_projection(old_rank, new_rank, see
     base.state[new_B]["momentum_buffer"] = 3.0 * G @ A.T
     transport(base, {"x": (A, B)}, {"x": (nn.Parameter(new_A), new_B)})
     torch.testing.assert_close(base.state[new_B]["momentum_buffer"], 3.0 * G @ (A.T @ A) @ new_A.T, **CLOSE)
+
+
+@pytest.mark.parametrize("train", ["A", "B"])
+@pytest.mark.parametrize(("scaling", "ratio"), [("constant", 1), ("alpha/r", 2), ("rslora", 2**0.5)])
+def test_a_constant_gradients_momentum_has_the_new_links_scale(train, scaling, ratio):
+    """As above, in a run: three steps of momentum 0.9 hold (1 + 0.9 + 0.81)·s·G Aᵀ."""
+    model, opt = made(torch.optim.SGD, train, r=(4, 2), scaling=scaling, lr=1e-3, momentum=0.9)
+    G = torch.randn(6, 8).double()
+    for _ in range(3):
+        (model(torch.eye(8).double()) * G.T).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    layer = model[0]
+    A, B, scale = layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), layer.scaling
+    opt.tie()
+    assert layer.scaling == pytest.approx(ratio * scale)
+    if train == "B":
+        parameter, expected = layer.lora_B, G @ torch.linalg.pinv(A) @ A @ layer.lora_A.T
+    else:
+        parameter, expected = layer.lora_A, layer.lora_B.T @ B @ torch.linalg.pinv(B) @ G
+    momentum = opt.state[parameter]["momentum_buffer"]
+    torch.testing.assert_close(momentum, 2.71 * layer.scaling * expected.detach(), **CLOSE)
+
+
+def slowly(M, V, A, new_A, ratio):
+    """The moments in the new directions, number by number."""
+    first, second = torch.zeros(len(M), len(new_A)).double(), torch.zeros(len(M), len(new_A)).double()
+    mean_square = sum(float(a @ a) for a in A) / len(A)
+    for j, direction in enumerate(ratio * new_A):
+        coordinates = torch.linalg.lstsq(A.T, direction, driver="gelsd").solution
+        rest = direction - A.T @ coordinates
+        unknown = float(rest @ rest) / mean_square if mean_square else 0.0
+        for i in range(len(M)):
+            first[i, j] = sum(c * m for c, m in zip(coordinates, M[i]))
+            variance = sum(c**2 * (v - m**2) for c, m, v in zip(coordinates, M[i], V[i]))
+            second[i, j] = abs(variance + first[i, j] ** 2) + unknown * sum(V[i]) / len(V[i])
+    return first, second
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.floats(0.25, 4), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_both_moments_are_those_of_the_slow_twin(old_rank, new_rank, ratio, zeros, seed):
+    """The first rows of A may be zero, and with them the moments in these directions."""
+    g = torch.Generator().manual_seed(seed)
+    A, new_A = (torch.randn(r, 5, generator=g).double() for r in (old_rank, new_rank))
+    M, V = torch.randn(4, old_rank, generator=g).double(), torch.rand(4, old_rank, generator=g).double()
+    A[:zeros], M[:, :zeros], V[:, :zeros] = 0, 0, 0
+    new_B = nn.Parameter(torch.zeros(4, new_rank).double())
+    base = torch.optim.AdamW([new_B])
+    base.state[new_B].update(exp_avg=M.clone(), exp_avg_sq=V.clone())
+    transport(base, {"x": (A, torch.zeros_like(M))}, {"x": (nn.Parameter(new_A), new_B)}, scales={"x": ratio})
+    first, second = slowly(M, V, A, new_A, ratio)
+    torch.testing.assert_close(base.state[new_B]["exp_avg"], first, **CLOSE)
+    torch.testing.assert_close(base.state[new_B]["exp_avg_sq"], second, **CLOSE)
 
 
 def test_a_direction_that_the_old_ones_do_not_reach_has_the_rows_mean_second_moment():
@@ -71,38 +125,94 @@ def test_moments_stay_where_the_directions_do(train, amsgrad):
         torch.testing.assert_close(value, before[name], **CLOSE)
 
 
-@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam])
+def amsgrad(params, lr):
+    return torch.optim.Adam(params, lr, amsgrad=True)
+
+
+def fused(params, lr):
+    return torch.optim.AdamW(params, lr, fused=True)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Muon, amsgrad, fused,
+        lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Embedding])
 @pytest.mark.parametrize("train", ["A", "B", "both"])
 @pytest.mark.parametrize("r", [2, (3, 1)])
-def test_a_run_goes_on_with_rotated_moments(base, train, r):
-    model, opt = made(base, train, r=r, lr=0.01)
+def test_a_run_goes_on_with_rotated_moments(base, layer, train, r):
+    model, opt = made(base, train, r=r, layer=layer, lr=0.01)
     steps(model, opt, 4)
     opt.tie()
-    ((_, layer),) = opt.live.layers.items()
-    parameter, other = (layer.lora_A, layer.lora_B) if train == "A" else (layer.lora_B, layer.lora_A)
+    ((path, layer),) = opt.live.layers.items()
+    parameter, other = getattr(layer, opt.live.zero_first(path)), layer.lora_A
+    other = layer.lora_B if parameter is other else other
     state = opt.state[parameter]
-    assert state["step"] == 4
-    assert state["exp_avg"].shape == parameter.shape
-    assert state["exp_avg"].any()
-    assert (state["exp_avg_sq"] >= 0).all()
+    assert state.get("step", 4) == 4
+    for name in {"exp_avg", "momentum_buffer"} & {*state}:
+        assert state[name].shape == parameter.shape
+        assert state[name].any()
+    for name in {"exp_avg_sq", "max_exp_avg_sq"} & {*state}:
+        assert (state[name] >= 0).all()
+        assert state[name].any()
     assert other not in opt.state or not opt.state[other]
     steps(model, opt, 3)
     opt.finish()
     assert len(opt.chain) == 2
 
 
+def test_an_embedding_that_no_token_trained_goes_on():
+    model, opt = made(torch.optim.AdamW, "both", layer=nn.Embedding, lr=0.01)
+    (0.0 * model(torch.arange(3))).sum().backward()
+    opt.step()
+    opt.tie()
+    steps(model, opt, 2)
+    opt.finish()
+    assert model[0].weight.isfinite().all()
+
+
+class Outer(torch.optim.SGD):
+    """An optimizer around one that keeps the state."""
+
+    def __init__(self, params):
+        params = list(params)
+        super().__init__(params)
+        self.inner = torch.optim.Adam(params)
+
+    def step(self):
+        self.inner.step()
+
+
+class Nested(torch.optim.SGD):
+    """State in a dict, under a known name."""
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["exp_avg"] = {"rows": p.sum(0)}
+
+
 @pytest.mark.parametrize(
-    ("base", "what"),
+    ("base", "told"),
     [
-        (torch.optim.Adagrad, "sum"), (torch.optim.RMSprop, "square_avg"), (torch.optim.Rprop, "prev"),
-        (torch.optim.Adamax, "exp_inf"), (torch.optim.ASGD, "ax"), (torch.optim.LBFGS, "state of a closure"),
+        (torch.optim.Adagrad, "'sum'"), (torch.optim.RMSprop, "'square_avg'"), (torch.optim.Rprop, "'prev'"),
+        (torch.optim.Adamax, "'exp_inf'"), (torch.optim.ASGD, "'ax'"), (torch.optim.Adafactor, "'col_var'"),
+        ("transformers.optimization.Adafactor", "'exp_avg_sq_col'"), ("prodigyopt.Prodigy", "'p0'"),
+        (Outer, "'inner'"), (Nested, "'exp_avg'"), (torch.optim.LBFGS, "the state of LBFGS, which raises .*closure"),
+        ("schedulefree.AdamWScheduleFree", "the state of .*, which raises .* not in train mode"),
     ],
 )  # fmt: skip
-def test_a_base_whose_state_the_rule_does_not_know_is_refused_before_anything_changes(base, what):
+def test_a_base_whose_state_the_rule_does_not_know_is_refused_before_anything_changes(base, told):
+    if isinstance(base, str):
+        module, _, name = base.rpartition(".")
+        base = getattr(pytest.importorskip(module), name)
     model = nn.Sequential(nn.Linear(8, 6))
     link = LinkConfig(r=2, target_modules="all-linear")
-    with pytest.raises(ValueError, match=f"reset='transport' cannot rotate '{what}' of {base.__name__}"):
-        ChainOptimizer(base, model, NeverKnots(), link=link, reset="transport", lr=0.01)
+    told = f"reset='transport' cannot rotate {told}.*: use .* Muon or SGD, or reset='state'"
+    with pytest.raises(ValueError, match=told):
+        ChainOptimizer(base, model, NeverKnots(), link=link, reset="transport")
     assert type(model[0]) is nn.Linear
 
 

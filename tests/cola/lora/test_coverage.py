@@ -12,9 +12,8 @@ from tests.models import BODY, Net, tiny_gpt2, tiny_opt, train
 
 
 def chained(model, targets, **link):
-    return ChainOptimizer(
-        torch.optim.SGD, model, StepKnots(every=2), link=LinkConfig(r=2, target_modules=targets, **link), lr=0.1
-    )
+    link = LinkConfig(**{"r": 2, "target_modules": targets, **link})
+    return ChainOptimizer(torch.optim.SGD, model, StepKnots(every=2), link=link, lr=0.1)
 
 
 def test_it_counts_each_parameter_once():
@@ -80,3 +79,18 @@ def test_it_is_logged_once_and_a_small_share_of_all_linear_is_a_warning(caplog):
     caplog.clear()
     chained(Net(), "all-linear")
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("link", "warned"),
+    [({}, True), ({"r": (2, 1)}, True), ({"exclude_modules": ["0", "1"]}, False), ({"train": "both"}, False)],
+)
+def test_a_selector_on_embeddings_is_a_warning_with_its_share(link, warned, caplog):
+    tables = nn.Sequential(nn.Embedding(40, 8), nn.Embedding(30, 8), nn.Linear(8, 8))
+    chained(tables, "all", **{"init": "selector", "train": "B", **link})
+    said = [r.getMessage() for r in caplog.records if "selector" in r.getMessage()]
+    assert len(said) == warned
+    if warned:
+        assert "a link trains 2 of the 40 rows of '0' (5 %)" in said[0]
+        assert "exclude_modules" in said[0]
+        assert "trainable_token_indices" in said[0]

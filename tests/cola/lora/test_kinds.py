@@ -309,7 +309,26 @@ def test_the_fast_path_of_an_encoder_layer_is_not_taken_past_its_link():
         assert (model(kind.inputs()) - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("option", [{"init": "two-sided"}, {"init": "orthogonal", "train": "B"}, {}])
+@pytest.mark.parametrize("r", [2, (2, 1), lambda link: 2])
+def test_selectors_pass_over_the_row_of_padding(r):
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Linear(4, 5))
+    model[1].weight = model[0].weight
+    opt = chained(model, NeverKnots(), r=r, init="selector", train="B")
+    met = []
+    for _ in range(4):
+        met += opt.live.factor("0").A.argmax(1).tolist()
+        assert (opt.live.factor("0").A.sum(1) == 1).all()
+        opt.tie()
+    assert 1 not in met
+    assert {*met} == {0, 2, 3, 4}
+    with pytest.raises(ValueError, match="r=5 is above the rank of layer '0'"):
+        chained(nn.Sequential(nn.Embedding(5, 6, padding_idx=1)), NeverKnots(), r=5, init="selector", train="B")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"init": "two-sided"}, {"init": "orthogonal", "train": "B"}, {"init": "selector", "train": "B"}, {}],
+)
 def test_the_row_of_padding_stays(option):
     kind = KINDS["embedding"]
     model = kind.model()
