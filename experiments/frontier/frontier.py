@@ -107,9 +107,7 @@ def main(arguments: argparse.Namespace) -> int:
         print("frontier: no arm is complete yet", file=sys.stderr)
         return 1
     shown = [frontier_table(found, task.unit), *gates(found, arguments.ranks, task.per_nat)]
-    # one folder may hold several comparisons of a task
-    compared = "" if set(arguments.methods) == set(USUAL) else "-" + "-".join(dict.fromkeys(arguments.methods))
-    stem = arguments.out / f"frontier-{arguments.task}-{task.steps()}{compared}"
+    stem = arguments.out / f"frontier-{arguments.task}-{task.steps()}"
     write_atomically(stem.with_suffix(".md"), "\n\n".join(shown) + "\n")
     command = repeated("frontier", add_arguments, arguments, without=UNTOLD)
     write_atomically(stem.with_suffix(".json"), json.dumps(record(plan, found, command), indent=1) + "\n")
