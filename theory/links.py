@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--targets names layers of a language model: leave it out with --model random")
         make_folder(options.out)
         task = task_of(options.model, tuple(options.targets))
+        if options.rank > min(task.ranks):
+            raise ValueError(f"--rank must be at most {min(task.ranks)}, the rank of a layer, got {options.rank}")
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,7 +119,7 @@ def results(options: argparse.Namespace) -> Iterator[Iterator[list[Measured]]]:
 def runs_of(options: argparse.Namespace, place: int) -> list[Measured]:
     """One run per seed of the kind at a place in `kinds`, with its size tuned before."""
     task, kind = task_of(options.model, tuple(options.targets)), kinds(options.rank)[place]
-    budget = Budget(options.links, options.steps, sketch=task.width)
+    budget = Budget(options.links, options.steps, sketch=max(task.ranks))
     size = tuned(task, kind, budget, TUNING_SEED)
     runs = [run_links(task, kind, size, budget, options.seed + index) for index in range(options.seeds)]
     return [run for run in runs if run is not None]

@@ -183,7 +183,8 @@ def _require_rotatable(base: Optimizer, make: Factory) -> None:
     unknown, why = [], ""
     try:
         trial = make([{"params": [parameter]}])
-        trial.step()
+        for _ in range(3):  # some state appears late
+            trial.step()
     except Exception as error:  # LBFGS needs a closure, schedule-free its train()
         unknown, why = ["the state"], f", which raises {error!r:.200} in a trial step"
     else:
@@ -191,13 +192,23 @@ def _require_rotatable(base: Optimizer, make: Factory) -> None:
             known = name in MOMENTS and getattr(value, "shape", None) == parameter.shape
             if not known and any(leaf.dim() for leaf in _leaves(value)):
                 unknown.append(repr(name))
-        held = {name: getattr(value, "state", value) for name, value in vars(trial).items()}  # in inner optimizers
-        unknown += [repr(n) for n, v in held.items() if isinstance(v, dict) and v is not trial.state and parameter in v]
+        held = {name: value for name, value in vars(trial).items() if value is not trial.state}
+        unknown += [repr(name) for name, value in held.items() if _is_kept_in(value, parameter)]
     if unknown:
         raise ValueError(
             f"reset='transport' cannot rotate {min(unknown)} of {type(base).__name__}{why}: use Adam, AdamW, NAdam, "
             "RAdam, Muon or SGD, or reset='state'"
         )
+
+
+def _is_kept_in(value: Any, parameter: Tensor) -> bool:
+    """Whether state of a parameter is in this: an inner optimizer, a dict by Parameter or id, or some of these."""
+    value = getattr(value, "state", value)
+    if isinstance(value, dict):
+        if any(key is parameter or (type(key) is int and key == id(parameter)) for key in value):
+            return True
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(_is_kept_in(item, parameter) for item in value)
 
 
 def carried_over(

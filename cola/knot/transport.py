@@ -3,10 +3,10 @@
 With A frozen, the gradient of B is ``s·G Aᵀ`` for the gradient G of the weight, so B's first moment M knows G in the
 row space of A alone. In the new link's directions and scale this is ``M R`` with ``R = s_new/s·(A⁺)ᵀ A_newᵀ`` (LDAdam's
 rule, with a pseudo-inverse because the rows of A need not be orthonormal). The second moment V is rotated by way of the
-variance: ``|(V − M²)(R∘R) + (M R)²|``. For the share of a new direction that the old ones do not reach, the mean of V's
-row is added; otherwise the first steps in new random directions would be too long. Where both factors are trained, the
-moments of the one that does not begin at zero begin anew. Where the parts of a layer have links of their own, each is
-rotated by itself.
+variance: ``|(V − M²)(R∘R) + (M R)²|``, with both freed of Adam's bias towards zero. For the share of a new direction
+that the old ones do not reach, the mean of V's row is added; otherwise the first steps in new random directions would
+be too long. Where both factors are trained, the moments of the one that does not begin at zero begin anew. Where the
+parts of a layer have links of their own, each is rotated by itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,8 +86,9 @@ def _carry(
 ) -> None:
     state, room = base.state[parameter], parameter.shape[-2 if transposed else -1]
     tensors = {name: state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)}
+    grown = _grown(base, parameter)
     # beyond the old rank a masked Parameter's state is zero
-    moments = {name: _cut(whole(value), shape, transposed).double() for name, value in tensors.items()}
+    moments = {name: _cut(whole(value), shape, transposed).double() / grown[name] for name, value in tensors.items()}
     for name, value in moments.items():
         mean = moments.get("exp_avg") if name in _SECOND else None
         turned = value.new_zeros(*value.shape[:-1], room)
@@ -95,13 +96,23 @@ def _carry(
             turned[..., rows, new] = _turned(
                 value[..., rows, old], None if mean is None else mean[..., rows, old], rotation, unknown
             )
-        turned = turned.mT if transposed else turned
+        turned = grown[name] * (turned.mT if transposed else turned)
         turned = turned.to(tensors[name].dtype).contiguous()
         if is_sharded(parameter):
             state[name] = torch.zeros_like(parameter.detach(), dtype=turned.dtype)
             copy_whole(state[name], turned)
         else:
             state[name] = turned
+
+
+def _grown(base: Optimizer, parameter: Any) -> dict[str, float]:
+    """The weights that a moment's mean has gathered since it was zero: ``1 − βᵗ`` of Adam-like bases, 1 of others."""
+    state = base.state[parameter]
+    (group,) = (group for group in base.param_groups if any(p is parameter for p in group["params"]))
+    first, second = 1.0, 1.0
+    if "exp_avg_sq" in state and (t := float(state.get("step", 0))) > 0:
+        first, second = (1 - float(beta) ** t for beta in group["betas"])
+    return {name: second if name in _SECOND else first for name in MOMENTS}
 
 
 def _turned(value: Tensor, mean: Tensor | None, rotation: Tensor, unknown: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from cola.lora import peft
 from cola.lora.defaults import heads, left_encoders, task_heads, within
 from cola.lora.kinds import is_quantized, kind_of, known_kind
 from cola.lora.layer import FACTORS
+from cola.lora.link import per_cent
 from cola.lora.live import LiveLink
 from cola.lora.names import modules_by_name, unwrap
 from cola.lora.parameter import entries_of
@@ -211,13 +212,13 @@ def announced(live: LiveLink) -> Coverage:
 def _warn_of_rows(live: LiveLink) -> None:
     """Warn of a layer that looks up rows, and of whose rows a link trains only a few."""
     for path, layer in live.layers.items() if live.config._selects else ():
-        count = layer.kind.shape(layer.holder)[1]
+        count = live._drawn_shape(layer.holder)[1]
         if layer.kind.looks_up and layer.rank < count:
             logger.warning(
-                "with init='selector' and train='B' a link trains %d of the %d rows of %r (%.2g %%), in the order of "
+                "with init='selector' and train='B' a link trains %d of the %d rows of %r (%s), in the order of "
                 "their indices: leave the layer out by exclude_modules, or train the rows of chosen tokens by "
                 "trainable_token_indices",
-                layer.rank, count, path, 100 * layer.rank / count,
+                layer.rank, count, path, per_cent(layer.rank / count),
             )  # fmt: skip
             return
 

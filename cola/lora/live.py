@@ -157,9 +157,11 @@ class LiveLink:
                 small.append(path)  # a small classification head, say
                 del modules[path], self.plans[path]
             elif rank > min(shape):
+                *_, out, inner = known_kind(module).shape(module)
+                padding = ", the row of padding left out" if inner != shape[1] else ""
                 raise ValueError(
-                    f"r={rank} is above the rank of layer {path!r}, whose weight is {shape[0]}x{shape[1]}: "
-                    f"choose r of at most {min(shape)}"
+                    f"r={rank} is above the rank of layer {path!r}, whose weight is {out}x{inner}: "
+                    f"choose r of at most {min(shape)}{padding}"
                 )
         if small:
             whose = "its" if len(small) == 1 else "their"

@@ -23,7 +23,7 @@ from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
 from experiments.frontier.picture import draw_frontier
-from experiments.frontier.tasks import TASKS, Gate, Task, lasting, require_text
+from experiments.frontier.tasks import TASKS, Gate, Task, lasting, require_text, room
 from experiments.report import style
 from experiments.study.cells import name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
@@ -89,11 +89,11 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         task = task_of(arguments)
         if arguments.steps is not None:
-            task = lasting(task, arguments.steps)
+            task = lasting(task, arguments.steps, room(task))
             require_text(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
         plan, cluster = plan_of(task, chosen, arguments.seeds), requested(arguments)
-        plan.require_possible("--ranks or --methods" + ("" if arguments.no_gate else ", or --no-gate"))
+        plan.require_possible("--ranks, --steps or --methods" + ("" if arguments.no_gate else ", or --no-gate"))
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2

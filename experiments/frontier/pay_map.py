@@ -21,7 +21,7 @@ from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, lora
 from experiments.frontier.frontier import UNTOLD, add_sweep, add_task, carry_out, plan_of, task_of
-from experiments.frontier.tasks import lasting, require_text
+from experiments.frontier.tasks import lasting, require_text, room
 from experiments.report import stats, style
 from experiments.report.stats import Interval
 from experiments.study.comparison import Results, inside
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
         require_chains(arguments.methods)
         chosen = families.arms(arguments.ranks, ["lora", *arguments.methods], gate=False)
         task, cluster = task_of(arguments), requested(arguments)
-        plans = {steps: plan_of(lasting(task, steps), chosen, arguments.seeds) for steps in arguments.steps}
+        plans = {steps: plan_of(lasting(task, steps, room(task)), chosen, arguments.seeds) for steps in arguments.steps}
         for steps, plan in plans.items():
             plan.require_possible("--ranks, --steps or --methods")
             require_text(plan.setting, steps)

@@ -7,6 +7,7 @@ A chain can pay only where rank binds: full fine-tuning is far below a LoRA, and
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -37,14 +38,26 @@ TASKS: Mapping[str, Task] = {
 """``demo`` has its own model. ``shakespeare`` and ``code`` take a model by option, ``shakespeare`` its text too."""
 
 
-def lasting(task: Task, steps: int) -> Task:
+def room(task: Task) -> int | None:
+    """How many training blocks a task's text has; None for a planted task."""
+    return len(replace(task, train=sys.maxsize).blocks().train) if isinstance(task, Setting) else None
+
+
+def lasting(task: Task, steps: int, blocks: int | None = None) -> Task:
     """The task with runs of another length: more or fewer passes, and then over a longer or shorter part of the text.
 
     A task of several passes may take a few steps more than asked for.
+
+    Args:
+        task: the usual one.
+        steps: in a run.
+        blocks: that the text has, if it is known; a task of several passes then makes more of them over a short text.
     """
     if isinstance(task, Planted):
         return replace(task, steps_per_run=steps)
     epochs = max(1, round(steps / (task.train // task.batch_size))) if task.epochs > 1 else 1
+    if blocks is not None and task.epochs > 1:
+        epochs = max(epochs, math.ceil(steps / max(1, blocks // task.batch_size)))
     return replace(task, epochs=epochs, train=math.ceil(steps / epochs) * task.batch_size)
 
 

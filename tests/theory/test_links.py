@@ -52,7 +52,7 @@ def test_links_of_a_tiny_language_model(tmp_path):
     assert not any("lm_head" in path for path in task.layers)
     first, second = (next(task.batches(0)) for _ in range(2))
     assert first.equal(second)
-    assert task.width == 16
+    assert max(task.ranks) == 16
     chosen = links.language_model(str(tmp_path / "model"), ["q_proj", "v_proj"]).layers
     assert len(chosen) == 2
     assert all(path.endswith(("q_proj", "v_proj")) for path in chosen)
@@ -72,6 +72,7 @@ def test_links_of_a_tiny_language_model(tmp_path):
         (["--rank", "0"], "--rank must be a whole number of at least 1, got 0"),
         (["--seed", "-1"], "--seed must be a whole number of at least 0, got -1"),
         (["--workers", "0"], "--workers must be a whole number of at least 1, got 0"),
+        (["--model", "random", "--rank", "13"], "--rank must be at most 12, the rank of a layer, got 13"),
         (["--model", "random", "--targets", "q_proj"], "--targets names layers of a language model"),
     ],
 )

@@ -54,9 +54,9 @@ class Task:
         return {path: self.model.get_submodule(path) for path in self.layers}
 
     @property
-    def width(self) -> int:
-        """The largest smaller side of a layer's weight: a sketch of so many columns finds all of a gradient."""
-        return max(min(weight_of(module).shape) for module in self.modules().values())
+    def ranks(self) -> list[int]:
+        """The largest rank that each layer's weight can have; a sketch of so many columns finds all of its gradient."""
+        return [min(weight_of(module).shape) for module in self.modules().values()]
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Any]) -> float:

@@ -88,7 +88,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every kind may spend: links, and batches per link. `GapProbe`'s sketch is exact with `Task.width`."""
+    """What every kind may spend: links, and batches per link. The largest of `Task.ranks` makes the sketch exact."""
 
     links: int
     steps: int

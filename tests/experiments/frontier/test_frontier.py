@@ -47,6 +47,14 @@ def test_tasks_last_as_long_as_asked(name):
             assert (task.epochs > 1) <= (TASKS[name].epochs > 1)
 
 
+@pytest.mark.parametrize("steps", [100, 680, 1500])
+def test_a_short_text_is_read_in_more_passes(steps):
+    blocks = 300
+    task = lasting(TASKS["shakespeare"], steps, blocks)
+    assert task.train <= blocks
+    assert 0 <= task.epochs * task.train // task.batch_size - steps < task.epochs
+
+
 @pytest.mark.parametrize("power", [0.5, 1.5])
 def test_a_planted_task_is_as_hard_as_it_says(power):
     task = Planted(power, steps_per_run=10, examples=100, noise=0.5, width=16)
