@@ -175,7 +175,7 @@ def require_keepable(base: Optimizer, reset: Reset, make: Factory) -> None:
 
 
 def _require_rotatable(base: Optimizer, make: Factory) -> None:
-    """Raise ValueError if `transport` cannot rotate this base's state, as a step of another one like it shows."""
+    """Raise ValueError if `transport` cannot rotate this base's state, as steps of another one like it show."""
     device = next(p.device for group in base.param_groups for p in group["params"])
     # no square: there a moment may have the right shape by chance
     parameter = nn.Parameter(torch.ones(3, 2, device=device))
