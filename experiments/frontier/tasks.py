@@ -39,8 +39,10 @@ TASKS: Mapping[str, Task] = {
 
 
 def room(task: Task) -> int | None:
-    """How many training blocks a task's text has; None for a planted task."""
-    return len(replace(task, train=sys.maxsize).blocks().train) if isinstance(task, Setting) else None
+    """How many training blocks the text of a task of several passes has; None for others, which need not know."""
+    if isinstance(task, Planted) or task.epochs == 1:
+        return None
+    return len(replace(task, train=sys.maxsize).blocks().train)
 
 
 def lasting(task: Task, steps: int, blocks: int | None = None) -> Task:
@@ -51,12 +53,12 @@ def lasting(task: Task, steps: int, blocks: int | None = None) -> Task:
     Args:
         task: the usual one.
         steps: in a run.
-        blocks: that the text has, if it is known; a task of several passes then makes more of them over a short text.
+        blocks: `room(task)`, if it is known: a short text is then read in more passes.
     """
     if isinstance(task, Planted):
         return replace(task, steps_per_run=steps)
     epochs = max(1, round(steps / (task.train // task.batch_size))) if task.epochs > 1 else 1
-    if blocks is not None and task.epochs > 1:
+    if blocks is not None:
         epochs = max(epochs, math.ceil(steps / max(1, blocks // task.batch_size)))
     return replace(task, epochs=epochs, train=math.ceil(steps / epochs) * task.batch_size)
 

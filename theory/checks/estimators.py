@@ -23,11 +23,9 @@ def reference(
         if isinstance(estimator, Minibatch):
             size = estimator.batch(t) if callable(estimator.batch) else estimator.batch
             out.append(p.batch_gradient(W, p.draw(rng, size)))
-        elif isinstance(estimator, Momentum):
-            fresh, r = p.batch_gradient(W, p.draw(rng, estimator.batch)), (t + 1) ** -estimator.power
-            out.append(fresh if t == 1 else (1 - r) * out[-1] + r * fresh)
-        elif isinstance(estimator, FixedMomentum):
-            fresh, r = p.batch_gradient(W, p.draw(rng, estimator.batch)), estimator.share
+        elif isinstance(estimator, Momentum | FixedMomentum):
+            fresh = p.batch_gradient(W, p.draw(rng, estimator.batch))
+            r = (t + 1) ** -estimator.power if isinstance(estimator, Momentum) else estimator.share
             out.append(fresh if t == 1 else (1 - r) * out[-1] + r * fresh)
         elif isinstance(estimator, SVRF | SPIDER):
             since = (t - 1) % estimator.period
