@@ -43,6 +43,7 @@ class Place:
         knots: of its runs, mean over seeds.
         difference: its test loss minus LoRA's, paired over seeds.
         rates: the chosen rates, its own and LoRA's.
+        at_edge: whether one of them is an edge of those to choose from, so that a better one may lie beyond.
     """
 
     rank: int
@@ -51,10 +52,12 @@ class Place:
     knots: float
     difference: Interval
     rates: tuple[float, float]
+    at_edge: bool = False  # in files written before it was recorded
 
     def __str__(self) -> str:
         limits = self.difference
-        return f"{limits.mean:+.3f}" + ("" if math.isnan(limits.low) else f" ({limits.low:+.3f} to {limits.high:+.3f})")
+        interval = "" if math.isnan(limits.low) else f" ({limits.low:+.3f} to {limits.high:+.3f})"
+        return f"{limits.mean:+.3f}{interval}" + ", a rate at an edge" * self.at_edge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +145,7 @@ def best(results: Results, rank: int) -> Place | None:
         math.fsum(len(inside(outcome)) for outcome in final[name]) / len(ours),
         stats.t_interval([a - b for a, b in zip(ours, theirs)]),
         (results.chosen(arms[name])[0].lr, results.chosen(lora(rank))[0].lr),
+        any(results.plan.searches[arm].at_edge(results.done) for arm in (arms[name], lora(rank))),
     )
 
 

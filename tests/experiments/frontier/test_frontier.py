@@ -133,6 +133,9 @@ def test_a_single_seed_and_a_rate_at_an_edge_are_said_to_be_so(quick, tmp_path, 
     shown = capsys.readouterr().out
     assert shown.count("(an edge)") == 2
     assert "nan" not in shown
+    command = ["map", "--task", "slow", "--ranks", "2", "--steps", "30", "--seeds", "1", "--workers", "1"]
+    assert main([*command, "--methods", "chain-3", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("a rate at an edge") == 1
 
 
 def test_the_map_from_end_to_end(quick, tmp_path, capsys):
