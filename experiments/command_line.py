@@ -56,6 +56,45 @@ def positive(text: str) -> float:
     return value
 
 
+def add_seeds(parser: argparse.ArgumentParser, number: int, of: str = "number of seeds") -> None:
+    """The options that say which seeds are run.
+
+    Args:
+        parser: of the command.
+        number: of seeds, by default.
+        of: what ``--seeds`` counts.
+    """
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seeds", type=count, default=number, metavar="N", help=of)
+
+
+def add_search_seeds(parser: argparse.ArgumentParser) -> None:
+    """The option of a command that chooses learning rates."""
+    parser.add_argument(
+        "--search-seeds", type=count, default=1, metavar="N", help="the first of the seeds, by which rates are chosen"
+    )
+
+
+def seeds_of(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds of `add_seeds`."""
+    return tuple(range(arguments.seed, arguments.seed + arguments.seeds))
+
+
+def searched(seeds: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """The first of the seeds, by which learning rates are chosen.
+
+    Args:
+        seeds: of the comparison.
+        number: of ``--search-seeds``.
+
+    Raises:
+        ValueError: there are fewer seeds.
+    """
+    if number > len(seeds):
+        raise ValueError(f"--search-seeds {number}: there are {len(seeds)} seeds (--seeds), so give that or less")
+    return seeds[:number]
+
+
 def add_whereabouts(parser: argparse.ArgumentParser) -> None:
     """The options of every sweep: where its runs happen, and whether a hub may be asked."""
     parser.add_argument(

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from experiments.command_line import count
+from experiments.command_line import add_seeds, count, repeated, seeds_of
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FULL, RECOMMENDED, lora
@@ -55,7 +55,7 @@ class Check:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments demo`."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write")
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="number of seeds")
+    add_seeds(parser, 3)
     parser.add_argument(
         "--workers", type=count, default=min(8, cores()), metavar="N",
         help="processes of one thread each, usually one per core",
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     tiny_opt.quiet()
     try:
-        plan = make_plan(arguments.out, arguments.seeds, smoke=arguments.smoke)
+        plan = make_plan(arguments.out, seeds_of(arguments), smoke=arguments.smoke)
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -90,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
     found = rows(results)
     verdicts = checks(results, found, learned=not arguments.smoke)
     minutes, cpu_minutes = (time.perf_counter() - started) / 60, sum(os.times()[:4]) / 60
-    written = record(plan, found, "python -m experiments demo")
+    written = record(plan, found, repeated("demo", add_arguments, arguments, without=("out", "workers")))
     written |= {"checks": [asdict(check) for check in verdicts], "untouched": results.untouched}
     written |= {"minutes": round(minutes, 1), "cpu_minutes": round(cpu_minutes, 1), "processes": arguments.workers}
     write_atomically(arguments.out / "results.json", json.dumps(written, indent=1) + "\n")
@@ -107,12 +107,12 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if all(check.holds for check in verdicts) else 1
 
 
-def make_plan(out: Path, seeds: int, *, smoke: bool = False) -> Plan:
+def make_plan(out: Path, seeds: tuple[int, ...], *, smoke: bool = False) -> Plan:
     """LoRA, LoRA of three times the rank, the recommended chain, full fine-tuning.
 
     Args:
         out: a small model goes there for a trial.
-        seeds: how many.
+        seeds: of the comparison.
         smoke: a trial of a few steps.
 
     Raises:
@@ -126,7 +126,7 @@ def make_plan(out: Path, seeds: int, *, smoke: bool = False) -> Plan:
     if smoke:
         tiny_opt.save(tiny_opt.fresh(tiny_opt.config(32, 1, 2, 16), 0), out / "model", {})
         setting = replace(setting, model=str(out / "model"), train=160, held_out=8, context=16)
-    plan = Plan(chosen, {name: arm.rates for name, arm in chosen.items()}, (0,), tuple(range(seeds)), setting,
+    plan = Plan(chosen, {name: arm.rates for name, arm in chosen.items()}, seeds[:1], seeds, setting,
                 test_untouched=True)  # fmt: skip
     plan.require_possible()
     return plan

@@ -4,7 +4,8 @@
     python -m experiments frontier --task shakespeare --model DIR --corpus FILE
 
 Every arm's learning rate is tuned by factors of two to an inner optimum on the development split, from a first rate and
-its two neighbours. All seeds are then run with it, and tested once. A run that was stopped goes on where it was.
+its two neighbours, on one seed or more (``--search-seeds``). All seeds are then run with it, and tested once. A run
+that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hardware
-from experiments.command_line import WHEREABOUTS, add_whereabouts, count, repeated
+from experiments.command_line import (
+    WHEREABOUTS,
+    add_search_seeds,
+    add_seeds,
+    add_whereabouts,
+    count,
+    repeated,
+    searched,
+    seeds_of,
+)
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
@@ -62,7 +72,8 @@ def add_task(parser: argparse.ArgumentParser) -> None:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     """The options that say how many runs there are and where."""
-    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="number of seeds")
+    add_seeds(parser, 5)
+    add_search_seeds(parser)
     parser.add_argument("--so-far", action="store_true", help="run nothing, and show what is complete")
     add_whereabouts(parser)
 
@@ -92,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
             task = lasting(task, arguments.steps, room(task))
             require_text(task, arguments.steps)
         chosen = families.arms(arguments.ranks, arguments.methods, gate=not arguments.no_gate)
-        plan, cluster = plan_of(task, chosen, arguments.seeds), requested(arguments)
+        plan, cluster = plan_of(task, chosen, arguments), requested(arguments)
         plan.require_possible("--ranks, --steps or --methods" + ("" if arguments.no_gate else ", or --no-gate"))
     except (ValueError, OSError) as error:
         print(f"frontier: {error}", file=sys.stderr)
@@ -120,10 +131,14 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if missing and not arguments.so_far else 0
 
 
-def plan_of(task: Task, chosen: Mapping[str, Any], seeds: int) -> Plan:
-    """Arms on a task, each with a rate tuned on the first seed."""
-    rates = {name: arm.rates for name, arm in chosen.items()}
-    return Plan(chosen, rates, (0,), tuple(range(seeds)), task, walk=True)
+def plan_of(task: Task, chosen: Mapping[str, Any], arguments: argparse.Namespace) -> Plan:
+    """Arms on a task, each with a rate tuned on the first seeds.
+
+    Raises:
+        ValueError: more seeds choose the rate than there are.
+    """
+    rates, seeds = {name: arm.rates for name, arm in chosen.items()}, seeds_of(arguments)
+    return Plan(chosen, rates, searched(seeds, arguments.search_seeds), seeds, task, walk=True)
 
 
 def carry_out(plan: Plan, arguments: argparse.Namespace, cluster: Cluster | None) -> Results:

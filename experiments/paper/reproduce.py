@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hardware, models
-from experiments.command_line import add_whereabouts, count, repeated
+from experiments.command_line import add_whereabouts, count, repeated, searched
 from experiments.methods import QUERY_AND_VALUE
 from experiments.paper import cells, flops, score_table, tables
 from experiments.paper.cells import Cell
@@ -187,7 +187,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
     """The setting that the arguments describe; with --smoke, the model and the data are made if they do not exist.
 
     Raises:
-        ValueError: a number below one.
+        ValueError: a number out of range.
     """
     base = SMOKE if arguments.smoke else Setting()
     seeds = tuple(range(arguments.seed, arguments.seed + (arguments.seeds or len(base.seeds))))
@@ -200,7 +200,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
     setting = replace(
         base,
         seeds=seeds,
-        search_seeds=seeds[:search] if search else None,
+        search_seeds=searched(seeds, search) if search else None,
         tasks=tuple(arguments.tasks) if arguments.tasks else None,
         labels=tuple(arguments.lines) if arguments.lines else None,
         **cells.circumstances(arguments),

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from cola import ChainOptimizer, EvenKnots, LinkConfig
-from experiments.command_line import count, positive
+from experiments.command_line import add_seeds, count, positive, seeds_of
 from experiments.hardware import describe_processor
 from experiments.report import stats
 from experiments.report.progress import Progress
@@ -66,8 +66,7 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments rounding`."""
     parser.add_argument("--out", type=Path, default=Path("runs/rounding"), metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
-    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="runs per cell")
+    add_seeds(parser, 5, "runs per cell")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="storage of the weights")
     parser.add_argument("--links", nargs="+", type=count, default=[3, 24], metavar="N", help="chain lengths")
     parser.add_argument("--lr", nargs="+", type=positive, default=[1e-4, 2e-3], metavar="RATE",
@@ -99,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
         for dtype in arguments.dtypes
         for links in arguments.links
         for lr in arguments.lr
-        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
+        for seed in seeds_of(arguments)
         for rounding in ROUNDINGS  # innermost: the roundings of a seed run in a row
     ]
     prose = corpus.prose()
@@ -166,7 +165,7 @@ def table(results: dict[Cell, Measured], arguments: argparse.Namespace) -> list[
     groups: dict[tuple[str, int, float], None] = {(c.dtype, c.links, c.lr): None for c in results}
     for dtype, links, lr in groups:
         for rounding in ROUNDINGS:
-            seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+            seeds = seeds_of(arguments)
             ours = [results[Cell(dtype, rounding, links, lr, s)] for s in seeds]
             exact = [results[Cell(dtype, EXACT, links, lr, s)] for s in seeds]
             mean = [statistics.mean(getattr(m, name) for m in ours) for name in ("bits", "size", "survival", "error")]

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.command_line import add_whereabouts, count
+from experiments.command_line import add_search_seeds, add_seeds, add_whereabouts, count, searched, seeds_of
 from experiments.files import write_atomically
 from experiments.methods import QUERY_AND_VALUE
 from experiments.study import control
@@ -43,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", default="qv", choices=list(TARGETS),
                         help="layers with adapters: query and value, or all linear ones")  # fmt: skip
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(STUDY)} (default: all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
-    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="number of seeds")
-    parser.add_argument("--search-seeds", type=count, default=1, metavar="N", help="seeds per rate tried")
+    add_seeds(parser, 5)
+    add_search_seeds(parser)
     parser.add_argument("--epochs", type=count, default=default.epochs, metavar="N", help="passes")
     parser.add_argument("--train", type=count, default=default.train, metavar="N", help="training blocks")
     parser.add_argument("--held-out", type=count, default=default.held_out, metavar="N",
@@ -101,7 +100,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """
     sizes = (arguments.epochs, arguments.train, arguments.held_out, arguments.length, arguments.batch)
     setting = Setting(arguments.model, arguments.corpus, TARGETS[arguments.targets], *sizes)
-    seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))
+    seeds = seeds_of(arguments)
     known = control.arms() if arguments.control else STUDY
     if arguments.control:
         fixed = ("model", "corpus", "targets", "epochs", "train", "held_out", "length", "batch")
@@ -119,7 +118,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2, train_bytes=None)
     arms = {name: known[name] for name in names}
     rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
-    return Plan(arms, rates, seeds[: arguments.search_seeds], seeds, setting, walk=True)
+    return Plan(arms, rates, searched(seeds, arguments.search_seeds), seeds, setting, walk=True)
 
 
 def as_json(row: Row) -> dict[str, Any]:

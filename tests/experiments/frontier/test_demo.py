@@ -55,6 +55,15 @@ def test_it_goes_on_where_it_was_stopped(folder, capsys):
     assert [line.rsplit(None, 1)[0] for line in (folder / "table.txt").read_text().splitlines()] == without_seconds
 
 
+def test_the_first_seed_may_be_another(folder, tmp_path):
+    """The runs of one seed are those of any comparison that has it."""
+    command = ["demo", "--smoke", "--workers", "1", "--seed", "1", "--seeds", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    first, second = (json.loads((out / "results.json").read_text()) for out in (folder, tmp_path / "out"))
+    assert (second["seeds"], second["command"]) == ([1], "python -m experiments demo --seed 1 --seeds 1 --smoke")
+    assert [row["tests"] for row in second["rows"]] == [row["tests"][1:] for row in first["rows"]]
+
+
 def test_wrong_arguments_are_refused(tmp_path, capsys):
     assert main(["demo", "--smoke", "--seeds", "0", "--out", str(tmp_path)]) == 2
     assert "argument --seeds: 0: give a whole number of at least 1" in capsys.readouterr().err
@@ -74,7 +83,7 @@ def test_a_check_that_fails_is_the_exit_status(folder, capsys, monkeypatch):
 @pytest.fixture
 def results(folder):
     """Results whose losses are made up: the chain closes a quarter of the gap."""
-    plan = demo.make_plan(folder, 2, smoke=True)
+    plan = demo.make_plan(folder, (0, 1), smoke=True)
     sweep = Sweep(folder, demo.run, demo.name)
     done = {cell: sweep.read(cell) for cell in plan.wanted({}) + [run.tested for run in plan.wanted({})]}
     done[plan.untouched] = {"test": 9.0}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_the_frontier_from_end_to_end(quick, tmp_path, capsys):
     assert main([*command[:-1], str(other), "--so-far"]) == 1
     assert "no arm is complete yet" in capsys.readouterr().err
     assert not list(other.glob("frontier-*"))
+
+
+def test_several_seeds_may_choose_a_rate(quick, tmp_path):
+    command = ["frontier", "--task", "slow", "--ranks", "2", "--seed", "3", "--seeds", "2", "--search-seeds", "2"]
+    command += ["--no-gate", "--methods", "lora", "chain-3", "--workers", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    outcomes = [json.loads(path.read_text()) for path in tmp_path.glob("cells/lora-r2*-dev-*/outcome.json")]
+    losses = defaultdict(dict)
+    for outcome in outcomes:
+        losses[outcome["cell"]["lr"]][outcome["cell"]["seed"]] = outcome["outcome"]["dev"]
+    assert len(losses) >= 3
+    assert all(set(of) == {3, 4} for of in losses.values())
+    row = json.loads((tmp_path / "frontier-slow-30.json").read_text())["rows"][0]
+    assert row["lr"] == min(losses, key=lambda lr: sum(losses[lr].values()))
 
 
 def test_a_single_seed_and_a_rate_at_an_edge_are_said_to_be_so(quick, tmp_path, capsys, monkeypatch):
