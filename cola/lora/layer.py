@@ -394,8 +394,6 @@ class AdaptedLayer(nn.Module):
         """The module that holds the weight and the link's Parameters, and the names of these."""
         return self, FACTORS
 
-    #: name of the weight in the module that holds it
-    weight_name = "weight"
     #: modules that share the weight, and read it with the link
     borrowers: Sequence[nn.Module] = ()
 

@@ -42,11 +42,6 @@ class ParameterView(nn.Module):
         return first, second
 
     @property
-    def weight_name(self) -> str:
-        """The parameter's name in its owner."""
-        return self.place[1]
-
-    @property
     def held(self) -> tuple[nn.Module, tuple[str, ...]]:
         """The owner, and the names of A and B in it."""
         return self.place[0], self.names
@@ -102,7 +97,6 @@ class LinkedParameter(AdaptedLayer):
     rank = _of_live("rank")
     allowed_ranks = _of_live("allowed_ranks")
     held = ParameterView.held
-    weight_name = ParameterView.weight_name
 
     @classmethod
     def parameter(cls, module: nn.Module) -> nn.Parameter | None:

@@ -57,7 +57,7 @@ NAMES = {
         nn.Module,
         "added attach borrowers detach entries factors form held holder is_transposed kind linear link looks_up "
         "lora_down lora_up matches matrix obstacle over parameter parts plain_class plain_weight put put_back "
-        "quantized refusal shape sides tie transposed weight_name",
+        "quantized refusal shape sides tie transposed",
     ),
 }
 
