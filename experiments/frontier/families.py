@@ -91,7 +91,7 @@ FAMILIES: Mapping[str, Family] = {
     "chain-10": Family("10 links, r = {r}", links(10), (style.BLUE, "--", "s")),
     "chain-20": Family("20 links, r = {r}", links(20), (style.GREEN, ":", "s")),
     "chain-30": Family("30 links, r = {r}", links(30), (style.PURPLE, "-.", "s")),
-    "b-random": Family("B alone, random A, r = {r}", b_alone("orthogonal", 1), (style.ORANGE, ":", "^")),
+    "b-random": Family("B alone, random A, r = {r}", b_alone("orthogonal", 1), (style.ORANGE, "--", "^")),
     "b-random-2": Family("B alone, random A, 2·{r}", b_alone("orthogonal"), (style.ORANGE, "--", "^")),
     RECOMMENDED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
     "b-reset": Family("the same, state reset", b_alone("selector", reset="state"), (style.SKY, "--", "D")),
@@ -101,7 +101,7 @@ FAMILIES: Mapping[str, Family] = {
     "b-gap": Family("the same, by gain", b_alone("selector", knots="gap"), (style.GREEN, ":", "D")),
     "chain-progress": Family("links by progress, r = {r}", links(60, "progress"), (style.BLUE, "-.", "s")),
     "galore": Family(
-        "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.PURPLE, ":", "v"), WEIGHTS,
+        "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.GREY, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,
     ),
     "peft": Family("LoRA of PEFT, r = {r}", peft_adapter("peft"), (style.GREY, "-", "o"), against="peft"),

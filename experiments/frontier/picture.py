@@ -27,14 +27,17 @@ def draw_frontier(found: Sequence[Row], unit: str, path: Path) -> None:
 
 def points(axes: Any, found: Sequence[Row], unit: str) -> None:
     """One curve per family over its ranks, and a point for full fine-tuning."""
+    shown = set[str]()
     for name in dict.fromkeys(family_of(row.arm) for row in found):
         rows = sorted((row for row in found if family_of(row.arm) == name), key=lambda row: row.state_bytes)
         (color, line, marker), label = _look(rows[0].arm)
         spread = [0.0 if math.isnan(row.test.low) else row.test.half_width for row in rows]
         axes.errorbar(
             [row.state_bytes / 1024 for row in rows], [row.test.mean for row in rows], yerr=spread, color=color,
-            linestyle=line, marker=marker, markersize=6, capsize=3, linewidth=1.4, label=label,
+            linestyle=line, marker=marker, markersize=6, capsize=3, linewidth=1.4,
+            label=None if label in shown else label,
         )  # fmt: skip
+        shown.add(label)  # "b-random" and "b-random-2" are one method, at r and at 2r
         for row in rows if name == "lora" else ():
             axes.annotate(
                 f"r = {row.arm.rpartition('-')[2]}", (row.state_bytes / 1024, row.test.mean), xytext=(7, 5),
@@ -96,5 +99,5 @@ def _look(arm: str) -> tuple[tuple[str, str, str], str]:
     family = family_of(arm)
     if family == FULL:
         return (style.GREY, "--", "X"), "full fine-tuning"
-    label = FAMILIES[family].label.partition(", r")[0].removesuffix(", 2·{r}")
+    label = FAMILIES[family].label.removesuffix(", r = {r}").removesuffix(", 2·{r}")
     return FAMILIES[family].look, f"chain: {label}" if FAMILIES[family].method(2).kind == "cola" else label

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 from collections import defaultdict
 
 import pytest
@@ -12,9 +13,11 @@ from torch import nn
 from cola import ChainOptimizer, LinkConfig, NeverKnots
 from experiments.__main__ import main
 from experiments.frontier import families
+from experiments.frontier.picture import points
 from experiments.frontier.tasks import TASKS, Gate, lasting
 from experiments.memory import trained_bytes
 from experiments.methods import Method
+from experiments.report.stats import t_interval
 from experiments.study.planted import Planted
 from experiments.tiny.loss import held_out_loss
 
@@ -151,6 +154,18 @@ def test_a_single_seed_and_a_rate_at_an_edge_are_said_to_be_so(quick, tmp_path, 
     command = ["map", "--task", "slow", "--ranks", "2", "--steps", "30", "--seeds", "1", "--workers", "1"]
     assert main([*command, "--methods", "chain-3", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("a rate at an edge") == 1
+
+
+def test_every_family_has_one_name_in_the_picture():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    test = t_interval((1.0, 1.1))
+    figure, axes = pyplot.subplots()
+    arms = families.arms([2], families.FAMILIES)
+    points(axes, [types.SimpleNamespace(arm=arm, state_bytes=1024, test=test) for arm in arms], "nats")
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    pyplot.close(figure)
+    assert len(names) == len(set(names)) == len(families.FAMILIES)  # full fine-tuning; random A at r and 2r is one
+    assert not [name for name in names if "{" in name or "·" in name]
 
 
 def test_the_map_from_end_to_end(quick, tmp_path, capsys):
