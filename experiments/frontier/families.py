@@ -87,7 +87,9 @@ RECOMMENDED = "b-selected"
 
 FAMILIES: Mapping[str, Family] = {
     "lora": Family("LoRA, r = {r}", one_link, (style.BLACK, "-", "o")),
-    "chain-3": Family("3 links, r = {r}", links(3), (style.SKY, ":", "s")),
+    "chain-2": Family("2 links, r = {r}", links(2), (style.GREY, "-.", "s")),
+    "chain-3": Family("3 links, r = {r}", links(3), (style.SKY, "-", "s")),
+    "chain-5": Family("5 links, r = {r}", links(5), (style.SKY, ":", "s")),
     "chain-10": Family("10 links, r = {r}", links(10), (style.BLUE, "--", "s")),
     "chain-20": Family("20 links, r = {r}", links(20), (style.GREEN, ":", "s")),
     "chain-30": Family("30 links, r = {r}", links(30), (style.PURPLE, "-.", "s")),

@@ -198,7 +198,7 @@ def test_the_map_from_end_to_end(quick, tmp_path, capsys):
         (["frontier", "--task", "demo", "--steps", "300000"], "--steps 300000: the text ends after "),
         (["map", "--task", "demo", "--steps", "300000"], "--steps 300000: the text ends after "),
         (["map", "--task", "slow", "--steps", "5"], "a link needs at least one step"),
-        (["map", "--task", "slow", "--methods", "lora"], "the map compares chains with LoRA, so give one of chain-3, "),
+        (["map", "--task", "slow", "--methods", "lora"], "the map compares chains with LoRA, so give one of chain-2, "),
         (["map", "--task", "slow", "--methods", "chain-3", "galore"], "so leave out galore (frontier takes it)"),
     ],
 )
