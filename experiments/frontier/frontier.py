@@ -32,7 +32,7 @@ from experiments.command_line import (
 from experiments.files import write_atomically
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
-from experiments.frontier.picture import draw_frontier
+from experiments.frontier.picture import draw_frontier, draw_lengths, lengths
 from experiments.frontier.tasks import TASKS, Gate, Task, lasting, require_text, room
 from experiments.report import style
 from experiments.study.cells import name, needs, run
@@ -128,6 +128,9 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"not complete yet, or diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
     print(style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path)))
+    by_links = lengths(found)
+    if max(map(len, by_links.values()), default=0) > 1:
+        print(style.picture(Path(f"{stem}-links.png"), lambda path: draw_lengths(by_links, task.unit, path)))
     return 1 if missing and not arguments.so_far else 0
 
 

@@ -1,9 +1,10 @@
-"""The pictures: the frontier, and the map of rank and steps."""
+"""The pictures of the frontier, of the number of links, and of the demo."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from experiments.frontier.families import FAMILIES, FULL, family_of
 from experiments.report import style
+from experiments.report.stats import Interval
 from experiments.study.comparison import Results, Row, inside
 
 
@@ -48,6 +50,53 @@ def points(axes: Any, found: Sequence[Row], unit: str) -> None:
     axes.set_xlabel("KiB of trained state (parameters, gradients, optimizer state)")
     axes.set_ylabel(f"held-out {unit}")
     axes.legend(frameon=False, fontsize=8.5)
+
+
+def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
+    """Of chains that train both factors in even links: rank -> number of links -> the paired difference from LoRA."""
+    of: dict[int, dict[int, Interval]] = {}
+    for row in found:
+        family = FAMILIES.get(family_of(row.arm))
+        if family is None or row.against is None:
+            continue
+        rank = int(row.arm.rpartition("-")[2])
+        method = family.method(rank)
+        if (method.kind, method.train, method.knots) == ("cola", "both", "even"):
+            of.setdefault(rank, {})[method.links] = row.against.difference
+    return of
+
+
+def draw_lengths(of: Mapping[int, Mapping[int, Interval]], unit: str, path: Path) -> None:
+    """Write the loss of chains minus LoRA's against their number of links as a PNG, a curve per rank.
+
+    Args:
+        of: see `lengths`.
+        unit: of the losses.
+        path: of the picture.
+    """
+    pyplot = style.pyplot()
+    looks = [(style.BLUE, "o"), (style.VERMILION, "s"), (style.GREEN, "^"), (style.PURPLE, "D"), (style.ORANGE, "v")]
+    with pyplot.rc_context(style.SETTINGS):
+        figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
+        axes.axhline(0, color=style.BLACK, linewidth=1.2, label="LoRA (one link)")
+        for (rank, differences), (color, marker) in zip(sorted(of.items()), itertools.cycle(looks)):
+            links = [1, *sorted(differences)]
+            intervals = [Interval(0.0, 0.0, 0.0), *(differences[count] for count in links[1:])]
+            spread = [0.0 if math.isnan(limits.low) else limits.half_width for limits in intervals]
+            axes.errorbar(
+                links, [limits.mean for limits in intervals], yerr=spread, color=color, marker=marker, markersize=6,
+                capsize=3, linewidth=1.4, label=f"r = {rank}",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        ticks = sorted({1, *(count for differences in of.values() for count in differences)})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("links, of equal length")
+        axes.set_ylabel(f"held-out {unit}, minus LoRA's")
+        axes.set_title("How many links? Below zero a chain beats LoRA of its memory", loc="left", fontsize=10)
+        axes.legend(frameon=False, fontsize=8.5)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
 
 
 def draw_demo(results: Results, found: Sequence[Row], path: Path) -> None:

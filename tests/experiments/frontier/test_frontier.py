@@ -13,7 +13,7 @@ from torch import nn
 from cola import ChainOptimizer, LinkConfig, NeverKnots
 from experiments.__main__ import main
 from experiments.frontier import families
-from experiments.frontier.picture import points
+from experiments.frontier.picture import lengths, points
 from experiments.frontier.tasks import TASKS, Gate, lasting
 from experiments.memory import trained_bytes
 from experiments.methods import Method
@@ -141,6 +141,21 @@ def test_several_seeds_may_choose_a_rate(quick, tmp_path):
     assert all(set(of) == {3, 4} for of in losses.values())
     row = json.loads((tmp_path / "frontier-slow-30.json").read_text())["rows"][0]
     assert row["lr"] == min(losses, key=lambda lr: sum(losses[lr].values()))
+
+
+def test_the_number_of_links_has_a_picture_where_there_are_several(quick, tmp_path, capsys):
+    command = ["frontier", "--task", "slow", "--ranks", "2", "--seeds", "1", "--no-gate", "--workers", "1"]
+    command += ["--out", str(tmp_path), "--methods"]
+    picture = tmp_path / "frontier-slow-30-links.png"
+    assert main([*command, "chain-3", "b-selected"]) == 0
+    assert not picture.exists()
+    assert main([*command, "chain-2", "chain-3", "b-selected"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in capsys.readouterr().out
+    rows = [types.SimpleNamespace(arm=arm, against=types.SimpleNamespace(difference=arm)) for arm in (
+        "lora-4", "chain-2-4", "chain-30-4", "b-selected-4", "chain-progress-4", "galore-4", "chain-3-16", "full"
+    )]  # fmt: skip
+    assert lengths(rows) == {4: {2: "chain-2-4", 30: "chain-30-4"}, 16: {3: "chain-3-16"}}
 
 
 def test_a_single_seed_and_a_rate_at_an_edge_are_said_to_be_so(quick, tmp_path, capsys, monkeypatch):
