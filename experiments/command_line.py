@@ -56,32 +56,34 @@ def positive(text: str) -> float:
     return value
 
 
-def add_seeds(parser: argparse.ArgumentParser, number: int, of: str = "number of seeds") -> None:
-    """The options that say which seeds are run.
+def seed(text: str) -> int:
+    """The type of an option that takes a seed, which NumPy and torch must both take: 0 to 2³² − 1."""
+    if not text.isdecimal() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0 to {(1 << 32) - 1}")
+    return int(text)
 
-    Args:
-        parser: of the command.
-        number: of seeds, by default.
-        of: what ``--seeds`` counts.
-    """
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
-    parser.add_argument("--seeds", type=count, default=number, metavar="N", help=of)
+
+def add_seeds(parser: argparse.ArgumentParser, number: int) -> None:
+    """The options that say which seeds are run; ``number`` of them by default."""
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seeds", type=count, default=number, metavar="N", help="number of seeds")
 
 
 def add_search_seeds(parser: argparse.ArgumentParser) -> None:
     """The option of a command that chooses learning rates."""
     parser.add_argument(
-        "--search-seeds", type=count, default=1, metavar="N", help="the first of the seeds, by which rates are chosen"
-    )
+        "--search-seeds", type=count, default=1, metavar="N",
+        help="how many of the seeds, from the first on, choose the rates",
+    )  # fmt: skip
 
 
 def seeds_of(arguments: argparse.Namespace) -> tuple[int, ...]:
-    """The seeds of `add_seeds`."""
+    """The seeds that ``--seed`` and ``--seeds`` name."""
     return tuple(range(arguments.seed, arguments.seed + arguments.seeds))
 
 
-def searched(seeds: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """The first of the seeds, by which learning rates are chosen.
+def search_seeds(seeds: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """The first seeds, on which learning rates are chosen.
 
     Args:
         seeds: of the comparison.
@@ -91,7 +93,7 @@ def searched(seeds: tuple[int, ...], number: int) -> tuple[int, ...]:
         ValueError: there are fewer seeds.
     """
     if number > len(seeds):
-        raise ValueError(f"--search-seeds {number}: there are {len(seeds)} seeds (--seeds), so give that or less")
+        raise ValueError(f"--search-seeds {number} exceeds the number of seeds, {len(seeds)} (--seeds)")
     return seeds[:number]
 
 

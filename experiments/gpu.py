@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.command_line import positive
+from experiments.command_line import positive, seed
 from experiments.files import locked, write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments gpu`."""
     parser.epilog = __doc__
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and draws")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of data and draws")
     parser.add_argument("--minutes", type=positive, default=8.0, metavar="M", help="for this call; the next goes on")
     parser.add_argument(
         "--model",

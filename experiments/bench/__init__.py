@@ -28,7 +28,7 @@ import torch
 
 from experiments.bench import compiled, cost, export, gpu, kinds, knot, layer, report, scaling, step, tie
 from experiments.bench.measure import CLOCKS, Row, Settings, warm_heap
-from experiments.command_line import count, positive
+from experiments.command_line import count, positive, seed
 from experiments.models import require
 from experiments.report.progress import Progress
 from experiments.tiny import tiny_opt
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments bench`."""
     parser.epilog = __doc__
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and of the order of runs")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of data and of the order of runs")
     parser.add_argument("--rows", nargs="+", metavar="NAME",
                         help="rows to measure, by the start of their names (default: all)")  # fmt: skip
     parser.add_argument("--seconds", type=positive, default=3.0, metavar="S", help="to spend on a comparison")

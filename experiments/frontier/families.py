@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from experiments.methods import Method
 from experiments.report import style
@@ -25,7 +26,7 @@ class Family:
     Attributes:
         label: with ``{r}`` for the rank.
         method: rank -> the method.
-        look: colour, line and marker in pictures.
+        look: colour, line and marker in pictures; no two have the same colour and marker.
         rates: to choose from.
         start: rank -> the rate with which a search begins.
         against: the family that it is compared with at every rank.
@@ -37,6 +38,11 @@ class Family:
     rates: tuple[float, ...] = ADAPTERS
     start: Callable[[int], float] = lambda rank: 1.6e-2 if rank <= 4 else 8e-3
     against: str = "lora"
+
+    @property
+    def name(self) -> str:
+        """The label without the rank."""
+        return self.label.removesuffix(", r = {r}").removesuffix(", 2·{r}")
 
     def arm(self, rank: int) -> Arm:
         """The method at this rank, compared with `against` of the same rank."""
@@ -82,6 +88,11 @@ def peft_adapter(kind: str) -> Callable[[int], Method]:
     return lambda rank: Method(kind, ranks=(rank,), alpha=rank)
 
 
+def _selected(what: str, look: tuple[str, str, str], **changes: Any) -> Family:
+    """A variant of B alone on selected inputs."""
+    return Family(f"B alone, selected inputs, {what}, 2·{{r}}", b_alone("selector", **changes), look)
+
+
 FULL = CEILING
 RECOMMENDED = "b-selected"
 
@@ -89,19 +100,19 @@ FAMILIES: Mapping[str, Family] = {
     "lora": Family("LoRA, r = {r}", one_link, (style.BLACK, "-", "o")),
     "chain-2": Family("2 links, r = {r}", links(2), (style.GREY, "-.", "s")),
     "chain-3": Family("3 links, r = {r}", links(3), (style.SKY, "-", "s")),
-    "chain-5": Family("5 links, r = {r}", links(5), (style.SKY, ":", "s")),
+    "chain-5": Family("5 links, r = {r}", links(5), (style.BLUE, "-", "P")),
     "chain-10": Family("10 links, r = {r}", links(10), (style.BLUE, "--", "s")),
     "chain-20": Family("20 links, r = {r}", links(20), (style.GREEN, ":", "s")),
     "chain-30": Family("30 links, r = {r}", links(30), (style.PURPLE, "-.", "s")),
     "b-random": Family("B alone, random A, r = {r}", b_alone("orthogonal", 1), (style.ORANGE, "--", "^")),
     "b-random-2": Family("B alone, random A, 2·{r}", b_alone("orthogonal"), (style.ORANGE, "--", "^")),
     RECOMMENDED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
-    "b-reset": Family("the same, state reset", b_alone("selector", reset="state"), (style.SKY, "--", "D")),
-    "b-30": Family("the same, 30 links", b_alone("selector", count=30), (style.GREEN, "--", "D")),
-    "b-plateau": Family("the same, by plateau", b_alone("selector", knots="plateau"), (style.GREY, ":", "D")),
-    "b-progress": Family("the same, by progress", b_alone("selector", knots="progress"), (style.BLUE, ":", "D")),
-    "b-gap": Family("the same, by gain", b_alone("selector", knots="gap"), (style.GREEN, ":", "D")),
-    "chain-progress": Family("links by progress, r = {r}", links(60, "progress"), (style.BLUE, "-.", "s")),
+    "b-reset": _selected("state reset", (style.SKY, "--", "D"), reset="state"),
+    "b-30": _selected("30 links", (style.GREEN, "--", "D"), count=30),
+    "b-plateau": _selected("by plateau", (style.GREY, ":", "D"), knots="plateau"),
+    "b-progress": _selected("by progress", (style.BLUE, ":", "D"), knots="progress"),
+    "b-gap": _selected("by gain", (style.PURPLE, ":", "D"), knots="gap"),
+    "chain-progress": Family("links by progress, r = {r}", links(60, "progress"), (style.BLUE, "-.", "h")),
     "galore": Family(
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.GREY, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,

@@ -6,6 +6,8 @@
 Every arm's learning rate is tuned by factors of two to an inner optimum on the development split, from a first rate and
 its two neighbours, on one seed or more (``--search-seeds``). All seeds are then run with it, and tested once. A run
 that was stopped goes on where it was.
+
+Where there are chains of several lengths, a second picture shows their losses against the number of links.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from experiments.command_line import (
     add_whereabouts,
     count,
     repeated,
-    searched,
+    search_seeds,
     seeds_of,
 )
 from experiments.files import write_atomically
@@ -127,10 +129,12 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         print(f"not complete yet, or diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
-    print(style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path)))
-    by_links = lengths(found)
-    if max(map(len, by_links.values()), default=0) > 1:
-        print(style.picture(Path(f"{stem}-links.png"), lambda path: draw_lengths(by_links, task.unit, path)))
+    drawn = style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path))
+    print(drawn)
+    by_links, second = lengths(found), Path(f"{stem}-links.png")
+    second.unlink(missing_ok=True)  # an earlier command's
+    if max(map(len, by_links.values()), default=0) > 1 and Path(drawn).exists():
+        print(style.picture(second, lambda path: draw_lengths(by_links, task.unit, path)))
     return 1 if missing and not arguments.so_far else 0
 
 
@@ -138,10 +142,10 @@ def plan_of(task: Task, chosen: Mapping[str, Any], arguments: argparse.Namespace
     """Arms on a task, each with a rate tuned on the first seeds.
 
     Raises:
-        ValueError: more seeds choose the rate than there are.
+        ValueError: `--search-seeds` exceeds `--seeds`.
     """
     rates, seeds = {name: arm.rates for name, arm in chosen.items()}, seeds_of(arguments)
-    return Plan(chosen, rates, searched(seeds, arguments.search_seeds), seeds, task, walk=True)
+    return Plan(chosen, rates, search_seeds(seeds, arguments.search_seeds), seeds, task, walk=True)
 
 
 def carry_out(plan: Plan, arguments: argparse.Namespace, cluster: Cluster | None) -> Results:

@@ -52,12 +52,10 @@ class Place:
     knots: float
     difference: Interval
     rates: tuple[float, float]
-    at_edge: bool = False  # in files written before it was recorded
+    at_edge: bool | None = None  # None: the file was written before it was recorded
 
     def __str__(self) -> str:
-        limits = self.difference
-        interval = "" if math.isnan(limits.low) else f" ({limits.low:+.3f} to {limits.high:+.3f})"
-        return f"{limits.mean:+.3f}{interval}" + ", a rate at an edge" * self.at_edge
+        return self.difference.signed(3) + (", a rate at an edge" if self.at_edge else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,15 +159,11 @@ def table(places: Sequence[Place], unit: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _short(family: str) -> str:
-    """The family without its ranks, such as ``10 links`` or ``B alone``."""
-    return FAMILIES[family].label.partition(",")[0]
-
-
 def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
     """Write the maps side by side as a PNG: blue where the best chain is below LoRA, red where it is above.
 
-    The number is the difference with half its interval; it is bold where the interval leaves out zero.
+    The number is the difference with half its interval; it is bold where the interval leaves out zero and no rate is at
+    an edge of its grid, which an asterisk marks.
     """
     pyplot = style.pyplot()
     with pyplot.rc_context(style.SETTINGS):
@@ -177,7 +171,8 @@ def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
             1, len(maps), figsize=(1 + 4.6 * len(maps), 4.2), layout="constrained", squeeze=False
         )
         figure.suptitle(
-            "Does a chain beat LoRA of the same memory? Blue: its loss is lower; red: higher; bold: sure (95 %)",
+            "Does a chain beat LoRA of the same memory?\nBlue: its loss is lower; red: higher; bold: sure (95 %)"
+            + "; *: a rate at an edge" * any(place.at_edge for places in maps.values() for place in places),
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip
         for axes, (task, places) in zip(panels[0], maps.items()):
@@ -187,11 +182,12 @@ def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
             for place in places:
                 x, y, limits = lengths.index(place.steps), ranks.index(place.rank), place.difference
                 grid[y][x] = limits.mean
-                sure = limits.low > 0 or limits.high < 0
+                sure = (limits.low > 0 or limits.high < 0) and not place.at_edge
+                name = FAMILIES[place.family].name.replace(", ", ",\n")
                 axes.annotate(
                     f"{limits.mean:+.3f}".replace("-", "−")
                     + ("" if math.isnan(limits.low) else f" ± {limits.half_width:.3f}")
-                    + f"\n{_short(place.family)}", (x, y), ha="center", va="center", fontsize=8,
+                    + f"{'*' if place.at_edge else ''}\n{name}", (x, y), ha="center", va="center", fontsize=8,
                     weight="bold" if sure else "normal",
                 )  # fmt: skip
             axes.imshow(grid, cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest, aspect="auto", origin="lower")

@@ -15,6 +15,9 @@ from experiments.report import style
 from experiments.report.stats import Interval
 from experiments.study.comparison import Results, Row, inside
 
+LINES = ("-", "--", ":", "-.")
+"""Of curves, where colours and markers are used up."""
+
 
 def draw_frontier(found: Sequence[Row], unit: str, path: Path) -> None:
     """Write held-out loss against bytes of trained state as a PNG, with 95 % intervals over seeds."""
@@ -53,7 +56,7 @@ def points(axes: Any, found: Sequence[Row], unit: str) -> None:
 
 
 def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
-    """Of chains that train both factors in even links: rank -> number of links -> the paired difference from LoRA."""
+    """Paired differences from LoRA of chains of equal links that train both factors: rank -> number of links -> it."""
     of: dict[int, dict[int, Interval]] = {}
     for row in found:
         family = FAMILIES.get(family_of(row.arm))
@@ -66,34 +69,38 @@ def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
     return of
 
 
-def draw_lengths(of: Mapping[int, Mapping[int, Interval]], unit: str, path: Path) -> None:
+def draw_lengths(differences: Mapping[int, Mapping[int, Interval]], unit: str, path: Path) -> None:
     """Write the loss of chains minus LoRA's against their number of links as a PNG, a curve per rank.
 
+    Bars are 95 % intervals over seeds. A curve has a gap where a number of links is missing.
+
     Args:
-        of: see `lengths`.
+        differences: see `lengths`.
         unit: of the losses.
         path: of the picture.
     """
     pyplot = style.pyplot()
     looks = [(style.BLUE, "o"), (style.VERMILION, "s"), (style.GREEN, "^"), (style.PURPLE, "D"), (style.ORANGE, "v")]
+    counts = sorted({1, *(count for of in differences.values() for count in of)})
+    missing = Interval(math.nan, math.nan, math.nan)
     with pyplot.rc_context(style.SETTINGS):
         figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
         axes.axhline(0, color=style.BLACK, linewidth=1.2, label="LoRA (one link)")
-        for (rank, differences), (color, marker) in zip(sorted(of.items()), itertools.cycle(looks)):
-            links = [1, *sorted(differences)]
-            intervals = [Interval(0.0, 0.0, 0.0), *(differences[count] for count in links[1:])]
+        for (rank, of), (line, (color, marker)) in zip(sorted(differences.items()), itertools.product(LINES, looks)):
+            intervals = [Interval(0.0, 0.0, 0.0), *(of.get(count, missing) for count in counts[1:])]
             spread = [0.0 if math.isnan(limits.low) else limits.half_width for limits in intervals]
             axes.errorbar(
-                links, [limits.mean for limits in intervals], yerr=spread, color=color, marker=marker, markersize=6,
-                capsize=3, linewidth=1.4, label=f"r = {rank}",
+                counts, [limits.mean for limits in intervals], yerr=spread, color=color, linestyle=line, marker=marker,
+                markersize=6, capsize=3, linewidth=1.4, label=f"r = {rank}",
             )  # fmt: skip
         axes.set_xscale("log")
-        ticks = sorted({1, *(count for differences in of.values() for count in differences)})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("links, of equal length")
         axes.set_ylabel(f"held-out {unit}, minus LoRA's")
-        axes.set_title("How many links? Below zero a chain beats LoRA of its memory", loc="left", fontsize=10)
+        axes.set_title(
+            "How many links? Below zero, a chain beats LoRA of the same memory (bars: 95 %)", loc="left", fontsize=10
+        )
         axes.legend(frameon=False, fontsize=8.5)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
@@ -148,5 +155,5 @@ def _look(arm: str) -> tuple[tuple[str, str, str], str]:
     family = family_of(arm)
     if family == FULL:
         return (style.GREY, "--", "X"), "full fine-tuning"
-    label = FAMILIES[family].label.removesuffix(", r = {r}").removesuffix(", 2·{r}")
-    return FAMILIES[family].look, f"chain: {label}" if FAMILIES[family].method(2).kind == "cola" else label
+    name = FAMILIES[family].name
+    return FAMILIES[family].look, f"chain: {name}" if FAMILIES[family].method(2).kind == "cola" else name

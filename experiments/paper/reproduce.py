@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import hardware, models
-from experiments.command_line import add_whereabouts, count, repeated, searched
+from experiments.command_line import add_whereabouts, count, repeated, search_seeds, seed
 from experiments.methods import QUERY_AND_VALUE
 from experiments.paper import cells, flops, score_table, tables
 from experiments.paper.cells import Cell
@@ -57,7 +57,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that tables and figures share."""
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="folder to write")
     parser.add_argument("--model", metavar="MODEL", help="a folder, a hub name, tiny or smollm2 (default: the paper's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="the first seed")
     parser.add_argument("--seeds", type=count, metavar="N", help="number of seeds (default: 5; 2 with --smoke)")
     add_whereabouts(parser)
     parser.add_argument("--tensorboard", action="store_true", help="also write OUT/tensorboard")
@@ -71,8 +71,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--rates", type=count, metavar="N",
                       help="how many of a line's learning rates to try, from the largest (default: all)")  # fmt: skip
     part.add_argument(
-        "--search-seeds", type=count, metavar="N", help="seeds over which a rate is judged (default: all)"
-    )
+        "--search-seeds", type=count, metavar="N",
+        help="how many of the seeds, from the first on, choose the rates (default: all; 1 with --smoke)",
+    )  # fmt: skip
     for size, what in (("train", "training"), ("dev", "development"), ("test", "test")):
         part.add_argument(
             f"--{size}", type=count, metavar="N", help=f"at most so many {what} examples (default: the paper's)"
@@ -200,7 +201,7 @@ def make_setting(table: PaperTable, arguments: argparse.Namespace) -> Setting:
     setting = replace(
         base,
         seeds=seeds,
-        search_seeds=searched(seeds, search) if search else None,
+        search_seeds=search_seeds(seeds, search) if search else None,
         tasks=tuple(arguments.tasks) if arguments.tasks else None,
         labels=tuple(arguments.lines) if arguments.lines else None,
         **cells.circumstances(arguments),

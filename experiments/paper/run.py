@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from experiments import tasks
-from experiments.command_line import add_offline, count, positive
+from experiments.command_line import add_offline, count, positive, seed
 from experiments.methods import BASES, KINDS, NAMED_KNOTS, OUTSIDE_TRAINER, Method
 from experiments.paper import cells, tables
 from experiments.paper.cells import Cell
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="facebook/opt-1.3b", metavar="MODEL", help="a folder, a hub name, tiny or smollm2"
     )
     parser.add_argument("--task", required=True, metavar="TASK", help=f"one of {', '.join(tasks.TASKS)}")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and draws")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of data and draws")
 
     method = parser.add_argument_group("method")
     method.add_argument(

@@ -30,6 +30,11 @@ class Interval:
         """Half the distance between the limits."""
         return (self.high - self.low) / 2
 
+    def signed(self, digits: int) -> str:
+        """As a difference, such as ``-0.04 (-0.05 to -0.03)``; without limits where there are none."""
+        mean, low, high = (f"{value:+.{digits}f}" for value in (self.mean, self.low, self.high))
+        return mean if math.isnan(self.low) else f"{mean} ({low} to {high})"
+
 
 @dataclass(frozen=True)
 class Paired:

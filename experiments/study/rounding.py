@@ -66,7 +66,7 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m experiments rounding`."""
     parser.add_argument("--out", type=Path, default=Path("runs/rounding"), metavar="DIR", help="folder to write")
-    add_seeds(parser, 5, "runs per cell")
+    add_seeds(parser, 5)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="storage of the weights")
     parser.add_argument("--links", nargs="+", type=count, default=[3, 24], metavar="N", help="chain lengths")
     parser.add_argument("--lr", nargs="+", type=positive, default=[1e-4, 2e-3], metavar="RATE",
@@ -172,8 +172,7 @@ def table(results: dict[Cell, Measured], arguments: argparse.Namespace) -> list[
             if rounding == EXACT:
                 shown = f"{mean[0]:.4f} itself"
             else:
-                interval = stats.t_interval([a.bits - b.bits for a, b in zip(ours, exact)])
-                shown = f"{interval.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+                shown = stats.t_interval([a.bits - b.bits for a, b in zip(ours, exact)]).signed(4)
             lines.append(
                 f"| {dtype} | {links} | {lr:g} | {mean[1]:.1e} | {rounding} | {shown} | {mean[2]:.3f} | {mean[3]:.3f} |"
             )

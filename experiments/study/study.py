@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.command_line import add_search_seeds, add_seeds, add_whereabouts, count, searched, seeds_of
+from experiments.command_line import add_search_seeds, add_seeds, add_whereabouts, count, search_seeds, seeds_of
 from experiments.files import write_atomically
 from experiments.methods import QUERY_AND_VALUE
 from experiments.study import control
@@ -113,12 +113,13 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     names = arguments.arms or list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--arms {' '.join(unknown)}: choose from {', '.join(known)}")
+    chooses = search_seeds(seeds, arguments.search_seeds)
     if arguments.smoke:
-        names, seeds = arguments.arms or ["lora", "cola-2"], seeds[:2]
+        names, seeds, chooses = arguments.arms or ["lora", "cola-2"], seeds[:2], chooses[:2]
         setting = replace(setting, epochs=2, train=4, held_out=2, context=16, batch_size=2, train_bytes=None)
     arms = {name: known[name] for name in names}
     rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
-    return Plan(arms, rates, searched(seeds, arguments.search_seeds), seeds, setting, walk=True)
+    return Plan(arms, rates, chooses, seeds, setting, walk=True)
 
 
 def as_json(row: Row) -> dict[str, Any]:

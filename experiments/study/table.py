@@ -77,10 +77,7 @@ def _rate(row: Row) -> str:
 
 
 def _difference(row: Row) -> str:
-    if row.against is None:
-        return ""
-    limits = row.against.difference
-    return f"{limits.mean:+.4f}" + ("" if math.isnan(limits.low) else f" ({limits.low:+.4f} to {limits.high:+.4f})")
+    return "" if row.against is None else row.against.difference.signed(4)
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import OPTConfig, OPTForCausalLM
 
-from experiments.command_line import count, positive
+from experiments.command_line import count, positive, seed
 from experiments.hardware import describe_processor
 from experiments.report.progress import Progress
 from experiments.tiny import corpus, tiny_opt
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = Recipe()
     parser.add_argument("--text", choices=list(MODELS), default="code", help="what it reads")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-opt"), metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=recipe.seed, metavar="N", help="of initialisation and order")
+    parser.add_argument("--seed", type=seed, default=recipe.seed, metavar="N", help="of initialisation and order")
     parser.add_argument("--steps", type=count, default=recipe.steps, metavar="N", help="optimizer steps")
     parser.add_argument("--lr", type=positive, default=recipe.lr, metavar="RATE", help="Muon's peak learning rate")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="CPU threads")

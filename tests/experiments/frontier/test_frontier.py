@@ -152,6 +152,8 @@ def test_the_number_of_links_has_a_picture_where_there_are_several(quick, tmp_pa
     assert main([*command, "chain-2", "chain-3", "b-selected"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in capsys.readouterr().out
+    assert main([*command, "chain-3"]) == 0
+    assert not picture.exists()  # it would show another command's arms
     rows = [types.SimpleNamespace(arm=arm, against=types.SimpleNamespace(difference=arm)) for arm in (
         "lora-4", "chain-2-4", "chain-30-4", "b-selected-4", "chain-progress-4", "galore-4", "chain-3-16", "full"
     )]  # fmt: skip
@@ -181,6 +183,8 @@ def test_every_family_has_one_name_in_the_picture():
     pyplot.close(figure)
     assert len(names) == len(set(names)) == len(families.FAMILIES)  # full fine-tuning; random A at r and 2r is one
     assert not [name for name in names if "{" in name or "·" in name]
+    looks = {family.name: (family.look[0], family.look[2]) for family in families.FAMILIES.values()}
+    assert len(set(looks.values())) == len(looks)
 
 
 def test_the_map_from_end_to_end(quick, tmp_path, capsys):
