@@ -94,7 +94,7 @@ def _selected(what: str, look: tuple[str, str, str], **changes: Any) -> Family:
 
 
 FULL = CEILING
-RECOMMENDED = "b-selected"
+SELECTED = "b-selected"
 
 FAMILIES: Mapping[str, Family] = {
     "lora": Family("LoRA, r = {r}", one_link, (style.BLACK, "-", "o")),
@@ -108,7 +108,7 @@ FAMILIES: Mapping[str, Family] = {
     "chain-30": Family("30 links, r = {r}", links(30), (style.PURPLE, "-.", "s")),
     "b-random": Family("B alone, random A, r = {r}", b_alone("orthogonal", 1), (style.ORANGE, "--", "^")),
     "b-random-2": Family("B alone, random A, 2·{r}", b_alone("orthogonal"), (style.ORANGE, "--", "^")),
-    RECOMMENDED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
+    SELECTED: Family("B alone, selected inputs, 2·{r}", b_alone("selector"), (style.VERMILION, "-", "D")),
     "b-reset": _selected("state reset", (style.SKY, "--", "D"), reset="state"),
     "b-30": _selected("30 links", (style.GREEN, "--", "D"), count=30),
     "b-plateau": _selected("by plateau", (style.GREY, ":", "D"), knots="plateau"),

@@ -44,7 +44,7 @@ from experiments.study.table import frontier_table
 from experiments.sweep import Cluster, Sweep, SweepError, gather, requested
 from experiments.tiny import tiny_opt
 
-USUAL = ("lora", "chain-10", families.RECOMMENDED)
+USUAL = ("lora", "chain-5", families.SELECTED)
 """The families that are compared if none are named."""
 UNTOLD = (*WHEREABOUTS, "out", "so_far")
 """The options that a recorded command leaves out, because results do not depend on them."""

@@ -171,7 +171,8 @@ def draw(maps: Mapping[str, Sequence[Place]], path: Path) -> None:
             1, len(maps), figsize=(1 + 4.6 * len(maps), 4.2), layout="constrained", squeeze=False
         )
         figure.suptitle(
-            "Does a chain beat LoRA of the same memory?\nBlue: its loss is lower; red: higher; bold: sure (95 %)"
+            "Does a chain beat LoRA of the same memory?\n"
+            "Blue: its loss is lower; red: higher; bold: the 95 % interval excludes 0"
             + "; *: a rate at an edge" * any(place.at_edge for places in maps.values() for place in places),
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip

@@ -72,7 +72,7 @@ def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
 def draw_lengths(differences: Mapping[int, Mapping[int, Interval]], unit: str, path: Path) -> None:
     """Write the loss of chains minus LoRA's against their number of links as a PNG, a curve per rank.
 
-    Bars are 95 % intervals over seeds. A curve has a gap where a number of links is missing.
+    Bars are 95 % intervals over seeds. Markers are the numbers of links that were run at this rank.
 
     Args:
         differences: see `lengths`.
@@ -82,15 +82,15 @@ def draw_lengths(differences: Mapping[int, Mapping[int, Interval]], unit: str, p
     pyplot = style.pyplot()
     looks = [(style.BLUE, "o"), (style.VERMILION, "s"), (style.GREEN, "^"), (style.PURPLE, "D"), (style.ORANGE, "v")]
     counts = sorted({1, *(count for of in differences.values() for count in of)})
-    missing = Interval(math.nan, math.nan, math.nan)
     with pyplot.rc_context(style.SETTINGS):
         figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
         axes.axhline(0, color=style.BLACK, linewidth=1.2, label="LoRA (one link)")
         for (rank, of), (line, (color, marker)) in zip(sorted(differences.items()), itertools.product(LINES, looks)):
-            intervals = [Interval(0.0, 0.0, 0.0), *(of.get(count, missing) for count in counts[1:])]
+            links = [1, *sorted(of)]
+            intervals = [Interval(0.0, 0.0, 0.0), *(of[count] for count in links[1:])]
             spread = [0.0 if math.isnan(limits.low) else limits.half_width for limits in intervals]
             axes.errorbar(
-                counts, [limits.mean for limits in intervals], yerr=spread, color=color, linestyle=line, marker=marker,
+                links, [limits.mean for limits in intervals], yerr=spread, color=color, linestyle=line, marker=marker,
                 markersize=6, capsize=3, linewidth=1.4, label=f"r = {rank}",
             )  # fmt: skip
         axes.set_xscale("log")

@@ -118,7 +118,7 @@ def test_the_frontier_from_end_to_end(quick, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "three times the rank closes" in shown
     written = json.loads((tmp_path / "frontier-slow-30.json").read_text())
-    assert [row["arm"] for row in written["rows"]] == ["lora-2", "chain-10-2", "b-selected-2", "lora-6", "full"]
+    assert [row["arm"] for row in written["rows"]] == ["lora-2", "chain-5-2", "b-selected-2", "lora-6", "full"]
     assert (tmp_path / "frontier-slow-30.md").read_text().strip() in shown
     assert (tmp_path / "frontier-slow-30.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--so-far"]) == 0
