@@ -109,9 +109,18 @@ def peft_settings(model):
     """What PEFT notes on its modules, as text."""
     kinds, tables = (bool, int, float, str, list, dict, type(None)), vars(nn.Module()).keys() - {"training"}
     return [
-        {name: repr(value) for name, value in vars(m).items() if isinstance(value, kinds) and name not in tables}
+        {name: as_text(value) for name, value in vars(m).items() if isinstance(value, kinds) and name not in tables}
         for m in model.modules()
     ]
+
+
+def as_text(value):
+    """Its repr, with sets in order: a copy of a set may list its members otherwise."""
+    if hasattr(value, "to_dict"):
+        return as_text(value.to_dict())
+    if isinstance(value, dict):
+        return repr({name: as_text(item) for name, item in value.items()})
+    return repr(sorted(value) if isinstance(value, set) else value)
 
 
 @pytest.mark.parametrize("call", PEFT_CALLS)
