@@ -20,7 +20,7 @@ from pathlib import Path
 from experiments.command_line import add_seeds, count, repeated, seeds_of
 from experiments.files import write_atomically
 from experiments.frontier import families
-from experiments.frontier.families import FULL, lora
+from experiments.frontier.families import FULL, SELECTED, lora
 from experiments.frontier.frontier import gates, record
 from experiments.frontier.picture import draw_demo
 from experiments.frontier.tasks import TASKS
@@ -37,13 +37,10 @@ from experiments.tiny import tiny_opt
 RANK = 4
 """Of the LoRA whose bytes the chain has."""
 
-CHAIN_OF_FOUR = "chain-4"
-"""As many plain links as make their ranks add up to a quarter of the width, 64."""
-
-CHAINED = f"{CHAIN_OF_FOUR}-{RANK}"
-
-RATES = {lora(RANK): 3.2e-2, lora(3 * RANK): 1.6e-2, CHAINED: 1.6e-2, FULL: 8e-3}
+RATES = {lora(RANK): 3.2e-2, lora(3 * RANK): 1.6e-2, f"{SELECTED}-{RANK}": 1.6e-2, FULL: 8e-3}
 """The recorded best learning rates (RESULTS.md)."""
+
+CHAINED = f"{SELECTED}-{RANK}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def make_plan(out: Path, seeds: tuple[int, ...], *, smoke: bool = False) -> Plan:
-    """LoRA, LoRA of three times the rank, the chain of four links, full fine-tuning.
+    """LoRA, LoRA of three times the rank, the chain of B alone, full fine-tuning.
 
     Args:
         out: a small model goes there for a trial.
@@ -121,7 +118,7 @@ def make_plan(out: Path, seeds: tuple[int, ...], *, smoke: bool = False) -> Plan
     Raises:
         FileNotFoundError: the model is missing.
     """
-    offered = families.arms([RANK], [CHAIN_OF_FOUR])
+    offered = families.arms([RANK], [SELECTED])
     chosen = {name: replace(offered[name], rates=(rate,), start=rate) for name, rate in RATES.items()}
     setting = TASKS["demo"]
     assert isinstance(setting, Setting)

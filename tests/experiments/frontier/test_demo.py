@@ -34,7 +34,7 @@ def test_from_end_to_end(folder, capsys):
     assert (written["seeds"], written["steps"]) == ([0, 1], 20)
     assert all(check["holds"] for check in written["checks"])
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert len(Chain.load(folder / "chain")) == 4
+    assert len(Chain.load(folder / "chain")) == 15
 
 
 def test_it_goes_on_where_it_was_stopped(folder, capsys):
