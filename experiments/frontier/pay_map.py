@@ -74,7 +74,8 @@ def main(arguments: argparse.Namespace) -> int:
         require_chains(arguments.methods)
         chosen = families.arms(arguments.ranks, ["lora", *arguments.methods], gate=False)
         task, cluster = task_of(arguments), requested(arguments)
-        plans = {steps: plan_of(lasting(task, steps, room(task)), chosen, arguments) for steps in arguments.steps}
+        blocks = room(task)
+        plans = {steps: plan_of(lasting(task, steps, blocks), chosen, arguments) for steps in arguments.steps}
         for steps, plan in plans.items():
             plan.require_possible("--ranks, --steps or --methods")
             require_text(plan.setting, steps)

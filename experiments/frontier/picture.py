@@ -36,12 +36,9 @@ def points(axes: Any, found: Sequence[Row], unit: str) -> None:
     for name in dict.fromkeys(family_of(row.arm) for row in found):
         rows = sorted((row for row in found if family_of(row.arm) == name), key=lambda row: row.state_bytes)
         (color, line, marker), label = _look(rows[0].arm)
-        spread = [0.0 if math.isnan(row.test.low) else row.test.half_width for row in rows]
-        axes.errorbar(
-            [row.state_bytes / 1024 for row in rows], [row.test.mean for row in rows], yerr=spread, color=color,
-            linestyle=line, marker=marker, markersize=6, capsize=3, linewidth=1.4,
-            label=None if label in shown else label,
-        )  # fmt: skip
+        sizes = [row.state_bytes / 1024 for row in rows]
+        look = {"color": color, "linestyle": line, "marker": marker, "label": None if label in shown else label}
+        _curve(axes, sizes, [row.test for row in rows], **look)
         shown.add(label)  # "b-random" and "b-random-2" are one method, at r and at 2r
         for row in rows if name == "lora" else ():
             axes.annotate(
@@ -53,6 +50,13 @@ def points(axes: Any, found: Sequence[Row], unit: str) -> None:
     axes.set_xlabel("KiB of trained state (parameters, gradients, optimizer state)")
     axes.set_ylabel(f"held-out {unit}")
     axes.legend(frameon=False, fontsize=8.5)
+
+
+def _curve(axes: Any, x: Sequence[float], intervals: Sequence[Interval], **look: Any) -> None:
+    """Means with bars for their limits, where there are limits."""
+    spread = [0.0 if math.isnan(limits.low) else limits.half_width for limits in intervals]
+    means = [limits.mean for limits in intervals]
+    axes.errorbar(x, means, yerr=spread, markersize=6, capsize=3, linewidth=1.4, **look)
 
 
 def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
@@ -88,11 +92,7 @@ def draw_lengths(differences: Mapping[int, Mapping[int, Interval]], unit: str, p
         for (rank, of), (line, (color, marker)) in zip(sorted(differences.items()), itertools.product(LINES, looks)):
             links = [1, *sorted(of)]
             intervals = [Interval(0.0, 0.0, 0.0), *(of[count] for count in links[1:])]
-            spread = [0.0 if math.isnan(limits.low) else limits.half_width for limits in intervals]
-            axes.errorbar(
-                links, [limits.mean for limits in intervals], yerr=spread, color=color, linestyle=line, marker=marker,
-                markersize=6, capsize=3, linewidth=1.4, label=f"r = {rank}",
-            )  # fmt: skip
+            _curve(axes, links, intervals, color=color, linestyle=line, marker=marker, label=f"r = {rank}")
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
