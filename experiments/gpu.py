@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.command_line import positive, seed
-from experiments.files import locked, write_atomically
+from experiments.files import locked, write_atomically, write_json
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -302,7 +302,7 @@ def carry_out(out: Path, stage: Stage, setting: dict[str, Any], limit: float) ->
         "stops": stopped + (code is None),
         "output": output[-16000:],
     }
-    write_atomically(out / f"{stage.name}.json", json.dumps(record, indent=1) + "\n")
+    write_json(out / f"{stage.name}.json", record)
     return record
 
 

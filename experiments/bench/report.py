@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ import torch
 
 from experiments.bench import cost, scaling
 from experiments.bench.measure import Row, Settings
+from experiments.files import write_json
 from experiments.hardware import describe_gpu, describe_processor, versions
 
 #: the files that every run writes
@@ -28,7 +28,7 @@ def write(rows: Sequence[Row], settings: Settings, arguments: argparse.Namespace
         "minutes": minutes, "settings": asdict(settings),
         "rows": [asdict(row) | {"reached": row.reached, "out_of_reach": row.out_of_reach} for row in rows],
     }  # fmt: skip
-    (arguments.out / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
+    write_json(arguments.out / "bench.json", written)
     curves = [scaling.Curve(**row.details) for row in rows if row.name.startswith("scaling/")]  # type: ignore[arg-type]
     if curves:
         scaling.draw(curves, arguments.out / "scaling.png")

@@ -7,7 +7,6 @@ the frontier, at recorded learning rates. It can be stopped, and goes on when it
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -18,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from experiments.command_line import add_seeds, count, repeated, seeds_of
-from experiments.files import write_atomically
+from experiments.files import write_atomically, write_json
 from experiments.frontier import families
 from experiments.frontier.families import FULL, SELECTED, lora
-from experiments.frontier.frontier import gates, record
+from experiments.frontier.frontier import gates
 from experiments.frontier.picture import draw_demo
 from experiments.frontier.tasks import TASKS
 from experiments.hardware import cores
@@ -29,6 +28,7 @@ from experiments.report import style
 from experiments.report.progress import Progress
 from experiments.study.cells import CHAIN, StudyCell, name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
+from experiments.study.record import record
 from experiments.study.setting import Setting
 from experiments.study.table import demo_table
 from experiments.sweep import Outcome, Sweep, SweepError
@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
     written = record(plan, found, repeated("demo", add_arguments, arguments, without=("out", "workers")))
     written |= {"checks": [asdict(check) for check in verdicts], "untouched": results.untouched}
     written |= {"minutes": round(minutes, 1), "cpu_minutes": round(cpu_minutes, 1), "processes": arguments.workers}
-    write_atomically(arguments.out / "results.json", json.dumps(written, indent=1) + "\n")
+    write_json(arguments.out / "results.json", written)
     write_atomically(arguments.out / "table.txt", demo_table(found) + "\n")
     _keep_chain(results, sweep, arguments.out / "chain")
     print(f"\nuntouched model: {results.untouched:.4f} bits per byte on held-out files\n\n{demo_table(found)}\n")

@@ -13,14 +13,12 @@ Where there are chains of several lengths, a second picture shows their losses a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import hardware
 from experiments.command_line import (
     WHEREABOUTS,
     add_search_seeds,
@@ -31,7 +29,7 @@ from experiments.command_line import (
     search_seeds,
     seeds_of,
 )
-from experiments.files import write_atomically
+from experiments.files import write_atomically, write_json
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, FULL, lora
 from experiments.frontier.picture import draw_frontier, draw_lengths, lengths
@@ -39,6 +37,7 @@ from experiments.frontier.tasks import TASKS, Gate, Task, lasting, require_text,
 from experiments.report import style
 from experiments.study.cells import name, needs, run
 from experiments.study.comparison import Plan, Results, Row, rows
+from experiments.study.record import record
 from experiments.study.setting import Setting
 from experiments.study.table import frontier_table
 from experiments.sweep import Cluster, Sweep, SweepError, gather, requested
@@ -123,18 +122,17 @@ def main(arguments: argparse.Namespace) -> int:
     stem = arguments.out / f"frontier-{arguments.task}-{task.steps()}"
     write_atomically(stem.with_suffix(".md"), "\n\n".join(shown) + "\n")
     command = repeated("frontier", add_arguments, arguments, without=UNTOLD)
-    write_atomically(stem.with_suffix(".json"), json.dumps(record(plan, found, command), indent=1) + "\n")
+    write_json(stem.with_suffix(".json"), record(plan, found, command))
     print("\n\n".join(shown))
     missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
     if missing:
         print(f"not complete yet, or diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
-    drawn = style.picture(stem.with_suffix(".png"), lambda path: draw_frontier(found, task.unit, path))
-    print(drawn)
-    by_links, second = lengths(found), Path(f"{stem}-links.png")
-    second.unlink(missing_ok=True)  # an earlier command's
-    if max(map(len, by_links.values()), default=0) > 1 and Path(drawn).exists():
-        print(style.picture(second, lambda path: draw_lengths(by_links, task.unit, path)))
+    pictures = {".png": lambda path: draw_frontier(found, task.unit, path)}
+    if max(map(len, (by_links := lengths(found)).values()), default=0) > 1:
+        pictures["-links.png"] = lambda path: draw_lengths(by_links, task.unit, path)
+    Path(f"{stem}-links.png").unlink(missing_ok=True)  # an earlier command's
+    print("\n".join(dict.fromkeys(style.picture(Path(f"{stem}{end}"), draw) for end, draw in pictures.items())))
     return 1 if missing and not arguments.so_far else 0
 
 
@@ -179,29 +177,3 @@ def gates(found: Sequence[Row], ranks: Sequence[int], per_nat: float) -> list[st
             gap = means[lora(rank)] - means[FULL]
             said.append(f"r = {rank}: {Gate(gap, (means[lora(rank)] - means[lora(3 * rank)]) / gap)}")
     return said
-
-
-def record(plan: Plan, found: Sequence[Row], command: str) -> dict[str, Any]:
-    """The results as JSON values."""
-    return {
-        "command": command,
-        "commit": hardware.commit(),
-        "hardware": hardware.describe_processor(),
-        "versions": hardware.versions("torch", "transformers"),
-        "setting": asdict(plan.setting),
-        "steps": plan.setting.steps(),
-        "seeds": plan.seeds,
-        "rows": [
-            {
-                "arm": row.arm,
-                "reference": row.reference,
-                "lr": row.lr,
-                "tests": row.tests,
-                "state_bytes": row.state_bytes,
-                "seconds": row.seconds,
-                "knots": row.knots,
-                "against": None if row.against is None else asdict(row.against),
-            }
-            for row in found
-        ],
-    }

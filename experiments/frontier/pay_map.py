@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments import hardware
 from experiments.command_line import count, repeated
-from experiments.files import write_atomically
+from experiments.files import write_atomically, write_json
 from experiments.frontier import families
 from experiments.frontier.families import FAMILIES, lora
 from experiments.frontier.frontier import UNTOLD, add_sweep, add_task, carry_out, plan_of, task_of
@@ -96,9 +97,9 @@ def main(arguments: argparse.Namespace) -> int:
     stem = arguments.out / f"map-{arguments.task}"
     shown = table(places, task.unit)
     command = repeated("map", add_arguments, arguments, without=UNTOLD)
-    written = {"command": command, "unit": task.unit, "places": [asdict(place) for place in places]}
+    written = {"command": command, **hardware.provenance(), "unit": task.unit, "places": list(map(asdict, places))}
     write_atomically(stem.with_suffix(".md"), shown + "\n")
-    write_atomically(stem.with_suffix(".json"), json.dumps(written, indent=1) + "\n")
+    write_json(stem.with_suffix(".json"), written)
     print(f"{shown}\n\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
     maps = {path.stem.removeprefix("map-"): read(path) for path in sorted(arguments.out.glob("map-*.json"))}
     print(style.picture(arguments.out / "map.png", lambda path: draw(maps, path)))
@@ -126,7 +127,12 @@ def require_chains(methods: Sequence[str]) -> None:
 def read(path: Path) -> list[Place]:
     """The places of a map that was written."""
     places = json.loads(path.read_text())["places"]
-    return [Place(**{**place, "difference": Interval(**place["difference"])}) for place in places]
+    return [Place(**{**place, "difference": _interval(**place["difference"])}) for place in places]
+
+
+def _interval(mean: float, low: float | None, high: float | None) -> Interval:
+    """As written: a single seed has no limits."""
+    return Interval(mean, math.nan if low is None else low, math.nan if high is None else high)
 
 
 def best(results: Results, rank: int) -> Place | None:

@@ -9,13 +9,12 @@ drawn next to the paper's. A missing score leaves a gap and is named in the pane
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.files import write_atomically
+from experiments.files import write_json
 from experiments.paper.reproduce import add_run_arguments, reproduce
 from experiments.paper.score_table import Column, Entry, Row, Table
 from experiments.paper.tables import FIGURES, TABLES
@@ -128,8 +127,7 @@ def _draw(
         figure.savefig(paths[0], dpi=150, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"CreationDate": None})
         pyplot.close(figure)
-    data = json.dumps({**about, **points(table)}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(paths[2], data + "\n")
+    write_json(paths[2], {**about, **points(table)})
     return paths
 
 

@@ -10,20 +10,27 @@ evaluated on the test split. A study that was stopped goes on where it was; `--c
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from experiments.command_line import add_search_seeds, add_seeds, add_whereabouts, count, search_seeds, seeds_of
-from experiments.files import write_atomically
+from experiments.command_line import (
+    WHEREABOUTS,
+    add_search_seeds,
+    add_seeds,
+    add_whereabouts,
+    count,
+    repeated,
+    search_seeds,
+    seeds_of,
+)
+from experiments.files import write_atomically, write_json
 from experiments.methods import QUERY_AND_VALUE
 from experiments.study import control
 from experiments.study.arms import STUDY
 from experiments.study.cells import name, needs, run
-from experiments.study.comparison import Plan, Results, Row, rows
+from experiments.study.comparison import Plan, Results, rows
+from experiments.study.record import record
 from experiments.study.setting import Setting
 from experiments.study.table import study_table
 from experiments.sweep import Sweep, SweepError, requested
@@ -79,11 +86,12 @@ def main(arguments: argparse.Namespace) -> int:
     except (SweepError, ValueError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 1
-    found = rows(Results(plan, done))
-    shown = study_table(rows(Results(plan, done, plan.setting.per_nat)), plan.setting.unit)
+    found = rows(Results(plan, done, plan.setting.per_nat))
+    shown = study_table(found, plan.setting.unit)
     stem = arguments.out / f"study-{'control' if arguments.control else arguments.targets}"
     write_atomically(stem.with_suffix(".md"), shown + "\n")
-    write_atomically(stem.with_suffix(".json"), json.dumps([as_json(row) for row in found], indent=1) + "\n")
+    command = repeated("study", add_arguments, arguments, without=(*WHEREABOUTS, "out"))
+    write_json(stem.with_suffix(".json"), record(plan, found, command))
     print(shown)
     missing = [arm for arm in plan.arms if arm not in {row.arm for row in found}]
     if missing:
@@ -120,15 +128,3 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     arms = {name: known[name] for name in names}
     rates = {name: (arm.start,) if arguments.smoke else arm.rates for name, arm in arms.items()}
     return Plan(arms, rates, chooses, seeds, setting, walk=True)
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    """A row, with losses in nats per token, as JSON values; a number that is not finite becomes null."""
-    against = None
-    if row.against is not None:
-        limits = row.against.difference
-        values = {"mean": limits.mean, "low": limits.low, "high": limits.high, "p": row.against.p}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        against = {"reference": row.reference, **finite}
-    names = ("arm", "reference", "lr", "tests", "dev_by_epoch", "train_loss", "against", "knots", "parameters")
-    return {name: getattr(row, name) for name in names} | {"against": against}

@@ -12,7 +12,7 @@ from torch import nn
 
 from cola import ChainOptimizer, LinkConfig, NeverKnots
 from experiments.__main__ import main
-from experiments.frontier import families
+from experiments.frontier import families, pay_map
 from experiments.frontier.picture import lengths, points
 from experiments.frontier.tasks import TASKS, Gate, lasting
 from experiments.memory import trained_bytes
@@ -171,6 +171,16 @@ def test_a_single_seed_and_a_rate_at_an_edge_are_said_to_be_so(quick, tmp_path, 
     command = ["map", "--task", "slow", "--ranks", "2", "--steps", "30", "--seeds", "1", "--workers", "1"]
     assert main([*command, "--methods", "chain-3", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("a rate at an edge") == 1
+    written = {path.stem: strict_json(path) for path in tmp_path.glob("*.json")}
+    assert written["frontier-slow-30"]["rows"][1]["against"]["difference"]["low"] is None
+    assert written["map-slow"]["places"][0]["difference"]["low"] is None
+    (place,) = pay_map.read(tmp_path / "map-slow.json")
+    assert math.isnan(place.difference.low)
+
+
+def strict_json(path):
+    """The content of a file without NaN and Infinity, which Python writes and other readers refuse."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {path.name}"))
 
 
 def test_every_family_has_one_name_in_the_picture():

@@ -138,11 +138,13 @@ def test_the_command_and_its_resumption(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| LoRA |" in shown
     assert "COLA, 2 links" in shown
-    rows = json.loads((tmp_path / "study-qv.json").read_text())
-    assert [row["arm"] for row in rows] == ["lora", "cola-2"]
-    assert rows[1]["against"]["mean"] == pytest.approx(
-        math.fsum(a - b for a, b in zip(rows[1]["tests"], rows[0]["tests"])) / 2, rel=1e-12
-    )
+    written = json.loads((tmp_path / "study-qv.json").read_text())
+    assert written["command"] == "python -m experiments study --smoke"
+    assert (written["seeds"], written["search_seeds"], written["unit"]) == ([0, 1], [0], "bits per byte")
+    lora, chain = written["rows"]
+    assert (lora["arm"], chain["arm"]) == ("lora", "cola-2")
+    mean = math.fsum(a - b for a, b in zip(chain["tests"], lora["tests"])) / 2
+    assert chain["against"]["difference"]["mean"] == pytest.approx(mean, rel=1e-12)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*.*")}
     assert main(arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("cells/*/*.*")}
