@@ -29,6 +29,7 @@ BASES: Mapping[str, type[torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "SGD": torch.optim.SGD,
     "Adagrad": torch.optim.Adagrad,
+    "Adafactor": torch.optim.Adafactor,
 }
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 """The layers that get adapters in the paper."""
@@ -180,8 +181,13 @@ class Method:
         )
 
     def base_kwargs(self, lr: float) -> dict[str, Any]:
-        """Arguments of the base optimizer; no weight decay, as in the paper's runs."""
-        return {"lr": lr, "weight_decay": 0.0}
+        """Arguments of the base optimizer; no weight decay, as in the paper's runs.
+
+        Adafactor's rate is relative to the size of the weights, where that exceeds the second number of ``eps``. B
+        starts at zero and would hardly move, so this number is 1, and the rate is absolute.
+        """
+        own: dict[str, Any] = {"eps": (None, 1.0)} if self.base == "Adafactor" else {}
+        return {"lr": lr, "weight_decay": 0.0, **own}
 
     def optimizer(
         self,

@@ -5,6 +5,7 @@ Rank r stands for the bytes of a LoRA of rank r; a method that keeps less per di
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +43,7 @@ class Family:
     @property
     def name(self) -> str:
         """The label without the rank."""
-        return self.label.removesuffix(", r = {r}").removesuffix(", 2·{r}")
+        return re.sub(r", (r = |\d·)\{r\}.*", "", self.label)
 
     def arm(self, rank: int) -> Arm:
         """The method at this rank, compared with `against` of the same rank."""
@@ -58,6 +59,14 @@ def lora(rank: int) -> str:
 def one_link(rank: int) -> Method:
     """LoRA with s = 1."""
     return Method("lora", ranks=(rank,), alpha=rank, init="kaiming")
+
+
+def by_adafactor(method: Callable[[int], Method]) -> Callable[[int], Method]:
+    """The method with Adafactor as its base optimizer and a fresh state after every knot.
+
+    Adafactor keeps two vectors in place of two moments, so that a trained number costs half of AdamW's bytes.
+    """
+    return lambda rank: replace(method(rank), base="Adafactor", reset="state")
 
 
 def links(count: int, knots: str = "even") -> Callable[[int], Method]:
@@ -115,6 +124,13 @@ FAMILIES: Mapping[str, Family] = {
     "b-progress": _selected("by progress", (style.BLUE, ":", "D"), knots="progress"),
     "b-gap": _selected("by gain", (style.PURPLE, ":", "D"), knots="gap"),
     "chain-progress": Family("links by progress, r = {r}", links(60, "progress"), (style.BLUE, "-.", "h")),
+    "lora-adafactor": Family(
+        "LoRA by Adafactor, 2·{r}", by_adafactor(lambda rank: one_link(2 * rank)), (style.BLACK, ":", "*")
+    ),
+    "b-adafactor": Family(
+        "B alone by Adafactor, selected inputs, 4·{r} − 2",
+        by_adafactor(lambda rank: b_alone("selector", 1)(4 * rank - 2)), (style.VERMILION, ":", "*"),
+    ),
     "galore": Family(
         "GaLore, r = {r}", lambda rank: Method("galore", ranks=(rank,)), (style.GREY, ":", "v"), WEIGHTS,
         lambda rank: 4e-3,
