@@ -127,6 +127,12 @@ FAMILIES: Mapping[str, Family] = {
     "lora-adafactor": Family(
         "LoRA by Adafactor, 2·{r}", by_adafactor(lambda rank: one_link(2 * rank)), (style.BLACK, ":", "*")
     ),
+    "chain-2-adafactor": Family(
+        "2 links by Adafactor, 2·{r}", by_adafactor(lambda rank: links(2)(2 * rank)), (style.GREY, ":", "*")
+    ),
+    "chain-4-adafactor": Family(
+        "4 links by Adafactor, 2·{r}", by_adafactor(lambda rank: links(4)(2 * rank)), (style.GREEN, ":", "*")
+    ),
     "b-adafactor": Family(
         "B alone by Adafactor, selected inputs, 4·{r} − 2",
         by_adafactor(lambda rank: b_alone("selector", 1)(4 * rank - 2)), (style.VERMILION, ":", "*"),

@@ -60,7 +60,7 @@ def _curve(axes: Any, x: Sequence[float], intervals: Sequence[Interval], **look:
 
 
 def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
-    """Paired differences from LoRA of chains of equal links that train both factors: rank -> number of links -> it."""
+    """Paired differences from LoRA of chains of equal links of its rank and base: rank -> number of links -> it."""
     of: dict[int, dict[int, Interval]] = {}
     for row in found:
         family = FAMILIES.get(family_of(row.arm))
@@ -68,7 +68,7 @@ def lengths(found: Sequence[Row]) -> dict[int, dict[int, Interval]]:
             continue
         rank = int(row.arm.rpartition("-")[2])
         method = family.method(rank)
-        if (method.kind, method.train, method.knots) == ("cola", "both", "even"):
+        if (method.kind, method.base, method.train, method.knots) == ("cola", "AdamW", "both", "even"):
             of.setdefault(rank, {})[method.links] = row.against.difference
     return of
 

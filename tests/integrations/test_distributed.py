@@ -2,10 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from cola.chain.fingerprint import Fingerprint
 from cola.knot.tie import tie_
 from tests.integrations.torchrun_chain import SELECTED, deltas, trained_parameters
 from tests.kinds import KINDS
+from tests.launch import launch, several
 from tests.models import BODY, Net, loss_of, train
 
 # fp32 sums in another order (per shard, then over the processes), carried through 8 steps; asked for by the design
@@ -46,17 +43,7 @@ def one_process(policy, r=(4,), steps=8, **options):
 
 
 def torchrun(n, *runs, check=True):
-    words = [str(word) for i, run in enumerate(runs) for word in (["and"] * bool(i) + list(run))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(
-        [*command, "-m", "tests.integrations.torchrun_chain", *words],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (result.returncode == 0) == check, result.stderr[-3000:]
+    launch("tests.integrations.torchrun_chain", *several(runs), processes=n, check=check)
 
 
 def require_equal(directory, n, wanted, start=0):

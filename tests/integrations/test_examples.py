@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cola import Chain
+from tests.launch import launch
 from tests.models import seeded
 
 ROOT = Path(__file__).parents[2]
@@ -30,18 +31,9 @@ SCRIPTS = {
 RUNS = [(name, args) for name, several in SCRIPTS.items() for args in several]
 
 
-def run(name, args, directory, processes=2):
-    launcher = [sys.executable]
-    if name == "sharded.py":
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*launcher, str(EXAMPLES / name), *args],
-        cwd=directory,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(name, args, directory):
+    processes = 2 if name == "sharded.py" else 0
+    return launch(EXAMPLES / name, *args, processes=processes, check=None, cwd=directory, CUDA_VISIBLE_DEVICES="")
 
 
 def test_every_example_is_here():

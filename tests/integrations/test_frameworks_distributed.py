@@ -1,10 +1,6 @@
 """transformers' Trainer and Accelerate in several processes, by DDP and FSDP2: what they train equals one process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,28 +9,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from cola import Chain
+from tests.launch import launch, several
 from tests.models import tiny_opt
 
 pytestmark = pytest.mark.long
 
 # fp32 sums in another order (over the processes' shares of a batch), carried through 8 steps; asked for by the design
 CLOSE = 1e-6
-ROOT = Path(__file__).parents[2]
 SHARDED = ("--fsdp", json.dumps({"state_dict_type": "SHARDED_STATE_DICT"}))
 
 
-def launch(n, *runs):
-    words = [str(word) for i, run in enumerate(runs) for word in (["and"] * bool(i) + list(run))]
-    group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
-    result = subprocess.run(
-        [sys.executable, *group, "-m", "tests.integrations.torchrun_frameworks", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def train(n, *runs):
+    launch("tests.integrations.torchrun_frameworks", *several(runs), processes=n if n > 1 else 0)
 
 
 def seen_in(directory, n=1):
@@ -60,7 +46,7 @@ def alone(tmp_path_factory):
     """The runs in one process."""
     directory = tmp_path_factory.mktemp("alone")
     ranks = ("--ranks", "4,2,1")
-    launch(
+    train(
         1,
         ("trainer-ddp", directory / "trainer", *ranks),
         ("trainer-ddp", directory / "trainer-plateau", "--plateau"),
@@ -88,7 +74,7 @@ def require_a_whole_model(out, links):
 
 def test_the_trainer_under_ddp(alone, tmp_path):
     """Three knots, masked ranks, a plateau that the processes see in different losses, checkpoints, the best model."""
-    launch(
+    train(
         2,
         ("trainer-ddp", tmp_path / "own", "--own-directories", "--ranks", "4,2,1"),
         ("trainer-ddp", tmp_path / "plateau", "--plateau"),
@@ -110,7 +96,7 @@ def test_the_trainer_under_ddp(alone, tmp_path):
 
 def test_the_trainer_under_fsdp2(alone, tmp_path):
     """The same with sharded weights, whose optimizer state drops the links: they are beside it in the checkpoint."""
-    launch(
+    train(
         2,
         ("trainer-fsdp2", tmp_path / "whole", "--ranks", "4,2,1"),
         ("trainer-fsdp2", tmp_path / "resumed", "--ranks", "4,2,1", "--resume", tmp_path / "whole" / "checkpoint-3"),
@@ -118,7 +104,7 @@ def test_the_trainer_under_fsdp2(alone, tmp_path):
         ("trainer-fsdp2", tmp_path / "best", "--best"),
         ("trainer-fsdp2", tmp_path / "empty", "--plateau", "--fsdp", '{"cpu_ram_efficient_loading": true}'),
     )
-    launch(
+    train(
         4,
         # right after a knot, and in the middle of a link
         ("trainer-fsdp2", tmp_path / "four", "--plateau", "--resume", tmp_path / "shards" / "checkpoint-3", *SHARDED),
@@ -137,7 +123,7 @@ def test_the_trainer_under_fsdp2(alone, tmp_path):
 
 def test_what_a_sharding_trainer_could_not_keep_is_refused(tmp_path):
     pytest.importorskip("peft")
-    launch(2, ("refused-fsdp", tmp_path))
+    train(2, ("refused-fsdp", tmp_path))
     for seen in seen_in(tmp_path, 2):
         assert "uses FSDP1, which flattens the parameters: use FSDP2" in seen["FSDP1"]
         assert "a PeftModel, and the trainer's FSDP checkpoints hold its adapter alone" in seen["PEFT"]
@@ -146,7 +132,7 @@ def test_what_a_sharding_trainer_could_not_keep_is_refused(tmp_path):
 def test_accelerate_by_ddp_and_fsdp2(alone, tmp_path):
     """`prepare` puts placeholders into the groups and then new parameters: what is trained must be those."""
     ranks = ("--ranks", "4,2,1")
-    launch(
+    train(
         2,
         ("accelerate-ddp", tmp_path / "ddp", *ranks),
         ("accelerate-ddp", tmp_path / "ddp-resumed", *ranks, "--resume", tmp_path / "ddp" / "state-4"),
@@ -155,7 +141,7 @@ def test_accelerate_by_ddp_and_fsdp2(alone, tmp_path):
         ("accelerate-fsdp2", tmp_path / "fsdp2-resumed", *ranks, "--resume", tmp_path / "fsdp2" / "state-3"),
         ("accelerate-fsdp2", tmp_path / "bf16", *ranks, "--mixed", "bf16"),
     )
-    launch(4, ("accelerate-fsdp2", tmp_path / "four", *ranks, "--resume", tmp_path / "fsdp2" / "state-4"))
+    train(4, ("accelerate-fsdp2", tmp_path / "four", *ranks, "--resume", tmp_path / "fsdp2" / "state-4"))
     require_equal(tmp_path / "ddp", 2, alone / "accelerate", "Parameter")
     require_equal(tmp_path / "ddp-resumed", 2, alone / "accelerate", "Parameter")
     require_equal(tmp_path / "fsdp2", 2, alone / "accelerate", "DTensor")

@@ -1,27 +1,18 @@
 """Quantised bases under DDP: the processes agree, and with stacked links the run is one process's."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("bitsandbytes")
 
 from tests.integrations.torchrun_quantized import run
+from tests.launch import launch
 
 
 @pytest.mark.long
 def test_two_processes_are_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(
-        [*command, "-m", "tests.integrations.torchrun_quantized", str(tmp_path)],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch("tests.integrations.torchrun_quantized", tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert len(one) == 4

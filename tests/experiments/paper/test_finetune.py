@@ -31,6 +31,7 @@ from experiments.paper.scoring import dev_loss, evaluate
 from experiments.sweep import OUTCOME, SCRATCH, Sweep, sweep
 from experiments.tasks.loading import split
 from tests.experiments import small
+from tests.launch import launch
 
 ROOT = Path(__file__).parents[3]
 WORDS = ("tin", "rome", "film", "rain", "answer", "great", "terrible", "old")
@@ -298,11 +299,7 @@ def test_processes_share_a_cell(folder, tmp_path, method, fsdp):
     """Two processes, each with half of every batch, under DDP and FSDP2, take the steps of one."""
     alone = finetune.run(cell(folder, method), tmp_path / "alone")
     of = cell(folder, method, fsdp=fsdp)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [sys.executable, *command, "-m", "tests.experiments.paper.torchrun_cell", str(tmp_path), as_text(of)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True,
-    )  # fmt: skip
+    launch("tests.experiments.paper.torchrun_cell", tmp_path, as_text(of))
     together = Sweep(tmp_path, finetune.run, name).read(of)
     assert together.keys() == alone.keys()
     for key in ("steps", "tokens_by_link", "best_epoch"):
