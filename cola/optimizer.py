@@ -32,6 +32,7 @@ from cola.lora.trainable import warn_of_half
 from cola.lora.untrained import Untrained
 from cola.policies import KnotPolicy, Signal
 from cola.wrapper.frameworks import warn_of_bare_framework
+from cola.wrapper.link_groups import warn_of_relative_steps
 from cola.wrapper.loss_meter import LossMeter
 from cola.wrapper.real_steps import moves, rates_are_zero, stateless
 from cola.wrapper.wrapper import require_base
@@ -152,6 +153,8 @@ class ChainOptimizer(Resumable):
         self._loss: Tensor | None = None
         self._epoch: float | None = None
         warn_of_half({**self.live.factors_by_name(), **self.live.trained()})
+        if link.init != "two-sided":
+            warn_of_relative_steps(self.base)
         self._coverage = announced(self.live)
         super().__setstate__({})  # makes the hook tables of torch.optim.Optimizer
 

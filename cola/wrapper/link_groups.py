@@ -1,5 +1,6 @@
 """The wrapper around a base optimizer whose param groups hold the live link's factors and the extra parameters."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,8 +15,21 @@ from cola.lora.live import LiveLink
 from cola.lora.trainable import require_apart, warn_of_half
 from cola.wrapper.wrapper import OptimizerWrapper
 
+logger = logging.getLogger("cola")
+
 #: the chain's entry in the first param group
 GROUP_KEY = "cola"
+
+
+def warn_of_relative_steps(base: Optimizer) -> None:
+    """Warn of an Adafactor whose steps are relative to a factor's size: a factor that starts at zero hardly moves."""
+    settings, torchs = base.param_groups[0], isinstance(base, torch.optim.Adafactor)
+    if settings.get("scale_parameter", torchs) and settings["eps"][1] < 1:
+        logger.warning(
+            "base=%s takes steps of lr times a parameter's size, or times eps[1]=%g if that is larger, and a link's B "
+            "starts at zero, so that it hardly moves: pass %s, which makes lr absolute",
+            type(base).__name__, settings["eps"][1], "eps=(None, 1.0)" if torchs else "scale_parameter=False",
+        )  # fmt: skip
 
 
 class LinkGroups(OptimizerWrapper):

@@ -106,3 +106,10 @@ def test_under_schedule_free_the_evaluation_loss_is_continuous_through_a_knot():
     opt.eval()
     # W x + sBA x and (W + sBA) x in fp32
     assert loss_of(model, 0).item() == pytest.approx(before, rel=1e-6)
+
+
+def test_an_adafactor_of_relative_steps_is_warned_of(caplog):
+    for make, told in ((adafactor, 0), (adafactor_relative, 1)):
+        base, kwargs = make()
+        ChainOptimizer(base, Net(), StepKnots(at=[3]), link=LINK, **kwargs)
+        assert caplog.text.count("pass scale_parameter=False, which makes lr absolute") == told

@@ -1,5 +1,7 @@
 """Every optimizer of torch.optim as a base, and a reset that is exact for each: tables."""
 
+from unittest.mock import ANY
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,18 @@ def test_the_table_holds_every_optimizer_class_of_torch():
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
     assert found <= TABLE.keys() | REFUSED
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "init", "warns"),
+    [({}, "kaiming", True), ({"eps": (None, 0.1)}, "kaiming", True), ({"eps": (None, 1.0)}, "kaiming", False),
+     ({}, "two-sided", False)],
+)  # fmt: skip
+def test_relative_steps_are_warned_of_where_a_factor_starts_at_zero(kwargs, init, warns, caplog):
+    link = LinkConfig(r=2, lora_alpha=2, target_modules=BODY, init=init)
+    opt = ChainOptimizer(torch.optim.Adafactor, Net(), StepKnots(every=3), link=link, **kwargs)
+    opt.tie()
+    assert [r.message for r in caplog.records if "pass eps=(None, 1.0)" in r.message] == [ANY] * warns
 
 
 @pytest.mark.parametrize(("base", "kwargs"), CASES)

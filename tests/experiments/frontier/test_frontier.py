@@ -155,7 +155,8 @@ def test_the_number_of_links_has_a_picture_where_there_are_several(quick, tmp_pa
     assert main([*command, "chain-3"]) == 0
     assert not picture.exists()  # it would show another command's arms
     rows = [types.SimpleNamespace(arm=arm, against=types.SimpleNamespace(difference=arm)) for arm in (
-        "lora-4", "chain-2-4", "chain-30-4", "b-selected-4", "chain-progress-4", "galore-4", "chain-3-16", "full", "chain-2-adafactor-4"
+        "lora-4", "chain-2-4", "chain-30-4", "b-selected-4", "chain-progress-4", "galore-4", "chain-3-16", "full",
+        "chain-2-adafactor-4",
     )]  # fmt: skip
     assert lengths(rows) == {4: {2: "chain-2-4", 30: "chain-30-4"}, 16: {3: "chain-3-16"}}
 
