@@ -153,7 +153,7 @@ class ChainOptimizer(Resumable):
         self._loss: Tensor | None = None
         self._epoch: float | None = None
         warn_of_half({**self.live.factors_by_name(), **self.live.trained()})
-        if link.init != "two-sided":
+        if not link._draws_pairs:
             warn_of_relative_steps(self.base)
         self._coverage = announced(self.live)
         super().__setstate__({})  # makes the hook tables of torch.optim.Optimizer

@@ -22,8 +22,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON as `write_atomically` does. A number that is not finite becomes null: JSON has no word for it."""
-    write_atomically(path, json.dumps(_finite(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON as `write_atomically` does. NaN and infinities, which JSON does not have, become null."""
+    write_atomically(path, json.dumps(_finite(values), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -82,6 +82,8 @@ class Method:
             raise ValueError(f"kind={self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
         if self.base not in BASES:
             raise ValueError(f"base={self.base!r} is unknown: choose one of {', '.join(BASES)}")
+        if self.kind in OUTSIDE_TRAINER and self.base != "AdamW":
+            raise ValueError(f"kind={self.kind!r} has an AdamW of its own: leave out base={self.base!r}")
         if self.links < 1:
             raise ValueError(f"links={self.links}: a chain has at least one link")
         if self.kind == "lora" and (self.links != 1 or len(self.ranks) != 1):
@@ -186,7 +188,7 @@ class Method:
         Adafactor's rate is relative to the size of the weights, where that exceeds the second number of ``eps``. B
         starts at zero and would hardly move, so this number is 1, and the rate is absolute.
         """
-        own: dict[str, Any] = {"eps": (None, 1.0)} if self.base == "Adafactor" else {}
+        own: dict[str, Any] = {"eps": (None, 1.0)} if self.base == "Adafactor" and self.adapts else {}
         return {"lr": lr, "weight_decay": 0.0, **own}
 
     def optimizer(

@@ -22,13 +22,17 @@ GROUP_KEY = "cola"
 
 
 def warn_of_relative_steps(base: Optimizer) -> None:
-    """Warn of an Adafactor whose steps are relative to a factor's size: a factor that starts at zero hardly moves."""
-    settings, torchs = base.param_groups[0], isinstance(base, torch.optim.Adafactor)
-    if settings.get("scale_parameter", torchs) and settings["eps"][1] < 1:
+    """Warn of an Adafactor whose steps are relative to a parameter's size: a factor of zeros hardly moves."""
+    settings = base.param_groups[0]
+    if isinstance(base, torch.optim.Adafactor):
+        relative, way = settings["eps"][1] < 1, "eps=(None, 1.0)"
+    else:  # that of transformers, and others with its options
+        relative, way = settings.get("scale_parameter") is True, "scale_parameter=False, relative_step=False and an lr"
+    if relative:
         logger.warning(
-            "base=%s takes steps of lr times a parameter's size, or times eps[1]=%g if that is larger, and a link's B "
-            "starts at zero, so that it hardly moves: pass %s, which makes lr absolute",
-            type(base).__name__, settings["eps"][1], "eps=(None, 1.0)" if torchs else "scale_parameter=False",
+            "base=%s takes steps relative to the size of a parameter, and one factor of a link starts at zero, so that "
+            "it hardly moves: pass %s, which makes lr the size of a step",
+            type(base).__name__, way,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The methods that are compared at every rank: LoRA, chains, B alone, GaLore, full fine-tuning.
 
-Rank r stands for the bytes of a LoRA of rank r; a method that keeps less per direction may have more directions.
+Rank r stands for the bytes of a LoRA of rank r trained by AdamW; a method that keeps less per direction may have more
+directions. By Adafactor the bytes are only near: it also keeps two vectors per factor, which weigh in narrow layers.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def one_link(rank: int) -> Method:
 def by_adafactor(method: Callable[[int], Method]) -> Callable[[int], Method]:
     """The method with Adafactor as its base optimizer and a fresh state after every knot.
 
-    Adafactor keeps two vectors in place of two moments, so that a trained number costs half of AdamW's bytes.
+    Adafactor keeps two vectors per factor in place of two moments: a trained number costs half of AdamW's bytes.
     """
     return lambda rank: replace(method(rank), base="Adafactor", reset="state")
 

@@ -128,8 +128,9 @@ def main(arguments: argparse.Namespace) -> int:
     if missing:
         print(f"not complete yet, or diverged: {', '.join(missing)}", file=sys.stderr)
     print(f"\n{stem}.md, .json; one folder per run in {arguments.out / 'cells'}")
+    by_links = lengths(found)
     pictures = {".png": lambda path: draw_frontier(found, task.unit, path)}
-    if max(map(len, (by_links := lengths(found)).values()), default=0) > 1:
+    if max(map(len, by_links.values()), default=0) > 1:
         pictures["-links.png"] = lambda path: draw_lengths(by_links, task.unit, path)
     Path(f"{stem}-links.png").unlink(missing_ok=True)  # an earlier command's
     print("\n".join(dict.fromkeys(style.picture(Path(f"{stem}{end}"), draw) for end, draw in pictures.items())))

@@ -113,9 +113,10 @@ def require_chains(methods: Sequence[str]) -> None:
     """Refuse methods whose win would not be a chain's.
 
     Raises:
-        ValueError: there is no chain, or a method is neither a chain nor LoRA.
+        ValueError: there is no chain, or a method is neither a chain nor LoRA, or has another base than LoRA has.
     """
-    chains = [name for name, family in FAMILIES.items() if family.method(1).kind == "cola"]
+    methods_of = {name: family.method(1) for name, family in FAMILIES.items()}
+    chains = [name for name, method in methods_of.items() if (method.kind, method.base) == ("cola", "AdamW")]
     other = [name for name in methods if name not in ("lora", *chains)]
     if other or not set(chains) & set(methods):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A comparison as JSON values: what was run, on what, and a row per arm."""
+"""A comparison as JSON values: its command, setting and machine, and a row per arm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from experiments.study.comparison import Plan, Row
 
 
 def record(plan: Plan, found: Sequence[Row], command: str) -> dict[str, Any]:
-    """The results with all that is needed to repeat them.
+    """The results, with the command that ran them and where.
 
     Args:
         plan: what was wanted.
         found: the rows of arms that are complete, with losses in the setting's unit.
-        command: that ran it.
+        command: as a user would type it.
     """
     return {
         "command": command,

@@ -68,6 +68,8 @@ def test_names(method, name):
     [
         ({"kind": "qlora"}, "kind='qlora'"),
         ({"kind": "lora", "base": "Lion"}, "base='Lion'"),
+        ({"kind": "galore", "base": "Adafactor"}, "leave out base='Adafactor'"),
+        ({"kind": "peft", "base": "SGD"}, "leave out base='SGD'"),
         ({"kind": "lora", "links": 2}, "one link"),
         ({"kind": "lora", "ranks": (8, 4)}, "one link"),
         ({"kind": "cola"}, "two or more"),

@@ -112,4 +112,4 @@ def test_an_adafactor_of_relative_steps_is_warned_of(caplog):
     for make, told in ((adafactor, 0), (adafactor_relative, 1)):
         base, kwargs = make()
         ChainOptimizer(base, Net(), StepKnots(at=[3]), link=LINK, **kwargs)
-        assert caplog.text.count("pass scale_parameter=False, which makes lr absolute") == told
+        assert caplog.text.count("pass scale_parameter=False, relative_step=False and an lr") == told

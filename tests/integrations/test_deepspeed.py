@@ -4,15 +4,14 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("deepspeed")
 
-ROOT = Path(__file__).parents[2]
+from tests.launch import ROOT, launch
+
 MOMENT = r"KnotError: param_groups do not hold lora_A of layer 'first'.*DeepSpeed ZeRO does: use DDP or FSDP2"
 MODEL = r"ValueError: model: DeepSpeed ZeRO keeps its own flat copy .* use DDP, or FSDP2"
 EXPECTED = {
@@ -26,26 +25,20 @@ EXPECTED = {
 }
 
 
-def environment():
+def group():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     paths = os.pathsep.join([str(ROOT), *sys.path])
-    return {**os.environ, **group, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths,
+    }  # fmt: skip
 
 
 @pytest.mark.long
 def test_every_way_into_deepspeed_is_refused_before_a_step_is_taken(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.deepspeed_runs", str(tmp_path)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch("tests.integrations.deepspeed_runs", tmp_path, processes=0, **group())
     seen = json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
     assert seen.keys() == EXPECTED.keys()
     for way, message in EXPECTED.items():

@@ -58,7 +58,8 @@ def test_the_table_holds_every_optimizer_class_of_torch():
 @pytest.mark.parametrize(
     ("kwargs", "init", "warns"),
     [({}, "kaiming", True), ({"eps": (None, 0.1)}, "kaiming", True), ({"eps": (None, 1.0)}, "kaiming", False),
-     ({}, "two-sided", False)],
+     ({}, "two-sided", False),
+     ({}, lambda s: (torch.ones(s.rank, s.shape[1]), torch.ones(s.shape[0], s.rank)), False)],
 )  # fmt: skip
 def test_relative_steps_are_warned_of_where_a_factor_starts_at_zero(kwargs, init, warns, caplog):
     link = LinkConfig(r=2, lora_alpha=2, target_modules=BODY, init=init)

@@ -184,6 +184,23 @@ def strict_json(path):
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {path.name}"))
 
 
+def test_adafactors_arms_have_about_loras_bytes_and_an_absolute_rate():
+    """At a width where its vectors weigh little."""
+    layer = lambda: nn.Sequential(nn.Linear(512, 512, bias=False))  # noqa: E731
+    sizes = {}
+    for name in ("lora", "lora-adafactor", "chain-2-adafactor", "chain-4-adafactor", "b-adafactor"):
+        model = layer()
+        own = {"lr": 1e-3, "seed": 0, "epochs": 1, "steps_per_epoch": 60, "targets": "all-linear"}
+        opt = families.FAMILIES[name].method(8).optimizer(model, **own)
+        model(torch.ones(1, 512)).sum().backward()
+        opt.step()
+        sizes[name] = trained_bytes(opt)
+        assert name == "lora" or opt.param_groups[0]["eps"] == (None, 1.0)
+        opt.finish()
+    assert all(0.9 < size / sizes["lora"] < 1.1 for size in sizes.values())
+    assert sizes["b-adafactor"] < sizes["lora"]
+
+
 def test_every_family_has_one_name_in_the_picture():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     test = t_interval((1.0, 1.1))
@@ -230,6 +247,7 @@ def test_the_map_from_end_to_end(quick, tmp_path, capsys):
         (["map", "--task", "slow", "--steps", "5"], "a link needs at least one step"),
         (["map", "--task", "slow", "--methods", "lora"], "the map compares chains with LoRA, so give one of chain-2, "),
         (["map", "--task", "slow", "--methods", "chain-3", "galore"], "so leave out galore (frontier takes it)"),
+        (["map", "--task", "slow", "--methods", "chain-3", "b-adafactor"], "so leave out b-adafactor (frontier takes"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, tmp_path, capsys, monkeypatch):
