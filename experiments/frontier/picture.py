@@ -25,7 +25,7 @@ def draw_frontier(found: Sequence[Row], unit: str, path: Path) -> None:
     with pyplot.rc_context(style.SETTINGS):
         figure, axes = pyplot.subplots(figsize=(9.5, 4.8), layout="constrained")
         points(axes, found, unit)
-        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))  # a method may lie anywhere
+        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))  # clear of all curves
         axes.set_title("Held-out loss against memory: lower and further left is better", loc="left", fontsize=10)
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
