@@ -1,7 +1,7 @@
 """The methods that are compared at every rank: LoRA, chains, B alone, GaLore, full fine-tuning.
 
 Rank r stands for the bytes of a LoRA of rank r trained by AdamW; a method that keeps less per direction may have more
-directions. By Adafactor the bytes are only near: it also keeps two vectors per factor, which weigh in narrow layers.
+directions. By Adafactor the bytes are only near: it also keeps two vectors per factor, which weigh at small ranks.
 """
 
 from __future__ import annotations
