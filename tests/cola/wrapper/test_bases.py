@@ -1,7 +1,5 @@
 """Every optimizer of torch.optim as a base, and a reset that is exact for each: tables."""
 
-from unittest.mock import ANY
-
 import pytest
 import torch
 from torch import nn
@@ -65,7 +63,7 @@ def test_relative_steps_are_warned_of_where_a_factor_starts_at_zero(kwargs, init
     link = LinkConfig(r=2, lora_alpha=2, target_modules=BODY, init=init)
     opt = ChainOptimizer(torch.optim.Adafactor, Net(), StepKnots(every=3), link=link, **kwargs)
     opt.tie()
-    assert [r.message for r in caplog.records if "pass eps=(None, 1.0)" in r.message] == [ANY] * warns
+    assert caplog.text.count("pass eps=(None, 1.0)") == warns
 
 
 @pytest.mark.parametrize(("base", "kwargs"), CASES)

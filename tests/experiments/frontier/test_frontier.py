@@ -186,11 +186,10 @@ def strict_json(path):
 
 def test_adafactors_arms_have_about_loras_bytes_and_an_absolute_rate():
     """At a width where its vectors weigh little."""
-    layer = lambda: nn.Sequential(nn.Linear(512, 512, bias=False))  # noqa: E731
+    own = {"lr": 1e-3, "seed": 0, "epochs": 1, "steps_per_epoch": 60, "targets": "all-linear"}
     sizes = {}
     for name in ("lora", "lora-adafactor", "chain-2-adafactor", "chain-4-adafactor", "b-adafactor"):
-        model = layer()
-        own = {"lr": 1e-3, "seed": 0, "epochs": 1, "steps_per_epoch": 60, "targets": "all-linear"}
+        model = nn.Sequential(nn.Linear(512, 512, bias=False))
         opt = families.FAMILIES[name].method(8).optimizer(model, **own)
         model(torch.ones(1, 512)).sum().backward()
         opt.step()
